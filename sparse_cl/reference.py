@@ -1,0 +1,182 @@
+"""Every op in plain PyTorch: the fallback where no native library is built, and the oracle of the tests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from sparse_cl.layout import BLOCK, COLUMNS, DENSE, PER_UNIT, ROWS, SHARED, StateLayout
+
+_U32 = 0xFFFFFFFF
+
+
+def pack_bits(dense: Tensor) -> Tensor:
+    """A bool tensor as int32 words, entry i in bit i % 32 of word i // 32; missing entries are 0."""
+    flat = dense.reshape(-1)
+    padding = -flat.numel() % 32
+    if padding:
+        flat = torch.cat([flat, flat.new_zeros(padding)])
+    weight = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=flat.device)
+    return (flat.view(-1, 8).to(torch.uint8) * weight).sum(1, dtype=torch.uint8).view(torch.int32)
+
+
+def unpack_bits(words: Tensor, numel: int) -> Tensor:
+    """The inverse of :func:`pack_bits`: a flat bool tensor of ``numel`` entries."""
+    weight = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=words.device)
+    return (words.view(torch.uint8)[:, None] & weight).ne(0).view(-1)[:numel]
+
+
+def block_ranks(dense: Tensor) -> Tensor:
+    """int32: number of true entries before each block of ``BLOCK`` entries, and at the end their total."""
+    flat = dense.reshape(-1)
+    padding = -flat.numel() % BLOCK
+    if padding:
+        flat = torch.cat([flat, flat.new_zeros(padding)])
+    counts = flat.view(-1, BLOCK).sum(1)
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(torch.int32)
+
+
+def active_positions(layout: StateLayout, views: dict[str, Tensor], device: torch.device) -> Tensor:
+    """int64: ascending flat positions of the active entries, in the order of the compact state."""
+    if layout.kind == DENSE:
+        return torch.arange(layout.numel, device=device)
+    if layout.kind == ROWS:
+        inner = layout.numel // layout.shape[0] if layout.shape[0] else 0
+        rows = views["rows"].long()
+        return (rows[:, None] * inner + torch.arange(inner, device=device)).view(-1)
+    if layout.kind == COLUMNS:
+        row = torch.arange(layout.shape[0], device=device) * layout.shape[1]
+        return (row[:, None] + views["columns"].long()).view(-1)
+    bits = views.get("bits", views.get("two_four_bits"))
+    return unpack_bits(bits, layout.numel).nonzero().view(-1)
+
+
+def spread_units(layout: StateLayout, per_unit: Tensor) -> Tensor:
+    """A vector of one value a unit, made broadcastable to the compact shape."""
+    return per_unit.view(-1, *[1] * (len(layout.shape) - 1)) if layout.kind == ROWS else per_unit
+
+
+def _hash32(x: Tensor) -> Tensor:
+    """Mixes 32-bit integers held in int64 (C. Wellons' lowbias32 constants)."""
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & _U32
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & _U32
+    return x ^ (x >> 16)
+
+
+def random_bits(seed: int, step: Tensor, entry: Tensor) -> Tensor:
+    """The 32 random bits (in int64) of each entry at its ``step``; a pure function, so runs repeat exactly."""
+    key = _hash32((_hash32(step.long() & _U32) + seed * 0x9E3779B9 + (entry >> 32) * 0x85EBCA6B) & _U32)
+    return _hash32((entry & _U32) ^ key)
+
+
+def stochastic_round(x: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rounds float32 ``x`` to bfloat16 or float16, up with the probability that makes it unbiased.
+
+    ``bits`` are 32 random bits in int64. Values that are not finite, or above the largest finite one, round as usual.
+    """
+    if dtype == torch.bfloat16:
+        whole = x.contiguous().view(torch.int32).long() & _U32
+        rounded = (whole + (bits & 0xFFFF)) & 0xFFFF0000
+    else:
+        # Below 2^-14 the spacing of float16 no longer shrinks: work on multiples of 2^-24 there.
+        tiny = x.abs() < 2.0**-14
+        units = torch.floor(x.abs() * 2.0**24 + (bits & 0x1FFF) * 2.0**-13) * 2.0**-24
+        small = torch.copysign(units, x)
+        whole = x.contiguous().view(torch.int32).long() & _U32
+        rounded = (whole + (bits & 0x1FFF)) & 0xFFFFE000
+    rounded = torch.where(rounded >= 2**31, rounded - 2**32, rounded).to(torch.int32).view(torch.float32)
+    if dtype == torch.float16:
+        rounded = torch.where(tiny, small, rounded)
+    finite = x.isfinite() & (x.abs() <= torch.finfo(dtype).max)
+    return torch.where(finite, rounded, x).to(dtype)
+
+
+def masked_adamw_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    states: Sequence[Tensor],
+    layout: Tensor,
+    lr: float,
+    lr_tensor: Tensor | None,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    maximize: bool,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+) -> None:
+    """One AdamW step (Loshchilov & Hutter 2019) of the active entries of each parameter, in place.
+
+    Args:
+        params: floating-point tensors of any shape.
+        grads: tensors of the same shapes, in the parameter's dtype or float32.
+        states: uint8 buffers laid out as :class:`~sparse_cl.layout.StateLayout` says.
+        layout: int64, one row of ``layout.FIELDS`` a parameter, on the CPU.
+        lr, lr_tensor: learning rate; the tensor (one element, on the parameters' device) wins if given.
+        grad_scale: one element; gradients are divided by it.
+        found_inf: one element; unless it is zero, nothing changes, step counts included.
+
+    Bias correction uses each entry's own step count. A gain g scales the entry's whole update:
+    p <- p - g (lr wd p + lr / (1 - beta1^t) m / (sqrt(v / (1 - beta2^t)) + eps)).
+    """
+    if found_inf is not None and bool(found_inf):
+        return
+    rate = lr if lr_tensor is None else lr_tensor.double().reshape(())
+    for param, grad, state, row in zip(params, grads, states, layout.tolist(), strict=True):
+        where = StateLayout.from_row(row, param.shape, param.dtype)
+        if where.entries == 0:
+            continue
+        _step_one(param, grad, where, where.views(state), rate, beta1, beta2, eps, weight_decay, maximize, grad_scale)
+
+
+def _step_one(param, grad, where, view, lr, beta1, beta2, eps, weight_decay, maximize, grad_scale) -> None:
+    dtype = where.dtype
+    positions = active_positions(where, view, param.device) if where.kind != DENSE else None
+
+    def compact(x: Tensor) -> Tensor:
+        return x.reshape(where.shape) if positions is None else x.reshape(-1)[positions].view(where.compact_shape)
+
+    g = compact(grad).to(dtype)
+    if grad_scale is not None:
+        g = g / grad_scale.to(dtype)
+    if maximize:
+        g = -g
+
+    view["step"].add_(1)
+    step = view["step"].double()
+    if where.cohort_scope != SHARED:
+        cohort = view["cohort"].long()
+        step = step.view(-1)[cohort]
+        if where.cohort_scope == PER_UNIT:
+            step = spread_units(where, step)
+    gain = spread_units(where, view["gain"].double()) if where.gain else 1.0
+    step_size = (gain * lr / (1 - beta1**step)).to(dtype)
+    sqrt_correction = (1 - beta2**step).sqrt().to(dtype)
+    decay = torch.as_tensor(1 - gain * lr * weight_decay, device=param.device).to(dtype)
+
+    exp_avg, exp_avg_sq = view["exp_avg"], view["exp_avg_sq"]
+    exp_avg.lerp_(g, 1 - beta1)
+    exp_avg_sq.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+    second = exp_avg_sq
+    if where.amsgrad:
+        second = torch.maximum(view["max_exp_avg_sq"], exp_avg_sq, out=view["max_exp_avg_sq"])
+
+    old = view["master"] if where.master else compact(param).to(dtype)
+    new = old * decay - step_size * (exp_avg / (second.sqrt() / sqrt_correction + eps))
+    if where.master:
+        view["master"].copy_(new)
+    if param.dtype in (torch.bfloat16, torch.float16) and not where.master:
+        entry = torch.arange(where.entries, device=param.device).view(where.compact_shape)
+        new = stochastic_round(new, random_bits(where.seed, step, entry), param.dtype)
+    new = new.to(param.dtype)
+    if positions is None:
+        param.copy_(new)
+    elif param.is_contiguous():
+        param.view(-1).index_copy_(0, positions, new.view(-1))
+    else:
+        flat = param.reshape(-1)
+        flat[positions] = new.view(-1)
+        param.copy_(flat.view(where.shape))
