@@ -163,9 +163,13 @@ class _UnitMask(Mask):
         if gain is not None:
             factor = torch.as_tensor(gain, dtype=torch.float32, device=index.device)
             if factor.shape != given.shape:
-                raise ValueError(f"gain: expected {given.numel()} factors, one a {name[:-1]}, got {tuple(factor.shape)}")
+                raise ValueError(
+                    f"gain: expected {given.numel()} factors, one a {name[:-1]}, got {tuple(factor.shape)}"
+                )
             if not bool((factor.isfinite() & (factor > 0)).all()):
-                raise ValueError(f"gain: expected finite factors above 0; leave a {name[:-1]} out of the mask to close it")
+                raise ValueError(
+                    f"gain: expected finite factors above 0; leave a {name[:-1]} out of the mask to close it"
+                )
             self.gain = factor[order].contiguous()
 
     @property

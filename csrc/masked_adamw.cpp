@@ -1,0 +1,92 @@
+// masked_adamw_ on the CPU.
+#include "masked_adamw.h"
+
+#include <algorithm>
+
+#include "cpu_level.h"
+#include "masked_adamw_args.h"
+#include "masked_adamw_cpu.h"
+
+namespace sparse_cl {
+namespace {
+
+// Entries that a thread takes at a time: enough to hide the cost of handing them out.
+constexpr int64_t kGrain = 32768;
+
+StepItems step_items() {
+#ifdef SPARSE_CL_X86_LEVELS
+  switch (cpu_level()) {
+    case CpuLevel::kAvx512:
+      return step_items_avx512;
+    case CpuLevel::kAvx2:
+      return step_items_avx2;
+    default:
+      break;
+  }
+#endif
+  return step_items_baseline;
+}
+
+// Work items of a task and how many make a chunk.
+struct Items {
+  int64_t count, per_chunk;
+};
+
+Items items_of(const Task& task) {
+  auto chunk = [](int64_t cost) { return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, cost)); };
+  switch (task.kind) {
+    case Kind::kDense:
+      return {task.numel, kGrain};
+    case Kind::kRows:
+      return {task.units, chunk(task.inner)};
+    case Kind::kColumns:
+      return {task.inner ? task.numel / task.inner : 0, chunk(task.inner)};
+    default:
+      return {(task.numel + kBlock - 1) / kBlock, kGrain / kBlock};
+  }
+}
+
+void masked_adamw_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> states, Tensor layout,
+                   double lr, std::optional<Tensor> lr_tensor, double beta1, double beta2, double eps,
+                   double weight_decay, bool maximize, std::optional<Tensor> grad_scale,
+                   std::optional<Tensor> found_inf) {
+  static const StepItems step_range = step_items();
+  check_scalar(lr_tensor, "lr_tensor", params);
+  check_scalar(grad_scale, "grad_scale", params);
+  check_scalar(found_inf, "found_inf", params);
+  Call call = make_call(params, grads, states, layout);
+  auto value = [](const Tensor& t) { return static_cast<double>(*static_cast<const float*>(t.data_ptr())); };
+  if (found_inf && value(*found_inf) != 0) return;
+  if (lr_tensor) lr = value(*lr_tensor);
+  const double sign = maximize ? -1.0 : 1.0;
+  const Step step{lr, beta1, beta2, eps, weight_decay, grad_scale ? sign / value(*grad_scale) : sign};
+
+  for (const Bucket& bucket : call.buckets) {
+    std::vector<int64_t> start{0};  // first chunk of each task
+    for (const Task& task : bucket.tasks) {
+      const Items items = items_of(task);
+      start.push_back(start.back() + (items.count + items.per_chunk - 1) / items.per_chunk);
+    }
+    torch::stable::parallel_for(0, start.back(), 1, [&](int64_t begin, int64_t end) {
+      size_t t = std::upper_bound(start.begin(), start.end(), begin) - start.begin() - 1;
+      for (int64_t chunk = begin; chunk < end;) {
+        while (start[t + 1] <= chunk) ++t;
+        const Items items = items_of(bucket.tasks[t]);
+        const int64_t last = std::min(end, start[t + 1]);
+        step_range(bucket.tasks[t], bucket.dtype, bucket.float_grad, step, (chunk - start[t]) * items.per_chunk,
+                   std::min((last - start[t]) * items.per_chunk, items.count));
+        chunk = last;
+      }
+    });
+    for (const Task& task : bucket.tasks)
+      for (int16_t c = 0; c < task.cohorts; ++c) ++task.steps()[c];
+  }
+  call.finish();
+}
+
+}  // namespace
+}  // namespace sparse_cl
+
+STABLE_TORCH_LIBRARY_IMPL(sparse_cl, CPU, m) {
+  m.impl("masked_adamw_", TORCH_BOX(&sparse_cl::masked_adamw_));
+}

@@ -1,0 +1,38 @@
+// What the CPU and CUDA kernels of masked_adamw_ are told. No torch.
+#pragma once
+
+#include <cstdint>
+
+#include "dispatch.h"
+
+namespace sparse_cl {
+
+enum class Kind : uint8_t { kDense, kRows, kColumns, kElements, kTwoFour };
+enum class Scope : uint8_t { kShared, kPerUnit, kPerEntry };
+
+constexpr int64_t kBlock = 1024;     // weights of an element mask that share one rank; layout.BLOCK
+constexpr int64_t kOffsetUnit = 64;  // layout.ALIGNMENT
+
+// One parameter. Sections of the state are offsets into it in units of kOffsetUnit bytes, 0 where absent; the step
+// counts (int32) lie at its start.
+struct Task {
+  void* param;
+  const void* grad;
+  char* state;
+  int64_t numel;  // of the parameter
+  int64_t inner;  // elements a row; for kColumns the number of columns
+  int32_t units;  // active rows or columns
+  uint32_t index, ranks, gain, cohort, exp_avg, exp_avg_sq, max_exp_avg_sq, master;
+  uint32_t seed;
+  int16_t cohorts;
+  Kind kind;
+  Scope scope;
+
+  template <typename T>
+  SPARSE_CL_HD T* at(uint32_t offset) const {
+    return offset ? reinterpret_cast<T*>(state + offset * kOffsetUnit) : nullptr;
+  }
+  SPARSE_CL_HD int32_t* steps() const { return reinterpret_cast<int32_t*>(state); }
+};
+
+}  // namespace sparse_cl

@@ -1,0 +1,198 @@
+// Checks what masked_adamw_ is given and turns it into tasks. Nothing has been written when a check fails.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cmath>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "masked_adamw.h"
+
+namespace sparse_cl {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Columns of the layout tensor, see FIELDS in sparse_cl/layout.py.
+enum Field {
+  kFieldKind,
+  kFieldUnits,
+  kFieldCohorts,
+  kFieldScope,
+  kFieldSeed,
+  kFieldIndex,
+  kFieldRanks,
+  kFieldGain,
+  kFieldCohort,
+  kFieldExpAvg,
+  kFieldExpAvgSq,
+  kFieldMaxExpAvgSq,
+  kFieldMaster,
+  kFields
+};
+
+// Parameters of one dtype whose gradients share a dtype: what one kernel can take.
+struct Bucket {
+  DType dtype;
+  bool float_grad;
+  std::vector<Task> tasks;
+};
+
+struct Call {
+  std::vector<Bucket> buckets;
+  std::vector<std::pair<Tensor, Tensor>> copies;  // strided parameter, contiguous stand-in
+  std::vector<Tensor> keep;                       // contiguous copies of strided gradients
+
+  // Writes stand-ins back to where they came from.
+  void finish() {
+    for (auto& [strided, contiguous] : copies) torch::stable::copy_(strided, contiguous);
+  }
+};
+
+inline DType dtype_of(const Tensor& t, size_t i) {
+  switch (t.scalar_type()) {
+    case ScalarType::Double:
+      return DType::kFloat64;
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    default:
+      STD_TORCH_CHECK(false, "masked_adamw_: params[", i, "]: expected float32, bfloat16, float16 or float64");
+  }
+}
+
+inline bool same_place(const Tensor& a, const Tensor& b) {
+  return a.is_cuda() == b.is_cuda() && a.is_cpu() == b.is_cpu() && a.get_device_index() == b.get_device_index();
+}
+
+inline bool same_shape(const Tensor& a, const Tensor& b) {
+  const auto x = a.sizes(), y = b.sizes();
+  if (x.size() != y.size()) return false;
+  for (size_t d = 0; d < x.size(); ++d)
+    if (x[d] != y[d]) return false;
+  return true;
+}
+
+// One element on the parameters' device, as float32 bits the kernel can read.
+inline void check_scalar(const std::optional<Tensor>& t, const char* name, const std::vector<Tensor>& params) {
+  if (!t || params.empty()) return;
+  STD_TORCH_CHECK(t->numel() == 1, "masked_adamw_: ", name, ": expected one element, got ", t->numel());
+  STD_TORCH_CHECK(t->scalar_type() == ScalarType::Float, "masked_adamw_: ", name, ": expected float32");
+  STD_TORCH_CHECK(same_place(*t, params[0]), "masked_adamw_: ", name, ": expected it on the parameters' device");
+}
+
+inline Call make_call(const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
+                      const std::vector<Tensor>& states, const Tensor& layout) {
+  STD_TORCH_CHECK(grads.size() == params.size() && states.size() == params.size(),
+                  "masked_adamw_: expected as many grads and states as params (", params.size(), "), got ",
+                  grads.size(), " and ", states.size());
+  STD_TORCH_CHECK(layout.is_cpu() && layout.scalar_type() == ScalarType::Long && layout.is_contiguous() &&
+                      layout.dim() == 2 && layout.size(0) == static_cast<int64_t>(params.size()) &&
+                      layout.size(1) == kFields,
+                  "masked_adamw_: layout: expected a contiguous int64 CPU tensor of shape (", params.size(), ", ",
+                  static_cast<int>(kFields), ")");
+  const int64_t* field = static_cast<const int64_t*>(layout.data_ptr());
+
+  Call call;
+  for (size_t i = 0; i < params.size(); ++i, field += kFields) {
+    const Tensor &param = params[i], &grad = grads[i], &state = states[i];
+    STD_TORCH_CHECK(same_shape(param, grad), "masked_adamw_: grads[", i, "]: expected the shape of params[", i, "]");
+    STD_TORCH_CHECK(same_place(param, params[0]) && same_place(param, grad) && same_place(param, state),
+                    "masked_adamw_: params[", i, "], its gradient and its state: expected all on one device");
+    const DType dtype = dtype_of(param, i);
+    const bool float_grad = dtype != DType::kFloat32 && grad.scalar_type() == ScalarType::Float;
+    STD_TORCH_CHECK(float_grad || grad.scalar_type() == param.scalar_type(), "masked_adamw_: grads[", i,
+                    "]: expected the dtype of params[", i, "] or float32");
+    STD_TORCH_CHECK(state.scalar_type() == ScalarType::Byte && state.is_contiguous(), "masked_adamw_: states[", i,
+                    "]: expected a contiguous uint8 tensor");
+
+    Task task{};
+    task.numel = param.numel();
+    task.kind = static_cast<Kind>(field[kFieldKind]);
+    task.units = static_cast<int32_t>(task.kind == Kind::kRows || task.kind == Kind::kColumns ? field[kFieldUnits] : 0);
+    task.cohorts = static_cast<int16_t>(field[kFieldCohorts]);
+    task.scope = static_cast<Scope>(field[kFieldScope]);
+    task.seed = static_cast<uint32_t>(field[kFieldSeed]);
+    STD_TORCH_CHECK(field[kFieldKind] >= 0 && field[kFieldKind] <= 4 && field[kFieldUnits] >= 0 && task.cohorts >= 1 &&
+                        task.cohorts <= 256,
+                    "masked_adamw_: layout[", i, "]: not a row that StateLayout.row() makes");
+    int64_t entries = task.numel;
+    if (task.kind == Kind::kRows) {
+      task.inner = task.numel && param.size(0) ? task.numel / param.size(0) : 0;
+      entries = task.units * task.inner;
+    } else if (task.kind == Kind::kColumns) {
+      task.inner = param.size(1);
+      entries = task.units * param.size(0);
+    } else if (task.kind == Kind::kElements) {
+      entries = field[kFieldUnits];
+    } else if (task.kind == Kind::kTwoFour) {
+      entries = task.numel / 2;
+    }
+    if (entries == 0) continue;
+
+    const int64_t acc_size = dtype == DType::kFloat64 ? 8 : 4;
+    const int64_t words = (task.numel + 31) / 32, blocks = (task.numel + kBlock - 1) / kBlock;
+    const bool by_unit = task.kind == Kind::kRows || task.kind == Kind::kColumns;
+    const int64_t per_unit = by_unit ? task.units : entries;
+    auto section = [&](Field f, int64_t bytes, bool required) -> uint32_t {
+      const int64_t offset = field[f];
+      STD_TORCH_CHECK(offset ? offset % kOffsetUnit == 0 && offset > 0 && offset + bytes <= state.numel() : !required,
+                      "masked_adamw_: states[", i, "]: does not hold what layout[", i, "] says (field ",
+                      static_cast<int>(f), ")");
+      return static_cast<uint32_t>(offset / kOffsetUnit);
+    };
+    STD_TORCH_CHECK(4 * task.cohorts <= state.numel(), "masked_adamw_: states[", i, "]: too short for its step counts");
+    task.index = section(kFieldIndex, 4 * (by_unit ? task.units : words), task.kind != Kind::kDense);
+    task.ranks = section(kFieldRanks, 4 * (blocks + 1), task.kind == Kind::kElements);
+    task.gain = section(kFieldGain, 4 * static_cast<int64_t>(task.units), false);
+    task.cohort =
+        section(kFieldCohort, task.scope == Scope::kPerEntry ? entries : per_unit, task.scope != Scope::kShared);
+    task.exp_avg = section(kFieldExpAvg, acc_size * entries, true);
+    task.exp_avg_sq = section(kFieldExpAvgSq, acc_size * entries, true);
+    task.max_exp_avg_sq = section(kFieldMaxExpAvgSq, acc_size * entries, false);
+    task.master = section(kFieldMaster, acc_size * entries, false);
+
+    Tensor value = param, gradient = grad;
+    if (!param.is_contiguous()) {
+      value = torch::stable::contiguous(param);
+      call.copies.emplace_back(param, value);
+    }
+    if (!grad.is_contiguous()) {
+      gradient = torch::stable::contiguous(grad);
+      call.keep.push_back(gradient);
+    }
+    task.param = value.data_ptr();
+    task.grad = gradient.data_ptr();
+    task.state = static_cast<char*>(state.data_ptr());
+
+    Bucket* bucket = nullptr;
+    for (auto& b : call.buckets)
+      if (b.dtype == dtype && b.float_grad == float_grad) bucket = &b;
+    if (!bucket) bucket = &call.buckets.emplace_back(Bucket{dtype, float_grad, {}});
+    bucket->tasks.push_back(task);
+  }
+  return call;
+}
+
+template <typename T>
+Hyper<T> make_hyper(double lr, double beta1, double beta2, double eps, double weight_decay) {
+  return {lr,
+          beta1,
+          beta2,
+          std::log(beta1),
+          std::log(beta2),
+          weight_decay,
+          static_cast<T>(1 - beta1),
+          static_cast<T>(beta2),
+          static_cast<T>(1 - beta2),
+          static_cast<T>(eps)};
+}
+
+}  // namespace sparse_cl

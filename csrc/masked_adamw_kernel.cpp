@@ -1,0 +1,263 @@
+// The CPU kernel of masked_adamw_. Compiled once for each CPU level, with SPARSE_CL_STEP_ITEMS naming its entry;
+// so everything else here has internal linkage, or the linker could keep the copy that only the newest CPUs run.
+#include <algorithm>
+
+#include "masked_adamw_cpu.h"
+
+namespace sparse_cl {
+namespace {
+
+constexpr int64_t kBuffer = 2 * kBlock;  // entries gathered at a time; they stay in the first-level cache
+
+// Contiguous active entries of one parameter, or gathered copies of them.
+template <typename P, typename G>
+struct Span {
+  using acc = typename Storage<P>::acc;
+  P* param;
+  const G* grad;
+  acc *exp_avg, *exp_avg_sq, *max_exp_avg_sq, *master;
+  const uint8_t* cohort;  // one an entry, or null
+  const float* gain;      // one an entry, or null
+  int64_t first;          // index of the first entry in the compact state
+  int64_t size;
+};
+
+template <typename T>
+struct Rule {
+  Hyper<T> hyper;
+  T grad_factor;
+  uint32_t seed;
+  int32_t cohorts;
+  int32_t step[256];
+  Rates<T> rates[256];
+
+  Rule(const Task& task, const Step& s)
+      : hyper{s.lr,           s.beta1,        s.beta2,    std::log(s.beta1), std::log(s.beta2),
+              s.weight_decay, T(1 - s.beta1), T(s.beta2), T(1 - s.beta2),    T(s.eps)},
+        grad_factor(static_cast<T>(s.grad_factor)),
+        seed(task.seed),
+        cohorts(task.cohorts) {
+    for (int32_t c = 0; c < cohorts; ++c) {
+      step[c] = task.steps()[c] + 1;
+      rates[c] = sparse_cl::rates<T>(hyper, hyper.lr, step[c], T(1));
+    }
+  }
+
+  Rates<T> with_gain(int32_t c, T gain) const {
+    const T rate = gain * static_cast<T>(hyper.lr);
+    return {T(1) - rate * static_cast<T>(hyper.weight_decay), gain * rates[c].step_size, rates[c].rsqrt_correction};
+  }
+};
+
+// Entries that differ in step count or gain.
+template <bool kAmsgrad, bool kMaster, typename P, typename G, typename T>
+void step_varying(const Span<P, G>& s, const Rule<T>& rule) {
+  for (int64_t i = 0; i < s.size; ++i) {
+    const int32_t c = s.cohort ? s.cohort[i] : 0;
+    const Rates<T> r = rule.with_gain(c, s.gain ? static_cast<T>(s.gain[i]) : T(1));
+    const T old = kMaster ? s.master[i] : Storage<P>::load(s.param[i]);
+    T unused = 0;
+    const T grad = static_cast<T>(Storage<G>::load(s.grad[i])) * rule.grad_factor;
+    const T now = adamw<T, kAmsgrad>(old, grad, s.exp_avg[i], s.exp_avg_sq[i], kAmsgrad ? s.max_exp_avg_sq[i] : unused,
+                                     rule.hyper, r);
+    const uint64_t entry = static_cast<uint64_t>(s.first + i);
+    if (kMaster) s.master[i] = now;
+    if (kMaster || !Storage<P>::kNarrow) {
+      s.param[i] = Storage<P>::store(now);
+    } else {
+      const uint32_t key = random_key(rule.seed, rule.step[c], static_cast<uint32_t>(entry >> 32));
+      s.param[i] = Storage<P>::store_stochastic(now, random_bits(key, static_cast<uint32_t>(entry)));
+    }
+  }
+}
+
+// Entries that share their rates, as vector code.
+template <bool kAmsgrad, bool kMaster, typename P, typename G, typename T>
+void step_uniform(const Span<P, G>& s, const Rule<T>& rule, int32_t cohort, const Rates<T>& rates) {
+  P* __restrict param = s.param;
+  const G* __restrict grad = s.grad;
+  T* __restrict exp_avg = s.exp_avg;
+  T* __restrict exp_avg_sq = s.exp_avg_sq;
+  T* __restrict max_exp_avg_sq = s.max_exp_avg_sq;
+  T* __restrict master = s.master;
+  const Hyper<T> hyper = rule.hyper;
+  const Rates<T> r = rates;
+  const T factor = rule.grad_factor;
+  const uint32_t lower = static_cast<uint32_t>(s.first);
+  const uint32_t key = random_key(rule.seed, rule.step[cohort], static_cast<uint32_t>(s.first >> 32));
+  const int64_t size = s.size;
+#pragma omp simd
+  for (int64_t i = 0; i < size; ++i) {
+    const T old = kMaster ? master[i] : Storage<P>::load(param[i]);
+    T m = exp_avg[i], v = exp_avg_sq[i], v_max = kAmsgrad ? max_exp_avg_sq[i] : T(0);
+    const T g = static_cast<T>(Storage<G>::load(grad[i])) * factor;
+    const T now = adamw<T, kAmsgrad>(old, g, m, v, v_max, hyper, r);
+    exp_avg[i] = m;
+    exp_avg_sq[i] = v;
+    if (kAmsgrad) max_exp_avg_sq[i] = v_max;
+    if (kMaster) master[i] = now;
+    if (kMaster || !Storage<P>::kNarrow)
+      param[i] = Storage<P>::store(now);
+    else
+      param[i] = Storage<P>::store_stochastic(now, random_bits(key, lower + static_cast<uint32_t>(i)));
+  }
+}
+
+template <bool kAmsgrad, bool kMaster, typename P, typename G>
+struct Kernel {
+  using T = typename Storage<P>::acc;
+
+  const Task& task;
+  const Rule<T> rule;
+  P* const param;
+  const G* const grad;
+  T *const exp_avg, *const exp_avg_sq, *const max_exp_avg_sq, *const master;
+  const int32_t* const index;
+  const float* const gain;
+  const uint8_t* const cohort;
+
+  Kernel(const Task& t, const Step& s)
+      : task(t),
+        rule(t, s),
+        param(static_cast<P*>(t.param)),
+        grad(static_cast<const G*>(t.grad)),
+        exp_avg(t.at<T>(t.exp_avg)),
+        exp_avg_sq(t.at<T>(t.exp_avg_sq)),
+        max_exp_avg_sq(t.at<T>(t.max_exp_avg_sq)),
+        master(t.at<T>(t.master)),
+        index(t.at<int32_t>(t.index)),
+        gain(t.at<float>(t.gain)),
+        cohort(t.at<uint8_t>(t.cohort)) {}
+
+  // Entries [first, first + size) of the compact state, whose values are at p and g.
+  Span<P, G> span(P* p, const G* g, int64_t first, int64_t size) const {
+    auto from = [first](T* section) { return section ? section + first : nullptr; };
+    return {p, g, from(exp_avg), from(exp_avg_sq), from(max_exp_avg_sq), from(master), nullptr, nullptr, first, size};
+  }
+
+  const uint8_t* entry_cohort(int64_t first) const { return task.scope == Scope::kPerEntry ? cohort + first : nullptr; }
+
+  void step(Span<P, G> s, int32_t shared_cohort, const Rates<T>& rates) const {
+    if (s.cohort || s.gain) return step_varying<kAmsgrad, kMaster>(s, rule);
+    // The random stream changes where the entry index passes 2^32.
+    const int64_t to_boundary = (int64_t{1} << 32) - (s.first & 0xFFFFFFFF);
+    if (s.size > to_boundary) {
+      Span<P, G> rest = span(s.param + to_boundary, s.grad + to_boundary, s.first + to_boundary, s.size - to_boundary);
+      s.size = to_boundary;
+      step_uniform<kAmsgrad, kMaster>(rest, rule, shared_cohort, rates);
+    }
+    step_uniform<kAmsgrad, kMaster>(s, rule, shared_cohort, rates);
+  }
+
+  void dense(int64_t begin, int64_t end) const {
+    Span<P, G> s = span(param + begin, grad + begin, begin, end - begin);
+    s.cohort = entry_cohort(begin);
+    step(s, 0, rule.rates[0]);
+  }
+
+  void rows(int64_t begin, int64_t end) const {
+    for (int64_t r = begin; r < end; ++r) {
+      const int64_t at = index[r] * task.inner, first = r * task.inner;
+      Span<P, G> s = span(param + at, grad + at, first, task.inner);
+      s.cohort = entry_cohort(first);
+      const int32_t c = task.scope == Scope::kPerUnit ? cohort[r] : 0;
+      const T g = gain ? static_cast<T>(gain[r]) : T(1);
+      if (s.cohort && gain) {
+        rows_of_both(s, g);
+      } else {
+        step(s, c, gain ? rule.with_gain(c, g) : rule.rates[c]);
+      }
+    }
+  }
+
+  // A row with a gain whose entries have step counts of their own.
+  void rows_of_both(Span<P, G> s, T g) const {
+    float repeated[kBuffer];
+    std::fill(repeated, repeated + std::min(kBuffer, s.size), static_cast<float>(g));
+    for (int64_t i = 0; i < s.size; i += kBuffer) {
+      Span<P, G> part = span(s.param + i, s.grad + i, s.first + i, std::min(kBuffer, s.size - i));
+      part.cohort = s.cohort + i;
+      part.gain = repeated;
+      step(part, 0, rule.rates[0]);
+    }
+  }
+
+  // Steps entries that lie at base + position[i]: gathered, stepped as a contiguous span, and put back.
+  template <typename Cohort, typename Gain>
+  void scattered(int64_t base, const int32_t* position, int64_t first, int64_t size, Cohort at_cohort,
+                 Gain at_gain) const {
+    P value[kBuffer];
+    G slope[kBuffer];
+    for (int64_t i = 0; i < size; ++i) {
+      value[i] = param[base + position[i]];
+      slope[i] = grad[base + position[i]];
+    }
+    Span<P, G> s = span(value, slope, first, size);
+    s.cohort = at_cohort;
+    s.gain = at_gain;
+    step(s, 0, rule.rates[0]);
+    for (int64_t i = 0; i < size; ++i) param[base + position[i]] = value[i];
+  }
+
+  void columns(int64_t begin, int64_t end) const {
+    for (int64_t row = begin; row < end; ++row)
+      for (int64_t u = 0; u < task.units; u += kBuffer) {
+        const int64_t first = row * task.units + u;
+        const uint8_t* c = task.scope == Scope::kPerUnit ? cohort + u : entry_cohort(first);
+        scattered(row * task.inner, index + u, first, std::min<int64_t>(kBuffer, task.units - u), c,
+                  gain ? gain + u : nullptr);
+      }
+  }
+
+  void bits(int64_t begin, int64_t end) const {
+    const uint32_t* words = reinterpret_cast<const uint32_t*>(index);
+    const int64_t start = begin * kBlock, stop = std::min(end * kBlock, task.numel);
+    int64_t first = task.kind == Kind::kElements ? task.at<int32_t>(task.ranks)[begin] : start / 2;
+    int32_t position[kBuffer + 32];
+    int64_t size = 0;
+    const int64_t base = start;
+    for (int64_t at = start; at < stop; at += 32) {
+      uint32_t word = words[at / 32];
+      while (word) {
+        position[size++] = static_cast<int32_t>(at - base) + __builtin_ctz(word);
+        word &= word - 1;
+      }
+      if (size > kBuffer - 32 || at + 32 >= stop) {
+        scattered(base, position, first, size, entry_cohort(first), static_cast<const float*>(nullptr));
+        first += size;
+        size = 0;
+      }
+    }
+  }
+
+  void operator()(int64_t begin, int64_t end) const {
+    switch (task.kind) {
+      case Kind::kDense:
+        return dense(begin, end);
+      case Kind::kRows:
+        return rows(begin, end);
+      case Kind::kColumns:
+        return columns(begin, end);
+      default:
+        return bits(begin, end);
+    }
+  }
+};
+
+}  // namespace
+
+void SPARSE_CL_STEP_ITEMS(const Task& task, DType dtype, bool float_grad, const Step& step, int64_t begin,
+                          int64_t end) {
+  dispatch(dtype, float_grad, [&](auto p, auto g) {
+    using P = decltype(p);
+    using G = decltype(g);
+    if (task.max_exp_avg_sq)
+      task.master ? Kernel<true, true, P, G>(task, step)(begin, end)
+                  : Kernel<true, false, P, G>(task, step)(begin, end);
+    else
+      task.master ? Kernel<false, true, P, G>(task, step)(begin, end)
+                  : Kernel<false, false, P, G>(task, step)(begin, end);
+  });
+}
+
+}  // namespace sparse_cl

@@ -1,0 +1,17 @@
+"""Optimizers that update only what is free: fine-tune one language model on domain after domain."""
+
+from sparse_cl.info import build_info
+from sparse_cl.masks import ColumnMask, ElementMask, RowMask, TwoFourMask, load_masks, save_masks
+from sparse_cl.optim import SparseMaskedAdamW
+
+__all__ = [
+    "ColumnMask",
+    "ElementMask",
+    "RowMask",
+    "SparseMaskedAdamW",
+    "TwoFourMask",
+    "build_info",
+    "load_masks",
+    "save_masks",
+]
+__version__ = "0.1.0"

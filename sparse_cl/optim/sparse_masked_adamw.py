@@ -1,0 +1,525 @@
+"""AdamW that touches only the active entries of each parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from sparse_cl import ops
+from sparse_cl.masks import Mask
+from sparse_cl.optim.state import ParameterState, carry_state, new_state, read_state
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass
+class _Plan:
+    """What a step of some parameters hands to the op and need not be gathered again."""
+
+    params: list[Tensor]
+    positions: list[int]  # in group["params"]
+    buffers: list[Tensor]
+    layout: Tensor
+
+
+@dataclass
+class _GroupPlan:
+    key: tuple
+    with_grad: list[bool]
+    state_ids: list[int]
+    state_dicts: list[dict[str, Tensor]]
+    plans: list[_Plan]
+
+
+class SparseMaskedAdamW(Optimizer):
+    """AdamW (Loshchilov & Hutter 2019) whose parameters may each have a mask.
+
+    Entries outside a mask never change by a bit, whatever weight decay, momentum or dtype, and cost no state. A
+    parameter without a mask is updated densely; one with an empty mask not at all. Active entries get exactly the
+    update that ``torch.optim.AdamW`` gives them, with bias correction by the number of updates that the entry itself
+    has had.
+
+    Args:
+        params: tensors, parameter groups, or ``model.named_parameters()``.
+        lr: learning rate, a float or a one-element tensor.
+        betas: decay rates of the first and second moment, each in [0, 1).
+        eps: added to the denominator.
+        weight_decay: decoupled weight decay.
+        amsgrad: use the running maximum of the second moment.
+        maximize: ascend instead of descend.
+        capturable: state that a CUDA graph may capture ``step``; no step synchronises with the host in any case.
+        masks: ``{parameter or its name: Mask}``. Names need ``named_parameters()``.
+        master_weights: keep a float32 copy of the active entries of bfloat16 and float16 parameters. Without it they
+            are rounded stochastically after each step. With it, values written into such a parameter from outside
+            are overwritten by the next step, since the copy is what is stepped.
+
+    Moments are float32 (float64 for float64 parameters). Gradients may be in the parameter's dtype or float32. State
+    of a parameter: ``step`` (int32), ``exp_avg``, ``exp_avg_sq``, where asked for ``max_exp_avg_sq`` and ``master``,
+    each in the mask's compact shape: (k, *rest) for k rows, (m, k) for k columns, (m, n/2) for 2:4, (k,) for k
+    elements; and the mask's index (``rows``, ``columns``, ``bits``, ``two_four_bits``).
+
+    Raises:
+        ValueError: a hyperparameter out of range, a mask that fits no parameter, a parameter given twice.
+    """
+
+    _step_supports_amp_scaling = True
+
+    def __init__(
+        self,
+        params,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        capturable: bool = False,
+        masks: Mapping[Tensor | str, Mask] | None = None,
+        master_weights: bool = True,
+        **refused: Any,
+    ):
+        for name, value in refused.items():
+            if name not in ("foreach", "fused", "differentiable"):
+                raise TypeError(f"SparseMaskedAdamW has no argument {name!r}")
+            if value or (name != "differentiable" and value is not None):
+                raise ValueError(f"{name}={value!r} is not supported: every step is one fused op; leave {name} out")
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "amsgrad": amsgrad,
+            "maximize": maximize,
+            "capturable": capturable,
+            "master_weights": master_weights,
+        }
+        _check_group(defaults)
+        self._masks: dict[Tensor, Mask] = {}
+        self._forget_plans()
+        super().__init__(params, defaults)
+        self._masks = self._resolve(masks or {})
+
+    # What torch.optim.Optimizer asks of a subclass.
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        group = dict(param_group)
+        _check_group({**self.defaults, **{k: v for k, v in group.items() if k != "params"}})
+        if isinstance(group["params"], Tensor):
+            group["params"] = [group["params"]]
+        elif isinstance(group["params"], Iterable) and not isinstance(group["params"], set):
+            group["params"] = list(group["params"])
+            seen = {id(p): None for g in self.param_groups for p in g["params"]}
+            for i, given in enumerate(group["params"]):
+                named = isinstance(given, tuple)
+                param = given[1] if named else given
+                name = repr(given[0]) if named else f"number {i} of group {len(self.param_groups)}"
+                if id(param) in seen:
+                    raise ValueError(f"params: parameter {name} is given twice; pass each parameter once")
+                seen[id(param)] = None
+                if isinstance(param, Tensor) and param.dtype not in _DTYPES:
+                    raise TypeError(
+                        f"params: parameter {name} is {param.dtype}; expected float32, bfloat16, float16 or float64"
+                    )
+        super().add_param_group(group)
+        self._forget_plans()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_masks": self._masks, "_mismatch": self._mismatch}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._packed: dict[Tensor, ParameterState] = {}
+        self._group_plans: dict[int, _GroupPlan] = {}
+        for group in self.param_groups:
+            for name, value in (("amsgrad", False), ("maximize", False), ("capturable", False)):
+                group.setdefault(name, value)
+            group.setdefault("master_weights", self.defaults.get("master_weights", True))
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Steps all active entries of all parameters that have a gradient.
+
+        Args:
+            closure: re-evaluates the model and returns the loss.
+        """
+        self._cuda_graph_capture_health_check()
+        if self._mismatch:
+            raise ValueError(self._mismatch)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        for number, group in enumerate(self.param_groups):
+            grads = [p.grad for p in group["params"]]
+            lr, (beta1, beta2) = group["lr"], group["betas"]
+            for plan in self._plans(number, group, grads):
+                plan_grads = [grads[i] for i in plan.positions]
+                device = plan.params[0].device
+                lr_tensor = None
+                if isinstance(lr, Tensor) and lr.device.type != "cpu":
+                    lr_tensor = _scalar_on(lr, device)
+                try:
+                    ops.masked_adamw_(
+                        plan.params,
+                        plan_grads,
+                        plan.buffers,
+                        plan.layout,
+                        0.0 if lr_tensor is not None else float(lr),
+                        lr_tensor,
+                        float(beta1),
+                        float(beta2),
+                        group["eps"],
+                        group["weight_decay"],
+                        group["maximize"],
+                        _scalar_on(grad_scale, device),
+                        _scalar_on(found_inf, device),
+                    )
+                except RuntimeError as error:
+                    self._explain(plan.params, plan_grads, error)
+                    raise
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads what :meth:`state_dict` gave, or the state of a ``torch.optim.AdamW``; dtypes stay exact.
+
+        State made under other masks than this optimizer's is kept under its own. The next step refuses to run and
+        names the first parameter that differs, unless :meth:`set_masks` is called before: it carries the loaded
+        state over.
+
+        Raises:
+            ValueError: other groups, other shapes, missing entries. The optimizer is as before then.
+        """
+        captured: dict[Tensor, ParameterState] = {}
+
+        def capture(_, given):
+            # Read before anything changes, and hide the tensors from the base class, which would cast them all to
+            # the parameter's dtype.
+            own = [p for group in self.param_groups for p in group["params"]]
+            ids = [i for group in given["param_groups"] for i in group["params"]]
+            options = [group for group in given["param_groups"] for _ in group["params"]]
+            for param, i, group in zip(own, ids, options, strict=False):
+                if given["state"].get(i):
+                    try:
+                        captured[param] = read_state(param, _copied(given["state"][i]), **self._options(param, group))
+                    except (ValueError, RuntimeError) as error:
+                        raise ValueError(f"state of parameter {self._name(param)}: {error}") from error
+            return {**given, "state": {k: v for k, v in given["state"].items() if k not in set(ids)}}
+
+        def restore(_):
+            for param, state in captured.items():
+                self._set_state(param, state)
+            self._mismatch = self._find_mismatch()
+
+        hooks = [
+            self.register_load_state_dict_pre_hook(capture),
+            self.register_load_state_dict_post_hook(restore, prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    # What this optimizer adds.
+
+    @property
+    def masks(self) -> dict[Tensor | str, Mask]:
+        """The masks in force: by name if the parameters are named, else by parameter."""
+        names = self._names()
+        return {names.get(p, p): mask for p, mask in self._masks.items()}
+
+    @torch.no_grad()
+    def set_masks(self, masks: Mapping[Tensor | str, Mask], carry: str = "intersection") -> None:
+        """Replaces all masks; parameters that ``masks`` does not name become dense.
+
+        Args:
+            masks: ``{parameter or its name: Mask}``.
+            carry: ``"intersection"``: entries that stay active keep their moments, master and step count, and the
+                rest is dropped. ``"none"``: every parameter whose mask changes starts anew.
+
+        Raises:
+            ValueError: as the constructor; the optimizer is as before then.
+        """
+        if carry not in ("intersection", "none"):
+            raise ValueError(f"carry: expected 'intersection' or 'none', got {carry!r}")
+        resolved = self._resolve(masks)
+        for param in [p for group in self.param_groups for p in group["params"] if self.state.get(p)]:
+            packed, mask = self._pack(param), resolved.get(param)
+            if _same_mask(packed.mask, mask):
+                continue
+            carried = carry_state(param, packed, mask) if carry == "intersection" else None
+            if carried is None:
+                self.state.pop(param)
+                self._packed.pop(param, None)
+            else:
+                self._set_state(param, carried)
+        self._masks = resolved
+        self._mismatch = None
+        self._group_plans = {}
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float) -> Tensor:
+        """Scales the active entries of all gradients so that their joint 2-norm is at most ``max_norm``.
+
+        Returns:
+            The norm before scaling, a 0-d tensor on the device of the first gradient. Inactive entries neither count
+            nor change.
+        """
+        if not max_norm > 0:
+            raise ValueError(f"max_norm: expected a number above 0, got {max_norm}")
+        active = [
+            (p.grad, self._masks.get(p)) for group in self.param_groups for p in group["params"] if p.grad is not None
+        ]
+        if not active:
+            return torch.tensor(0.0)
+        device = active[0][0].device
+        picked = [_pick(grad, mask) for grad, mask in active]
+        norms = [torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in picked]
+        norm = torch.linalg.vector_norm(torch.stack([n.to(device) for n in norms]))
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        for (grad, mask), values in zip(active, picked, strict=True):
+            _put(grad, mask, values.mul_(factor.to(grad.device, values.dtype)))
+        return norm
+
+    def state_bytes(self) -> int:
+        """Bytes of all optimizer state, mask indices included."""
+        return sum(v.nbytes for state in self.state.values() for v in state.values() if isinstance(v, Tensor))
+
+    def _forget_plans(self) -> None:
+        self._mismatch: str | None = getattr(self, "_mismatch", None)
+        self._packed: dict[Tensor, ParameterState] = getattr(self, "_packed", {})
+        self._group_plans: dict[int, _GroupPlan] = {}
+
+    def _plans(self, number: int, group: dict[str, Any], grads: list[Tensor | None]) -> list[_Plan]:
+        with_grad = [g is not None for g in grads]
+        key = (group["amsgrad"], group["master_weights"], len(grads))
+        plan = self._group_plans.get(number)
+        if (
+            plan is None
+            or plan.key != key
+            or plan.with_grad != with_grad
+            or plan.state_ids != [id(v) for d in plan.state_dicts for v in d.values()]
+            or any(self.state.get(p) is not d for p, d in zip(_stepped(plan), plan.state_dicts, strict=True))
+        ):
+            plan = self._make_plan(key, with_grad, group, grads)
+            self._group_plans[number] = plan
+        if any(g.layout is not torch.strided for g in chain(*([grads[i] for i in p.positions] for p in plan.plans))):
+            self._refuse_sparse(group, grads)
+        return plan.plans
+
+    def _make_plan(self, key, with_grad, group, grads) -> _GroupPlan:
+        by_device: dict[torch.device, list[int]] = {}
+        for i, (param, grad) in enumerate(zip(group["params"], grads, strict=True)):
+            if grad is None:
+                continue
+            if grad.layout is not torch.strided:
+                self._refuse_sparse(group, grads)
+            mask = self._masks.get(param)
+            if param.numel() and (mask is None or mask.numel):
+                by_device.setdefault(param.device, []).append(i)
+        plans, dicts = [], []
+        for positions in by_device.values():
+            params = [group["params"][i] for i in positions]
+            packed = [self._pack(p, **self._options(p, group)) for p in params]
+            layout = torch.tensor([state.layout.row() for state in packed], dtype=torch.int64)
+            plans.append(_Plan(params, positions, [state.buffer for state in packed], layout))
+            dicts += [self.state[p] for p in params]
+        return _GroupPlan(key, with_grad, [id(v) for d in dicts for v in d.values()], dicts, plans)
+
+    def _pack(self, param: Tensor, **options) -> ParameterState:
+        """The state of ``param`` in one buffer: made if there is none, packed again if its tensors were replaced."""
+        current, packed = self.state.get(param), self._packed.get(param)
+        if not current:
+            packed = new_state(param, self._masks.get(param), **options)
+            self._set_state(param, packed)
+            return packed
+        wanted = {k: options[k] for k in ("amsgrad", "master") if k in options}
+        if packed is not None and all(current.get(k) is v for k, v in packed.views.items()):
+            if all(getattr(packed.layout, k) == v for k, v in wanted.items()):
+                return packed
+        if not options:
+            options = {
+                "amsgrad": "max_exp_avg_sq" in current,
+                "master": "master" in current,
+                "seed": self._ordinal(param),
+            }
+        packed = read_state(param, current, **options)
+        self._set_state(param, packed)
+        return packed
+
+    def _set_state(self, param: Tensor, packed: ParameterState) -> None:
+        self._packed[param] = packed
+        self.state[param] = dict(packed.views)
+
+    def _options(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
+        narrow = param.dtype in (torch.bfloat16, torch.float16)
+        return {
+            "amsgrad": bool(group.get("amsgrad", False)),
+            "master": narrow and bool(group.get("master_weights", self.defaults["master_weights"])),
+            "seed": self._ordinal(param),
+        }
+
+    def _ordinal(self, param: Tensor) -> int:
+        return next(i for i, p in enumerate(chain(*(g["params"] for g in self.param_groups))) if p is param)
+
+    def _names(self) -> dict[Tensor, str]:
+        return {
+            p: name
+            for group in self.param_groups
+            for p, name in zip(group["params"], group.get("param_names", ()), strict=False)
+        }
+
+    def _name(self, param: Tensor) -> str:
+        name = self._names().get(param)
+        if name is not None:
+            return repr(name)
+        for number, group in enumerate(self.param_groups):
+            for i, p in enumerate(group["params"]):
+                if p is param:
+                    return f"number {i} of group {number}"
+        return "of another optimizer"
+
+    def _resolve(self, masks: Mapping[Tensor | str, Mask]) -> dict[Tensor, Mask]:
+        if not isinstance(masks, Mapping):
+            raise TypeError(f"masks: expected {{parameter or name: Mask}}, got {type(masks).__name__}")
+        own = {id(p): p for group in self.param_groups for p in group["params"]}
+        by_name = {name: p for p, name in self._names().items()}
+        resolved: dict[Tensor, Mask] = {}
+        for key, mask in masks.items():
+            if isinstance(key, str):
+                if not by_name:
+                    raise ValueError(
+                        f"masks: {key!r} is a name, but the parameters have none; pass "
+                        "model.named_parameters() as params, or use parameters as keys"
+                    )
+                if key not in by_name:
+                    raise ValueError(
+                        f"masks: no parameter is named {key!r}; the first names are {', '.join(list(by_name)[:3])}"
+                    )
+                param = by_name[key]
+            elif id(key) in own:
+                param = own[id(key)]
+            else:
+                raise ValueError("masks: a key is no parameter of this optimizer; expected parameters or their names")
+            if not isinstance(mask, Mask):
+                raise TypeError(f"masks: parameter {self._name(param)}: expected a Mask, got {type(mask).__name__}")
+            if mask.shape != param.shape:
+                raise ValueError(
+                    f"masks: parameter {self._name(param)} has shape {tuple(param.shape)}, "
+                    f"but its mask is for {tuple(mask.shape)}"
+                )
+            if param in resolved:
+                raise ValueError(f"masks: parameter {self._name(param)} has two masks, by name and by itself")
+            resolved[param] = mask
+        return resolved
+
+    def _find_mismatch(self) -> str | None:
+        for param, packed in self._packed.items():
+            mine, loaded = self._masks.get(param), packed.mask
+            if not _same_mask(mine, loaded):
+                return (
+                    f"parameter {self._name(param)}: its loaded state was made under {loaded or 'no mask'}, but "
+                    f"this optimizer has {mine or 'no mask'}; call set_masks with the masks to go on with"
+                )
+        return None
+
+    def _refuse_sparse(self, group, grads) -> None:
+        for param, grad in zip(group["params"], grads, strict=True):
+            if grad is not None and grad.layout is not torch.strided:
+                raise RuntimeError(
+                    f"parameter {self._name(param)}: SparseMaskedAdamW takes dense gradients, got "
+                    f"{grad.layout}; use sparse=False in the embedding"
+                )
+
+    def _explain(self, params: list[Tensor], grads: list[Tensor], error: RuntimeError) -> None:
+        """Raises an error that names the parameter at fault, if one is."""
+        for param, grad in zip(params, grads, strict=True):
+            state = self._packed[param].buffer
+            for what, got, expected in (
+                ("gradient has shape", tuple(grad.shape), tuple(param.shape)),
+                ("gradient is on", grad.device, param.device),
+                ("state is on", state.device, param.device),
+            ):
+                if got != expected:
+                    raise ValueError(f"parameter {self._name(param)}: its {what} {got}, expected {expected}") from error
+            if grad.dtype not in (param.dtype, torch.float32):
+                raise ValueError(
+                    f"parameter {self._name(param)}: its gradient is {grad.dtype}, expected {param.dtype} "
+                    "or torch.float32"
+                ) from error
+
+
+def _stepped(plan: _GroupPlan) -> Iterable[Tensor]:
+    return chain(*(p.params for p in plan.plans))
+
+
+def _same_mask(a: Mask | None, b: Mask | None) -> bool:
+    return a is b or (a is not None and b is not None and a == b)
+
+
+def _copied(entries: Mapping[str, Any]) -> dict[str, Any]:
+    """A checkpoint must not share memory with the optimizer that loads it."""
+    storages: dict[int, torch.UntypedStorage] = {}
+    result = {}
+    for name, value in entries.items():
+        if isinstance(value, Tensor):
+            storage = value.untyped_storage()
+            copy = storages.setdefault(storage.data_ptr(), None) or storage.clone()
+            storages[storage.data_ptr()] = copy
+            value = torch.empty(0, dtype=value.dtype, device=value.device).set_(
+                copy, value.storage_offset(), value.shape, value.stride()
+            )
+        result[name] = value
+    return result
+
+
+def _scalar_on(value: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if value is None else value.to(device=device, dtype=torch.float32, non_blocking=True)
+
+
+def _pick(grad: Tensor, mask: Mask | None) -> Tensor:
+    if mask is None:
+        return grad
+    return grad.reshape(-1)[mask.to(grad.device).positions()]
+
+
+def _put(grad: Tensor, mask: Mask | None, values: Tensor) -> None:
+    if mask is None:
+        return
+    positions = mask.to(grad.device).positions()
+    if grad.is_contiguous():
+        grad.view(-1).index_copy_(0, positions, values)
+    else:
+        flat = grad.reshape(-1).index_copy(0, positions, values)
+        grad.copy_(flat.view(grad.shape))
+
+
+def _check_group(group: Mapping[str, Any]) -> None:
+    def refuse(name: str, expected: str) -> None:
+        raise ValueError(f"{name}: expected {expected}, got {group[name]!r}")
+
+    if group.get("differentiable"):
+        refuse("differentiable", "False: SparseMaskedAdamW steps in place, outside autograd")
+    for name in ("foreach", "fused"):
+        if group.get(name):
+            refuse(name, "nothing: every step is one fused op")
+    lr, betas = group["lr"], group["betas"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        refuse("lr", "a float or a one-element tensor")
+    if not float(lr) >= 0.0:
+        refuse("lr", "a number of at least 0")
+    if len(betas) != 2 or any(isinstance(b, Tensor) and b.numel() != 1 for b in betas):
+        refuse("betas", "two numbers or one-element tensors")
+    if not all(0.0 <= float(b) < 1.0 for b in betas):
+        refuse("betas", "two numbers in [0, 1)")
+    for name in ("eps", "weight_decay"):
+        if not group[name] >= 0.0:
+            refuse(name, "a number of at least 0")

@@ -1,0 +1,226 @@
+"""The state of one parameter: made, taken from a checkpoint, and carried from one mask to the next."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from sparse_cl.layout import (
+    COLUMNS,
+    DENSE,
+    INDEX_NAME,
+    PER_ENTRY,
+    PER_UNIT,
+    ROWS,
+    SHARED,
+    StateLayout,
+    state_dtype,
+)
+from sparse_cl.masks import Mask, from_sections
+from sparse_cl.reference import active_positions
+
+_MAX_COHORTS = 256
+_MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+
+
+@dataclass
+class ParameterState:
+    """A state buffer, its layout, and the typed views that ``optimizer.state[p]`` shows."""
+
+    layout: StateLayout
+    buffer: Tensor
+    views: dict[str, Tensor]
+
+    @property
+    def mask(self) -> Mask | None:
+        return mask_of(self.layout, self.views)
+
+
+def mask_of(layout: StateLayout, views: Mapping[str, Tensor]) -> Mask | None:
+    """The mask that a state was made for, sharing its memory; None for a dense state."""
+    return None if layout.kind == DENSE else from_sections(layout.kind, layout.shape, views)
+
+
+def layout_for(param: Tensor, mask: Mask | None, **options) -> StateLayout:
+    if mask is not None:
+        return mask.layout(param.dtype, **options)
+    shape = tuple(param.shape)
+    return StateLayout(DENSE, shape, math.prod(shape), state_dtype(param.dtype), **options)
+
+
+def new_state(param: Tensor, mask: Mask | None, **options) -> ParameterState:
+    """Zero moments, step count 0, and a master copy (option ``master``) of the active entries of ``param``."""
+    layout = layout_for(param, mask, **options)
+    buffer, views = layout.allocate(param.device)
+    if mask is not None:
+        for name, section in mask.sections().items():
+            views[name].copy_(section)
+    if layout.master:
+        views["master"].copy_(_compact(param, layout, views))
+    return ParameterState(layout, buffer, views)
+
+
+def read_state(param: Tensor, entries: Mapping[str, Tensor], **options) -> ParameterState:
+    """A state from the tensors of a checkpoint, ours or ``torch.optim.AdamW``'s.
+
+    Tensors that already share one well-formed buffer are taken as they are, others copied to ``param``'s device.
+
+    Raises:
+        ValueError: a section is missing or has another shape than the parameter and its mask imply.
+    """
+    missing = {"step", "exp_avg", "exp_avg_sq"} - entries.keys()
+    if missing:
+        raise ValueError(f"state has no {', '.join(sorted(missing))}")
+    kind = next((kind for kind, name in INDEX_NAME.items() if name in entries), DENSE)
+    step = torch.as_tensor(entries["step"])
+    cohort = entries.get("cohort")
+    index = entries.get(INDEX_NAME.get(kind))
+    if kind in (ROWS, COLUMNS):
+        units = index.numel()
+    else:
+        units = entries["exp_avg"].numel()
+    scope = SHARED
+    if cohort is not None:
+        scope = PER_UNIT if kind in (ROWS, COLUMNS) and cohort.numel() == units else PER_ENTRY
+    layout = StateLayout(
+        kind,
+        tuple(param.shape),
+        units,
+        state_dtype(param.dtype),
+        gain="gain" in entries,
+        cohorts=step.numel(),
+        cohort_scope=scope,
+        **options,
+    )
+    adopted = _adopt(layout, entries, param.device)
+    if adopted is not None:
+        return adopted
+    expected = layout.sections()
+    buffer, views = layout.allocate(param.device)
+    for name, view in views.items():
+        if name in entries:
+            given = torch.as_tensor(entries[name])
+            if given.shape != view.shape and not (name == "step" and given.numel() == view.numel()):
+                raise ValueError(f"{name}: expected shape {tuple(view.shape)}, got {tuple(given.shape)}")
+            view.copy_(given.view(view.shape))
+        elif name == "max_exp_avg_sq":
+            view.copy_(views["exp_avg_sq"])
+        elif name == "master":
+            view.copy_(_compact(param, layout, views))
+        else:
+            raise ValueError(f"state has no {name}")
+    assert views.keys() >= {n for n in expected if n != "index"}
+    return ParameterState(layout, buffer, views)
+
+
+def carry_state(param: Tensor, old: ParameterState, mask: Mask | None) -> ParameterState | None:
+    """The state under a new mask: entries active before and after keep moments, master and step count.
+
+    Returns None if no entry is active in both.
+    """
+    bare = replace(old.layout, cohorts=1, cohort_scope=SHARED)
+    options = {"amsgrad": bare.amsgrad, "master": bare.master, "seed": bare.seed}
+    target = layout_for(param, mask, **options)
+    by_unit = old.layout.kind == target.kind and target.kind in (ROWS, COLUMNS) and old.layout.cohort_scope != PER_ENTRY
+    if by_unit:
+        name = INDEX_NAME[target.kind]
+        old_ids, new_ids = old.views[name].long(), mask.index.to(param.device).long()
+        dim = 0 if target.kind == ROWS else 1
+    else:
+        sections = {} if mask is None else {k: v.to(param.device) for k, v in mask.sections().items()}
+        old_ids = active_positions(old.layout, old.views, param.device)
+        new_ids = active_positions(target, sections, param.device)
+        dim = 0
+    if old_ids.numel() == 0 or new_ids.numel() == 0:
+        return None
+    source = torch.searchsorted(old_ids, new_ids).clamp_(max=old_ids.numel() - 1)
+    kept = old_ids[source] == new_ids
+    if not bool(kept.any()):
+        return None
+
+    counts = torch.where(kept, _counts(old, by_unit)[source], 0)
+    table, cohort = _cohorts(counts)
+    scope = SHARED if table.numel() == 1 else PER_UNIT if by_unit else PER_ENTRY
+    if scope == PER_ENTRY and target.kind in (ROWS, COLUMNS):
+        scope, cohort = _by_unit_if_uniform(target, cohort)
+    fresh = new_state(param, mask, **options, cohorts=table.numel(), cohort_scope=scope)
+    fresh.views["step"].copy_(table.view(fresh.views["step"].shape))
+    if scope != SHARED:
+        fresh.views["cohort"].copy_(cohort.view(fresh.views["cohort"].shape))
+
+    to = kept.nonzero().view(-1)
+    for name in (*_MOMENTS, "master"):
+        if name in fresh.views:
+            before, after = old.views[name], fresh.views[name]
+            if not by_unit:
+                before, after = before.view(-1), after.view(-1)
+            after.index_copy_(dim, to, before.index_select(dim, source[to]))
+    return fresh
+
+
+def _compact(param: Tensor, layout: StateLayout, views: Mapping[str, Tensor]) -> Tensor:
+    if layout.kind == DENSE:
+        return param
+    if layout.kind in (ROWS, COLUMNS):
+        return param.index_select(0 if layout.kind == ROWS else 1, views[INDEX_NAME[layout.kind]])
+    return param.reshape(-1)[active_positions(layout, views, param.device)].view(layout.compact_shape)
+
+
+def _adopt(layout: StateLayout, entries: Mapping[str, Tensor], device: torch.device) -> ParameterState | None:
+    """The buffer that ``entries`` are already views of, as after a deep copy or ``torch.load``; else None."""
+    step = entries["step"]
+    if not isinstance(step, Tensor) or step.device != device:
+        return None
+    storage, start = step.untyped_storage(), step.storage_offset() * step.element_size()
+    for name, (offset, shape, dtype) in layout.sections().items():
+        tensor = entries.get(INDEX_NAME[layout.kind] if name == "index" else name)
+        if (
+            tensor is None
+            or tensor.dtype != dtype
+            or tuple(tensor.shape) != tuple(shape)
+            or not tensor.is_contiguous()
+            or tensor.untyped_storage().data_ptr() != storage.data_ptr()
+            or tensor.storage_offset() * tensor.element_size() != start + offset
+        ):
+            return None
+    buffer = torch.empty(0, dtype=torch.uint8, device=device).set_(storage, start, (layout.nbytes,))
+    return ParameterState(layout, buffer, layout.views(buffer))
+
+
+def _counts(old: ParameterState, by_unit: bool) -> Tensor:
+    """int64: step count of each unit or entry of a state."""
+    layout, step = old.layout, old.views["step"].long()
+    size = layout.units if by_unit else layout.entries
+    if layout.cohort_scope == SHARED:
+        return step.view(1).expand(size)
+    counts = step[old.views["cohort"].long()]
+    if by_unit or layout.cohort_scope == PER_ENTRY:
+        return counts.reshape(-1)
+    if layout.kind == ROWS:
+        counts = counts.view(-1, *[1] * (len(layout.shape) - 1))
+    return counts.expand(layout.compact_shape).reshape(-1)
+
+
+def _cohorts(counts: Tensor) -> tuple[Tensor, Tensor]:
+    """Distinct counts, and for each entry which of them it has.
+
+    At most 256 fit. Past that the largest are taken as one: there bias correction is 1 to many digits.
+    """
+    table, cohort = counts.unique(return_inverse=True)
+    if table.numel() > _MAX_COHORTS:
+        table = torch.cat([table[: _MAX_COHORTS - 1], table[-1:]])
+        cohort = cohort.clamp(max=_MAX_COHORTS - 1)
+    return table, cohort
+
+
+def _by_unit_if_uniform(layout: StateLayout, cohort: Tensor) -> tuple[int, Tensor]:
+    shaped = cohort.view(layout.compact_shape)
+    shaped = shaped.reshape(layout.units, -1) if layout.kind == ROWS else shaped.t()
+    first = shaped[:, :1]
+    if bool((shaped == first).all()):
+        return PER_UNIT, first.reshape(-1)
+    return PER_ENTRY, cohort
