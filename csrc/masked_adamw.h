@@ -14,13 +14,13 @@ constexpr int64_t kBlock = 1024;     // weights of an element mask that share on
 constexpr int64_t kOffsetUnit = 64;  // layout.ALIGNMENT
 
 // One parameter. Sections of the state are offsets into it in units of kOffsetUnit bytes, 0 where absent; the step
-// counts (int32) lie at its start.
+// counts (int32) lie at its start, then the ticket of the CUDA kernel, which is 0 between launches.
 struct Task {
   void* param;
   const void* grad;
   char* state;
   int64_t numel;  // of the parameter
-  int64_t inner;  // elements a row; for kColumns the number of columns
+  int64_t inner;  // elements a row; for kColumns the number of columns; for kElements of active entries
   int32_t units;  // active rows or columns
   uint32_t index, ranks, gain, cohort, exp_avg, exp_avg_sq, max_exp_avg_sq, master;
   uint32_t seed;
@@ -33,6 +33,7 @@ struct Task {
     return offset ? reinterpret_cast<T*>(state + offset * kOffsetUnit) : nullptr;
   }
   SPARSE_CL_HD int32_t* steps() const { return reinterpret_cast<int32_t*>(state); }
+  SPARSE_CL_HD uint32_t* ticket() const { return reinterpret_cast<uint32_t*>(state) + cohorts; }
 };
 
 }  // namespace sparse_cl

@@ -24,6 +24,8 @@ enum Field {
   kFieldCohorts,
   kFieldScope,
   kFieldSeed,
+  kFieldNumel,
+  kFieldInner,
   kFieldIndex,
   kFieldRanks,
   kFieldGain,
@@ -88,6 +90,39 @@ inline void check_scalar(const std::optional<Tensor>& t, const char* name, const
   STD_TORCH_CHECK(same_place(*t, params[0]), "masked_adamw_: ", name, ": expected it on the parameters' device");
 }
 
+// Refuses a row of the layout tensor that StateLayout.row() would not make for this parameter.
+inline void check_row(const int64_t* field, const Tensor& param, size_t i) {
+  int64_t inner = 1;
+  for (int64_t d = 1; d < param.dim(); ++d) inner *= param.size(d);
+  STD_TORCH_CHECK(field[kFieldNumel] == param.numel() && field[kFieldInner] == inner, "masked_adamw_: layout[", i,
+                  "]: made for another shape than that of params[", i, "]");
+  const int64_t kind = field[kFieldKind], units = field[kFieldUnits], cohorts = field[kFieldCohorts];
+  const int64_t scope = field[kFieldScope];
+  bool by_unit = false, fits = false;
+  switch (kind) {
+    case static_cast<int64_t>(Kind::kRows):
+      by_unit = true;
+      fits = param.dim() >= 1 && units <= param.size(0);
+      break;
+    case static_cast<int64_t>(Kind::kColumns):
+      by_unit = true;
+      fits = param.dim() == 2 && units <= param.size(1);
+      break;
+    case static_cast<int64_t>(Kind::kTwoFour):
+      fits = param.dim() == 2 && param.size(1) % 4 == 0;
+      break;
+    case static_cast<int64_t>(Kind::kDense):
+    case static_cast<int64_t>(Kind::kElements):
+      fits = units <= param.numel();
+      break;
+  }
+  const bool scope_fits = scope == static_cast<int64_t>(Scope::kShared) ||
+                          scope == static_cast<int64_t>(Scope::kPerEntry) ||
+                          (by_unit && scope == static_cast<int64_t>(Scope::kPerUnit));
+  STD_TORCH_CHECK(fits && units >= 0 && scope_fits && cohorts >= 1 && cohorts <= 256, "masked_adamw_: layout[", i,
+                  "]: not a row that StateLayout.row() makes");
+}
+
 inline Call make_call(const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
                       const std::vector<Tensor>& states, const Tensor& layout) {
   STD_TORCH_CHECK(grads.size() == params.size() && states.size() == params.size(),
@@ -120,9 +155,7 @@ inline Call make_call(const std::vector<Tensor>& params, const std::vector<Tenso
     task.cohorts = static_cast<int16_t>(field[kFieldCohorts]);
     task.scope = static_cast<Scope>(field[kFieldScope]);
     task.seed = static_cast<uint32_t>(field[kFieldSeed]);
-    STD_TORCH_CHECK(field[kFieldKind] >= 0 && field[kFieldKind] <= 4 && field[kFieldUnits] >= 0 && task.cohorts >= 1 &&
-                        task.cohorts <= 256,
-                    "masked_adamw_: layout[", i, "]: not a row that StateLayout.row() makes");
+    check_row(field, param, i);
     int64_t entries = task.numel;
     if (task.kind == Kind::kRows) {
       task.inner = task.numel && param.size(0) ? task.numel / param.size(0) : 0;
@@ -131,7 +164,7 @@ inline Call make_call(const std::vector<Tensor>& params, const std::vector<Tenso
       task.inner = param.size(1);
       entries = task.units * param.size(0);
     } else if (task.kind == Kind::kElements) {
-      entries = field[kFieldUnits];
+      entries = task.inner = field[kFieldUnits];
     } else if (task.kind == Kind::kTwoFour) {
       entries = task.numel / 2;
     }
@@ -141,14 +174,17 @@ inline Call make_call(const std::vector<Tensor>& params, const std::vector<Tenso
     const int64_t words = (task.numel + 31) / 32, blocks = (task.numel + kBlock - 1) / kBlock;
     const bool by_unit = task.kind == Kind::kRows || task.kind == Kind::kColumns;
     const int64_t per_unit = by_unit ? task.units : entries;
+    int64_t end = 0;  // of the sections, which fill the state: else it was made for another dtype
     auto section = [&](Field f, int64_t bytes, bool required) -> uint32_t {
       const int64_t offset = field[f];
       STD_TORCH_CHECK(offset ? offset % kOffsetUnit == 0 && offset > 0 && offset + bytes <= state.numel() : !required,
                       "masked_adamw_: states[", i, "]: does not hold what layout[", i, "] says (field ",
                       static_cast<int>(f), ")");
+      if (offset) end = offset + bytes;
       return static_cast<uint32_t>(offset / kOffsetUnit);
     };
-    STD_TORCH_CHECK(4 * task.cohorts <= state.numel(), "masked_adamw_: states[", i, "]: too short for its step counts");
+    STD_TORCH_CHECK(4 * (task.cohorts + 1) <= state.numel(), "masked_adamw_: states[", i,
+                    "]: too short for its step counts");
     task.index = section(kFieldIndex, 4 * (by_unit ? task.units : words), task.kind != Kind::kDense);
     task.ranks = section(kFieldRanks, 4 * (blocks + 1), task.kind == Kind::kElements);
     task.gain = section(kFieldGain, 4 * static_cast<int64_t>(task.units), false);
@@ -158,6 +194,8 @@ inline Call make_call(const std::vector<Tensor>& params, const std::vector<Tenso
     task.exp_avg_sq = section(kFieldExpAvgSq, acc_size * entries, true);
     task.max_exp_avg_sq = section(kFieldMaxExpAvgSq, acc_size * entries, false);
     task.master = section(kFieldMaster, acc_size * entries, false);
+    STD_TORCH_CHECK(end == state.numel(), "masked_adamw_: states[", i, "]: expected ", end, " bytes, as layout[", i,
+                    "] says, got ", state.numel());
 
     Tensor value = param, gradient = grad;
     if (!param.is_contiguous()) {

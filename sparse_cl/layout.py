@@ -21,6 +21,9 @@ DENSE, ROWS, COLUMNS, ELEMENTS, TWO_FOUR = range(5)
 #: How step counts are assigned: one for all, one a unit (row or column), one an entry.
 SHARED, PER_UNIT, PER_ENTRY = range(3)
 
+#: Step counts that a parameter's entries can have at a time: a cohort is a byte.
+MAX_COHORTS = 256
+
 #: Offsets are multiples of this many bytes: a cache line, so that sections can be read with any vector width.
 ALIGNMENT = 64
 
@@ -43,8 +46,8 @@ _SECTIONS = (
 )
 
 #: Columns of the int64 ``layout`` tensor of an op: one row a parameter. The rest are byte offsets; 0 means absent,
-#: since ``step`` always lies at 0.
-FIELDS = ("kind", "units", "cohorts", "cohort_scope", "seed", *(f"{s}_offset" for s in _SECTIONS[1:]))
+#: since ``step`` always lies at 0. ``numel`` and ``inner`` let an op refuse a parameter whose shape has changed.
+FIELDS = ("kind", "units", "cohorts", "cohort_scope", "seed", "numel", "inner", *(f"{s}_offset" for s in _SECTIONS[1:]))
 
 
 def state_dtype(param_dtype: torch.dtype) -> torch.dtype:
@@ -81,6 +84,26 @@ class StateLayout:
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def inner(self) -> int:
+        """Entries of one slice along dim 0; for a 0-d parameter 1."""
+        return math.prod(self.shape[1:])
+
+    def is_valid(self) -> bool:
+        """Whether these values can belong together, whoever wrote them down."""
+        by_unit = self.kind in (ROWS, COLUMNS)
+        dims = len(self.shape)
+        if self.kind == ROWS:
+            fits = dims >= 1 and self.units <= self.shape[0]
+        elif self.kind == COLUMNS:
+            fits = dims == 2 and self.units <= self.shape[1]
+        elif self.kind == TWO_FOUR:
+            fits = dims == 2 and self.shape[1] % 4 == 0
+        else:
+            fits = self.kind in (DENSE, ELEMENTS) and self.units <= self.numel
+        scopes = (SHARED, PER_UNIT, PER_ENTRY) if by_unit else (SHARED, PER_ENTRY)
+        return fits and self.units >= 0 and 1 <= self.cohorts <= MAX_COHORTS and self.cohort_scope in scopes
 
     @property
     def compact_shape(self) -> tuple[int, ...]:
@@ -127,7 +150,9 @@ class StateLayout:
             if name in shapes:
                 shape, dtype = shapes[name]
                 result[name] = (offset, shape, dtype)
-                offset += -(-math.prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
+                # After the step counts the CUDA kernel keeps 4 bytes, by which it finds its last block.
+                size = math.prod(shape) * dtype.itemsize + (4 if name == "step" else 0)
+                offset += -(-size // ALIGNMENT) * ALIGNMENT
         return result
 
     @property
@@ -139,7 +164,8 @@ class StateLayout:
         """This layout as one row of an op's ``layout`` tensor; see :data:`FIELDS`."""
         sections = self.sections()
         offsets = [sections[s][0] if s in sections else 0 for s in _SECTIONS[1:]]
-        return [self.kind, self.units, self.cohorts, self.cohort_scope, self.seed, *offsets]
+        sizes = [self.numel, self.inner]
+        return [self.kind, self.units, self.cohorts, self.cohort_scope, self.seed, *sizes, *offsets]
 
     @classmethod
     def from_row(cls, row: Sequence[int], shape: Sequence[int], dtype: torch.dtype) -> StateLayout:

@@ -150,18 +150,19 @@ class _UnitMask(Mask):
             hint = "; use .nonzero().flatten() on a bool vector" if given.dtype == torch.bool else ""
             raise TypeError(f"{name}: expected integer indices, got {given.dtype}{hint}")
         size = shape[self._dim]
+        given = given.long()
         if given.numel():
             low, high = int(given.min()), int(given.max())
             if low < 0 or high >= size:
                 bad = low if low < 0 else high
                 raise IndexError(f"{name}: index {bad} is out of range for shape {shape}: expected 0 to {size - 1}")
-        index, order = given.long().sort()
+        index, order = given.sort()
         repeated = index[1:][index[1:] == index[:-1]]
         if repeated.numel():
             raise ValueError(f"{name}: index {int(repeated[0])} is given twice; pass each {name[:-1]} once")
         super().__init__(index.to(torch.int32), shape)
         if gain is not None:
-            factor = torch.as_tensor(gain, dtype=torch.float32, device=index.device)
+            factor = torch.as_tensor(gain, dtype=torch.float32, device=index.device).detach()
             if factor.shape != given.shape:
                 raise ValueError(
                     f"gain: expected {given.numel()} factors, one a {name[:-1]}, got {tuple(factor.shape)}"
@@ -334,9 +335,17 @@ def load_masks(path: str | PathLike, device: torch.device | str = "cpu") -> dict
                 )
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             index = json.loads(metadata["masks"])
-            return {name: _rebuild(entry, name, tensors).to(device) for name, entry in index.items()}
-    except (SafetensorError, KeyError, TypeError, IndexError, json.JSONDecodeError) as error:
+            if not isinstance(index, dict):
+                raise TypeError("its index is no object")
+    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: not a readable mask file ({error}); write it again with save_masks") from error
+    masks = {}
+    for name, entry in index.items():
+        try:
+            masks[name] = _rebuild(entry, name, tensors)
+        except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
+            raise ValueError(f"{path}: mask {name!r} is damaged ({error}); write it again with save_masks") from error
+    return {name: mask.to(device) for name, mask in masks.items()}
 
 
 def _rebuild(entry: dict, name: str, tensors: Mapping[str, Tensor]) -> Mask:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sparse_cl.layout import BLOCK, COLUMNS, DENSE, PER_UNIT, ROWS, SHARED, StateLayout
+from sparse_cl.layout import BLOCK, COLUMNS, DENSE, FIELDS, PER_UNIT, ROWS, SHARED, StateLayout
 
 _U32 = 0xFFFFFFFF
 
@@ -122,14 +122,54 @@ def masked_adamw_(
     Bias correction uses each entry's own step count. A gain g scales the entry's whole update:
     p <- p - g (lr wd p + lr / (1 - beta1^t) m / (sqrt(v / (1 - beta2^t)) + eps)).
     """
+    layouts = _check(params, grads, states, layout, (lr_tensor, grad_scale, found_inf))
     if found_inf is not None and bool(found_inf):
         return
     rate = lr if lr_tensor is None else lr_tensor.double().reshape(())
-    for param, grad, state, row in zip(params, grads, states, layout.tolist(), strict=True):
-        where = StateLayout.from_row(row, param.shape, param.dtype)
+    for param, grad, state, where in zip(params, grads, states, layouts, strict=True):
         if where.entries == 0:
             continue
         _step_one(param, grad, where, where.views(state), rate, beta1, beta2, eps, weight_decay, maximize, grad_scale)
+
+
+def _check(params, grads, states, layout, scalars) -> list[StateLayout]:
+    """The layouts of :func:`masked_adamw_`, after everything that could fail once a parameter has been stepped."""
+
+    def require(holds: bool, message: str) -> None:
+        if not holds:
+            raise RuntimeError(f"masked_adamw_: {message}")
+
+    count = len(params)
+    require(len(grads) == len(states) == count, f"expected as many grads and states as params ({count})")
+    require(
+        layout.device.type == "cpu" and layout.dtype == torch.int64 and layout.shape == (count, len(FIELDS)),
+        f"layout: expected an int64 CPU tensor of shape ({count}, {len(FIELDS)})",
+    )
+    for scalar in scalars:
+        if scalar is not None and count:
+            require(
+                scalar.numel() == 1 and scalar.dtype == torch.float32 and scalar.device == params[0].device,
+                "lr_tensor, grad_scale and found_inf: expected one float32 element on the parameters' device",
+            )
+    layouts = []
+    for i, (param, grad, state, row) in enumerate(zip(params, grads, states, layout.tolist(), strict=True)):
+        where = StateLayout.from_row(row, param.shape, param.dtype)
+        require(param.dtype.is_floating_point, f"params[{i}]: expected float32, bfloat16, float16 or float64")
+        require(grad.shape == param.shape, f"grads[{i}]: expected the shape of params[{i}]")
+        require(
+            params[0].device == param.device == grad.device == state.device,
+            f"params[{i}], its gradient and its state: expected all on one device",
+        )
+        require(grad.dtype in (param.dtype, torch.float32), f"grads[{i}]: expected the dtype of params[{i}] or float32")
+        require(
+            state.dtype == torch.uint8 and state.is_contiguous() and state.dim() == 1,
+            f"states[{i}]: expected a contiguous uint8 vector",
+        )
+        require(where.is_valid() and where.row() == row, f"layout[{i}]: not a row that StateLayout.row() makes for it")
+        if where.entries:
+            require(state.numel() == where.nbytes, f"states[{i}]: does not hold what layout[{i}] says")
+        layouts.append(where)
+    return layouts
 
 
 def _step_one(param, grad, where, view, lr, beta1, beta2, eps, weight_decay, maximize, grad_scale) -> None:
@@ -155,7 +195,7 @@ def _step_one(param, grad, where, view, lr, beta1, beta2, eps, weight_decay, max
     gain = spread_units(where, view["gain"].double()) if where.gain else 1.0
     step_size = (gain * lr / (1 - beta1**step)).to(dtype)
     sqrt_correction = (1 - beta2**step).sqrt().to(dtype)
-    decay = torch.as_tensor(1 - gain * lr * weight_decay, device=param.device).to(dtype)
+    decay = torch.as_tensor(1 - gain * lr * weight_decay, dtype=torch.float64, device=param.device).to(dtype)
 
     exp_avg, exp_avg_sq = view["exp_avg"], view["exp_avg_sq"]
     exp_avg.lerp_(g, 1 - beta1)

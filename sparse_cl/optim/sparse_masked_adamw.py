@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sparse_cl import ops
+from sparse_cl.layout import state_dtype
 from sparse_cl.masks import Mask
 from sparse_cl.optim.state import ParameterState, carry_state, new_state, read_state
 
@@ -157,34 +158,41 @@ class SparseMaskedAdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        for number, group in enumerate(self.param_groups):
-            grads = [p.grad for p in group["params"]]
+        calls = []
+        gradients = [[p.grad for p in group["params"]] for group in self.param_groups]
+        if any(g is not None and g.layout is not torch.strided for g in chain(*gradients)):
+            self._refuse_sparse()
+        for number, (group, grads) in enumerate(zip(self.param_groups, gradients, strict=True)):
+            calls += [(group, plan, [grads[i] for i in plan.positions]) for plan in self._plans(number, group, grads)]
+        if len(calls) > 1:
+            # The op checks before it writes, but here an earlier call would already have stepped its parameters.
+            for _, plan, grads in calls:
+                self._explain(plan.params, grads)
+        for group, plan, grads in calls:
             lr, (beta1, beta2) = group["lr"], group["betas"]
-            for plan in self._plans(number, group, grads):
-                plan_grads = [grads[i] for i in plan.positions]
-                device = plan.params[0].device
-                lr_tensor = None
-                if isinstance(lr, Tensor) and lr.device.type != "cpu":
-                    lr_tensor = _scalar_on(lr, device)
-                try:
-                    ops.masked_adamw_(
-                        plan.params,
-                        plan_grads,
-                        plan.buffers,
-                        plan.layout,
-                        0.0 if lr_tensor is not None else float(lr),
-                        lr_tensor,
-                        float(beta1),
-                        float(beta2),
-                        group["eps"],
-                        group["weight_decay"],
-                        group["maximize"],
-                        _scalar_on(grad_scale, device),
-                        _scalar_on(found_inf, device),
-                    )
-                except RuntimeError as error:
-                    self._explain(plan.params, plan_grads, error)
-                    raise
+            device = plan.params[0].device
+            lr_tensor = None
+            if isinstance(lr, Tensor) and lr.device.type != "cpu":
+                lr_tensor = _scalar_on(lr, device)
+            try:
+                ops.masked_adamw_(
+                    plan.params,
+                    grads,
+                    plan.buffers,
+                    plan.layout,
+                    0.0 if lr_tensor is not None else float(lr),
+                    lr_tensor,
+                    float(beta1),
+                    float(beta2),
+                    group["eps"],
+                    group["weight_decay"],
+                    group["maximize"],
+                    _scalar_on(grad_scale, device),
+                    _scalar_on(found_inf, device),
+                )
+            except RuntimeError as error:
+                self._explain(plan.params, grads, error)
+                raise
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -208,7 +216,7 @@ class SparseMaskedAdamW(Optimizer):
             for param, i, group in zip(own, ids, options, strict=False):
                 if given["state"].get(i):
                     try:
-                        captured[param] = read_state(param, _copied(given["state"][i]), **self._options(param, group))
+                        captured[param] = read_state(param, given["state"][i], **self._options(param, group))
                     except (ValueError, RuntimeError) as error:
                         raise ValueError(f"state of parameter {self._name(param)}: {error}") from error
             return {**given, "state": {k: v for k, v in given["state"].items() if k not in set(ids)}}
@@ -286,7 +294,7 @@ class SparseMaskedAdamW(Optimizer):
         norm = torch.linalg.vector_norm(torch.stack([n.to(device) for n in norms]))
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         for (grad, mask), values in zip(active, picked, strict=True):
-            _put(grad, mask, values.mul_(factor.to(grad.device, values.dtype)))
+            _put(grad, mask, values.mul_(factor.to(grad.device)))
         return norm
 
     def state_bytes(self) -> int:
@@ -311,8 +319,6 @@ class SparseMaskedAdamW(Optimizer):
         ):
             plan = self._make_plan(key, with_grad, group, grads)
             self._group_plans[number] = plan
-        if any(g.layout is not torch.strided for g in chain(*([grads[i] for i in p.positions] for p in plan.plans))):
-            self._refuse_sparse(group, grads)
         return plan.plans
 
     def _make_plan(self, key, with_grad, group, grads) -> _GroupPlan:
@@ -320,8 +326,6 @@ class SparseMaskedAdamW(Optimizer):
         for i, (param, grad) in enumerate(zip(group["params"], grads, strict=True)):
             if grad is None:
                 continue
-            if grad.layout is not torch.strided:
-                self._refuse_sparse(group, grads)
             mask = self._masks.get(param)
             if param.numel() and (mask is None or mask.numel):
                 by_device.setdefault(param.device, []).append(i)
@@ -342,16 +346,19 @@ class SparseMaskedAdamW(Optimizer):
             self._set_state(param, packed)
             return packed
         wanted = {k: options[k] for k in ("amsgrad", "master") if k in options}
-        if packed is not None and all(current.get(k) is v for k, v in packed.views.items()):
-            if all(getattr(packed.layout, k) == v for k, v in wanted.items()):
-                return packed
+        untouched = packed is not None and all(current.get(k) is v for k, v in packed.views.items())
+        if untouched and all(getattr(packed.layout, k) == v for k, v in wanted.items()):
+            return packed
         if not options:
             options = {
                 "amsgrad": "max_exp_avg_sq" in current,
                 "master": "master" in current,
                 "seed": self._ordinal(param),
             }
-        packed = read_state(param, current, **options)
+        try:
+            packed = read_state(param, current, **options)
+        except ValueError as error:
+            raise ValueError(f"state of parameter {self._name(param)}: {error}") from error
         self._set_state(param, packed)
         return packed
 
@@ -431,30 +438,32 @@ class SparseMaskedAdamW(Optimizer):
                 )
         return None
 
-    def _refuse_sparse(self, group, grads) -> None:
-        for param, grad in zip(group["params"], grads, strict=True):
-            if grad is not None and grad.layout is not torch.strided:
+    def _refuse_sparse(self) -> None:
+        for param in chain(*(group["params"] for group in self.param_groups)):
+            if param.grad is not None and param.grad.layout is not torch.strided:
                 raise RuntimeError(
                     f"parameter {self._name(param)}: SparseMaskedAdamW takes dense gradients, got "
-                    f"{grad.layout}; use sparse=False in the embedding"
+                    f"{param.grad.layout}; use sparse=False in the embedding"
                 )
 
-    def _explain(self, params: list[Tensor], grads: list[Tensor], error: RuntimeError) -> None:
+    def _explain(self, params: list[Tensor], grads: list[Tensor], cause: RuntimeError | None = None) -> None:
         """Raises an error that names the parameter at fault, if one is."""
         for param, grad in zip(params, grads, strict=True):
-            state = self._packed[param].buffer
-            for what, got, expected in (
-                ("gradient has shape", tuple(grad.shape), tuple(param.shape)),
-                ("gradient is on", grad.device, param.device),
-                ("state is on", state.device, param.device),
-            ):
-                if got != expected:
-                    raise ValueError(f"parameter {self._name(param)}: its {what} {got}, expected {expected}") from error
-            if grad.dtype not in (param.dtype, torch.float32):
-                raise ValueError(
-                    f"parameter {self._name(param)}: its gradient is {grad.dtype}, expected {param.dtype} "
-                    "or torch.float32"
-                ) from error
+            shape, dtype, device = param.shape, param.dtype, param.device
+            packed = self._packed[param]
+            fault = None
+            if grad.shape != shape:
+                fault = f"its gradient has shape {tuple(grad.shape)}, expected {tuple(shape)}"
+            elif grad.device != device:
+                fault = f"its gradient is on {grad.device}, expected {device}"
+            elif grad.dtype not in (dtype, torch.float32):
+                fault = f"its gradient is {grad.dtype}, expected {dtype} or torch.float32"
+            elif packed.buffer.device != device:
+                fault = f"its state is on {packed.buffer.device}, expected {device}"
+            elif packed.layout.shape != shape or packed.layout.dtype != state_dtype(dtype):
+                fault = f"its state was made for shape {packed.layout.shape} and {packed.layout.dtype} moments"
+            if fault:
+                raise ValueError(f"parameter {self._name(param)}: {fault}") from cause
 
 
 def _stepped(plan: _GroupPlan) -> Iterable[Tensor]:
@@ -463,22 +472,6 @@ def _stepped(plan: _GroupPlan) -> Iterable[Tensor]:
 
 def _same_mask(a: Mask | None, b: Mask | None) -> bool:
     return a is b or (a is not None and b is not None and a == b)
-
-
-def _copied(entries: Mapping[str, Any]) -> dict[str, Any]:
-    """A checkpoint must not share memory with the optimizer that loads it."""
-    storages: dict[int, torch.UntypedStorage] = {}
-    result = {}
-    for name, value in entries.items():
-        if isinstance(value, Tensor):
-            storage = value.untyped_storage()
-            copy = storages.setdefault(storage.data_ptr(), None) or storage.clone()
-            storages[storage.data_ptr()] = copy
-            value = torch.empty(0, dtype=value.dtype, device=value.device).set_(
-                copy, value.storage_offset(), value.shape, value.stride()
-            )
-        result[name] = value
-    return result
 
 
 def _scalar_on(value: Tensor | None, device: torch.device) -> Tensor | None:

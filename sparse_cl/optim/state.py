@@ -8,11 +8,13 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack, to_dlpack
 
 from sparse_cl.layout import (
     COLUMNS,
     DENSE,
     INDEX_NAME,
+    MAX_COHORTS,
     PER_ENTRY,
     PER_UNIT,
     ROWS,
@@ -23,7 +25,6 @@ from sparse_cl.layout import (
 from sparse_cl.masks import Mask, from_sections
 from sparse_cl.reference import active_positions
 
-_MAX_COHORTS = 256
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 
@@ -34,6 +35,11 @@ class ParameterState:
     layout: StateLayout
     buffer: Tensor
     views: dict[str, Tensor]
+
+    def __post_init__(self):
+        # torch.save refuses views of several dtypes of one storage, and pickle writes the storage once a view. So
+        # each view gets a storage of its own over the same memory, which it keeps alive.
+        self.views = {name: from_dlpack(to_dlpack(view)) for name, view in self.views.items()}
 
     @property
     def mask(self) -> Mask | None:
@@ -67,7 +73,7 @@ def new_state(param: Tensor, mask: Mask | None, **options) -> ParameterState:
 def read_state(param: Tensor, entries: Mapping[str, Tensor], **options) -> ParameterState:
     """A state from the tensors of a checkpoint, ours or ``torch.optim.AdamW``'s.
 
-    Tensors that already share one well-formed buffer are taken as they are, others copied to ``param``'s device.
+    They are copied to ``param``'s device.
 
     Raises:
         ValueError: a section is missing or has another shape than the parameter and its mask imply.
@@ -79,10 +85,7 @@ def read_state(param: Tensor, entries: Mapping[str, Tensor], **options) -> Param
     step = torch.as_tensor(entries["step"])
     cohort = entries.get("cohort")
     index = entries.get(INDEX_NAME.get(kind))
-    if kind in (ROWS, COLUMNS):
-        units = index.numel()
-    else:
-        units = entries["exp_avg"].numel()
+    units = index.numel() if kind in (ROWS, COLUMNS) else entries["exp_avg"].numel()
     scope = SHARED
     if cohort is not None:
         scope = PER_UNIT if kind in (ROWS, COLUMNS) and cohort.numel() == units else PER_ENTRY
@@ -96,10 +99,6 @@ def read_state(param: Tensor, entries: Mapping[str, Tensor], **options) -> Param
         cohort_scope=scope,
         **options,
     )
-    adopted = _adopt(layout, entries, param.device)
-    if adopted is not None:
-        return adopted
-    expected = layout.sections()
     buffer, views = layout.allocate(param.device)
     for name, view in views.items():
         if name in entries:
@@ -113,7 +112,6 @@ def read_state(param: Tensor, entries: Mapping[str, Tensor], **options) -> Param
             view.copy_(_compact(param, layout, views))
         else:
             raise ValueError(f"state has no {name}")
-    assert views.keys() >= {n for n in expected if n != "index"}
     return ParameterState(layout, buffer, views)
 
 
@@ -170,27 +168,6 @@ def _compact(param: Tensor, layout: StateLayout, views: Mapping[str, Tensor]) ->
     return param.reshape(-1)[active_positions(layout, views, param.device)].view(layout.compact_shape)
 
 
-def _adopt(layout: StateLayout, entries: Mapping[str, Tensor], device: torch.device) -> ParameterState | None:
-    """The buffer that ``entries`` are already views of, as after a deep copy or ``torch.load``; else None."""
-    step = entries["step"]
-    if not isinstance(step, Tensor) or step.device != device:
-        return None
-    storage, start = step.untyped_storage(), step.storage_offset() * step.element_size()
-    for name, (offset, shape, dtype) in layout.sections().items():
-        tensor = entries.get(INDEX_NAME[layout.kind] if name == "index" else name)
-        if (
-            tensor is None
-            or tensor.dtype != dtype
-            or tuple(tensor.shape) != tuple(shape)
-            or not tensor.is_contiguous()
-            or tensor.untyped_storage().data_ptr() != storage.data_ptr()
-            or tensor.storage_offset() * tensor.element_size() != start + offset
-        ):
-            return None
-    buffer = torch.empty(0, dtype=torch.uint8, device=device).set_(storage, start, (layout.nbytes,))
-    return ParameterState(layout, buffer, layout.views(buffer))
-
-
 def _counts(old: ParameterState, by_unit: bool) -> Tensor:
     """int64: step count of each unit or entry of a state."""
     layout, step = old.layout, old.views["step"].long()
@@ -211,9 +188,9 @@ def _cohorts(counts: Tensor) -> tuple[Tensor, Tensor]:
     At most 256 fit. Past that the largest are taken as one: there bias correction is 1 to many digits.
     """
     table, cohort = counts.unique(return_inverse=True)
-    if table.numel() > _MAX_COHORTS:
-        table = torch.cat([table[: _MAX_COHORTS - 1], table[-1:]])
-        cohort = cohort.clamp(max=_MAX_COHORTS - 1)
+    if table.numel() > MAX_COHORTS:
+        table = torch.cat([table[: MAX_COHORTS - 1], table[-1:]])
+        cohort = cohort.clamp(max=MAX_COHORTS - 1)
     return table, cohort
 
 
