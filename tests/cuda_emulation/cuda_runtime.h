@@ -1,0 +1,152 @@
+// As much of CUDA as csrc/*.cu uses, on threads of the CPU: a kernel's code runs as it is, where there is no GPU.
+//
+// A CUDA thread is an OS thread, so that barriers left out are races a sanitizer can see. Blocks run one after
+// another, the last first. Shared memory is poisoned before each.
+#pragma once
+
+#include <pthread.h>
+
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#define CUDART_VERSION 13000
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __grid_constant__ &  // no copy a thread
+#define __shared__
+#define __align__(n) __attribute__((aligned(n)))
+
+using cudaError_t = int;
+using cudaStream_t = void*;
+constexpr cudaError_t cudaSuccess = 0;
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes;
+  cudaStream_t stream;
+};
+
+namespace cuda_emulation {
+
+class Barrier {
+ public:
+  explicit Barrier(unsigned n) { pthread_barrier_init(&barrier_, nullptr, n); }
+  ~Barrier() { pthread_barrier_destroy(&barrier_); }
+  void wait() { pthread_barrier_wait(&barrier_); }
+
+ private:
+  pthread_barrier_t barrier_;
+};
+
+struct Warp {
+  Barrier barrier{32};
+  int values[32];
+};
+
+inline thread_local Barrier* block_barrier;
+inline thread_local Warp* warp;
+
+constexpr size_t kSharedMemory = 48 << 10;
+
+// Defined beside the kernel: its `extern __shared__` array.
+unsigned char* shared_memory();
+
+// Kernel launches since the library was loaded.
+inline int launches = 0;
+
+}  // namespace cuda_emulation
+
+inline thread_local dim3 threadIdx, blockIdx;
+
+inline void __syncthreads() {
+  cuda_emulation::block_barrier->wait();
+}
+inline void __syncwarp() {
+  cuda_emulation::warp->barrier.wait();
+}
+inline void __threadfence() {
+  __atomic_thread_fence(__ATOMIC_SEQ_CST);
+}
+
+inline int __shfl_sync(unsigned, int value, int lane) {
+  cuda_emulation::Warp& warp = *cuda_emulation::warp;
+  warp.values[threadIdx.x % 32] = value;
+  warp.barrier.wait();
+  const int result = warp.values[lane];
+  warp.barrier.wait();
+  return result;
+}
+inline int __shfl_up_sync(unsigned mask, int value, int distance) {
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  return __shfl_sync(mask, value, lane >= distance ? lane - distance : lane);
+}
+
+inline uint32_t atomicInc(uint32_t* address, uint32_t limit) {
+  uint32_t old = __atomic_load_n(address, __ATOMIC_SEQ_CST);
+  while (!__atomic_compare_exchange_n(address, &old, old >= limit ? 0 : old + 1, false, __ATOMIC_SEQ_CST,
+                                      __ATOMIC_SEQ_CST)) {
+  }
+  return old;
+}
+
+inline int __popcll(uint64_t x) {
+  return __builtin_popcountll(x);
+}
+inline int __ffs(int x) {
+  return __builtin_ffs(x);
+}
+inline int __ffsll(long long x) {
+  return __builtin_ffsll(x);
+}
+inline int __clz(int x) {
+  return x ? __builtin_clz(static_cast<unsigned>(x)) : 32;
+}
+
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaSetDevice(int) {
+  return cudaSuccess;
+}
+inline const char* cudaGetErrorString(cudaError_t) {
+  return "emulated";
+}
+
+template <typename Kernel, typename Argument>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, Kernel* kernel, const Argument& argument) {
+  using namespace cuda_emulation;
+  const unsigned threads = config->blockDim.x, blocks = config->gridDim.x;
+  if (threads % 32 || config->dynamicSmemBytes > kSharedMemory) return 1;
+  ++launches;
+  Barrier barrier(threads);
+  std::vector<Warp> warps(threads / 32);
+  auto run = [&](unsigned thread) {
+    threadIdx = dim3(thread, 0, 0);
+    block_barrier = &barrier;
+    warp = &warps[thread / 32];
+    for (unsigned block = blocks; block-- > 0;) {
+      if (thread == 0) std::memset(shared_memory(), 0xFF, kSharedMemory);
+      barrier.wait();
+      blockIdx = dim3(block, 0, 0);
+      kernel(argument);
+      barrier.wait();
+    }
+  };
+  std::vector<std::thread> pool;
+  for (unsigned thread = 0; thread < threads; ++thread) pool.emplace_back(run, thread);
+  for (std::thread& t : pool) t.join();
+  return cudaSuccess;
+}
