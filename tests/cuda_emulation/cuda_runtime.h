@@ -76,9 +76,7 @@ inline void __syncthreads() {
 inline void __syncwarp() {
   cuda_emulation::warp->barrier.wait();
 }
-inline void __threadfence() {
-  __atomic_thread_fence(__ATOMIC_SEQ_CST);
-}
+inline void __threadfence() {}  // atomicInc is sequentially consistent here
 
 inline int __shfl_sync(unsigned, int value, int lane) {
   cuda_emulation::Warp& warp = *cuda_emulation::warp;
