@@ -106,7 +106,7 @@ def test_random_bits_are_uniform_and_differ_by_seed_step_and_entry():
     entry = torch.arange(1 << 16)
     streams = [random_bits(seed, torch.tensor(step), entry) for seed in (0, 1) for step in (1, 2)]
     for stream in streams:
-        assert ((0 <= stream) & (stream < 1 << 32)).all()
+        assert ((stream >= 0) & (stream < 1 << 32)).all()
         for bit in range(32):
             ones = ((stream >> bit) & 1).double().mean().item()
             assert abs(ones - 0.5) < 5 * 0.5 / 256
