@@ -3,11 +3,14 @@
 #include <algorithm>
 
 #include "masked_adamw_cpu.h"
+#ifdef __AVX512F__
+#include "masked_adamw_avx512.h"
+#endif
 
 namespace sparse_cl {
 namespace {
 
-constexpr int64_t kBuffer = 2 * kBlock;  // entries gathered at a time; they stay in the first-level cache
+constexpr int64_t kBuffer = 512;  // entries gathered at a time; they stay in the first-level cache
 
 // Contiguous active entries of one parameter, or gathered copies of them.
 template <typename P, typename G>
@@ -86,8 +89,14 @@ void step_uniform(const Span<P, G>& s, const Rule<T>& rule, int32_t cohort, cons
   const uint32_t lower = static_cast<uint32_t>(s.first);
   const uint32_t key = random_key(rule.seed, rule.step[cohort], static_cast<uint32_t>(s.first >> 32));
   const int64_t size = s.size;
+  int64_t begin = 0;
+#ifdef __AVX512F__
+  if constexpr (kHasLanes<P, kMaster>)
+    begin = step_lanes<kMaster>(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, master, size,
+                                LaneUpdate(hyper, r, factor), key, lower);
+#endif
 #pragma omp simd
-  for (int64_t i = 0; i < size; ++i) {
+  for (int64_t i = begin; i < size; ++i) {
     const T old = kMaster ? master[i] : Storage<P>::load(param[i]);
     T m = exp_avg[i], v = exp_avg_sq[i], v_max = kAmsgrad ? max_exp_avg_sq[i] : T(0);
     const T g = static_cast<T>(Storage<G>::load(grad[i])) * factor;
@@ -101,6 +110,18 @@ void step_uniform(const Span<P, G>& s, const Rule<T>& rule, int32_t cohort, cons
     else
       param[i] = Storage<P>::store_stochastic(now, random_bits(key, lower + static_cast<uint32_t>(i)));
   }
+}
+
+// Writes base + the index of each set bit, and returns how many there are. Up to 64 values are overwritten: writing
+// eight at a time whether or not they are wanted costs less than a branch that is often mispredicted.
+inline int64_t positions_of(uint64_t word, int32_t base, int32_t* out) {
+  const int64_t count = __builtin_popcountll(word);
+  for (int64_t n = 0; n < count; n += 8)
+    for (int k = 0; k < 8; ++k) {
+      out[n + k] = base + __builtin_ctzll(word | (uint64_t{1} << 63));
+      word &= word - 1;
+    }
+  return count;
 }
 
 template <bool kAmsgrad, bool kMaster, typename P, typename G>
@@ -213,20 +234,30 @@ struct Kernel {
     const uint32_t* words = reinterpret_cast<const uint32_t*>(index);
     const int64_t start = begin * kBlock, stop = std::min(end * kBlock, task.numel);
     int64_t first = task.kind == Kind::kElements ? task.at<int32_t>(task.ranks)[begin] : start / 2;
-    int32_t position[kBuffer + 32];
-    int64_t size = 0;
-    const int64_t base = start;
-    for (int64_t at = start; at < stop; at += 32) {
-      uint32_t word = words[at / 32];
-      while (word) {
-        position[size++] = static_cast<int32_t>(at - base) + __builtin_ctz(word);
-        word &= word - 1;
+    int32_t position[kBuffer + 64];
+    int64_t at = start;
+#ifdef __AVX512F__
+    // The random stream changes where the entry index passes 2^32: leave such huge parameters to the loop below.
+    if constexpr (kHasLanes<P, kMaster>)
+      if (task.kind == Kind::kTwoFour && task.scope == Scope::kShared && task.numel >> 32 == 0) {
+        const LaneUpdate update(rule.hyper, rule.rates[0], rule.grad_factor);
+        const uint32_t key = random_key(rule.seed, rule.step[0], 0);
+        for (; at + 32 <= stop; at += 32, first += 16) {
+          const Span<P, G> s = span(param + at, grad + at, first, 16);
+          step_two_four<kMaster>(s.param, s.grad, s.exp_avg, s.exp_avg_sq, s.max_exp_avg_sq, s.master, words[at / 32],
+                                 update, key, static_cast<uint32_t>(first));
+        }
       }
-      if (size > kBuffer - 32 || at + 32 >= stop) {
-        scattered(base, position, first, size, entry_cohort(first), static_cast<const float*>(nullptr));
-        first += size;
-        size = 0;
+#endif
+    while (at < stop) {
+      int64_t size = 0;
+      for (; at < stop && size <= kBuffer - 64; at += 64) {
+        uint64_t word = words[at / 32];
+        if (at + 32 < stop) word |= static_cast<uint64_t>(words[at / 32 + 1]) << 32;
+        size += positions_of(word, static_cast<int32_t>(at - start), position + size);
       }
+      scattered(start, position, first, size, entry_cohort(first), static_cast<const float*>(nullptr));
+      first += size;
     }
   }
 
