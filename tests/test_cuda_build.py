@@ -4,6 +4,7 @@ import hashlib
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ def compile_log(source: Path) -> str:
     ]
     key = hashlib.sha256(" ".join([*command, torch.__version__]).encode())
     key.update(subprocess.run(["nvcc", "--version"], capture_output=True, check=True).stdout)
-    for file in sorted((ROOT / "csrc").iterdir()):
+    for file in sorted([*(ROOT / "csrc").glob("*.cu*"), *(ROOT / "csrc").glob("*.h")]):
         key.update(file.read_bytes())
     log = ROOT / "build" / "cuda_build" / f"{source.stem}-{key.hexdigest()[:16]}.log"
     if not log.exists():
@@ -47,3 +48,28 @@ def test_compiles_without_warning_or_spill(source):
     for kind in ("stack frame", "spill stores", "spill loads"):
         sizes = [int(size) for size in re.findall(rf"(\d+) bytes {kind}", log)]
         assert len(sizes) >= len(compiled) and not any(sizes), log
+
+
+LOAD = """
+import ctypes, sys, torch
+from sparse_cl import ops
+ctypes.CDLL(sys.argv[1])
+torch.ops.load_library(sys.argv[2])
+assert torch._C._dispatch_has_kernel_for_dispatch_key("sparse_cl::masked_adamw_", "CUDA")
+"""
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="needs a torch without CUDA; elsewhere importing tests this")
+def test_library_loads_where_torch_has_cuda(tmp_path):
+    """A stand-in takes the place of libtorch_cuda, its symbols as little global as torch's own."""
+    library = ROOT / "sparse_cl" / "lib" / "libsparse_cl_cuda.so"
+    if not library.exists():
+        pytest.skip("needs the CUDA library")
+    source, stand_in = tmp_path / "stand_in.cpp", tmp_path / "libtorch_cuda.so"
+    source.write_text('extern "C" int aoti_torch_get_current_cuda_stream() { return 1; }')
+    subprocess.run(
+        ["g++", "-shared", "-fPIC", str(source), "-Wl,-soname,libtorch_cuda.so", "-o", str(stand_in)], check=True
+    )
+    command = [sys.executable, "-c", LOAD, str(stand_in), str(library)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
