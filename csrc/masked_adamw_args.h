@@ -11,10 +11,10 @@
 #include <vector>
 
 #include "masked_adamw.h"
+#include "tensor_view.h"
 
 namespace sparse_cl {
 
-using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 // Columns of the layout tensor, see FIELDS in sparse_cl/layout.py.
@@ -55,46 +55,31 @@ struct Call {
   }
 };
 
-inline DType dtype_of(const Tensor& t, size_t i) {
-  switch (t.scalar_type()) {
-    case ScalarType::Double:
-      return DType::kFloat64;
-    case ScalarType::Float:
-      return DType::kFloat32;
-    case ScalarType::BFloat16:
-      return DType::kBFloat16;
-    case ScalarType::Half:
-      return DType::kFloat16;
-    default:
-      STD_TORCH_CHECK(false, "masked_adamw_: params[", i, "]: expected float32, bfloat16, float16 or float64");
-  }
-}
-
-inline bool same_place(const Tensor& a, const Tensor& b) {
-  return a.is_cuda() == b.is_cuda() && a.is_cpu() == b.is_cpu() && a.get_device_index() == b.get_device_index();
-}
-
-inline bool same_shape(const Tensor& a, const Tensor& b) {
-  const auto x = a.sizes(), y = b.sizes();
-  if (x.size() != y.size()) return false;
-  for (size_t d = 0; d < x.size(); ++d)
-    if (x[d] != y[d]) return false;
-  return true;
+inline DType dtype_of(const TensorView& t, size_t i) {
+  const DTypeCodes& code = dtype_codes();
+  if (t.dtype == code.float32) return DType::kFloat32;
+  if (t.dtype == code.bfloat16) return DType::kBFloat16;
+  if (t.dtype == code.float16) return DType::kFloat16;
+  STD_TORCH_CHECK(t.dtype == code.float64, "masked_adamw_: params[", i,
+                  "]: expected float32, bfloat16, float16 or float64");
+  return DType::kFloat64;
 }
 
 // One element on the parameters' device, as float32 bits the kernel can read.
 inline void check_scalar(const std::optional<Tensor>& t, const char* name, const std::vector<Tensor>& params) {
   if (!t || params.empty()) return;
-  STD_TORCH_CHECK(t->numel() == 1, "masked_adamw_: ", name, ": expected one element, got ", t->numel());
-  STD_TORCH_CHECK(t->scalar_type() == ScalarType::Float, "masked_adamw_: ", name, ": expected float32");
-  STD_TORCH_CHECK(same_place(*t, params[0]), "masked_adamw_: ", name, ": expected it on the parameters' device");
+  const TensorView scalar(*t);
+  STD_TORCH_CHECK(scalar.numel == 1, "masked_adamw_: ", name, ": expected one element, got ", scalar.numel);
+  STD_TORCH_CHECK(scalar.dtype == dtype_codes().float32, "masked_adamw_: ", name, ": expected float32");
+  STD_TORCH_CHECK(scalar.same_place(TensorView(params[0])), "masked_adamw_: ", name,
+                  ": expected it on the parameters' device");
 }
 
 // Refuses a row of the layout tensor that StateLayout.row() would not make for this parameter.
-inline void check_row(const int64_t* field, const Tensor& param, size_t i) {
+inline void check_row(const int64_t* field, const TensorView& param, size_t i) {
   int64_t inner = 1;
-  for (int64_t d = 1; d < param.dim(); ++d) inner *= param.size(d);
-  STD_TORCH_CHECK(field[kFieldNumel] == param.numel() && field[kFieldInner] == inner, "masked_adamw_: layout[", i,
+  for (int64_t d = 1; d < param.dim; ++d) inner *= param.sizes[d];
+  STD_TORCH_CHECK(field[kFieldNumel] == param.numel && field[kFieldInner] == inner, "masked_adamw_: layout[", i,
                   "]: made for another shape than that of params[", i, "]");
   const int64_t kind = field[kFieldKind], units = field[kFieldUnits], cohorts = field[kFieldCohorts];
   const int64_t scope = field[kFieldScope];
@@ -102,18 +87,18 @@ inline void check_row(const int64_t* field, const Tensor& param, size_t i) {
   switch (kind) {
     case static_cast<int64_t>(Kind::kRows):
       by_unit = true;
-      fits = param.dim() >= 1 && units <= param.size(0);
+      fits = param.dim >= 1 && units <= param.sizes[0];
       break;
     case static_cast<int64_t>(Kind::kColumns):
       by_unit = true;
-      fits = param.dim() == 2 && units <= param.size(1);
+      fits = param.dim == 2 && units <= param.sizes[1];
       break;
     case static_cast<int64_t>(Kind::kTwoFour):
-      fits = param.dim() == 2 && param.size(1) % 4 == 0;
+      fits = param.dim == 2 && param.sizes[1] % 4 == 0;
       break;
     case static_cast<int64_t>(Kind::kDense):
     case static_cast<int64_t>(Kind::kElements):
-      fits = units <= param.numel();
+      fits = units <= param.numel;
       break;
   }
   const bool scope_fits = scope == static_cast<int64_t>(Scope::kShared) ||
@@ -128,28 +113,31 @@ inline Call make_call(const std::vector<Tensor>& params, const std::vector<Tenso
   STD_TORCH_CHECK(grads.size() == params.size() && states.size() == params.size(),
                   "masked_adamw_: expected as many grads and states as params (", params.size(), "), got ",
                   grads.size(), " and ", states.size());
-  STD_TORCH_CHECK(layout.is_cpu() && layout.scalar_type() == ScalarType::Long && layout.is_contiguous() &&
-                      layout.dim() == 2 && layout.size(0) == static_cast<int64_t>(params.size()) &&
-                      layout.size(1) == kFields,
+  const DTypeCodes& code = dtype_codes();
+  const TensorView rows(layout);
+  STD_TORCH_CHECK(layout.is_cpu() && rows.dtype == code.int64 && rows.contiguous && rows.dim == 2 &&
+                      rows.sizes[0] == static_cast<int64_t>(params.size()) && rows.sizes[1] == kFields,
                   "masked_adamw_: layout: expected a contiguous int64 CPU tensor of shape (", params.size(), ", ",
                   static_cast<int>(kFields), ")");
-  const int64_t* field = static_cast<const int64_t*>(layout.data_ptr());
+  const int64_t* field = static_cast<const int64_t*>(rows.data);
 
   Call call;
+  if (params.empty()) return call;
+  const TensorView first(params[0]);
   for (size_t i = 0; i < params.size(); ++i, field += kFields) {
-    const Tensor &param = params[i], &grad = grads[i], &state = states[i];
-    STD_TORCH_CHECK(same_shape(param, grad), "masked_adamw_: grads[", i, "]: expected the shape of params[", i, "]");
-    STD_TORCH_CHECK(same_place(param, params[0]) && same_place(param, grad) && same_place(param, state),
+    const TensorView param(params[i]), grad(grads[i]), state(states[i]);
+    STD_TORCH_CHECK(param.same_shape(grad), "masked_adamw_: grads[", i, "]: expected the shape of params[", i, "]");
+    STD_TORCH_CHECK(param.same_place(first) && param.same_place(grad) && param.same_place(state),
                     "masked_adamw_: params[", i, "], its gradient and its state: expected all on one device");
     const DType dtype = dtype_of(param, i);
-    const bool float_grad = dtype != DType::kFloat32 && grad.scalar_type() == ScalarType::Float;
-    STD_TORCH_CHECK(float_grad || grad.scalar_type() == param.scalar_type(), "masked_adamw_: grads[", i,
+    const bool float_grad = dtype != DType::kFloat32 && grad.dtype == code.float32;
+    STD_TORCH_CHECK(float_grad || grad.dtype == param.dtype, "masked_adamw_: grads[", i,
                     "]: expected the dtype of params[", i, "] or float32");
-    STD_TORCH_CHECK(state.scalar_type() == ScalarType::Byte && state.is_contiguous(), "masked_adamw_: states[", i,
+    STD_TORCH_CHECK(state.dtype == code.uint8 && state.contiguous, "masked_adamw_: states[", i,
                     "]: expected a contiguous uint8 tensor");
 
     Task task{};
-    task.numel = param.numel();
+    task.numel = param.numel;
     task.kind = static_cast<Kind>(field[kFieldKind]);
     task.units = static_cast<int32_t>(task.kind == Kind::kRows || task.kind == Kind::kColumns ? field[kFieldUnits] : 0);
     task.cohorts = static_cast<int16_t>(field[kFieldCohorts]);
@@ -158,11 +146,11 @@ inline Call make_call(const std::vector<Tensor>& params, const std::vector<Tenso
     check_row(field, param, i);
     int64_t entries = task.numel;
     if (task.kind == Kind::kRows) {
-      task.inner = task.numel && param.size(0) ? task.numel / param.size(0) : 0;
+      task.inner = task.numel && param.sizes[0] ? task.numel / param.sizes[0] : 0;
       entries = task.units * task.inner;
     } else if (task.kind == Kind::kColumns) {
-      task.inner = param.size(1);
-      entries = task.units * param.size(0);
+      task.inner = param.sizes[1];
+      entries = task.units * param.sizes[0];
     } else if (task.kind == Kind::kElements) {
       entries = task.inner = field[kFieldUnits];
     } else if (task.kind == Kind::kTwoFour) {
@@ -177,13 +165,13 @@ inline Call make_call(const std::vector<Tensor>& params, const std::vector<Tenso
     int64_t end = 0;  // of the sections, which fill the state: else it was made for another dtype
     auto section = [&](Field f, int64_t bytes, bool required) -> uint32_t {
       const int64_t offset = field[f];
-      STD_TORCH_CHECK(offset ? offset % kOffsetUnit == 0 && offset > 0 && offset + bytes <= state.numel() : !required,
+      STD_TORCH_CHECK(offset ? offset % kOffsetUnit == 0 && offset > 0 && offset + bytes <= state.numel : !required,
                       "masked_adamw_: states[", i, "]: does not hold what layout[", i, "] says (field ",
                       static_cast<int>(f), ")");
       if (offset) end = offset + bytes;
       return static_cast<uint32_t>(offset / kOffsetUnit);
     };
-    STD_TORCH_CHECK(4 * (task.cohorts + 1) <= state.numel(), "masked_adamw_: states[", i,
+    STD_TORCH_CHECK(4 * (task.cohorts + 1) <= state.numel, "masked_adamw_: states[", i,
                     "]: too short for its step counts");
     task.index = section(kFieldIndex, 4 * (by_unit ? task.units : words), task.kind != Kind::kDense);
     task.ranks = section(kFieldRanks, 4 * (blocks + 1), task.kind == Kind::kElements);
@@ -194,21 +182,20 @@ inline Call make_call(const std::vector<Tensor>& params, const std::vector<Tenso
     task.exp_avg_sq = section(kFieldExpAvgSq, acc_size * entries, true);
     task.max_exp_avg_sq = section(kFieldMaxExpAvgSq, acc_size * entries, false);
     task.master = section(kFieldMaster, acc_size * entries, false);
-    STD_TORCH_CHECK(end == state.numel(), "masked_adamw_: states[", i, "]: expected ", end, " bytes, as layout[", i,
-                    "] says, got ", state.numel());
+    STD_TORCH_CHECK(end == state.numel, "masked_adamw_: states[", i, "]: expected ", end, " bytes, as layout[", i,
+                    "] says, got ", state.numel);
 
-    Tensor value = param, gradient = grad;
-    if (!param.is_contiguous()) {
-      value = torch::stable::contiguous(param);
-      call.copies.emplace_back(param, value);
+    task.param = param.data;
+    if (!param.contiguous) {
+      call.copies.emplace_back(params[i], torch::stable::contiguous(params[i]));
+      task.param = call.copies.back().second.data_ptr();
     }
-    if (!grad.is_contiguous()) {
-      gradient = torch::stable::contiguous(grad);
-      call.keep.push_back(gradient);
+    task.grad = grad.data;
+    if (!grad.contiguous) {
+      call.keep.push_back(torch::stable::contiguous(grads[i]));
+      task.grad = call.keep.back().data_ptr();
     }
-    task.param = value.data_ptr();
-    task.grad = gradient.data_ptr();
-    task.state = static_cast<char*>(state.data_ptr());
+    task.state = static_cast<char*>(state.data);
 
     Bucket* bucket = nullptr;
     for (auto& b : call.buckets)
