@@ -185,12 +185,14 @@ def _counts(old: ParameterState, by_unit: bool) -> Tensor:
 def _cohorts(counts: Tensor) -> tuple[Tensor, Tensor]:
     """Distinct counts, and for each entry which of them it has.
 
-    At most 256 fit. Past that the largest are taken as one: there bias correction is 1 to many digits.
+    At most ``MAX_COHORTS`` fit. Past that, the two counts nearest to each other by ratio are taken as the larger:
+    bias correction goes at most with the ratio.
     """
     table, cohort = counts.unique(return_inverse=True)
-    if table.numel() > MAX_COHORTS:
-        table = torch.cat([table[: MAX_COHORTS - 1], table[-1:]])
-        cohort = cohort.clamp(max=MAX_COHORTS - 1)
+    while table.numel() > MAX_COHORTS:
+        nearest = int(((table[1:] + 1) / (table[:-1] + 1)).argmin())
+        table = torch.cat([table[:nearest], table[nearest + 1 :]])
+        cohort = cohort - (cohort > nearest).to(cohort.dtype)
     return table, cohort
 
 
