@@ -1,0 +1,44 @@
+# make demo: the four-domain sequence on embedded data, with a report in out/demo
+# make test: lint and all tests
+# make bench: CPU benchmarks; on a machine with a GPU, benchmarks/gpu.sh does the rest
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip -q --disable-pip-version-check
+SOURCES := setup.py CMakeLists.txt pyproject.toml $(wildcard csrc/*)
+CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh tests/cuda_emulation/*)
+
+.PHONY: demo test lint format bench clean
+
+demo: $(VENV)/.built
+	rm -rf out/demo
+	$(BIN)/sparse-cl run --method all --out out/demo
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.built
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+
+format: $(VENV)/.built
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+bench: $(VENV)/.built
+	$(BIN)/python -m pytest benchmarks --results out/bench.json
+
+clean:
+	rm -rf $(VENV) build out
+
+$(VENV)/.packages: constraints.txt
+	@echo "Installing packages into $(VENV); the first time this takes a few minutes."
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt torch setuptools cmake ninja pybind11
+	touch $@
+
+$(VENV)/.built: $(VENV)/.packages $(SOURCES)
+	$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev]'
+	touch $@
