@@ -114,7 +114,7 @@ class SparseMaskedAdamW(Optimizer):
         _check_group({**self.defaults, **{k: v for k, v in group.items() if k != "params"}})
         if isinstance(group["params"], Tensor):
             group["params"] = [group["params"]]
-        elif isinstance(group["params"], Iterable) and not isinstance(group["params"], set):
+        if isinstance(group["params"], Iterable) and not isinstance(group["params"], set):
             group["params"] = list(group["params"])
             seen = {id(p): None for g in self.param_groups for p in g["params"]}
             for i, given in enumerate(group["params"]):

@@ -87,7 +87,11 @@ def read_state(param: Tensor, entries: Mapping[str, Tensor], **options) -> Param
     index = entries.get(INDEX_NAME.get(kind))
     units = index.numel() if kind in (ROWS, COLUMNS) else entries["exp_avg"].numel()
     scope = SHARED
+    if cohort is None and step.numel() != 1:
+        raise ValueError(f"step: expected one count where there is no cohort, got {step.numel()}")
     if cohort is not None:
+        if cohort.numel() and int(cohort.max()) >= step.numel():
+            raise ValueError(f"cohort: expected numbers below {step.numel()}, one for each count in step")
         scope = PER_UNIT if kind in (ROWS, COLUMNS) and cohort.numel() == units else PER_ENTRY
     layout = StateLayout(
         kind,
