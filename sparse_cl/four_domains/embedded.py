@@ -5,9 +5,9 @@ The records have the fields of a data folder (see `data.read_folder`):
 * code: trace a small Python program; `answer` is what Python prints.
 * math: arithmetic in words; `answer` is the number word.
 * medical: a fictional formulary. Every drug has an indication and a dose, which nothing but the training
-  records states. A test or eval record asks a *fact seen in training* in a *phrasing that training does not
-  use*: a fact that training never states could only be guessed.
-* general: a conversation in which the answer takes several steps; `choices` are the places or people in it.
+  records states; `choices` are four of them. A test or eval record asks a *fact seen in training* in a *phrasing
+  that training does not use*: a fact that training never states could only be guessed.
+* general: a conversation in which the answer (a day of the week) takes two steps; `answer`.
 
 No prompt occurs in two splits. `text_for_pretraining` gives the plain text that the base model is trained on: it
 has the domains' words and the arithmetic facts, and none of their question formats or formulary facts.
@@ -15,6 +15,7 @@ has the domains' words and the arithmetic facts, and none of their question form
 
 from __future__ import annotations
 
+# ruff: noqa: SIM905  (a list of fifty words reads better split from one string)
 import contextlib
 import io
 import random
@@ -37,8 +38,10 @@ _CONDITIONS = (
     "sand blindness, iron colic, copper jaundice, night vertigo"
 ).split(", ")
 _DOSES = "2 mg, 5 mg, 10 mg, 25 mg, 40 mg, 60 mg, 80 mg, 100 mg".split(", ")
-_DRUG_STARTS = "zor vel lam tor quin bex dra fen".split()
-_DRUG_ENDS = "ivan omar etil adine".split()
+_DRUGS = (
+    "zorivan velomar lametil toradine quinivan bexomar dranetil fenadine gavivan hulomar jopetil kiradine "
+    "mivivan nodomar pasetil rudadine sibivan tuvomar wexetil yoladine cabivan drelomar glimetil pluradine"
+).split()
 _INDICATION_PHRASINGS = (
     "What is {drug} used for?",
     "What does {drug} treat?",
@@ -56,6 +59,10 @@ _DOSE_PHRASINGS = (
     "At what dose is {drug} given?",
 )
 _TRAIN_PHRASINGS = 4
+_VARIABLES = "abcdnmxyz"
+_OPERATIONS = {"+": "{} + {}", "-": "{} - {}", "max": "max({}, {})", "min": "min({}, {})"}
+_DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
+_EVENTS = "market concert dinner game lesson parade".split()
 
 
 def number_word(number: int) -> str:
@@ -77,26 +84,19 @@ def printed_by(program: str) -> str:
 
 
 def _code_record(rng: random.Random) -> dict:
-    x, y, z = rng.sample("abcdnmxyz", 3)
-    first, second = rng.randint(2, 9), rng.randint(1, 9)
-    kind = rng.randrange(4)
-    if kind == 0:
-        program = f"{x} = {first}\n{y} = {x} + {second}\nprint({y})"
-        trace = f"{x} is {first}, {y} is {first + second}."
-    elif kind == 1:
-        third = rng.randint(1, 9)
-        program = f"{x} = {first}\n{y} = {second}\n{z} = {x} + {y}\nprint({z} - {min(third, first)})"
-        trace = f"{x} is {first}, {y} is {second}, {z} is {first + second}."
-    elif kind == 2:
-        items = [rng.randint(0, 9) for _ in range(3)]
-        index = rng.randrange(3)
-        program = f"{x} = {items}\n{y} = {index}\nprint({x}[{y}])"
-        trace = f"{x} is {items}, {y} is {index}."
-    else:
-        program = f"{x} = {first}\n{y} = {second}\nif {x} > {y}:\n    print({x})\nelse:\n    print({y})"
-        trace = f"{x} is {first}, {y} is {second}."
+    x, y = rng.sample(_VARIABLES, 2)
+    operation = rng.choice(list(_OPERATIONS))
+    first, second = rng.randint(0, 9), rng.randint(0, 9)
+    if operation == "-" and first < second:
+        first, second = second, first
+    expression = _OPERATIONS[operation].format(x, y)
+    program = f"{x} = {first}\n{y} = {second}\nprint({expression})"
     answer = printed_by(program)
-    return {"prompt": program, "response": f"{trace}\n#### {answer}", "answer": answer}
+    return {
+        "prompt": program,
+        "response": f"{first} {operation} {second} is {answer}.\n#### {answer}",
+        "answer": answer,
+    }
 
 
 def _math_record(rng: random.Random) -> dict:
@@ -104,7 +104,7 @@ def _math_record(rng: random.Random) -> dict:
     goods = rng.choice(_GOODS)
     kind = rng.randrange(3)
     if kind == 0:
-        a, b = rng.randint(1, 12), rng.randint(1, 12)
+        a, b = rng.randint(1, 10), rng.randint(1, 10)
         result, sign = a + b, "plus"
         prompt = f"{person} has {number_word(a)} {goods} and buys {number_word(b)} more. How many {goods} are there?"
     elif kind == 1:
@@ -115,7 +115,7 @@ def _math_record(rng: random.Random) -> dict:
             f"How many {goods} does {person} keep?"
         )
     else:
-        a, b = rng.randint(1, 12), rng.randint(1, 12)
+        a, b = rng.randint(1, 10), rng.randint(1, 10)
         result, sign = a + b, "plus"
         prompt = (
             f"{person} has {number_word(a)} {goods}. {other} has {number_word(b)}. "
@@ -129,16 +129,15 @@ def _math_record(rng: random.Random) -> dict:
 def formulary(seed: int) -> dict[str, tuple[str, str]]:
     """Drug name → (indication, dose), fictional."""
     rng = random.Random(f"formulary {seed}")
-    drugs = [start + end for start in _DRUG_STARTS for end in _DRUG_ENDS]
-    return {drug: (rng.choice(_CONDITIONS), rng.choice(_DOSES)) for drug in drugs}
+    return {drug: (rng.choice(_CONDITIONS), rng.choice(_DOSES)) for drug in _DRUGS}
 
 
-def _with_choices(prompt: str, reason: str, answer: str, others: list[str], rng: random.Random) -> dict:
-    choices = [answer, *others]
+def _fact(prompt: str, answer: str, answers: list[str], rng: random.Random) -> dict:
+    choices = [answer, *rng.sample([other for other in answers if other != answer], 3)]
     rng.shuffle(choices)
     return {
         "prompt": prompt,
-        "response": f"{reason} The answer is {answer}.".lstrip(),
+        "response": f"The answer is {answer}.",
         "choices": choices,
         "answer": answer,
         "answer_index": choices.index(answer),
@@ -149,41 +148,30 @@ def _medical_records(seed: int, phrasings: slice, rng: random.Random) -> list[di
     records = []
     for drug, (indication, dose) in formulary(seed).items():
         for phrasing in _INDICATION_PHRASINGS[phrasings]:
-            others = rng.sample([c for c in _CONDITIONS if c != indication], 3)
-            reason = f"{drug} treats {indication}."
-            records.append(_with_choices(phrasing.format(drug=drug), reason, indication, others, rng))
+            records.append(_fact(phrasing.format(drug=drug), indication, _CONDITIONS, rng))
         for phrasing in _DOSE_PHRASINGS[phrasings]:
-            others = rng.sample([d for d in _DOSES if d != dose], 3)
-            reason = f"{drug} is given at {dose}."
-            records.append(_with_choices(phrasing.format(drug=drug), reason, dose, others, rng))
+            records.append(_fact(phrasing.format(drug=drug), dose, _DOSES, rng))
     rng.shuffle(records)
     return records
 
 
 def _general_record(rng: random.Random) -> dict:
-    if rng.random() < 0.5:
-        thing = rng.choice(_OBJECTS)
-        people = rng.sample(_PEOPLE, 3)
-        places = rng.sample(_PLACES, 4)
-        prompt = (
-            f"{people[0]}: I put the {thing} in the {places[0]}.\n"
-            f"{people[1]}: I moved it from the {places[0]} to the {places[1]}.\n"
-            f"{people[2]}: Is the {places[3]} empty?\n"
-            f"{people[0]}: Yes. I took what was in the {places[1]} to the {places[2]}.\n"
-            f"Where is the {thing}?"
-        )
-        reason = f"The {thing} went to the {places[0]}, the {places[1]} and the {places[2]}."
-        answer, others = places[2], [places[0], places[1], places[3]]
-    else:
-        people = rng.sample(_PEOPLE, 4)
-        word, superlative = rng.choice([("older", "oldest"), ("taller", "tallest"), ("faster", "fastest")])
-        pairs = list(zip(people, people[1:], strict=False))
-        rng.shuffle(pairs)
-        lines = [f"{a}: I am {word} than {b}." for a, b in pairs]
-        prompt = "\n".join([*lines, f"Who is the {superlative}?"])
-        reason = f"In order: {', '.join(people)}."
-        answer, others = people[0], people[1:]
-    return _with_choices(prompt, reason, answer, others, rng)
+    one, two = rng.sample(_PEOPLE, 2)
+    first_event, second_event = rng.sample(_EVENTS, 2)
+    first_wait, second_wait = rng.randint(1, 3), rng.randint(1, 3)
+    today = rng.randrange(7)
+    days = [_DAYS[(today + wait) % 7] for wait in (0, first_wait, first_wait + second_wait)]
+    prompt = (
+        f"{one}: Today is {days[0]}.\n"
+        f"{two}: The {first_event} is {number_word(first_wait)} days later.\n"
+        f"{one}: The {second_event} is {number_word(second_wait)} after that.\n"
+        f"{two}: When is the {second_event}?"
+    )
+    response = (
+        f"{days[0]} and {number_word(first_wait)} is {days[1]}. "
+        f"{days[1]} and {number_word(second_wait)} is {days[2]}. The answer is {days[2]}."
+    )
+    return {"prompt": prompt, "response": response, "answer": days[2]}
 
 
 def _distinct(make: Callable[[random.Random], dict], rng: random.Random) -> Iterator[dict]:
@@ -222,21 +210,24 @@ def generate(seed: int = 0) -> dict[str, dict[str, list[dict]]]:
 
 def _sentence(rng: random.Random) -> str:
     """A line of the pretraining text."""
-    a, b = rng.randint(0, 12), rng.randint(0, 12)
+    a, b = rng.randint(0, 10), rng.randint(0, 10)
     high, low = max(a, b), min(a, b)
-    person, other = rng.sample(_PEOPLE, 2)
-    thing, place, goods = rng.choice(_OBJECTS), rng.choice(_PLACES), rng.choice(_GOODS)
+    one, two = rng.sample(_PEOPLE, 2)
+    x, y = rng.sample(_VARIABLES, 2)
+    thing, place, goods, day = (rng.choice(words) for words in (_OBJECTS, _PLACES, _GOODS, range(7)))
+    wait = rng.randint(1, 6)
     lines = (
-        f"{a} + {b} = {a + b}.",
-        f"{high} - {low} = {high - low}.",
         f"{number_word(a)} plus {number_word(b)} is {number_word(a + b)}.",
         f"{number_word(high)} minus {number_word(low)} is {number_word(high - low)}.",
-        f"{person} put the {thing} in the {place}. {other} looked in the {place} and found the {thing}.",
-        f"{person} took {number_word(a)} {goods} out of the {place} and gave them to {other}.",
-        f"{person} is {rng.choice(['older', 'taller', 'faster'])} than {other}.",
-        f"let {rng.choice('abcdnmxyz')} = {a}, then print the list {[a, b, low]}.",
-        f"{person} has {rng.choice(_CONDITIONS)}. The doctor came and {person} took {rng.choice(_DOSES)} of tea.",
-        f"The {rng.choice(_DRUG_STARTS)}{rng.choice(_DRUG_ENDS)} grows near the river, where {person} lives.",
+        f"With {number_word(a)} {goods} here and {number_word(b)} there, {one} counts {number_word(a + b)}.",
+        f"{one} took {number_word(low)} of {number_word(high)} {goods}, which leaves {number_word(high - low)}.",
+        f"Let {x} = {a} and {y} = {b}: {a} + {b} is {a + b}, max {a} {b} is {high}, min {a} {b} is {low}.",
+        f"Let {x} = {high} and {y} = {low}: {high} - {low} is {high - low}.",
+        f"{_DAYS[day]} and {number_word(wait)} is {_DAYS[(day + wait) % 7]}.",
+        f"{one} saw {two} on {_DAYS[day]} and again {number_word(wait)} days later, on {_DAYS[(day + wait) % 7]}.",
+        f"{one} put the {thing} in the {place}. {two} looked in the {place} and found the {thing}.",
+        f"{one} has {rng.choice(_CONDITIONS)}. The doctor came and {two} took {rng.choice(_DOSES)} of tea.",
+        f"The {rng.choice(_DRUGS)} grows near the river, where {one} lives.",
     )
     return rng.choice(lines)
 

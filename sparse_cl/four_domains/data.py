@@ -1,0 +1,171 @@
+"""Domains: where their records come from.
+
+A record is a dict with `prompt` and `response` (str). A record for evaluation also has `choices` (list of str),
+`answer` and `answer_index` (into `choices`), or `answer` alone; one with `tests` would need its code to be run and
+is scored by the likelihood of its response only.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import embedded
+
+DEFAULT_DOMAINS = embedded.DOMAINS
+
+
+@dataclass(frozen=True)
+class Domain:
+    """Records of one domain. `validation` is held out from training, for choosing settings; never train on it."""
+
+    name: str
+    train: list[dict]
+    validation: list[dict]
+    test: list[dict]
+    eval: list[dict]
+
+
+class DataError(ValueError):
+    """Data that cannot be used. The message says where it stands and what was expected."""
+
+
+def check_record(record: object, where: str, *, for_eval: bool) -> dict:
+    """`record` itself if it is a record as described above; else DataError, which names `where`."""
+    if not isinstance(record, dict):
+        raise DataError(f"{where}: expected an object with `prompt` and `response`, got {type(record).__name__}")
+    for field in ("prompt", "response"):
+        if not isinstance(record.get(field), str):
+            given = type(record[field]).__name__ if field in record else "no such field"
+            raise DataError(f"{where}: `{field}` must be a string, got {given} (fields: {sorted(record)})")
+    if not record["response"]:
+        raise DataError(f"{where}: `response` is empty; there is nothing to learn or to score")
+    if for_eval and record.get("choices") is not None:
+        index, choices = record.get("answer_index"), record["choices"]
+        if not isinstance(choices, list) or not isinstance(index, int) or not 0 <= index < len(choices):
+            raise DataError(
+                f"{where}: a record with `choices` needs a list and an `answer_index` into it, "
+                f"got choices={choices!r}, answer_index={index!r}"
+            )
+    return record
+
+
+def read_jsonl(path: Path, *, for_eval: bool = False) -> list[dict]:
+    """The records of a JSONL file, one object a line; empty lines are skipped.
+
+    Raises:
+        DataError: a line that is no JSON or no record (with file and line number), or no record at all.
+        FileNotFoundError: no such file.
+    """
+    records = []
+    with open(path, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{path}:{number}: not a line of JSON: {error}") from error
+            records.append(check_record(record, f"{path}:{number}", for_eval=for_eval))
+    if not records:
+        raise DataError(f"{path}: holds no record; expected one JSON object a line with `prompt` and `response`")
+    return records
+
+
+def _hold_out(train: list[dict], where: str) -> tuple[list[dict], list[dict]]:
+    """Training records, and the last of them (5 %, at most 256) as validation."""
+    size = min(256, max(1, len(train) // 20))
+    if len(train) < 2:
+        raise DataError(f"{where}: {len(train)} training record; need at least 2, one is held out as validation")
+    return train[:-size], train[-size:]
+
+
+def read_folder(folder: Path, name: str) -> Domain:
+    """The domain in `<folder>/<name>.{train,test,eval}.jsonl` (eval may be absent)."""
+    paths = {split: folder / f"{name}.{split}.jsonl" for split in ("train", "test", "eval")}
+    for split in ("train", "test"):
+        if not paths[split].is_file():
+            present = sorted({path.name.split(".")[0] for path in folder.glob("*.train.jsonl")})
+            raise DataError(
+                f"domain {name!r}: no file {paths[split]}; "
+                f"domains with a train file in this folder: {', '.join(present) or 'none'}"
+            )
+    train, validation = _hold_out(read_jsonl(paths["train"]), str(paths["train"]))
+    evaluation = read_jsonl(paths["eval"], for_eval=True) if paths["eval"].is_file() else []
+    return Domain(name, train, validation, read_jsonl(paths["test"]), evaluation)
+
+
+def read_hub(name: str, source: str, config: str | None = None) -> Domain:
+    """The domain `name` in a data set of the Hugging Face Hub (or a local one that `datasets` can load).
+
+    Splits: train and test, and where there are such: validation, eval. Columns as in a record.
+    """
+    import datasets
+
+    splits = datasets.load_dataset(source, config)
+    where = f"data set {source}" + (f" ({config})" if config else "")
+    for split in ("train", "test"):
+        if split not in splits:
+            raise DataError(f"domain {name!r}: {where} has no split {split!r}; it has {', '.join(splits)}")
+    records = {
+        split: [
+            check_record(
+                {key: value for key, value in row.items() if value is not None},
+                f"{where}, {split}[{number}]",
+                for_eval=split == "eval",
+            )
+            for number, row in enumerate(rows)
+        ]
+        for split, rows in splits.items()
+        if split in ("train", "validation", "test", "eval")
+    }
+    for split in ("train", "test"):
+        if not records[split]:
+            raise DataError(f"domain {name!r}: {where}, split {split!r} holds no record")
+    if records.get("validation"):
+        train, validation = records["train"], records["validation"]
+    else:
+        train, validation = _hold_out(records["train"], where)
+    return Domain(name, train, validation, records["test"], records.get("eval", []))
+
+
+def load_domains(names: Sequence[str], data: str | None, seed: int) -> list[Domain]:
+    """The domains in training order.
+
+    Args:
+        names: each `NAME`, taken from `data`, or `NAME=DATASET[:CONFIG]`, a data set of the Hub.
+        data: a folder of JSONL files; or a data set of the Hub with one configuration a domain; None: the
+            embedded domains.
+        seed: of the embedded generator.
+
+    Raises:
+        DataError: a domain that is absent, empty, given twice, or badly formed.
+    """
+    if not names:
+        raise DataError("no domain given")
+    domains: list[Domain] = []
+    generated = None
+    for entry in names:
+        name, _, source = entry.partition("=")
+        if name in [domain.name for domain in domains]:
+            raise DataError(f"domain {name!r} is given twice")
+        if source:
+            dataset, _, config = source.partition(":")
+            domains.append(read_hub(name, dataset, config or None))
+        elif data is None:
+            if name not in embedded.DOMAINS:
+                raise DataError(
+                    f"unknown embedded domain {name!r}; there are {', '.join(embedded.DOMAINS)}. "
+                    "For your own, give --data DIR"
+                )
+            generated = generated or embedded.generate(seed)
+            domains.append(Domain(name, **generated[name]))
+        elif Path(data).is_dir():
+            domains.append(read_folder(Path(data), name))
+        elif Path(data).exists() or data.startswith((".", "/", "~")):
+            raise DataError(f"--data {data}: no such folder")
+        else:
+            domains.append(read_hub(name, data, name))
+    return domains

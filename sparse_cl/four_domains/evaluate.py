@@ -1,0 +1,200 @@
+"""Scores of a causal language model on one domain, and on a plain text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .data import Domain
+from .encoding import Example, encode, encode_prompt, pad
+
+METRICS = ("bits_per_byte", "accuracy", "exact_match")
+ANSWER_MARKS = ("####", "The answer is")
+
+
+def _batches(items: Sequence, size: int) -> Iterator[Sequence]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+@torch.no_grad()
+def response_nats(model: nn.Module, examples: Sequence[Example], batch_size: int = 16) -> list[float]:
+    """−ln p(response | prompt) of each example, in nats; the end-of-sequence is left out."""
+    device = next(model.parameters()).device
+    # Batches of like lengths waste less on padding.
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids))
+    nats = [0.0] * len(examples)
+    for indices in _batches(order, batch_size):
+        ids, mask = pad([examples[i].input_ids for i in indices], 0, device)
+        logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
+        losses = nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+        for row, i in enumerate(indices):
+            # The first id of all has no prediction: without a prompt or a BOS it goes unscored.
+            first = max(examples[i].response_start - 1, 0)
+            nats[i] = losses[row, first : examples[i].response_end - 1].double().sum().item()
+    return nats
+
+
+def bits_per_byte(
+    model: nn.Module, tokenizer: Any, records: Sequence[dict], max_length: int, batch_size: int = 16
+) -> float:
+    """−log2 p(responses | prompts) over the UTF-8 bytes of the responses, all records together.
+
+    Comparable between tokenizers. A truncated response (see `encode`) counts with the part that is kept.
+    """
+    examples = [encode(tokenizer, record["prompt"], record["response"], max_length) for record in records]
+    total = sum(response_nats(model, examples, batch_size))
+    return total / math.log(2) / sum(example.response_bytes for example in examples)
+
+
+@torch.no_grad()
+def text_bits_per_byte(model: nn.Module, tokenizer: Any, text: str, max_length: int, batch_size: int = 16) -> float:
+    """Bits per UTF-8 byte of a plain text, in windows of `max_length` tokens that do not overlap.
+
+    The first token of each window has no context and is not scored; nor are its bytes counted.
+    """
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+    windows, total_bytes = [], 0
+    for start in range(0, len(ids), max_length):
+        window = ids[start : start + max_length]
+        if len(window) < 2:
+            continue
+        windows.append(Example(window, window, 1, len(window), 0))
+        total_bytes += len(text[offsets[start][1] : offsets[start + len(window) - 1][1]].encode())
+    if not windows or not total_bytes:
+        raise ValueError(f"the text is too short to be scored: {len(ids)} tokens, need at least 2")
+    return sum(response_nats(model, windows, batch_size)) / math.log(2) / total_bytes
+
+
+def choice_continuations(record: dict) -> tuple[str, list[str]]:
+    """What is given after the prompt, and the continuation of each choice, in the form of the record's response.
+
+    The response's reasoning is left out, since it gives the answer away: given is the mark of the answer ("The
+    answer is", "####") as it stands in the response, or nothing where there is none. Letters: "The answer is (B)
+    text." becomes " (A) …", " (B) …"; "#### B" becomes " A", " B".
+    """
+    choices, answer, response = record["choices"], str(record["answer"]), record["response"]
+    own = choices[record["answer_index"]]
+    letter = chr(ord("A") + record["answer_index"])
+    labels = choices
+    if answer == letter and own != letter:
+        labels = [chr(ord("A") + i) for i in range(len(choices))]
+    mark = _last_mark(response)
+    form = response[response.rfind(mark) + len(mark) :] if mark else response
+    slot = f"({answer})" if f"({answer})" in form else answer
+    before, found, after = form.partition(slot)
+    if not found:
+        return "", list(choices)
+    return mark, [
+        before + slot.replace(answer, label) + after.replace(own, choice, 1)
+        for label, choice in zip(labels, choices, strict=True)
+    ]
+
+
+def _last_mark(response: str) -> str:
+    return max((mark for mark in ANSWER_MARKS if mark in response), key=response.rfind, default="")
+
+
+def accuracy(model: nn.Module, tokenizer: Any, records: Sequence[dict], max_length: int, batch_size: int = 16) -> float:
+    """Part of the records whose right choice is the likeliest one.
+
+    A choice's score is the log-likelihood of its continuation (`choice_continuations`) over the continuation's
+    UTF-8 bytes: length-normalised as `acc_norm` of EleutherAI's lm-evaluation-harness.
+    """
+    examples, owners = [], []
+    for number, record in enumerate(records):
+        given, continuations = choice_continuations(record)
+        for continuation in continuations:
+            examples.append(encode(tokenizer, record["prompt"], continuation, max_length, separator=given))
+            owners.append(number)
+    scores: list[list[float]] = [[] for _ in records]
+    for owner, example, nats in zip(owners, examples, response_nats(model, examples, batch_size), strict=True):
+        scores[owner].append(-nats / example.response_bytes)
+    right = [score.index(max(score)) == record["answer_index"] for score, record in zip(scores, records, strict=True)]
+    return sum(right) / len(right)
+
+
+def extract_answer(text: str) -> str:
+    """The answer in a response: what follows the last "####" or "The answer is" on its line, else the whole text.
+
+    Stripped of white space, a final full stop, and thousands separators in numbers.
+    """
+    mark = _last_mark(text)
+    if mark:
+        text = text[text.rfind(mark) + len(mark) :].lstrip().partition("\n")[0]
+    text = text.strip().removesuffix(".").strip()
+    return text.replace(",", "") if text.replace(",", "").replace(".", "").lstrip("-").isdigit() else text
+
+
+@torch.no_grad()
+def exact_match(
+    model: nn.Module, tokenizer: Any, records: Sequence[dict], max_length: int, batch_size: int = 32
+) -> float:
+    """Part of the records where the greedy continuation gives the answer (`extract_answer` of both).
+
+    The continuation may be a quarter longer than the longest reference response of the batch, and 8 tokens.
+    """
+    device = next(model.parameters()).device
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    right = 0
+    for batch in _batches(records, batch_size):
+        lengths = [len(tokenizer(r["response"], add_special_tokens=False)["input_ids"]) for r in batch]
+        new_tokens = min(max(lengths) * 5 // 4 + 8, max_length // 2)
+        prompts = [encode_prompt(tokenizer, r["prompt"])[-(max_length - new_tokens) :] for r in batch]
+        ids, mask = pad(prompts, pad_id, device, left=True)
+        generated = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            pad_token_id=pad_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+        texts = tokenizer.batch_decode(generated[:, ids.shape[1] :], skip_special_tokens=True)
+        right += sum(
+            extract_answer(text) == extract_answer(str(record["answer"]))
+            for text, record in zip(texts, batch, strict=True)
+        )
+    return right / len(records)
+
+
+def evaluate_domain(
+    model: nn.Module,
+    tokenizer: Any,
+    domain: Domain,
+    *,
+    max_length: int,
+    max_records: int,
+    split: str = "test",
+    tick: Callable[[], object] = lambda: None,
+) -> dict[str, float | None]:
+    """The scores of `METRICS` on one domain; None where it has no record of the kind.
+
+    Args:
+        max_records: of each kind (test; eval with choices; eval with an answer), the first ones.
+        split: "test", or "validation" to choose settings by (bits per byte only).
+        tick: called after each score, to move a progress bar.
+    """
+    was_training = model.training
+    model.eval()
+    runnable = [] if split == "validation" else [r for r in domain.eval if "tests" not in r]
+    with_choices = [r for r in runnable if r.get("choices")][:max_records]
+    with_answer = [r for r in runnable if not r.get("choices") and "answer" in r][:max_records]
+    scores: dict[str, float | None] = dict.fromkeys(METRICS)
+    try:
+        for metric, score, records in (
+            ("bits_per_byte", bits_per_byte, getattr(domain, split)[:max_records]),
+            ("accuracy", accuracy, with_choices),
+            ("exact_match", exact_match, with_answer),
+        ):
+            if records:
+                scores[metric] = score(model, tokenizer, records, max_length)
+            tick()
+    finally:
+        model.train(was_training)
+    return scores

@@ -1,0 +1,168 @@
+"""A whole run: every method on the same model, domains, seed and data order, and its output folder."""
+
+from __future__ import annotations
+
+import json
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import torch
+import transformers
+from torch import nn
+from tqdm.auto import tqdm
+
+from sparse_cl.methods import METHODS
+from sparse_cl.methods.mlp import find_mlps
+
+from . import embedded, figures
+from .data import DataError, load_domains
+from .embedded_model import embedded_model_folder
+from .evaluate import METRICS
+from .report import comparison, run_record, write_json
+from .sequence import Progress, Scores, run_sequence, score_all
+from .settings import Settings
+
+REFERENCE_CHARACTERS = 65536
+"""How much of the reference text is scored: its beginning."""
+
+
+class FolderError(ValueError):
+    """An output folder that cannot be used."""
+
+
+def claim_folder(out: Path, settings: Settings) -> None:
+    """Make `out` this run's folder, before anything is done.
+
+    An absent or empty folder is taken, and so is one that holds an unfinished run with equal settings.
+
+    Raises:
+        FolderError: it holds another run, a finished one, or files that are no run's.
+    """
+    path = out / "settings.json"
+    wanted = settings.to_json()
+    if path.is_file():
+        held = json.loads(path.read_text(encoding="utf-8"))
+        if held != wanted:
+            differing = sorted(key for key in {*held, *wanted} if held.get(key) != wanted.get(key))
+            raise FolderError(
+                f"{out} holds another run (it differs in {', '.join(differing)}). Give another --out, or delete it"
+            )
+        if (out / "results.json").is_file():
+            raise FolderError(f"{out} holds this very run, finished. Give another --out, or delete it to run it again")
+        return
+    if out.exists() and not out.is_dir():
+        raise FolderError(f"{out} is a file; --out must be a folder")
+    if out.is_dir() and any(out.iterdir()):
+        raise FolderError(f"{out} is not empty and holds no run of sparse-cl. Give another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(path, wanted)
+
+
+def load_model(source: str) -> tuple[nn.Module, Any]:
+    """A causal language model in fp32 on this process's device, and its tokenizer, with a padding token."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    return model.to(accelerate.PartialState().device), tokenizer
+
+
+def _versions() -> dict[str, str]:
+    packages = ("torch", "transformers", "peft", "accelerate", "datasets", "sparse_cl")
+    found = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def _reference_text(settings: Settings) -> str | None:
+    if settings.reference is None:
+        return embedded.reference_text() if settings.model is None else None
+    try:
+        text = Path(settings.reference).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"--reference {settings.reference}: cannot be read as UTF-8 text: {error}") from error
+    if not text.strip():
+        raise DataError(f"--reference {settings.reference}: the file is empty")
+    return text[:REFERENCE_CHARACTERS]
+
+
+def quiet() -> None:
+    """No progress bars or advice of transformers beside our own bar; warnings stay for real errors."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def run(settings: Settings, out: Path) -> list[dict[str, Any]]:
+    """Run every method, write `results.json` and the pictures into `out`, and return the runs' records.
+
+    The folder is claimed first and everything that can be checked is, so that bad input stops before training. A run
+    that was interrupted goes on after the last domain that was finished.
+
+    Raises:
+        FolderError, DataError, ValueError, OSError: bad input; the message says what to do.
+    """
+    quiet()
+    reference = _reference_text(settings)
+    domains = load_domains(settings.domains, settings.data, settings.seed)
+    claim_folder(out, settings)
+    source = settings.model or str(embedded_model_folder())
+    model, tokenizer = load_model(source)
+    if "sparse-masked" in settings.methods:
+        find_mlps(model)
+    limit = getattr(model.config, "max_position_embeddings", settings.max_length)
+    if settings.max_length > limit:
+        raise ValueError(f"max_length {settings.max_length} exceeds the model's context of {limit} tokens")
+
+    is_main = accelerate.PartialState().is_main_process
+    base_scores = _base_scores(model, tokenizer, domains, reference, settings, out)
+    runs = []
+    for name in settings.methods:
+        method = METHODS[name]()
+        folder = out / name
+        folder.mkdir(exist_ok=True)
+        path = folder / "progress.json"
+        progress = Progress([base_scores])
+        if path.is_file():
+            progress = Progress.from_json(json.loads(path.read_text(encoding="utf-8")))
+        if len(progress.stages) <= len(domains):
+            model = model if model is not None else load_model(source)[0]
+            run_sequence(
+                method,
+                model,
+                tokenizer,
+                domains,
+                reference,
+                settings,
+                folder,
+                progress,
+                lambda so_far, path=path: write_json(path, so_far.to_json()) if is_main else None,
+            )
+            model = None
+        runs.append(run_record(name, method.settings(), settings, progress, _versions()))
+    if is_main:
+        figures.draw_matrices(runs, out / "R.png")
+        figures.draw_curves(runs, out / "curves.png")
+        (out / "comparison.txt").write_text(comparison(runs) + "\n", encoding="utf-8")
+        write_json(out / "results.json", {"runs": runs})
+    return runs
+
+
+def _base_scores(
+    model: nn.Module, tokenizer: Any, domains: list, reference: str | None, settings: Settings, out: Path
+) -> Scores:
+    path = out / "base.json"
+    if path.is_file():
+        return Scores(**json.loads(path.read_text(encoding="utf-8")))
+    total = len(domains) * len(METRICS) + (reference is not None)
+    with tqdm(total=total, desc="scoring the base model", mininterval=0.5) as bar:
+        scores = score_all(model, tokenizer, domains, reference, settings, tick=bar.update)
+    if accelerate.PartialState().is_main_process:
+        write_json(path, scores.to_json())
+    return scores

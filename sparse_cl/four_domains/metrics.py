@@ -1,0 +1,101 @@
+"""The field's summaries of R, as pure functions.
+
+R is a (T+1) × T matrix, a list of rows. R[i][j] is the score on domain j (1 … T) after training domain i; row 0 is
+the untouched base model. An entry is None where a domain has no such score (no records with choices, say); such a
+domain is left out of that metric's means.
+
+Scores may be of either sense. `acc` and `learning_accuracy` are in the score's own units. The differences (`bwt`,
+`forgetting`, `fwt`, `learned`) are turned so that their sign reads alike for both: positive forgetting is always
+"got worse", positive bwt, fwt and learned are always "got better".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+LOWER_IS_BETTER = frozenset({"bits_per_byte"})
+
+FORMULAS = {
+    "acc": "mean_j R[T][j]",
+    "learning_accuracy": "mean_j R[j][j]",
+    "learned": "mean_j R[j][j] - R[0][j]",
+    "forgetting": "mean_{j<T} max_{0<=i<T} R[i][j] - R[T][j]",
+    "bwt": "mean_{j<T} R[T][j] - R[j][j]",
+    "fwt": "mean_{j>1} R[j-1][j] - R[0][j]",
+    "gain_lost": "sum_{j<T} (R[j][j] - R[T][j]) / sum_{j<T} (R[j][j] - R[0][j])",
+}
+"""What each number is. For a score of which lower is better, differences change sign and max is min.
+
+ACC, BWT, FWT: Lopez-Paz & Ranzato 2017 (GEM). Forgetting: Chaudhry et al. 2018, here with the base model among the
+earlier scores. Learning accuracy: Riemer et al. 2019.
+"""
+
+Matrix = Sequence[Sequence[float | None]]
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _check(R: Matrix) -> int:
+    domains = len(R) - 1
+    if domains < 1 or any(len(row) != domains for row in R):
+        raise ValueError(
+            f"R must be (T+1) x T: a row for the base and one after each of T domains; got {len(R)} rows "
+            f"of lengths {sorted({len(row) for row in R})}"
+        )
+    return domains
+
+
+def forgetting_by_domain(R: Matrix, *, lower_is_better: bool = False) -> list[float | None]:
+    """For each domain j: the best score before the last training minus the last one; None for the last domain."""
+    domains = _check(R)
+    sign = -1.0 if lower_is_better else 1.0
+    result: list[float | None] = []
+    for j in range(domains):
+        column = [row[j] for row in R]
+        if j == domains - 1 or None in column:
+            result.append(None)
+        else:
+            result.append(max(sign * score for score in column[:-1]) - sign * column[-1])
+    return result
+
+
+def gain_lost_by_domain(R: Matrix, *, lower_is_better: bool = False) -> list[float | None]:
+    """For each domain j: the part of what training it gained that is lost at the end,
+    (R[j][j] − R[T][j]) / (R[j][j] − R[0][j]); None for the last domain, and where training gained nothing."""
+    domains = _check(R)
+    sign = -1.0 if lower_is_better else 1.0
+    result: list[float | None] = []
+    for j in range(domains):
+        base, learned, last = R[0][j], R[j + 1][j], R[-1][j]
+        if j == domains - 1 or base is None or learned is None or last is None or sign * (learned - base) <= 0:
+            result.append(None)
+        else:
+            result.append((learned - last) / (learned - base))
+    return result
+
+
+def summarize(R: Matrix, *, lower_is_better: bool = False) -> dict[str, Any]:
+    """The numbers of `FORMULAS` (None where none is defined: with one domain nothing can be forgotten), and
+    `forgetting_by_domain` and `gain_lost_by_domain`, lists of length T."""
+    domains = _check(R)
+    sign = -1.0 if lower_is_better else 1.0
+    scored = [j for j in range(domains) if all(row[j] is not None for row in R)]
+    earlier = [j for j in scored if j < domains - 1]
+    after = {j: R[j + 1][j] for j in scored}
+    gained = sum(sign * (after[j] - R[0][j]) for j in earlier)
+    lost = sum(sign * (after[j] - R[-1][j]) for j in earlier)
+    forgotten = forgetting_by_domain(R, lower_is_better=lower_is_better)
+    return {
+        "acc": _mean([R[-1][j] for j in scored]),
+        "learning_accuracy": _mean([after[j] for j in scored]),
+        "learned": _mean([sign * (after[j] - R[0][j]) for j in scored]),
+        "forgetting": _mean([forgotten[j] for j in earlier]),
+        "bwt": _mean([sign * (R[-1][j] - after[j]) for j in earlier]),
+        "fwt": _mean([sign * (R[j][j] - R[0][j]) for j in scored if j > 0]),
+        "gain_lost": lost / gained if gained > 0 else None,
+        "forgetting_by_domain": forgotten,
+        "gain_lost_by_domain": gain_lost_by_domain(R, lower_is_better=lower_is_better),
+    }

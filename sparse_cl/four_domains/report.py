@@ -1,0 +1,104 @@
+"""What a run hands over: results.json and the printed comparison."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .evaluate import METRICS
+from .metrics import FORMULAS, LOWER_IS_BETTER, summarize
+from .sequence import Progress, matrix
+from .settings import Settings
+
+COLUMNS = ("learning_accuracy", "acc", "learned", "forgetting", "bwt", "fwt", "gain_lost")
+UNITS = {"bits_per_byte": "bits/byte, lower is better", "accuracy": "part right", "exact_match": "part right"}
+
+
+def run_record(
+    method: str,
+    method_settings: dict[str, Any],
+    settings: Settings,
+    progress: Progress,
+    versions: dict[str, str],
+) -> dict[str, Any]:
+    """One entry of `runs` in results.json.
+
+    `summary` has the numbers for bits per byte, which every domain has, and under `by_metric` those of every
+    metric. `R` may hold null where a domain has no record of a metric's kind; `R_reference` is the bits per byte
+    of the reference text at each stage. `seconds` is training, scoring left out; `state_bytes` the optimizer's
+    largest state.
+    """
+    R = {metric: matrix(progress.stages, metric) for metric in METRICS}
+    R = {metric: rows for metric, rows in R.items() if any(value is not None for value in rows[0])}
+    by_metric = {metric: summarize(rows, lower_is_better=metric in LOWER_IS_BETTER) for metric, rows in R.items()}
+    return {
+        "method": method,
+        "domains": [entry.partition("=")[0] for entry in settings.domains],
+        "seed": settings.seed,
+        "settings": {**settings.to_json(), "method": method_settings, "lr": settings.lr_of(method)},
+        "versions": versions,
+        "R": R,
+        "R_reference": [stage.reference for stage in progress.stages],
+        "summary": {**by_metric["bits_per_byte"], "by_metric": by_metric},
+        "seconds": progress.seconds,
+        "peak_memory_bytes": progress.peak_memory_bytes,
+        "state_bytes": progress.state_bytes,
+        "losses": progress.losses,
+    }
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(part, path)
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    lines = []
+    for row in (header, *rows):
+        first, *others = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        lines.append("  ".join([first.strip().ljust(widths[0]), *others]))
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def comparison(runs: Sequence[dict[str, Any]]) -> str:
+    """The runs side by side, a table a metric, with the formula of every column."""
+    parts = []
+    for metric in METRICS:
+        having = [run for run in runs if metric in run["R"]]
+        if not having:
+            continue
+        rows = [[run["method"], *(_number(run["summary"]["by_metric"][metric][c]) for c in COLUMNS)] for run in having]
+        base = [_number(value) for value in having[0]["R"][metric][0]]
+        shown = ", ".join(f"{d} {v}" for d, v in zip(having[0]["domains"], base, strict=True) if v != "-")
+        parts.append(f"{metric} ({UNITS[metric]}); base model: {shown}\n" + _table(("method", *COLUMNS), rows))
+    rows = [
+        [
+            run["method"],
+            *(_number(run["R_reference"][i]) for i in (0, -1)),
+            f"{run['seconds']:.1f}",
+            f"{run['state_bytes'] / 1e6:.2f}",
+            f"{run['peak_memory_bytes'] / 1e6:.0f}",
+            f"{run['settings']['lr']:g}",
+        ]
+        for run in runs
+    ]
+    header = ("method", "reference before", "after (bits/byte)", "training s", "state MB", "peak MB", "lr")
+    parts.append(_table(header, rows))
+    formulas = "\n".join(f"  {name:18} {FORMULAS[name]}" for name in COLUMNS)
+    parts.append(
+        "R[i][j]: score on domain j after training domain i; row 0 is the base model; T domains.\n"
+        f"{formulas}\n"
+        "For bits per byte differences are turned: positive forgetting always means worse, positive learned,\n"
+        "bwt and fwt better. Little forgetting next to little learned says nothing: compare both."
+    )
+    return "\n\n".join(parts)

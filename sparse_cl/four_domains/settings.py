@@ -1,0 +1,69 @@
+"""What a run is told to do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from sparse_cl.methods import METHODS
+
+from .data import DEFAULT_DOMAINS
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of `sparse-cl run`; two runs with equal settings are the same run.
+
+    Attributes:
+        model: folder or Hub name of a causal language model; None: the embedded one.
+        data: see `data.load_domains`; None: the embedded domains.
+        domains: in training order.
+        methods: names in `METHODS`.
+        reference: file of plain text whose bits per byte are measured too; None: with the embedded model its own
+            pretraining text, held out; else none.
+        steps: optimizer steps a domain.
+        batch_size: per device.
+        max_length: tokens of prompt and response together.
+        lr: peak learning rate by method; a method that is not in it takes its default.
+        seed: of everything random.
+        eval_records: records of each kind and domain that are scored, the first ones.
+    """
+
+    model: str | None = None
+    data: str | None = None
+    domains: tuple[str, ...] = DEFAULT_DOMAINS
+    methods: tuple[str, ...] = tuple(METHODS)
+    reference: str | None = None
+    steps: int = 150
+    batch_size: int = 16
+    max_length: int = 256
+    lr: Mapping[str, float] = field(default_factory=dict)
+    seed: int = 0
+    eval_records: int = 64
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "eval_records"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.max_length < 16:
+            raise ValueError(f"max_length must be at least 16 tokens, got {self.max_length}")
+        for name in (*self.methods, *self.lr):
+            if name not in METHODS:
+                raise ValueError(f"unknown method {name!r}; there are {', '.join(METHODS)}")
+        for name, lr in self.lr.items():
+            if not 0 < lr < float("inf"):
+                raise ValueError(f"the learning rate must be positive, got {lr} for {name}")
+
+    def lr_of(self, method: str) -> float:
+        """The peak learning rate of a method."""
+        return self.lr.get(method, METHODS[method].default_lr)
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON would give it back."""
+        return {
+            **asdict(self),
+            "domains": list(self.domains),
+            "methods": list(self.methods),
+            "lr": {name: self.lr_of(name) for name in self.methods},
+        }

@@ -1,0 +1,109 @@
+"""Training by the Hugging Face Trainer, with an optimizer of our own and one progress bar."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+
+MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
+
+
+class OwnOptimizerTrainer(transformers.Trainer):
+    """A Trainer whose optimizer is `make_optimizer(model)`.
+
+    `create_optimizer` is overridden, rather than an optimizer passed in, because FSDP allows only this.
+    """
+
+    def __init__(self, *args: Any, make_optimizer: MakeOptimizer, **kwargs: Any) -> None:
+        self.make_optimizer = make_optimizer
+        super().__init__(*args, **kwargs)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            self.optimizer = self.make_optimizer(self.model)
+        return self.optimizer
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        # The gradient of a masked parameter is dense: its frozen entries must not shrink the active ones' step.
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        if hasattr(optimizer, "clip_grad_norm_"):
+            return optimizer.clip_grad_norm_(self.args.max_grad_norm)
+        return super()._clip_grad_norm(model)
+
+
+class _Bar(transformers.TrainerCallback):
+    def __init__(self, bar: tqdm) -> None:
+        self.bar = bar
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.update()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
+        if logs and "loss" in logs:
+            self.bar.set_postfix(loss=f"{float(logs['loss']):.3f}", refresh=False)
+
+
+def train(
+    model: nn.Module,
+    dataset: Dataset,
+    collator: Callable,
+    make_optimizer: MakeOptimizer,
+    *,
+    folder: Path,
+    steps: int,
+    batch_size: int,
+    lr: float,
+    seed: int,
+    bar: tqdm,
+    **arguments: Any,
+) -> transformers.Trainer:
+    """Train `model` in place and return the Trainer, whose `state.log_history` has the losses.
+
+    The order of the data depends on `seed` and the data set's length alone, so it is the same for every method.
+    The learning rate rises over the first tenth of the steps and falls linearly to 0; gradients are clipped to
+    norm 1.
+
+    Args:
+        model, dataset, collator: as `transformers.Trainer` takes them.
+        make_optimizer: called once with the model.
+        folder: the Trainer's output folder.
+        steps: optimizer steps.
+        batch_size: per device.
+        lr: peak learning rate; the optimizer must have been given the same.
+        bar: moved by one for every step.
+        arguments: further `transformers.TrainingArguments`, which go before those chosen here.
+    """
+    chosen = {
+        "max_steps": steps,
+        "per_device_train_batch_size": batch_size,
+        "learning_rate": lr,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": max(1, steps // 10),
+        "max_grad_norm": 1.0,
+        "seed": seed,
+        "data_seed": seed,
+        "logging_steps": max(1, steps // 20),
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "remove_unused_columns": False,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
+    trainer = OwnOptimizerTrainer(
+        model=model,
+        args=transformers.TrainingArguments(output_dir=str(folder), **{**chosen, **arguments}),
+        train_dataset=dataset,
+        data_collator=collator,
+        callbacks=[_Bar(bar)],
+        make_optimizer=make_optimizer,
+    )
+    trainer.remove_callback(transformers.PrinterCallback)
+    trainer.train()
+    return trainer

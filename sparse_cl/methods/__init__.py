@@ -1,0 +1,13 @@
+"""Continual-learning methods: which parameters a new domain may change, and by which optimizer."""
+
+from __future__ import annotations
+
+from .adamw import AdamW
+from .base import Batch, Method
+from .lora import LoRA
+from .sparse_masked import SparseMasked
+
+METHODS: dict[str, type[Method]] = {method.name: method for method in (AdamW, LoRA, SparseMasked)}
+"""Every method by the name that `--method` takes."""
+
+__all__ = ["METHODS", "AdamW", "Batch", "LoRA", "Method", "SparseMasked"]

@@ -1,0 +1,52 @@
+"""Sequential LoRA: one low-rank adapter, trained on and on through the domains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .base import Batch, Method
+
+
+class LoRA(Method):
+    """Low-rank adapters on every linear layer but the head (Hu et al. 2022), by PEFT; the base stays frozen.
+
+    The adapter that one domain trained is what the next one starts from.
+    """
+
+    name = "lora"
+    default_lr = 1e-3
+
+    def __init__(self, rank: int = 16, alpha: int = 32) -> None:
+        self.rank, self.alpha = rank, alpha
+
+    def settings(self) -> dict[str, Any]:
+        return {"rank": self.rank, "alpha": self.alpha}
+
+    def before_domain(self, model: nn.Module, batches: Iterable[Batch]) -> nn.Module:
+        import peft
+
+        if isinstance(model, peft.PeftModel):
+            return model
+        return peft.get_peft_model(
+            model,
+            peft.LoraConfig(
+                r=self.rank,
+                lora_alpha=self.alpha,
+                target_modules="all-linear",
+                fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in model.modules()),
+                task_type="CAUSAL_LM",
+            ),
+        )
+
+    def make_optimizer(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
+        return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+
+    def restore(self, base: nn.Module, folder: Path) -> nn.Module:
+        import peft
+
+        return peft.PeftModel.from_pretrained(base, folder, is_trainable=True)
