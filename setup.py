@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import site
 import subprocess
 import sys
 import sysconfig
@@ -19,8 +20,8 @@ ROOT = Path(__file__).parent
 def find_torch() -> Path:
     """Folder of the torch package; under pip's build isolation ``import torch`` fails, but platlib is the caller's."""
     minimum = ".".join(map(str, TORCH_MINIMUM))
-    folders = [Path(p) / "torch" for p in (sysconfig.get_path("platlib"), sysconfig.get_path("purelib"), *sys.path)]
-    for folder in folders:
+    roots = [sysconfig.get_path("platlib"), sysconfig.get_path("purelib"), site.getusersitepackages(), *sys.path]
+    for folder in (Path(root) / "torch" for root in roots):
         version_file = folder / "version.py"
         if version_file.exists():
             version = re.search(r"__version__ = '(.+?)'", version_file.read_text()).group(1)
@@ -40,7 +41,6 @@ class CMakeBuild(build_ext):
     """Runs CMake once and installs what it built beside the package's Python files."""
 
     def run(self) -> None:
-        torch = find_torch()
         try:
             import cmake
             import ninja
@@ -58,7 +58,7 @@ class CMakeBuild(build_ext):
             "-G",
             "Ninja",
             f"-DCMAKE_INSTALL_PREFIX={target / 'sparse_cl'}",
-            f"-DSPARSE_CL_TORCH={torch}",
+            f"-DSPARSE_CL_TORCH={find_torch()}",
             f"-DCMAKE_MAKE_PROGRAM={Path(ninja.BIN_DIR) / 'ninja'}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
@@ -66,10 +66,14 @@ class CMakeBuild(build_ext):
         ]
         if "CMAKE_CUDA_ARCHITECTURES" in os.environ:
             configure.append(f"-DCMAKE_CUDA_ARCHITECTURES={os.environ['CMAKE_CUDA_ARCHITECTURES']}")
-        run_cmake = subprocess.check_call
-        run_cmake(configure)
-        run_cmake([configure[0], "--build", str(build)])
-        run_cmake([configure[0], "--install", str(build)])
+        for command in (configure, [configure[0], "--build", str(build)], [configure[0], "--install", str(build)]):
+            try:
+                subprocess.check_call(command)
+            except subprocess.CalledProcessError:
+                sys.exit(f"Building sparse_cl failed: see above. The command was {' '.join(command)}")
 
 
+# Before pip resolves dependencies: else it would fetch a torch, gigabytes of it, only to learn that one must be chosen.
+if "sdist" not in sys.argv:
+    find_torch()
 setup(ext_modules=[Extension("sparse_cl._build_info", sources=[])], cmdclass={"build_ext": CMakeBuild})
