@@ -118,9 +118,6 @@ def test_importing_brings_no_heavy_module():
     assert done.stdout.split() == []
 
 
-# Installing.
-
-
 @pytest.fixture
 def bare(tmp_path):
     """An environment that holds setuptools alone, and setup.py beside it: (python, site-packages, folder)."""
@@ -169,8 +166,6 @@ def test_building_with_a_torch_that_is_new_enough_gets_past_it(bare):
     (site / "torch" / "version.py").write_text("__version__ = '2.11.0'\n")
     assert "pip install cmake ninja pybind11" in build(python, folder)
 
-
-# Sources.
 
 SOURCES = sorted(p for p in (ROOT / "csrc").iterdir() if p.suffix in (".cpp", ".cu", ".h", ".cuh"))
 
