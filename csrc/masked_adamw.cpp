@@ -71,9 +71,13 @@ void masked_adamw_(std::vector<Tensor> params, std::vector<Tensor> grads, std::v
       size_t t = std::upper_bound(start.begin(), start.end(), begin) - start.begin() - 1;
       for (int64_t chunk = begin; chunk < end;) {
         while (start[t + 1] <= chunk) ++t;
-        const Items items = items_of(bucket.tasks[t]);
-        const int64_t last = std::min(end, start[t + 1]);
-        step_range(bucket.tasks[t], bucket.dtype, bucket.float_grad, step, (chunk - start[t]) * items.per_chunk,
+        const Task& task = bucket.tasks[t];
+        const Items items = items_of(task);
+        // Gathered entries are grouped from the start of a range, and the last few of a group are stepped by other
+        // instructions: there, ranges must not depend on the number of threads.
+        const bool grouped = task.kind == Kind::kElements && task.scope == Scope::kShared;
+        const int64_t last = grouped ? chunk + 1 : std::min(end, start[t + 1]);
+        step_range(task, bucket.dtype, bucket.float_grad, step, (chunk - start[t]) * items.per_chunk,
                    std::min((last - start[t]) * items.per_chunk, items.count));
         chunk = last;
       }

@@ -47,7 +47,7 @@ LARGE = [
     Case(ROWS, (90001,), density=0.9),
     Case(COLUMNS, (301, 401)),
     Case(COLUMNS, (20, 9001), gain=True, cohorts=3, scope=PER_UNIT),
-    Case(ELEMENTS, (333, 401)),
+    Case(ELEMENTS, (1333, 401)),
     Case(ELEMENTS, (333, 401), density=0.01, amsgrad=True),
     Case(ELEMENTS, (257, 401), density=1.0, cohorts=9, scope=PER_ENTRY),
     Case(TWO_FOUR, (301, 400)),
@@ -85,12 +85,13 @@ def test_native_is_as_accurate_as_the_reference(dtype, grad_dtype, master, optio
 @pytest.mark.parametrize("dtype, grad_dtype, master", precisions())
 def test_large_parameters_are_split_between_threads(dtype, grad_dtype, master):
     cases = [replace(case, dtype=dtype, grad_dtype=grad_dtype, master=master) for case in LARGE]
-    many = check_step(ops.masked_adamw_, cases)
+    many = check_step(ops.masked_adamw_, cases, steps=3)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
         one = make_problem(cases)
-        one.step(ops.masked_adamw_)
+        for _ in range(3):
+            one.step(ops.masked_adamw_)
     finally:
         torch.set_num_threads(threads)
     for a, b in zip(many.params + many.states, one.params + one.states, strict=True):
@@ -253,7 +254,7 @@ def step_all():
     for dtype, grad_dtype in DTYPES.values():
         for master in (False, True) if dtype.itemsize == 2 else (False,):
             common = dict(grad_dtype=grad_dtype, master=master)
-            cases = kinds(dtype, **common) + [replace(case, dtype=dtype, **common) for case in LARGE]
+            cases = kinds(dtype, **common) + (LARGE if dtype == torch.float32 else [])
             cases += kinds(dtype, amsgrad=True, cohorts=3, scope=PER_ENTRY, **common)
             cases += kinds(dtype, gain=True, cohorts=3, scope=PER_UNIT, **common)
             problem = check_step(ops.masked_adamw_, cases, grad_scale=torch.tensor(3.0))
