@@ -1,6 +1,7 @@
 """Settings that all tests share."""
 
 import os
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
@@ -22,3 +23,44 @@ def implementation(request, monkeypatch):
     elif not ops.LOADED["cpu"]:
         pytest.skip("no native library was built")
     return request.param
+
+
+@pytest.fixture(scope="session")
+def shared_folder() -> Path:
+    """Folder with real data and models for tests that want some; they are skipped where there is none."""
+    folder = Path(os.environ.get("SPARSE_CL_SHARED") or Path(__file__).parents[1] / ".." / "shared").resolve()
+    if not (folder / "data").is_dir():
+        pytest.skip("no real data: set SPARSE_CL_SHARED to a folder with data/ and models/")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """A byte-level tokenizer of 300 pieces."""
+    from sparse_cl.four_domains.embedded_model import build_tokenizer
+
+    return build_tokenizer(["What is one plus two? The answer is three."] * 4, 300)
+
+
+@pytest.fixture
+def tiny_llama(tokenizer):
+    """A random Llama of two layers, 24 neurons each, the same every time."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=256,
+        initializer_range=0.2,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    return LlamaForCausalLM(config).eval()

@@ -104,8 +104,11 @@ def read_hub(name: str, source: str, config: str | None = None) -> Domain:
     """
     import datasets
 
-    splits = datasets.load_dataset(source, config)
     where = f"data set {source}" + (f" ({config})" if config else "")
+    try:
+        splits = datasets.load_dataset(source, config)
+    except Exception as error:  # `datasets` raises many kinds, of several libraries
+        raise DataError(f"domain {name!r}: cannot load {where}: {error}") from error
     for split in ("train", "test"):
         if split not in splits:
             raise DataError(f"domain {name!r}: {where} has no split {split!r}; it has {', '.join(splits)}")
@@ -149,6 +152,8 @@ def load_domains(names: Sequence[str], data: str | None, seed: int) -> list[Doma
     generated = None
     for entry in names:
         name, _, source = entry.partition("=")
+        if not name or not name.replace("-", "").replace("_", "").isalnum():
+            raise DataError(f"domain {entry!r}: a name is letters, digits, - and _")
         if name in [domain.name for domain in domains]:
             raise DataError(f"domain {name!r} is given twice")
         if source:

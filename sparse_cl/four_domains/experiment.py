@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import warnings
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from .report import comparison, run_record, write_json
 from .sequence import Progress, Scores, run_sequence, score_all
 from .settings import Settings
 
-REFERENCE_CHARACTERS = 65536
+REFERENCE_CHARACTERS = 32768
 """How much of the reference text is scored: its beginning."""
 
 
@@ -33,18 +34,15 @@ class FolderError(ValueError):
     """An output folder that cannot be used."""
 
 
-def claim_folder(out: Path, settings: Settings) -> None:
-    """Make `out` this run's folder, before anything is done.
-
-    An absent or empty folder is taken, and so is one that holds an unfinished run with equal settings.
+def check_folder(out: Path, settings: Settings) -> None:
+    """Whether `out` may be this run's folder: absent, empty, or with an unfinished run of equal settings.
 
     Raises:
         FolderError: it holds another run, a finished one, or files that are no run's.
     """
     path = out / "settings.json"
-    wanted = settings.to_json()
     if path.is_file():
-        held = json.loads(path.read_text(encoding="utf-8"))
+        held, wanted = json.loads(path.read_text(encoding="utf-8")), settings.to_json()
         if held != wanted:
             differing = sorted(key for key in {*held, *wanted} if held.get(key) != wanted.get(key))
             raise FolderError(
@@ -52,13 +50,10 @@ def claim_folder(out: Path, settings: Settings) -> None:
             )
         if (out / "results.json").is_file():
             raise FolderError(f"{out} holds this very run, finished. Give another --out, or delete it to run it again")
-        return
-    if out.exists() and not out.is_dir():
+    elif out.exists() and not out.is_dir():
         raise FolderError(f"{out} is a file; --out must be a folder")
-    if out.is_dir() and any(out.iterdir()):
+    elif out.is_dir() and any(out.iterdir()):
         raise FolderError(f"{out} is not empty and holds no run of sparse-cl. Give another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(path, wanted)
 
 
 def load_model(source: str) -> tuple[nn.Module, Any]:
@@ -94,7 +89,8 @@ def _reference_text(settings: Settings) -> str | None:
 
 
 def quiet() -> None:
-    """No progress bars or advice of transformers beside our own bar; warnings stay for real errors."""
+    """Of transformers, errors only: no bars beside our own, no advice, no deprecations inside it and peft."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
 
@@ -102,16 +98,16 @@ def quiet() -> None:
 def run(settings: Settings, out: Path) -> list[dict[str, Any]]:
     """Run every method, write `results.json` and the pictures into `out`, and return the runs' records.
 
-    The folder is claimed first and everything that can be checked is, so that bad input stops before training. A run
-    that was interrupted goes on after the last domain that was finished.
+    Everything is checked before anything is written, so that bad input leaves no folder. A run that was interrupted
+    goes on after the last domain that was finished.
 
     Raises:
         FolderError, DataError, ValueError, OSError: bad input; the message says what to do.
     """
     quiet()
+    check_folder(out, settings)
     reference = _reference_text(settings)
     domains = load_domains(settings.domains, settings.data, settings.seed)
-    claim_folder(out, settings)
     source = settings.model or str(embedded_model_folder())
     model, tokenizer = load_model(source)
     if "sparse-masked" in settings.methods:
@@ -121,6 +117,9 @@ def run(settings: Settings, out: Path) -> list[dict[str, Any]]:
         raise ValueError(f"max_length {settings.max_length} exceeds the model's context of {limit} tokens")
 
     is_main = accelerate.PartialState().is_main_process
+    out.mkdir(parents=True, exist_ok=True)
+    if is_main:
+        write_json(out / "settings.json", settings.to_json())
     base_scores = _base_scores(model, tokenizer, domains, reference, settings, out)
     runs = []
     for name in settings.methods:

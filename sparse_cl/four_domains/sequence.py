@@ -157,6 +157,8 @@ def run_sequence(
             bar.set_description(f"{method.name}: learning {domain.name} ({number}/{len(domains)})")
             encoded = EncodedRecords(domain.train, tokenizer, settings.max_length)
             batches = DomainBatches(encoded, settings.batch_size, next(model.parameters()).device)
+            # An adapter is initialised here: it must not depend on what this process drew before.
+            transformers.set_seed(settings.seed)
             model = method.before_domain(model, batches)
             trainer = train(
                 model,
@@ -174,6 +176,8 @@ def run_sequence(
             progress.state_bytes = max(progress.state_bytes, optimizer_state_bytes(optimizer))
             method.after_domain(model, batches)
             trainer.save_model()
+            # The Trainer pickles its arguments beside the weights; nothing here reads them, and pickles are unsafe.
+            (Path(trainer.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
             progress.losses = (progress.losses or []) + [
                 {"domain": domain.name, "step": entry["step"], "loss": float(entry["loss"])}
                 for entry in trainer.state.log_history

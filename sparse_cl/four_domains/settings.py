@@ -48,6 +48,8 @@ class Settings:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.max_length < 16:
             raise ValueError(f"max_length must be at least 16 tokens, got {self.max_length}")
+        if not self.methods or len(set(self.methods)) < len(self.methods):
+            raise ValueError(f"methods must be named, each once; got {list(self.methods)}")
         for name in (*self.methods, *self.lr):
             if name not in METHODS:
                 raise ValueError(f"unknown method {name!r}; there are {', '.join(METHODS)}")

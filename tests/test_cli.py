@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from sparse_cl.cli import main
+
+
+@pytest.fixture
+def data(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for split in ("train", "test"):
+        line = json.dumps({"prompt": "p", "response": "r"}) + "\n"
+        (folder / f"code.{split}.jsonl").write_text(line * 4)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--method", "sgd"], "unknown method 'sgd'"),
+        (["--lr", "fast"], "--lr fast: expected a number"),
+        (["--lr", "adamw=1e-3,lora"], "expected a number, or METHOD=NUMBER"),
+        (["--lr", "0"], "must be positive, got 0.0"),
+        (["--domains", "law"], "domain 'law': no file"),
+        (["--domains", "broken"], "broken.train.jsonl:2: not a line of JSON"),
+        (["--domains", "code", "--model", "./nowhere"], "nowhere"),
+        (["--domains", "code", "--reference", "absent.txt"], "--reference absent.txt"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(data, tmp_path, capsys, arguments, message):
+    for split in ("train", "test"):
+        (data / f"broken.{split}.jsonl").write_text('{"prompt": "p", "response": "r"}\n{"prompt":\n')
+    out = tmp_path / "out"
+    assert main(["run", "--data", str(data), "--out", str(out), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("sparse-cl: ")
+    assert message in error
+    assert "Traceback" not in error
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("arguments", [[], ["run"], ["run", "--steps", "0", "--out", "x"], ["fly"]])
+def test_wrong_options_print_the_usage(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
+    assert "usage:" in capsys.readouterr().err
+
+
+def test_as_a_module_and_help_needs_no_transformers():
+    code = (
+        "import runpy, sys; sys.argv = ['sparse_cl', 'run', '--help']\n"
+        "try: runpy.run_module('sparse_cl', run_name='__main__')\n"
+        "except SystemExit as stop: assert stop.code == 0\n"
+        "assert not {'transformers', 'peft', 'datasets', 'matplotlib'} & set(sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "--reference FILE.txt" in result.stdout
+
+
+def test_a_run_from_the_command_line(tiny_llama, tokenizer, data, tmp_path, capsys):
+    tiny_llama.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    out = tmp_path / "out"
+    arguments = ["run", "--model", str(tmp_path / "model"), "--data", str(data), "--domains", "code"]
+    arguments += ["--method", "adamw,sparse-masked", "--steps", "2", "--batch-size", "2", "--max-length", "32"]
+    assert main([*arguments, "--lr", "adamw=1e-3,sparse-masked=1e-2", "--seed", "7", "--out", str(out)]) == 0
+    captured = capsys.readouterr()
+    assert "learning_accuracy" in captured.out
+    assert "sparse-masked: learning code (1/1)" in captured.err, "a progress bar on all long work"
+    runs = json.loads((out / "results.json").read_text())["runs"]
+    assert [(run["method"], run["settings"]["lr"], run["seed"]) for run in runs] == [
+        ("adamw", 1e-3, 7),
+        ("sparse-masked", 1e-2, 7),
+    ]
+    assert main([*arguments, "--out", str(out)]) == 2
+    assert "holds another run" in capsys.readouterr().err

@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from sparse_cl.four_domains.data import DataError, load_domains, read_folder, read_jsonl
+
+LINE = {"prompt": "p", "response": "r"}
+
+
+def write(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write(tmp_path / "code.train.jsonl", [{"prompt": f"p{i}", "response": "r"} for i in range(60)])
+    write(tmp_path / "code.test.jsonl", [LINE])
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"prompt": "p"', r"bad.jsonl:3: not a line of JSON"),
+        ('["p", "r"]', r"bad.jsonl:3: expected an object .* got list"),
+        ('{"prompt": "p"}', r"bad.jsonl:3: `response` must be a string, got no such field \(fields: \['prompt'\]\)"),
+        ('{"prompt": 3, "response": "r"}', r"bad.jsonl:3: `prompt` must be a string, got int"),
+        ('{"prompt": "p", "response": ""}', r"bad.jsonl:3: `response` is empty"),
+        ('{"prompt": "p", "response": "r", "choices": ["a"], "answer_index": 1}', r"bad.jsonl:3: .*`answer_index`"),
+    ],
+)
+def test_a_bad_line_is_named_with_its_number(tmp_path, line, message):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(json.dumps(LINE) + "\n\n" + line + "\n", encoding="utf-8")
+    with pytest.raises(DataError, match=message):
+        read_jsonl(path, for_eval=True)
+
+
+@pytest.mark.parametrize("content", ["", "\n\n"])
+def test_an_empty_domain_is_an_error(folder, content):
+    (folder / "code.test.jsonl").write_text(content)
+    with pytest.raises(DataError, match=r"code\.test\.jsonl: holds no record"):
+        read_folder(folder, "code")
+
+
+def test_validation_is_held_out_of_training(folder):
+    domain = read_folder(folder, "code")
+    assert [r["prompt"] for r in domain.train + domain.validation] == [f"p{i}" for i in range(60)]
+    assert len(domain.validation) == 3
+    assert domain.eval == []
+
+
+def test_too_little_to_hold_out_is_an_error(folder):
+    write(folder / "code.train.jsonl", [LINE])
+    with pytest.raises(DataError, match="at least 2"):
+        read_folder(folder, "code")
+
+
+@pytest.mark.parametrize(
+    ("names", "data", "message"),
+    [
+        (["law"], None, "unknown embedded domain 'law'; there are code, math, medical, general"),
+        (["code", "code"], None, "given twice"),
+        ([], None, "no domain given"),
+        (["../code"], None, "a name is letters"),
+        (["code"], "./nowhere", "no such folder"),
+    ],
+)
+def test_names_that_cannot_be_used(names, data, message):
+    with pytest.raises(DataError, match=message):
+        load_domains(names, data, 0)
+
+
+def test_an_absent_domain_names_those_that_are_there(folder):
+    with pytest.raises(DataError, match=r"'law': no file .*law\.train\.jsonl; .* in this folder: code"):
+        load_domains(["law"], str(folder), 0)
+
+
+def test_a_data_set_by_name(tmp_path):
+    dataset = tmp_path / "mine"
+    dataset.mkdir()
+    write(dataset / "train.jsonl", [{"prompt": f"p{i}", "response": "r"} for i in range(40)])
+    write(dataset / "test.jsonl", [{"prompt": "t", "response": "r"}])
+    (domain,) = load_domains([f"law={dataset}"], None, 0)
+    assert (domain.name, len(domain.train), len(domain.validation)) == ("law", 38, 2)
+    assert domain.test == [{"prompt": "t", "response": "r"}]
+
+
+def test_a_data_set_with_other_columns_says_which_it_has(tmp_path):
+    dataset = tmp_path / "mine"
+    dataset.mkdir()
+    for split in ("train", "test"):
+        write(dataset / f"{split}.jsonl", [{"question": "p", "answer": "r"}])
+    with pytest.raises(DataError, match=r"train\[0\]: `prompt` must be a string, got no such field .*'question'"):
+        load_domains([f"law={dataset}"], None, 0)
+
+
+def test_a_data_set_that_does_not_load(tmp_path):
+    with pytest.raises(DataError, match="domain 'law': cannot load data set"):
+        load_domains([f"law={tmp_path / 'absent'}"], None, 0)
+
+
+def test_the_real_data_is_read(shared_folder):
+    domains = load_domains(["code", "math", "medical", "general"], str(shared_folder / "data"), 0)
+    for domain in domains:
+        held_out = {record["prompt"] for record in domain.test + domain.eval}
+        assert len(domain.train) > 1000
+        assert not held_out & {record["prompt"] for record in domain.train}

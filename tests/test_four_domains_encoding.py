@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import DataCollatorForSeq2Seq
+
+from sparse_cl.four_domains.encoding import IGNORED, EncodedRecords, encode, encode_prompt, pad
+
+texts = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=40)
+
+
+@given(prompt=texts, response=texts)
+def test_labels_are_the_response_and_its_end(tokenizer, prompt, response):
+    example = encode(tokenizer, prompt, response, 10_000)
+    start, end = example.response_start, example.response_end
+    assert tokenizer.decode(example.input_ids[:start]) == prompt + "\n"
+    assert tokenizer.decode(example.input_ids[start:end]) == response
+    assert example.input_ids[end:] == [tokenizer.eos_token_id]
+    assert example.labels == [IGNORED] * start + example.input_ids[start:]
+    assert example.response_bytes == len(response.encode())
+
+
+@given(prompt=texts, response=texts, max_length=st.integers(4, 30))
+def test_truncation_keeps_the_end_of_the_prompt_and_the_start_of_the_response(tokenizer, prompt, response, max_length):
+    whole = encode(tokenizer, prompt, response, 10_000)
+    cut = encode(tokenizer, prompt, response, max_length)
+    assert len(cut.input_ids) == len(cut.labels) == min(max_length, len(whole.input_ids))
+    prompt_ids, cut_ids = whole.input_ids[: whole.response_start], cut.input_ids[: cut.response_start]
+    assert cut_ids == prompt_ids[len(prompt_ids) - len(cut_ids) :]
+    assert len(cut_ids) >= min(len(prompt_ids), max_length // 2)
+    kept = cut.response_end - cut.response_start
+    assert cut.input_ids[cut.response_start : cut.response_end] == whole.input_ids[whole.response_start :][:kept]
+    decoded = tokenizer.decode(cut.input_ids[cut.response_start : cut.response_end], errors="replace")
+    if "\ufffd" not in decoded:
+        assert cut.response_bytes == len(decoded.encode())
+
+
+class WithBos:
+    """The tokenizer of the tests, but with a BOS before and an EOS after a text (as Llama's and T5's do)."""
+
+    bos_token_id, eos_token_id = 7, 0
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def __call__(self, text, add_special_tokens=True, **kwargs):
+        encoded = dict(self.tokenizer(text, add_special_tokens=False, **kwargs))
+        if add_special_tokens:
+            encoded["input_ids"] = [7, *encoded["input_ids"], 0]
+        return encoded
+
+
+def test_a_bos_stays_first_and_a_tokenizers_own_eos_is_not_put_between(tokenizer):
+    wrapped = WithBos(tokenizer)
+    plain = tokenizer("long prompt\n")["input_ids"]
+    assert encode_prompt(wrapped, "long prompt") == [7, *plain]
+    cut = encode(wrapped, "long prompt", "yes", 8)
+    assert len(cut.input_ids) == 8
+    assert cut.input_ids[0] == 7
+    assert cut.input_ids[1 : cut.response_start] == plain[-(cut.response_start - 1) :]
+
+
+def test_too_short_a_length_is_an_error(tokenizer):
+    with pytest.raises(ValueError, match="at least 4 tokens, got 3"):
+        encode(tokenizer, "a", "b", 3)
+
+
+def test_the_training_loss_is_on_the_response_only(tokenizer, tiny_llama):
+    records = [
+        {"prompt": "What is one plus two?", "response": "three"},
+        {"prompt": "Two?", "response": "The answer is two."},
+    ]
+    encoded = EncodedRecords(records, tokenizer, 64)
+    batch = DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=IGNORED)([encoded[0], encoded[1]])
+    loss = tiny_llama(**batch).loss.item()
+
+    nats, count = 0.0, 0
+    for record in records:
+        prompt = tokenizer(record["prompt"] + "\n")["input_ids"]
+        response = [*tokenizer(record["response"])["input_ids"], tokenizer.eos_token_id]
+        for position, token in enumerate(response):
+            context = torch.tensor([prompt + response[:position]])
+            nats -= tiny_llama(input_ids=context).logits[0, -1].log_softmax(-1)[token].item()
+            count += 1
+    assert loss == pytest.approx(nats / count, rel=1e-5)
+
+
+def test_padding_on_either_side():
+    ids, mask = pad([[1, 2, 3], [4]], 9)
+    assert (ids.tolist(), mask.tolist()) == ([[1, 2, 3], [4, 9, 9]], [[1, 1, 1], [1, 0, 0]])
+    ids, mask = pad([[1, 2, 3], [4]], 9, left=True)
+    assert (ids.tolist(), mask.tolist()) == ([[1, 2, 3], [9, 9, 4]], [[1, 1, 1], [0, 0, 1]])

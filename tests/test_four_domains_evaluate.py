@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from sparse_cl.four_domains.data import Domain
+from sparse_cl.four_domains.evaluate import (
+    accuracy,
+    bits_per_byte,
+    choice_continuations,
+    evaluate_domain,
+    exact_match,
+    extract_answer,
+    text_bits_per_byte,
+)
+
+RECORDS = [
+    {"prompt": "What is one plus two?", "response": "three"},
+    {"prompt": "Name it.", "response": "Ünïcödé ✓"},
+    {"prompt": "A much longer prompt than the other ones, for padding", "response": "The answer is two."},
+]
+
+
+def nats_of(model, prompt_ids, continuation_ids):
+    """−ln p, token by token, without batching, padding or shifting."""
+    total = 0.0
+    for position, token in enumerate(continuation_ids):
+        context = torch.tensor([[*prompt_ids, *continuation_ids[:position]]])
+        total -= model(input_ids=context).logits[0, -1].double().log_softmax(-1)[token].item()
+    return total
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 16])
+def test_bits_per_byte_equals_brute_force(tokenizer, tiny_llama, batch_size):
+    nats = sum(
+        nats_of(tiny_llama, tokenizer(r["prompt"] + "\n")["input_ids"], tokenizer(r["response"])["input_ids"])
+        for r in RECORDS
+    )
+    expected = nats / math.log(2) / sum(len(r["response"].encode()) for r in RECORDS)
+    assert bits_per_byte(tiny_llama, tokenizer, RECORDS, 256, batch_size) == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_uniform_model_needs_log2_of_the_vocabulary_for_each_token(tokenizer, tiny_llama):
+    torch.nn.init.zeros_(tiny_llama.lm_head.weight)
+    record = {"prompt": "p", "response": "q" * 50}
+    tokens = len(tokenizer(record["response"])["input_ids"])
+    expected = tokens * math.log2(tiny_llama.config.vocab_size) / 50
+    assert bits_per_byte(tiny_llama, tokenizer, [record], 256) == pytest.approx(expected, rel=1e-5)
+    text = "zxq" * 30
+    ids = tokenizer(text)["input_ids"]
+    scored = len(ids) - math.ceil(len(ids) / 8)
+    text_bytes = len(text) - sum(len(tokenizer.decode([i])) for i in ids[::8])
+    expected = scored * math.log2(tiny_llama.config.vocab_size) / text_bytes
+    assert text_bits_per_byte(tiny_llama, tokenizer, text, 8) == pytest.approx(expected, rel=1e-5)
+
+
+def test_text_bits_per_byte_equals_brute_force(tokenizer, tiny_llama):
+    text = "What is one plus two? The answer is three. And what then?"
+    ids = tokenizer(text)["input_ids"]
+    nats, counted = 0.0, 0
+    for start in range(0, len(ids), 10):
+        window = ids[start : start + 10]
+        nats += nats_of(tiny_llama, window[:1], window[1:])
+        counted += len(tokenizer.decode(window[1:]).encode())
+    result = text_bits_per_byte(tiny_llama, tokenizer, text, 10)
+    assert result == pytest.approx(nats / math.log(2) / counted, rel=1e-5)
+
+
+def test_a_text_too_short_is_an_error(tokenizer, tiny_llama):
+    with pytest.raises(ValueError, match="too short"):
+        text_bits_per_byte(tiny_llama, tokenizer, "a", 10)
+
+
+@pytest.mark.parametrize(
+    ("response", "choices", "answer", "index", "given", "continuations"),
+    [
+        ("The answer is (B) 16.", ["12", "16"], "B", 1, "The answer is", [" (A) 12.", " (B) 16."]),
+        ("The answer is (B).", ["x", "y"], "B", 1, "The answer is", [" (A).", " (B)."]),
+        ("1/2 is B, so\n#### B", ["1/3", "1/2"], "B", 1, "####", [" A", " B"]),
+        ("Since it does.\n\nThe answer is yes.", ["yes", "no"], "yes", 0, "The answer is", [" yes.", " no."]),
+        ("The answer is Sentence A.", ["Sentence A", "Sentence B"], "Sentence A", 0, "The answer is", None),
+        ("blue", ["red", "blue"], "blue", 1, "", ["red", "blue"]),
+        ("No such thing here", ["red", "blue"], "blue", 1, "", ["red", "blue"]),
+    ],
+)
+def test_choices_are_scored_in_the_form_of_the_response(response, choices, answer, index, given, continuations):
+    record = {"prompt": "?", "response": response, "choices": choices, "answer": answer, "answer_index": index}
+    continuations = continuations or [f" {choice}." for choice in choices]
+    assert choice_continuations(record) == (given, continuations)
+
+
+def test_accuracy_equals_brute_force(tokenizer, tiny_llama):
+    choices = ["one", "two", "fortyfour", "an apple"]
+    records = [
+        {
+            "prompt": f"Question {i}?",
+            "response": f"The answer is {choices[i % 4]}.",
+            "choices": choices,
+            "answer": choices[i % 4],
+            "answer_index": i % 4,
+        }
+        for i in range(12)
+    ]
+    right = 0
+    for record in records:
+        prompt = tokenizer(record["prompt"] + "\n")["input_ids"] + tokenizer("The answer is")["input_ids"]
+        scores = [
+            -nats_of(tiny_llama, prompt, tokenizer(f" {choice}.")["input_ids"]) / len(f" {choice}.".encode())
+            for choice in choices
+        ]
+        right += max(range(4), key=scores.__getitem__) == record["answer_index"]
+    assert accuracy(tiny_llama, tokenizer, records, 256) == right / 12
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("2 + 2 = 4\n#### 4\nmore", "4"),
+        ("#### 3\n#### 1,250", "1250"),
+        ("The answer is Monday. And more", "Monday. And more"),
+        ("So. The answer is Monday.", "Monday"),
+        (" SELECT a FROM b ", "SELECT a FROM b"),
+        ("The answer is 3, 4 and 5.", "3, 4 and 5"),
+        ("", ""),
+    ],
+)
+def test_answers_are_extracted(text, answer):
+    assert extract_answer(text) == answer
+
+
+class Parrot(torch.nn.Module):
+    """Continues every prompt of the table by its text, whatever the padding."""
+
+    def __init__(self, tokenizer, table):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.tokenizer, self.table = tokenizer, table
+
+    def generate(self, input_ids, attention_mask, max_new_tokens, **kwargs):
+        assert attention_mask[:, -1].all(), "prompts must be padded on the left"
+        prompts = [self.tokenizer.decode(row[m.bool()]) for row, m in zip(input_ids, attention_mask, strict=True)]
+        out = [self.tokenizer(self.table[p.strip()])["input_ids"][:max_new_tokens] for p in prompts]
+        width = max(map(len, out))
+        out = torch.tensor([row + [0] * (width - len(row)) for row in out])
+        return torch.cat([input_ids, out], 1)
+
+
+def test_exact_match_counts_right_answers(tokenizer):
+    records = [
+        {"prompt": "1+1", "response": "two\n#### 2", "answer": "2"},
+        {"prompt": "a longer 1+2", "response": "three\n#### 3", "answer": "3"},
+        {"prompt": "day", "response": "The answer is Monday.", "answer": "Monday"},
+    ]
+    model = Parrot(tokenizer, {"1+1": "why\n#### 2", "a longer 1+2": "#### 4", "day": "The answer is Monday."})
+    assert exact_match(model, tokenizer, records, 256) == pytest.approx(2 / 3)
+
+
+def test_records_whose_code_would_have_to_run_are_not_scored_as_answers(tokenizer, tiny_llama):
+    record = {"prompt": "p", "response": "r", "answer": "r", "tests": "raise SystemExit", "mode": "function"}
+    domain = Domain("code", RECORDS, RECORDS, RECORDS, [record])
+    scores = evaluate_domain(tiny_llama, tokenizer, domain, max_length=64, max_records=2)
+    assert scores["bits_per_byte"] == bits_per_byte(tiny_llama, tokenizer, RECORDS[:2], 64)
+    assert scores["accuracy"] is scores["exact_match"] is None
+
+
+def test_the_models_mode_is_put_back(tokenizer, tiny_llama):
+    tiny_llama.train()
+    evaluate_domain(tiny_llama, tokenizer, Domain("d", RECORDS, RECORDS, RECORDS, []), max_length=64, max_records=1)
+    assert tiny_llama.training
