@@ -27,6 +27,7 @@ class _Plan:
     positions: list[int]  # in group["params"]
     buffers: list[Tensor]
     layout: Tensor
+    facts: list[tuple]  # what gradients must look like, see _facts
 
 
 @dataclass
@@ -35,6 +36,7 @@ class _GroupPlan:
     with_grad: list[bool]
     state_ids: list[int]
     state_dicts: list[dict[str, Tensor]]
+    dict_ids: list[int]
     plans: list[_Plan]
 
 
@@ -161,14 +163,18 @@ class SparseMaskedAdamW(Optimizer):
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         calls = []
         gradients = [[p.grad for p in group["params"]] for group in self.param_groups]
-        if any(g is not None and g.layout is not torch.strided for g in chain(*gradients)):
+        if not {g.layout for grads in gradients for g in grads if g is not None} <= {torch.strided}:
             self._refuse_sparse()
+        shown = set(map(id, self.state.values()))
         for number, (group, grads) in enumerate(zip(self.param_groups, gradients, strict=True)):
-            calls += [(group, plan, [grads[i] for i in plan.positions]) for plan in self._plans(number, group, grads)]
+            calls += [
+                (group, plan, [grads[i] for i in plan.positions]) for plan in self._plans(number, group, grads, shown)
+            ]
         if len(calls) > 1:
             # The op checks before it writes, but here an earlier call would already have stepped its parameters.
             for _, plan, grads in calls:
-                self._explain(plan.params, grads)
+                if _facts(grads) != plan.facts:
+                    self._explain(plan.params, grads)
         for group, plan, grads in calls:
             lr, (beta1, beta2) = group["lr"], group["betas"]
             device = plan.params[0].device
@@ -307,7 +313,7 @@ class SparseMaskedAdamW(Optimizer):
         self._packed: dict[Tensor, ParameterState] = getattr(self, "_packed", {})
         self._group_plans: dict[int, _GroupPlan] = {}
 
-    def _plans(self, number: int, group: dict[str, Any], grads: list[Tensor | None]) -> list[_Plan]:
+    def _plans(self, number: int, group: dict[str, Any], grads: list[Tensor | None], shown: set[int]) -> list[_Plan]:
         with_grad = [g is not None for g in grads]
         key = (group["amsgrad"], group["master_weights"], len(grads))
         plan = self._group_plans.get(number)
@@ -315,8 +321,8 @@ class SparseMaskedAdamW(Optimizer):
             plan is None
             or plan.key != key
             or plan.with_grad != with_grad
-            or plan.state_ids != [id(v) for d in plan.state_dicts for v in d.values()]
-            or any(self.state.get(p) is not d for p, d in zip(_stepped(plan), plan.state_dicts, strict=True))
+            or plan.state_ids != _ids(plan.state_dicts)
+            or not shown.issuperset(plan.dict_ids)
         ):
             plan = self._make_plan(key, with_grad, group, grads)
             self._group_plans[number] = plan
@@ -335,9 +341,11 @@ class SparseMaskedAdamW(Optimizer):
             params = [group["params"][i] for i in positions]
             packed = [self._pack(p, **self._options(p, group)) for p in params]
             layout = torch.tensor([state.layout.row() for state in packed], dtype=torch.int64)
-            plans.append(_Plan(params, positions, [state.buffer for state in packed], layout))
+            plan_grads = [grads[i] for i in positions]
+            self._explain(params, plan_grads)
+            plans.append(_Plan(params, positions, [state.buffer for state in packed], layout, _facts(plan_grads)))
             dicts += [self.state[p] for p in params]
-        return _GroupPlan(key, with_grad, [id(v) for d in dicts for v in d.values()], dicts, plans)
+        return _GroupPlan(key, with_grad, _ids(dicts), dicts, list(map(id, dicts)), plans)
 
     def _pack(self, param: Tensor, **options) -> ParameterState:
         """The state of ``param`` in one buffer: made if there is none, packed again if its tensors were replaced."""
@@ -467,8 +475,13 @@ class SparseMaskedAdamW(Optimizer):
                 raise ValueError(f"parameter {self._name(param)}: {fault}") from cause
 
 
-def _stepped(plan: _GroupPlan) -> Iterable[Tensor]:
-    return chain(*(p.params for p in plan.plans))
+def _facts(grads: list[Tensor]) -> list[tuple]:
+    return [(g.shape, g.dtype, g.device) for g in grads]
+
+
+def _ids(dicts: list[dict[str, Tensor]]) -> list[int]:
+    """Identities of all values; in one C loop, since every step compares them."""
+    return list(map(id, chain.from_iterable(map(dict.values, dicts))))
 
 
 def _same_mask(a: Mask | None, b: Mask | None) -> bool:
