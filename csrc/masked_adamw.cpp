@@ -46,7 +46,7 @@ Items items_of(const Task& task) {
   }
 }
 
-void masked_adamw_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> states, Tensor layout,
+void masked_adamw_(const TensorList& params, const TensorList& grads, const TensorList& states, Tensor layout,
                    double lr, std::optional<Tensor> lr_tensor, double beta1, double beta2, double eps,
                    double weight_decay, bool maximize, std::optional<Tensor> grad_scale,
                    std::optional<Tensor> found_inf) {

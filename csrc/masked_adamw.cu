@@ -12,7 +12,7 @@ const float* data_of(const std::optional<Tensor>& t) {
   return t ? static_cast<const float*>(t->data_ptr()) : nullptr;
 }
 
-void masked_adamw_(std::vector<Tensor> params, std::vector<Tensor> grads, std::vector<Tensor> states, Tensor layout,
+void masked_adamw_(const TensorList& params, const TensorList& grads, const TensorList& states, Tensor layout,
                    double lr, std::optional<Tensor> lr_tensor, double beta1, double beta2, double eps,
                    double weight_decay, bool maximize, std::optional<Tensor> grad_scale,
                    std::optional<Tensor> found_inf) {
@@ -21,7 +21,7 @@ void masked_adamw_(std::vector<Tensor> params, std::vector<Tensor> grads, std::v
   check_scalar(found_inf, "found_inf", params);
   Call call = make_call(params, grads, states, layout);
   if (call.buckets.empty()) return;
-  const int device = params[0].get_device_index();
+  const int device = params.view(0).device_index;
   const DeviceGuard guard(device);
   const cudaStream_t stream = current_stream(device);
 

@@ -66,12 +66,12 @@ inline DType dtype_of(const TensorView& t, size_t i) {
 }
 
 // One element on the parameters' device, as float32 bits the kernel can read.
-inline void check_scalar(const std::optional<Tensor>& t, const char* name, const std::vector<Tensor>& params) {
+inline void check_scalar(const std::optional<Tensor>& t, const char* name, const TensorList& params) {
   if (!t || params.empty()) return;
   const TensorView scalar(*t);
   STD_TORCH_CHECK(scalar.numel == 1, "masked_adamw_: ", name, ": expected one element, got ", scalar.numel);
   STD_TORCH_CHECK(scalar.dtype == dtype_codes().float32, "masked_adamw_: ", name, ": expected float32");
-  STD_TORCH_CHECK(scalar.same_place(TensorView(params[0])), "masked_adamw_: ", name,
+  STD_TORCH_CHECK(scalar.same_place(params.view(0)), "masked_adamw_: ", name,
                   ": expected it on the parameters' device");
 }
 
@@ -108,8 +108,8 @@ inline void check_row(const int64_t* field, const TensorView& param, size_t i) {
                   "]: not a row that StateLayout.row() makes");
 }
 
-inline Call make_call(const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
-                      const std::vector<Tensor>& states, const Tensor& layout) {
+inline Call make_call(const TensorList& params, const TensorList& grads, const TensorList& states,
+                      const Tensor& layout) {
   STD_TORCH_CHECK(grads.size() == params.size() && states.size() == params.size(),
                   "masked_adamw_: expected as many grads and states as params (", params.size(), "), got ",
                   grads.size(), " and ", states.size());
@@ -123,9 +123,9 @@ inline Call make_call(const std::vector<Tensor>& params, const std::vector<Tenso
 
   Call call;
   if (params.empty()) return call;
-  const TensorView first(params[0]);
+  const TensorView first = params.view(0);
   for (size_t i = 0; i < params.size(); ++i, field += kFields) {
-    const TensorView param(params[i]), grad(grads[i]), state(states[i]);
+    const TensorView param = params.view(i), grad = grads.view(i), state = states.view(i);
     STD_TORCH_CHECK(param.same_shape(grad), "masked_adamw_: grads[", i, "]: expected the shape of params[", i, "]");
     STD_TORCH_CHECK(param.same_place(first) && param.same_place(grad) && param.same_place(state),
                     "masked_adamw_: params[", i, "], its gradient and its state: expected all on one device");
@@ -187,12 +187,13 @@ inline Call make_call(const std::vector<Tensor>& params, const std::vector<Tenso
 
     task.param = param.data;
     if (!param.contiguous) {
-      call.copies.emplace_back(params[i], torch::stable::contiguous(params[i]));
+      const Tensor strided = params.tensor(i);
+      call.copies.emplace_back(strided, torch::stable::contiguous(strided));
       task.param = call.copies.back().second.data_ptr();
     }
     task.grad = grad.data;
     if (!grad.contiguous) {
-      call.keep.push_back(torch::stable::contiguous(grads[i]));
+      call.keep.push_back(torch::stable::contiguous(grads.tensor(i)));
       task.grad = call.keep.back().data_ptr();
     }
     task.state = static_cast<char*>(state.data);

@@ -1,8 +1,13 @@
-// What a kernel needs to know of a tensor, each read once through the stable shim: a step asks for hundreds of tensors,
-// and stable::Tensor's own accessors take several calls for a dtype or a device.
+// Lists of tensors and what a kernel needs to know of each, by the fewest calls of the stable shim: a step asks for
+// hundreds of tensors. std::vector<stable::Tensor> allocates a reference count for each, and the accessors of
+// stable::Tensor take several calls for a dtype or a device.
 #pragma once
 
+#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
+
+#include <utility>
+#include <vector>
 
 namespace sparse_cl {
 
@@ -13,8 +18,9 @@ struct TensorView {
   void* data;
   bool contiguous;
 
-  explicit TensorView(const torch::stable::Tensor& t) {
-    const AtenTensorHandle h = t.get();
+  explicit TensorView(const torch::stable::Tensor& t) : TensorView(t.get()) {}
+
+  explicit TensorView(AtenTensorHandle h) {
     int64_t* shape;
     const bool failed = aoti_torch_get_dtype(h, &dtype) | aoti_torch_get_device_type(h, &device_type) |
                         aoti_torch_get_device_index(h, &device_index) | aoti_torch_get_dim(h, &dim) |
@@ -35,6 +41,40 @@ struct TensorView {
   }
 };
 
+// An argument Tensor[] of an op.
+class TensorList {
+ public:
+  explicit TensorList(StableListHandle list) {
+    size_t size = 0;
+    bool failed = torch_list_size(list, &size);
+    handles_.reserve(size);
+    for (size_t i = 0; i < size && !failed; ++i) {
+      StableIValue item;
+      failed = torch_list_get_item(list, i, &item);
+      if (!failed) handles_.push_back(torch::stable::detail::to<AtenTensorHandle>(item));
+    }
+    failed |= torch_delete_list(list);
+    STD_TORCH_CHECK(!failed, "could not read a list of tensors");
+  }
+  TensorList(TensorList&& other) noexcept : handles_(std::move(other.handles_)) { other.handles_.clear(); }
+  TensorList& operator=(TensorList&&) = delete;
+  ~TensorList() {
+    for (AtenTensorHandle h : handles_) aoti_torch_delete_tensor_object(h);
+  }
+
+  size_t size() const { return handles_.size(); }
+  bool empty() const { return handles_.empty(); }
+  TensorView view(size_t i) const { return TensorView(handles_[i]); }
+  torch::stable::Tensor tensor(size_t i) const {
+    AtenTensorHandle copy;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(handles_[i], &copy));
+    return torch::stable::Tensor(copy);
+  }
+
+ private:
+  std::vector<AtenTensorHandle> handles_;
+};
+
 // Codes of the dtypes in TensorView::dtype.
 struct DTypeCodes {
   const int32_t float64 = aoti_torch_dtype_float64(), float32 = aoti_torch_dtype_float32(),
@@ -48,3 +88,11 @@ inline const DTypeCodes& dtype_codes() {
 }
 
 }  // namespace sparse_cl
+
+// Lets TORCH_BOX hand a kernel its lists as TensorList.
+template <>
+struct torch::stable::detail::ToImpl<sparse_cl::TensorList> {
+  static sparse_cl::TensorList call(StableIValue value, uint64_t, bool) {
+    return sparse_cl::TensorList(to<StableListHandle>(value));
+  }
+};
