@@ -40,7 +40,8 @@ template <typename T, bool kAmsgrad>
 SPARSE_CL_HD T adamw(T param, T grad, T& exp_avg, T& exp_avg_sq, T& max_exp_avg_sq, const Hyper<T>& h,
                      const Rates<T>& r) {
   exp_avg += h.one_minus_beta1 * (grad - exp_avg);
-  exp_avg_sq = h.beta2_t * exp_avg_sq + h.one_minus_beta2 * (grad * grad);
+  // The order of torch.addcmul: grad * grad alone would overflow for gradients whose second moment does not.
+  exp_avg_sq = h.beta2_t * exp_avg_sq + h.one_minus_beta2 * grad * grad;
   T second = exp_avg_sq;
   if (kAmsgrad) {
     // Written so that a NaN in either operand wins, as torch.maximum has it.

@@ -94,7 +94,7 @@ struct LaneUpdate {
     grad = _mm512_mul_ps(grad, factor);
     __m512 m = _mm512_loadu_ps(exp_avg), v = _mm512_loadu_ps(exp_avg_sq);
     m = _mm512_fmadd_ps(one_minus_beta1, _mm512_sub_ps(grad, m), m);
-    v = _mm512_fmadd_ps(beta2, v, _mm512_mul_ps(one_minus_beta2, _mm512_mul_ps(grad, grad)));
+    v = _mm512_fmadd_ps(beta2, v, _mm512_mul_ps(_mm512_mul_ps(one_minus_beta2, grad), grad));
     _mm512_storeu_ps(exp_avg, m);
     _mm512_storeu_ps(exp_avg_sq, v);
     if (max) {

@@ -18,6 +18,7 @@ from adamw_cases import (
     check_untouched,
     kinds,
     make_problem,
+    numbers,
     same_random_bits,
 )
 
@@ -177,6 +178,41 @@ def test_frozen_bytes_stay_whatever_they_hold(op, dtype, grad_dtype, master):
         active = param.reshape(-1)[problem.positions(i)]
         assert active.isfinite().all()
         assert (active != before.params[i].reshape(-1)[problem.positions(i)]).any()
+
+
+def plant(t, values, every):
+    """Writes the values into every so-manieth entry, over and over."""
+    flat = t.view(-1)[::every]
+    flat.copy_(torch.tensor(values, dtype=torch.float64).repeat(flat.numel() // len(values) + 1)[: flat.numel()])
+
+
+@native
+@pytest.mark.parametrize("weight_decay", [0.1, -0.002], ids=["shrink", "overflow"])
+@pytest.mark.parametrize("amsgrad", [False, True], ids=["", "amsgrad"])
+@pytest.mark.parametrize("dtype, grad_dtype, master", precisions())
+def test_special_values_go_where_the_reference_sends_them(dtype, grad_dtype, master, amsgrad, weight_decay):
+    inf, nan, largest = torch.inf, torch.nan, torch.finfo(dtype).max
+    problem = make_problem(kinds(dtype, grad_dtype=grad_dtype, master=master, amsgrad=amsgrad))
+    for i, param in enumerate(problem.params):
+        views = problem.views(i)
+        plant(problem.grads[i], [0.0, -0.0, inf, 1e-45, -inf, 1e-30, nan, 1e-20, 1e20, -3e38, 1e-7], every=3)
+        plant(views["exp_avg_sq"], [0.0, 1e-40, 1e38, 0.0], every=5)
+        plant(views["exp_avg"], [0.0, -1e30], every=5)
+        for value in (param, views["master"]) if master else (param,):
+            plant(value, [largest, -largest, inf, -inf, nan, 0.0, 1e-40, 3e-8], every=7)
+        if master:
+            # Rounding this to nearest as if it were a number would carry into the sign.
+            views["master"].view(-1)[:64:9].copy_(torch.tensor(2**31 - 1, dtype=torch.int32).view(torch.float32))
+    plain = problem.clone()
+    for _ in range(3):
+        problem.step(ops.masked_adamw_, weight_decay=weight_decay)
+        plain.step(reference.masked_adamw_, weight_decay=weight_decay)
+    for i in range(len(problem.params)):
+        for name, expected in numbers(plain, i).items():
+            narrow = expected.dtype.itemsize == 2
+            tolerance = {"rtol": 4 * torch.finfo(expected.dtype).eps if narrow else 1e-5, "atol": 1e-7}
+            got = numbers(problem, i)[name]
+            torch.testing.assert_close(got, expected, equal_nan=True, **tolerance, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @both
