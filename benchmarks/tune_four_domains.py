@@ -3,7 +3,8 @@
     python benchmarks/tune_four_domains.py [--model M --data D] [--lr 1e-3,2e-3] [--method adamw,lora]
 
 The choice is by learning accuracy, mean_j R[j][j] in bits per byte: what a user sees who tunes for the domain at hand
-and does not know the next one. Forgetting is printed beside it and takes no part in the choice.
+and does not know the next one. Of the values within 5 % of the best the smallest is taken. Forgetting is printed beside
+it and takes no part in the choice.
 """
 
 from __future__ import annotations

@@ -57,7 +57,11 @@ def _add_run(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--steps", type=_positive, default=150, help="a domain (default: %(default)s)")
     parser.add_argument("--batch-size", type=_positive, default=16, help="a device (default: %(default)s)")
     parser.add_argument("--max-length", type=_positive, default=256, help="in tokens (default: %(default)s)")
-    parser.add_argument("--lr", metavar="X|METHOD=X,…", help="peak learning rate (default: each method's own)")
+    parser.add_argument(
+        "--lr",
+        metavar="X|METHOD=X,…",
+        help="peak learning rate (default: each method's own, chosen on the embedded model; large models want smaller)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     parser.add_argument(
         "--eval-records",

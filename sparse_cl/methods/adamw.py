@@ -12,7 +12,7 @@ class AdamW(Method):
     """The baseline that forgets: `torch.optim.AdamW` (Loshchilov & Hutter 2019) on all parameters."""
 
     name = "adamw"
-    default_lr = 1e-3
+    default_lr = 2e-3
 
     def make_optimizer(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
         return torch.optim.AdamW(model.parameters(), lr=lr)

@@ -19,7 +19,8 @@ class Method:
 
     Attributes:
         name: as given to `--method`.
-        default_lr: used where the user gives none; chosen on the embedded domains' validation part.
+        default_lr: used where the user gives none; chosen on the embedded model and the validation part of the embedded
+            domains (benchmarks/tune_four_domains.py). Large models want smaller ones.
     """
 
     name: str

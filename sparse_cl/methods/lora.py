@@ -19,7 +19,7 @@ class LoRA(Method):
     """
 
     name = "lora"
-    default_lr = 1e-3
+    default_lr = 4e-3
 
     def __init__(self, rank: int = 16, alpha: int = 32) -> None:
         self.rank, self.alpha = rank, alpha

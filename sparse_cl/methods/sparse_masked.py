@@ -50,7 +50,7 @@ class SparseMasked(Method):
     """
 
     name = "sparse-masked"
-    default_lr = 1e-3
+    default_lr = 4e-3
 
     def __init__(self, fraction: float = 0.1) -> None:
         if not 0 < fraction <= 1:
