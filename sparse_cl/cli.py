@@ -95,6 +95,8 @@ def _run(arguments: argparse.Namespace) -> None:
         eval_records=arguments.eval_records,
     )
     runs = experiment.run(settings, arguments.out)
+    if not experiment.is_main_process():
+        return
     print(comparison(runs))
     print(f"\nWritten to {arguments.out}: results.json, comparison.txt, R.png, curves.png")
 

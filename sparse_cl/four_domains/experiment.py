@@ -88,6 +88,11 @@ def _reference_text(settings: Settings) -> str | None:
     return text[:REFERENCE_CHARACTERS]
 
 
+def is_main_process() -> bool:
+    """Whether this is the one process, of those of a distributed run, that writes and prints."""
+    return accelerate.PartialState().is_main_process
+
+
 def quiet() -> None:
     """Of transformers, errors only: no bars beside our own, no advice, no deprecations inside it and peft."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
@@ -116,7 +121,7 @@ def run(settings: Settings, out: Path) -> list[dict[str, Any]]:
     if settings.max_length > limit:
         raise ValueError(f"max_length {settings.max_length} exceeds the model's context of {limit} tokens")
 
-    is_main = accelerate.PartialState().is_main_process
+    is_main = is_main_process()
     out.mkdir(parents=True, exist_ok=True)
     if is_main:
         write_json(out / "settings.json", settings.to_json())
@@ -162,6 +167,6 @@ def _base_scores(
     total = len(domains) * len(METRICS) + (reference is not None)
     with tqdm(total=total, desc="scoring the base model", mininterval=0.5) as bar:
         scores = score_all(model, tokenizer, domains, reference, settings, tick=bar.update)
-    if accelerate.PartialState().is_main_process:
+    if is_main_process():
         write_json(path, scores.to_json())
     return scores
