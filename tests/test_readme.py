@@ -3,7 +3,6 @@
 import re
 from pathlib import Path
 
-import pytest
 import torch
 
 README = Path(__file__).parent.parent / "README.md"
@@ -23,22 +22,12 @@ def test_the_plain_loop(capsys):
         assert (param[active] != start[name][active]).all(), name
 
 
-def test_the_trainer(tmp_path, monkeypatch):
-    transformers = pytest.importorskip("transformers")
+def test_the_trainer(tmp_path, monkeypatch, tiny_llama):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=32,
-    )
     ids = torch.randint(0, 64, (64, 16))
     names = {
-        "model": transformers.LlamaForCausalLM(config),
+        "model": tiny_llama,
         "train_dataset": [{"input_ids": row, "labels": row} for row in ids],
     }
     start = {n: p.detach().clone() for n, p in names["model"].named_parameters()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from torch import nn
 Batch = Mapping[str, torch.Tensor]
 
 
-class Method:
+class Method(ABC):
     """A method's life: for each domain `before_domain`, `make_optimizer`, training, `after_domain`.
 
     One instance serves one sequence of domains, and may keep what it learns about earlier ones.
@@ -40,11 +41,11 @@ class Method:
         """
         return model
 
+    @abstractmethod
     def make_optimizer(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
         """A fresh optimizer for the domain."""
-        raise NotImplementedError
 
-    def after_domain(self, model: nn.Module, batches: Iterable[Batch]) -> None:
+    def after_domain(self, model: nn.Module, batches: Iterable[Batch]) -> None:  # noqa: B027
         """Called once the domain is learned, with the same arguments as `before_domain`."""
 
     def restore(self, base: nn.Module, folder: Path) -> nn.Module:
