@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc
 def compile_log(source: Path) -> str:
     """What nvcc and ptxas say of a source; kept for each state of csrc, since three architectures take a while."""
     command = [
-        *("nvcc", "-std=c++17", "-O3", "--threads", "2", "-c", str(source), "-o", "/dev/null"),
+        *("nvcc", "-std=c++17", "-O3", "--fmad=false", "--threads", "2", "-c", str(source), "-o", "/dev/null"),
         *("-isystem", str(Path(torch.__file__).parent / "include")),
         *("-DTORCH_TARGET_VERSION=0x020b000000000000ULL", "-DUSE_CUDA"),
         *("-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra,-Werror,-fPIC"),

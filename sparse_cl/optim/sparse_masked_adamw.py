@@ -152,8 +152,7 @@ class SparseMaskedAdamW(Optimizer):
         Args:
             closure: re-evaluates the model and returns the loss.
         """
-        # The second is the first's name before torch 2.13.
-        getattr(self, "_accelerator_graph_capture_health_check", self._cuda_graph_capture_health_check)()
+        self._accelerator_graph_capture_health_check()
         if self._mismatch:
             raise ValueError(self._mismatch)
         loss = None
