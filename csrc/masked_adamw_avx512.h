@@ -5,6 +5,7 @@
 
 #include <immintrin.h>
 
+#include <algorithm>
 #include <type_traits>
 
 #include "masked_adamw.h"
@@ -139,6 +140,23 @@ int64_t step_lanes(P* param, const G* grad, float* exp_avg, float* exp_avg_sq, f
     const __m512 now = update(old, load_lanes(grad + i), exp_avg + i, exp_avg_sq + i, max ? max + i : nullptr);
     if (kMaster) _mm512_storeu_ps(master + i, now);
     store_lanes(param + i, stored_lanes < P, Storage<P>::kNarrow && !kMaster > (now, key, first + i));
+  }
+  return whole;
+}
+
+// Steps the first entries of `size` at param[position[i]], a multiple of kLanes, and returns how many.
+inline int64_t step_gathered(float* param, const float* grad, const int32_t* position, float* exp_avg,
+                             float* exp_avg_sq, float* max, int64_t size, const LaneUpdate& update) {
+  const int64_t whole = size / kLanes * kLanes;
+  for (int64_t i = 0; i < whole; i += kLanes) {
+    for (int64_t k = i + 2 * kLanes; k < std::min(i + 3 * kLanes, size); ++k) {
+      __builtin_prefetch(param + position[k], 1);
+      __builtin_prefetch(grad + position[k], 0);
+    }
+    const __m512i where = _mm512_loadu_si512(position + i);
+    const __m512 now = update(_mm512_i32gather_ps(where, param, 4), _mm512_i32gather_ps(where, grad, 4), exp_avg + i,
+                              exp_avg_sq + i, max ? max + i : nullptr);
+    _mm512_i32scatter_ps(param, where, now, 4);
   }
   return whole;
 }

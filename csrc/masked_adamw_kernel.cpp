@@ -207,17 +207,26 @@ struct Kernel {
   template <typename Cohort, typename Gain>
   void scattered(int64_t base, const int32_t* position, int64_t first, int64_t size, Cohort at_cohort,
                  Gain at_gain) const {
+    int64_t begin = 0;
+#ifdef __AVX512F__
+    if constexpr (std::is_same_v<P, float> && std::is_same_v<G, float> && !kMaster)
+      if (!at_cohort && !at_gain) {
+        const Span<P, G> s = span(param + base, grad + base, first, size);
+        begin = step_gathered(s.param, s.grad, position, s.exp_avg, s.exp_avg_sq, s.max_exp_avg_sq, size,
+                              LaneUpdate(rule.hyper, rule.rates[0], rule.grad_factor));
+      }
+#endif
     P value[kBuffer];
     G slope[kBuffer];
-    for (int64_t i = 0; i < size; ++i) {
+    for (int64_t i = begin; i < size; ++i) {
       value[i] = param[base + position[i]];
       slope[i] = grad[base + position[i]];
     }
-    Span<P, G> s = span(value, slope, first, size);
-    s.cohort = at_cohort;
-    s.gain = at_gain;
+    Span<P, G> s = span(value + begin, slope + begin, first + begin, size - begin);
+    if (at_cohort) s.cohort = at_cohort + begin;
+    if (at_gain) s.gain = at_gain + begin;
     step(s, 0, rule.rates[0]);
-    for (int64_t i = 0; i < size; ++i) param[base + position[i]] = value[i];
+    for (int64_t i = begin; i < size; ++i) param[base + position[i]] = value[i];
   }
 
   void columns(int64_t begin, int64_t end) const {
