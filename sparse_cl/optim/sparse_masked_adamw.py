@@ -14,6 +14,8 @@ from torch.optim import Optimizer
 from sparse_cl import ops
 from sparse_cl.layout import state_dtype
 from sparse_cl.masks import Mask
+from sparse_cl.optim.clip import clip_active_
+from sparse_cl.optim.options import check_options
 from sparse_cl.optim.state import ParameterState, carry_state, new_state, read_state
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -103,7 +105,7 @@ class SparseMaskedAdamW(Optimizer):
             "capturable": capturable,
             "master_weights": master_weights,
         }
-        _check_group(defaults)
+        check_options(defaults)
         self._masks: dict[Tensor, Mask] = {}
         self._forget_plans()
         super().__init__(params, defaults)
@@ -113,7 +115,7 @@ class SparseMaskedAdamW(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         group = dict(param_group)
-        _check_group({**self.defaults, **{k: v for k, v in group.items() if k != "params"}})
+        check_options({**self.defaults, **{k: v for k, v in group.items() if k != "params"}})
         if isinstance(group["params"], Tensor):
             group["params"] = [group["params"]]
         if isinstance(group["params"], Iterable) and not isinstance(group["params"], set):
@@ -294,14 +296,7 @@ class SparseMaskedAdamW(Optimizer):
         ]
         if not active:
             return torch.tensor(0.0)
-        device = active[0][0].device
-        picked = [_pick(grad, mask) for grad, mask in active]
-        norms = [torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in picked]
-        norm = torch.linalg.vector_norm(torch.stack([n.to(device) for n in norms]))
-        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        for (grad, mask), values in zip(active, picked, strict=True):
-            _put(grad, mask, values.mul_(factor.to(grad.device)))
-        return norm
+        return clip_active_(active, max_norm)
 
     def state_bytes(self) -> int:
         """Bytes of all optimizer state, mask indices included."""
@@ -489,43 +484,3 @@ def _same_mask(a: Mask | None, b: Mask | None) -> bool:
 
 def _scalar_on(value: Tensor | None, device: torch.device) -> Tensor | None:
     return None if value is None else value.to(device=device, dtype=torch.float32, non_blocking=True)
-
-
-def _pick(grad: Tensor, mask: Mask | None) -> Tensor:
-    if mask is None:
-        return grad
-    return grad.reshape(-1)[mask.to(grad.device).positions()]
-
-
-def _put(grad: Tensor, mask: Mask | None, values: Tensor) -> None:
-    if mask is None:
-        return
-    positions = mask.to(grad.device).positions()
-    if grad.is_contiguous():
-        grad.view(-1).index_copy_(0, positions, values)
-    else:
-        flat = grad.reshape(-1).index_copy(0, positions, values)
-        grad.copy_(flat.view(grad.shape))
-
-
-def _check_group(group: Mapping[str, Any]) -> None:
-    def refuse(name: str, expected: str) -> None:
-        raise ValueError(f"{name}: expected {expected}, got {group[name]!r}")
-
-    if group.get("differentiable"):
-        refuse("differentiable", "False: SparseMaskedAdamW steps in place, outside autograd")
-    for name in ("foreach", "fused"):
-        if group.get(name):
-            refuse(name, "nothing: every step is one fused op")
-    lr, betas = group["lr"], group["betas"]
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        refuse("lr", "a float or a one-element tensor")
-    if not float(lr) >= 0.0:
-        refuse("lr", "a number of at least 0")
-    if len(betas) != 2 or any(isinstance(b, Tensor) and b.numel() != 1 for b in betas):
-        refuse("betas", "two numbers or one-element tensors")
-    if not all(0.0 <= float(b) < 1.0 for b in betas):
-        refuse("betas", "two numbers in [0, 1)")
-    for name in ("eps", "weight_decay"):
-        if not group[name] >= 0.0:
-            refuse(name, "a number of at least 0")
