@@ -97,11 +97,13 @@ def test_does_not_synchronize():
     problem = make_problem([*kinds(), *kinds(torch.bfloat16, master=True, strided=True)], "cuda")
     scalars = dict(lr_tensor=torch.tensor(0.1, device="cuda"), found_inf=torch.zeros((), device="cuda"))
     problem.step(op, **scalars)
+    before = problem.views(0)["step"].clone()
     torch.cuda.set_sync_debug_mode("error")
     try:
         problem.step(op, **scalars)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(problem.views(0)["step"], before + 1)
 
 
 def test_graph_replays_equal_eager_steps():

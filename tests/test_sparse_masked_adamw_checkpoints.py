@@ -266,6 +266,8 @@ def test_loading_again_or_the_right_state_clears_the_refusal():
     opt.load_state_dict(with_history()[1].state_dict())
     opt.load_state_dict(right)
     train(params, opt, 1)
+    for i, state in opt.state_dict()["state"].items():
+        assert torch.equal(state["step"], right["state"][i]["step"] + 1)
 
 
 def spoil(name, value):
