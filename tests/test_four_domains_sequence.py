@@ -130,7 +130,7 @@ def test_lora_trains_one_adapter_on_and_on(finished, world):
 
     method = METHODS["lora"]()
     base = load(world / "model")
-    first = method.restore(base, out / "lora" / "1-code")
+    first = method.restore(base, [out / "lora" / "1-code"])
     assert method.before_domain(first, []) is first
     adapted = {name for name, p in first.named_parameters() if p.requires_grad}
     assert adapted
@@ -172,6 +172,84 @@ def test_a_run_stopped_in_the_middle_ends_as_if_it_had_not_been(finished, world,
     for run, other in zip(resumed, uninterrupted, strict=True):
         assert run["R"] == other["R"]
         assert run["state_bytes"] == other["state_bytes"]
+
+
+class Remembers(METHODS["adamw"]):
+    """A method whose memory is the list of domains that it ended, kept in files of its own."""
+
+    options = ("size",)
+
+    def __init__(self, size=1):
+        if size < 1:
+            raise ValueError(f"size: expected at least 1, got {size}")
+        self.size, self.ended, self.restored = size, 0, None
+
+    def check(self, model):
+        if self.size > 9:
+            raise ValueError("size: the model is too small for it")
+
+    def after_domain(self, model, batches):
+        self.ended += 1
+
+    def record(self):
+        return {"ended": self.ended, "restored": self.restored}
+
+    def save(self, folder):
+        assert (folder / "model.safetensors").is_file()
+        (folder / "memory.txt").write_text(str(self.ended))
+
+    def restore(self, base, folders):
+        self.ended = int((folders[-1] / "memory.txt").read_text())
+        self.restored = [folder.name for folder in folders]
+        return super().restore(base, folders)
+
+
+def test_a_method_keeps_its_memory_through_an_interruption(world, tmp_path, monkeypatch):
+    monkeypatch.setitem(METHODS, "remembers", Remembers)
+    settings = settings_in(world, methods=("remembers",), options={"size": 3}, lr={})
+    out = tmp_path / "out"
+    real = experiment.run_sequence
+
+    def stops_after_two(*args):
+        *args, on_stage = args
+
+        def stop(progress):
+            on_stage(progress)
+            if len(progress.stages) == 3:
+                raise KeyboardInterrupt
+
+        return real(*args, stop)
+
+    monkeypatch.setattr(experiment, "run_sequence", stops_after_two)
+    with pytest.raises(KeyboardInterrupt):
+        experiment.run(settings, out)
+    monkeypatch.setattr(experiment, "run_sequence", real)
+    (run,) = experiment.run(settings, out)
+    assert run["domain_records"] == [
+        {"domain": "code", "ended": 1, "restored": None},
+        {"domain": "medical", "ended": 2, "restored": None},
+        {"domain": "general", "ended": 3, "restored": ["1-code", "2-medical"]},
+    ]
+    assert run["settings"]["options"] == {"size": 3}
+
+
+def test_a_method_that_cannot_train_the_model_stops_before_anything_is_written(world, tmp_path, monkeypatch):
+    monkeypatch.setitem(METHODS, "remembers", Remembers)
+    settings = settings_in(world, methods=("adamw", "remembers"), options={"size": 10})
+    with pytest.raises(ValueError, match="size: the model is too small"):
+        experiment.run(settings, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_options_go_to_the_methods_that_take_them(world, monkeypatch):
+    monkeypatch.setitem(METHODS, "remembers", Remembers)
+    settings = settings_in(world, methods=("adamw", "remembers"), options={"size": 7})
+    assert settings.make_method("remembers").size == 7
+    assert settings.make_method("adamw").settings() == {}
+    with pytest.raises(ValueError, match=r"size is set, but no method .*: adamw\. Leave it out, or run remembers"):
+        settings_in(world, methods=("adamw",), options={"size": 7})
+    with pytest.raises(ValueError, match="size: expected at least 1, got 0"):
+        settings_in(world, methods=("remembers",), options={"size": 0})
 
 
 def test_every_method_sees_the_same_batches_in_the_same_order(world, tmp_path, tokenizer):

@@ -15,14 +15,11 @@ import transformers
 from torch import nn
 from tqdm.auto import tqdm
 
-from sparse_cl.methods import METHODS
-from sparse_cl.methods.mlp import find_mlps
-
 from . import embedded, figures
 from .data import DataError, load_domains
 from .embedded_model import embedded_model_folder
 from .evaluate import METRICS
-from .report import comparison, run_record, write_json
+from .report import comparison, run_record, runs_with_capacity, write_json
 from .sequence import Progress, Scores, run_sequence, score_all
 from .settings import Settings
 
@@ -115,8 +112,8 @@ def run(settings: Settings, out: Path) -> list[dict[str, Any]]:
     domains = load_domains(settings.domains, settings.data, settings.seed)
     source = settings.model or str(embedded_model_folder())
     model, tokenizer = load_model(source)
-    if "sparse-masked" in settings.methods:
-        find_mlps(model)
+    for name in settings.methods:
+        settings.make_method(name).check(model)
     limit = getattr(model.config, "max_position_embeddings", settings.max_length)
     if settings.max_length > limit:
         raise ValueError(f"max_length {settings.max_length} exceeds the model's context of {limit} tokens")
@@ -128,7 +125,7 @@ def run(settings: Settings, out: Path) -> list[dict[str, Any]]:
     base_scores = _base_scores(model, tokenizer, domains, reference, settings, out)
     runs = []
     for name in settings.methods:
-        method = METHODS[name]()
+        method = settings.make_method(name)
         folder = out / name
         folder.mkdir(exist_ok=True)
         path = folder / "progress.json"
@@ -153,6 +150,8 @@ def run(settings: Settings, out: Path) -> list[dict[str, Any]]:
     if is_main:
         figures.draw_matrices(runs, out / "R.png")
         figures.draw_curves(runs, out / "curves.png")
+        if protecting := runs_with_capacity(runs):
+            figures.draw_capacity(protecting, out / "capacity.png")
         (out / "comparison.txt").write_text(comparison(runs) + "\n", encoding="utf-8")
         write_json(out / "results.json", {"runs": runs})
     return runs

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sparse_cl.methods.capacity import scarcity
+
 from .evaluate import METRICS
 from .metrics import FORMULAS, LOWER_IS_BETTER, summarize
 from .sequence import Progress, matrix
@@ -29,7 +31,8 @@ def run_record(
     `summary` has the numbers for bits per byte, which every domain has, and under `by_metric` those of every
     metric. `R` may hold null where a domain has no record of a metric's kind; `R_reference` is the bits per byte
     of the reference text at each stage. `seconds` is training, scoring left out; `state_bytes` the optimizer's
-    largest state.
+    largest state. `domain_records` has an entry a domain: its name under `domain`, and what the method reports on it;
+    methods that protect subspaces give under `layers` what `sparse_cl.methods.capacity.Layers` says.
     """
     R = {metric: matrix(progress.stages, metric) for metric in METRICS}
     R = {metric: rows for metric, rows in R.items() if any(value is not None for value in rows[0])}
@@ -47,6 +50,7 @@ def run_record(
         "peak_memory_bytes": progress.peak_memory_bytes,
         "state_bytes": progress.state_bytes,
         "losses": progress.losses,
+        "domain_records": progress.domain_records,
     }
 
 
@@ -68,6 +72,39 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         first, *others = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
         lines.append("  ".join([first.strip().ljust(widths[0]), *others]))
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def runs_with_capacity(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The runs whose method reports the capacity of each layer."""
+    return [run for run in runs if any("layers" in record for record in run["domain_records"])]
+
+
+def _capacity(runs: Sequence[dict[str, Any]]) -> str:
+    """Capacity, surviving gradient and leak of the runs, and a warning a domain in which little survives."""
+    rows, warnings = [], []
+    for run in runs:
+        records = run["domain_records"]
+        used = [[layer["used"] / layer["width"] for layer in record["layers"].values()] for record in records]
+        surviving = [layer["surviving"] for record in records for layer in record["layers"].values()]
+        leaks = [layer["leak"] for record in records for layer in record["layers"].values()]
+        leaks = [leak for leak in leaks if leak is not None]
+        rows.append(
+            [
+                run["method"],
+                *(_number(sum(shares) / len(shares)) for shares in used),
+                _number(min(surviving)),
+                f"{max(leaks):.1e}" if leaks else "-",
+            ]
+        )
+        for record in records:
+            if warning := scarcity(record["layers"]):
+                warnings.append(f"Warning: {run['method']}, before {record['domain']}: {warning}")
+    header = ("method", *(f"after {domain}" for domain in runs[0]["domains"]), "least surviving", "largest leak")
+    title = (
+        "capacity: share of the input directions that is used, mean over layers; the least share of a new domain's\n"
+        "gradient that survives in a layer; the largest share of a layer's change that lies in protected directions"
+    )
+    return "\n".join([title, _table(header, rows), *warnings])
 
 
 def comparison(runs: Sequence[dict[str, Any]]) -> str:
@@ -94,6 +131,8 @@ def comparison(runs: Sequence[dict[str, Any]]) -> str:
     ]
     header = ("method", "reference before", "after (bits/byte)", "training s", "state MB", "peak MB", "lr")
     parts.append(_table(header, rows))
+    if protecting := runs_with_capacity(runs):
+        parts.append(_capacity(protecting))
     formulas = "\n".join(f"  {name:18} {FORMULAS[name]}" for name in COLUMNS)
     parts.append(
         "R[i][j]: score on domain j after training domain i; row 0 is the base model; T domains.\n"

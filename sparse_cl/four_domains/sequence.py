@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -96,13 +96,17 @@ def optimizer_state_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 @dataclass
 class Progress:
-    """What a sequence has so far; `stages` starts with the base model's scores."""
+    """What a sequence has so far; `stages` starts with the base model's scores.
+
+    `domain_records` has, for each finished domain, its name and what the method reports on it (`Method.record`).
+    """
 
     stages: list[Scores]
     seconds: float = 0.0
     peak_memory_bytes: int = 0
     state_bytes: int = 0
     losses: list[dict[str, Any]] | None = None
+    domain_records: list[dict[str, Any]] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         return {**vars(self), "stages": [stage.to_json() for stage in self.stages]}
@@ -145,7 +149,8 @@ def run_sequence(
         split: what is scored: "test", or "validation" to choose settings.
     """
     done = len(progress.stages) - 1
-    model = base if done == 0 else method.restore(base, stage_folder(folder, done, domains[done - 1].name))
+    finished = [stage_folder(folder, number, domain.name) for number, domain in enumerate(domains[:done], 1)]
+    model = method.restore(base, finished) if finished else base
     lr = settings.lr_of(method.name)
     collator = transformers.DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100)
     evaluations = len(domains) * len(METRICS) + (reference is not None)
@@ -178,6 +183,9 @@ def run_sequence(
             trainer.save_model()
             # The Trainer pickles its arguments beside the weights; nothing here reads them, and pickles are unsafe.
             (Path(trainer.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
+            if trainer.is_world_process_zero():
+                method.save(stage_folder(folder, number, domain.name))
+            progress.domain_records.append({"domain": domain.name, **method.record()})
             progress.losses = (progress.losses or []) + [
                 {"domain": domain.name, "step": entry["step"], "loss": float(entry["loss"])}
                 for entry in trainer.state.log_history

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from sparse_cl.methods import METHODS
+from sparse_cl.methods import METHODS, Method
 
 from .data import DEFAULT_DOMAINS
 
@@ -28,6 +28,7 @@ class Settings:
         lr: peak learning rate by method; a method that is not in it takes its default.
         seed: of everything random.
         eval_records: records of each kind and domain that are scored, the first ones.
+        options: settings of the methods' own by name (`Method.options`); each goes to the methods that take it.
     """
 
     model: str | None = None
@@ -41,6 +42,7 @@ class Settings:
     lr: Mapping[str, float] = field(default_factory=dict)
     seed: int = 0
     eval_records: int = 64
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "eval_records"):
@@ -57,6 +59,21 @@ class Settings:
             if not 0 < lr < float("inf"):
                 raise ValueError(f"the learning rate must be positive, got {lr} for {name}")
 
+        for option in self.options:
+            if not any(option in METHODS[name].options for name in self.methods):
+                taking = [name for name, method in METHODS.items() if option in method.options]
+                raise ValueError(
+                    f"{option} is set, but no method of this run takes it: {', '.join(self.methods)}. "
+                    + (f"Leave it out, or run {' or '.join(taking)}" if taking else "No method does")
+                )
+        for name in self.methods:
+            self.make_method(name)
+
+    def make_method(self, name: str) -> Method:
+        """A fresh instance of a method, with those of `options` that it takes."""
+        method = METHODS[name]
+        return method(**{option: value for option, value in self.options.items() if option in method.options})
+
     def lr_of(self, method: str) -> float:
         """The peak learning rate of a method."""
         return self.lr.get(method, METHODS[method].default_lr)
@@ -68,4 +85,5 @@ class Settings:
             "domains": list(self.domains),
             "methods": list(self.methods),
             "lr": {name: self.lr_of(name) for name in self.methods},
+            "options": dict(self.options),
         }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,22 @@ import torch
 from torch import nn
 
 from .base import Batch, Method
+
+
+def add_adapter(model: nn.Module, rank: int, alpha: int) -> nn.Module:
+    """The model with a fresh adapter on every linear layer but the head: a `peft.PeftModel`, the base frozen."""
+    import peft
+
+    return peft.get_peft_model(
+        model,
+        peft.LoraConfig(
+            r=rank,
+            lora_alpha=alpha,
+            target_modules="all-linear",
+            fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in model.modules()),
+            task_type="CAUSAL_LM",
+        ),
+    )
 
 
 class LoRA(Method):
@@ -30,23 +46,12 @@ class LoRA(Method):
     def before_domain(self, model: nn.Module, batches: Iterable[Batch]) -> nn.Module:
         import peft
 
-        if isinstance(model, peft.PeftModel):
-            return model
-        return peft.get_peft_model(
-            model,
-            peft.LoraConfig(
-                r=self.rank,
-                lora_alpha=self.alpha,
-                target_modules="all-linear",
-                fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in model.modules()),
-                task_type="CAUSAL_LM",
-            ),
-        )
+        return model if isinstance(model, peft.PeftModel) else add_adapter(model, self.rank, self.alpha)
 
     def make_optimizer(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
         return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
 
-    def restore(self, base: nn.Module, folder: Path) -> nn.Module:
+    def restore(self, base: nn.Module, folders: Sequence[Path]) -> nn.Module:
         import peft
 
-        return peft.PeftModel.from_pretrained(base, folder, is_trainable=True)
+        return peft.PeftModel.from_pretrained(base, folders[-1], is_trainable=True)

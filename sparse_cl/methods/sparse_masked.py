@@ -61,6 +61,9 @@ class SparseMasked(Method):
     def settings(self) -> dict[str, Any]:
         return {"fraction": self.fraction}
 
+    def check(self, model: nn.Module) -> None:
+        find_mlps(model)
+
     def before_domain(self, model: nn.Module, batches: Iterable[Batch]) -> nn.Module:
         mlps = find_mlps(model)
         self.masks = {}
