@@ -6,19 +6,75 @@ import os
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from sparse_cl import reference
 
 _LIBRARY_FOLDER = Path(__file__).parent / "lib"
 
 _library = torch.library.Library("sparse_cl", "DEF")
-_library.define(
+
+
+def _define(schema: str, implementation, fake):
+    """Defines an op with its reference, which a native kernel outranks on its device once it is loaded."""
+    name = schema.split("(")[0]
+    _library.define(schema)
+    _library.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"sparse_cl::{name}", fake, lib=_library)
+    return getattr(torch.ops.sparse_cl, name).default
+
+
+def _nothing(*args) -> None:
+    """The fake of an op that returns nothing."""
+
+
+def _gram_factor_fake(gram: Tensor, squared_norms: Tensor, rtol: float) -> tuple[Tensor, Tensor]:
+    return gram.new_empty(gram.shape, dtype=torch.float64), gram.new_empty(gram.shape[:-2], dtype=torch.int64)
+
+
+def _orthonormalize(y: Tensor, against: Tensor | None = None, rtol: float | None = None) -> tuple[Tensor, Tensor]:
+    return reference.orthonormalize(y, against, rtol, gram_factor)
+
+
+def _orthonormalize_fake(y: Tensor, against: Tensor | None = None, rtol: float | None = None) -> tuple[Tensor, Tensor]:
+    return y.new_empty(y.shape), y.new_empty(y.shape[:-2], dtype=torch.int64)
+
+
+def _randomized_svd(a: Tensor, test_matrix: Tensor, rank: int, power_iterations: int) -> tuple[Tensor, Tensor, Tensor]:
+    return reference.randomized_svd(a, test_matrix, rank, power_iterations, orthonormalize)
+
+
+def _randomized_svd_fake(
+    a: Tensor, test_matrix: Tensor, rank: int, power_iterations: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    *batch, m, n = a.shape
+    return a.new_empty([*batch, m, rank]), a.new_empty([*batch, rank]), a.new_empty([*batch, rank, n])
+
+
+masked_adamw_ = _define(
     "masked_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] states, Tensor layout, float lr, "
     "Tensor? lr_tensor, float beta1, float beta2, float eps, float weight_decay, bool maximize, "
-    "Tensor? grad_scale, Tensor? found_inf) -> ()"
+    "Tensor? grad_scale, Tensor? found_inf) -> ()",
+    reference.masked_adamw_,
+    _nothing,
 )
-_library.impl("masked_adamw_", reference.masked_adamw_, "CompositeExplicitAutograd")
-torch.library.register_fake("sparse_cl::masked_adamw_", lambda *args: None, lib=_library)
+gram_factor = _define(
+    "gram_factor(Tensor gram, Tensor squared_norms, float rtol) -> (Tensor factor, Tensor rank)",
+    reference.gram_factor,
+    _gram_factor_fake,
+)
+orthonormalize = _define(
+    "orthonormalize(Tensor y, Tensor? against=None, float? rtol=None) -> (Tensor q, Tensor rank)",
+    _orthonormalize,
+    _orthonormalize_fake,
+)
+randomized_svd = _define(
+    "randomized_svd(Tensor a, Tensor test_matrix, int rank, int power_iterations) -> (Tensor u, Tensor s, Tensor vh)",
+    _randomized_svd,
+    _randomized_svd_fake,
+)
+project_out_ = _define("project_out_(Tensor(a!) x, Tensor basis) -> ()", reference.project_out_, _nothing)
+project_onto_ = _define("project_onto_(Tensor(a!) x, Tensor basis) -> ()", reference.project_onto_, _nothing)
 
 
 def _load(name: str, wanted: bool) -> bool:
@@ -42,5 +98,3 @@ LOADED = {
     "cpu": _load("sparse_cl_cpu", _native),
     "cuda": _load("sparse_cl_cuda", _native and torch.version.cuda is not None),
 }
-
-masked_adamw_ = torch.ops.sparse_cl.masked_adamw_.default

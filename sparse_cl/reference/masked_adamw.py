@@ -1,4 +1,4 @@
-"""Every op in plain PyTorch: the fallback where no native library is built, and the oracle of the tests."""
+"""masked_adamw_ in plain PyTorch, and the bit layouts that it reads."""
 
 from __future__ import annotations
 

@@ -1,0 +1,33 @@
+"""Every op in plain PyTorch: the fallback where no native library is built, and the oracle of the tests."""
+
+from sparse_cl.reference.gram_factor import gram_factor
+from sparse_cl.reference.masked_adamw import (
+    active_positions,
+    block_ranks,
+    masked_adamw_,
+    pack_bits,
+    random_bits,
+    spread_units,
+    stochastic_round,
+    unpack_bits,
+)
+from sparse_cl.reference.orthonormalize import default_rtol, orthonormalize
+from sparse_cl.reference.project_out import project_onto_, project_out_
+from sparse_cl.reference.randomized_svd import randomized_svd
+
+__all__ = [
+    "active_positions",
+    "block_ranks",
+    "default_rtol",
+    "gram_factor",
+    "masked_adamw_",
+    "orthonormalize",
+    "pack_bits",
+    "project_onto_",
+    "project_out_",
+    "random_bits",
+    "randomized_svd",
+    "spread_units",
+    "stochastic_round",
+    "unpack_bits",
+]

@@ -1,0 +1,48 @@
+"""Orthonormal columns, batched."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from sparse_cl.reference.gram_factor import gram_factor
+from sparse_cl.reference.precision import full_precision
+from sparse_cl.reference.project_out import remove_
+
+#: A unit column that keeps less than this through the second pass was rounding error.
+_SECOND_RTOL = 0.5
+
+
+def default_rtol(dtype: torch.dtype, k: int) -> float:
+    """Residual, relative to a column's norm, at which k columns of a dtype count as dependent."""
+    if dtype == torch.float64:
+        return 1e-7
+    return 8 * torch.finfo(torch.float32).eps * math.sqrt(max(k, 1))
+
+
+def orthonormalize(
+    y: Tensor,
+    against: Tensor | None = None,
+    rtol: float | None = None,
+    factor: Callable[[Tensor, Tensor, float], tuple[Tensor, Tensor]] = gram_factor,
+) -> tuple[Tensor, Tensor]:
+    """:func:`sparse_cl.linalg.orthonormalize` on float32 or float64 tensors; ``factor`` is gram_factor or its like."""
+    dtype, k = y.dtype, y.shape[-1]
+    if rtol is None:
+        rtol = default_rtol(dtype, k)
+    with full_precision(y.device):
+        squared_norms = torch.linalg.vector_norm(y, dim=-2, dtype=torch.float64).square()
+        if against is not None:
+            y = remove_(remove_(y.clone(memory_format=torch.contiguous_format), against), against)
+        # Float64 carries condition numbers up to 1e7 through the squaring in the Gram matrix.
+        wide = y.double()
+        t, _ = factor(wide.mT @ wide, squared_norms, rtol)
+        q = (wide @ t).to(dtype)
+        if against is not None:
+            q = remove_(q, against)
+        # Now the condition number is about 1, which the Gram matrix in the dtype itself is enough for.
+        t, rank = factor((q.mT @ q).double(), torch.ones_like(squared_norms), _SECOND_RTOL)
+        return q @ t.to(dtype), rank
