@@ -1,17 +1,25 @@
 """Optimizers that update only what is free: fine-tune one language model on domain after domain."""
 
 from sparse_cl.info import build_info
+from sparse_cl.linalg import orthonormalize, project_out_, randomized_svd
 from sparse_cl.masks import ColumnMask, ElementMask, RowMask, TwoFourMask, load_masks, save_masks
-from sparse_cl.optim import SparseMaskedAdamW
+from sparse_cl.optim import SparseMaskedAdamW, SubspaceProjectedAdamW
+from sparse_cl.subspace import Subspace, SubspaceMemory
 
 __all__ = [
     "ColumnMask",
     "ElementMask",
     "RowMask",
     "SparseMaskedAdamW",
+    "Subspace",
+    "SubspaceMemory",
+    "SubspaceProjectedAdamW",
     "TwoFourMask",
     "build_info",
     "load_masks",
+    "orthonormalize",
+    "project_out_",
+    "randomized_svd",
     "save_masks",
 ]
 __version__ = "0.1.0"

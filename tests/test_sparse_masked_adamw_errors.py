@@ -94,7 +94,7 @@ def wrong_masks(params):
             TypeError,
             "parameter 'b': expected a Mask, got Tensor",
         ),
-        ({"a": mask, params["a"]: mask}, ValueError, "parameter 'a' has two masks"),
+        ({"a": mask, params["a"]: mask}, ValueError, "parameter 'a' is given twice, by name and by itself"),
         ([("a", mask)], TypeError, "expected {parameter or name: Mask}, got list"),
         ({3: mask}, ValueError, "a key is no parameter of this optimizer"),
     ]

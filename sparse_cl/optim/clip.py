@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sparse_cl.masks import Mask
+from sparse_cl.optim.state import write_flat
 
 
 def clip_active_(grads: Sequence[tuple[Tensor, Mask | None]], max_norm: float) -> Tensor:
@@ -38,9 +39,4 @@ def _pick(grad: Tensor, mask: Mask | None) -> Tensor:
 def _put(grad: Tensor, mask: Mask | None, values: Tensor) -> None:
     if mask is None:
         return
-    positions = mask.to(grad.device).positions()
-    if grad.is_contiguous():
-        grad.view(-1).index_copy_(0, positions, values)
-    else:
-        flat = grad.reshape(-1).index_copy(0, positions, values)
-        grad.copy_(flat.view(grad.shape))
+    write_flat(grad, mask.to(grad.device).positions(), values)

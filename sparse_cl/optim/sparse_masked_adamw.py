@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -16,30 +15,10 @@ from sparse_cl.layout import state_dtype
 from sparse_cl.masks import Mask
 from sparse_cl.optim.clip import clip_active_
 from sparse_cl.optim.options import check_options
+from sparse_cl.optim.plan import GroupPlan, Plan, facts_of, ids_of
 from sparse_cl.optim.state import ParameterState, carry_state, new_state, read_state
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-@dataclass
-class _Plan:
-    """What a step of some parameters hands to the op and need not be gathered again."""
-
-    params: list[Tensor]
-    positions: list[int]  # in group["params"]
-    buffers: list[Tensor]
-    layout: Tensor
-    facts: list[tuple]  # what gradients must look like, see _facts
-
-
-@dataclass
-class _GroupPlan:
-    key: tuple
-    with_grad: list[bool]
-    state_ids: list[int]
-    state_dicts: list[dict[str, Tensor]]
-    dict_ids: list[int]
-    plans: list[_Plan]
 
 
 class SparseMaskedAdamW(Optimizer):
@@ -141,7 +120,7 @@ class SparseMaskedAdamW(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._packed: dict[Tensor, ParameterState] = {}
-        self._group_plans: dict[int, _GroupPlan] = {}
+        self._group_plans: dict[int, GroupPlan] = {}
         for group in self.param_groups:
             for name, value in (("amsgrad", False), ("maximize", False), ("capturable", False)):
                 group.setdefault(name, value)
@@ -174,33 +153,10 @@ class SparseMaskedAdamW(Optimizer):
         if len(calls) > 1:
             # The op checks before it writes, but here an earlier call would already have stepped its parameters.
             for _, plan, grads in calls:
-                if _facts(grads) != plan.facts:
+                if facts_of(grads) != plan.facts:
                     self._explain(plan.params, grads)
         for group, plan, grads in calls:
-            lr, (beta1, beta2) = group["lr"], group["betas"]
-            device = plan.params[0].device
-            lr_tensor = None
-            if isinstance(lr, Tensor) and lr.device.type != "cpu":
-                lr_tensor = _scalar_on(lr, device)
-            try:
-                ops.masked_adamw_(
-                    plan.params,
-                    grads,
-                    plan.buffers,
-                    plan.layout,
-                    0.0 if lr_tensor is not None else float(lr),
-                    lr_tensor,
-                    float(beta1),
-                    float(beta2),
-                    group["eps"],
-                    group["weight_decay"],
-                    group["maximize"],
-                    _scalar_on(grad_scale, device),
-                    _scalar_on(found_inf, device),
-                )
-            except RuntimeError as error:
-                self._explain(plan.params, grads, error)
-                raise
+            self._apply(group, plan, grads, grad_scale, found_inf)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -292,7 +248,10 @@ class SparseMaskedAdamW(Optimizer):
         if not max_norm > 0:
             raise ValueError(f"max_norm: expected a number above 0, got {max_norm}")
         active = [
-            (p.grad, self._masks.get(p)) for group in self.param_groups for p in group["params"] if p.grad is not None
+            (p.grad, self._masks.get(p))
+            for group in self.param_groups
+            for p in group["params"]
+            if p.grad is not None and self._takes_part(p)
         ]
         if not active:
             return torch.tensor(0.0)
@@ -305,9 +264,9 @@ class SparseMaskedAdamW(Optimizer):
     def _forget_plans(self) -> None:
         self._mismatch: str | None = getattr(self, "_mismatch", None)
         self._packed: dict[Tensor, ParameterState] = getattr(self, "_packed", {})
-        self._group_plans: dict[int, _GroupPlan] = {}
+        self._group_plans: dict[int, GroupPlan] = {}
 
-    def _plans(self, number: int, group: dict[str, Any], grads: list[Tensor | None], shown: set[int]) -> list[_Plan]:
+    def _plans(self, number: int, group: dict[str, Any], grads: list[Tensor | None], shown: set[int]) -> list[Plan]:
         with_grad = [g is not None for g in grads]
         key = (group["amsgrad"], group["master_weights"], len(grads))
         plan = self._group_plans.get(number)
@@ -315,31 +274,73 @@ class SparseMaskedAdamW(Optimizer):
             plan is None
             or plan.key != key
             or plan.with_grad != with_grad
-            or plan.state_ids != _ids(plan.state_dicts)
+            or plan.state_ids != ids_of(plan.state_dicts)
             or not shown.issuperset(plan.dict_ids)
         ):
             plan = self._make_plan(key, with_grad, group, grads)
             self._group_plans[number] = plan
         return plan.plans
 
-    def _make_plan(self, key, with_grad, group, grads) -> _GroupPlan:
+    def _make_plan(self, key, with_grad, group, grads) -> GroupPlan:
         by_device: dict[torch.device, list[int]] = {}
         for i, (param, grad) in enumerate(zip(group["params"], grads, strict=True)):
             if grad is None:
                 continue
-            mask = self._masks.get(param)
-            if param.numel() and (mask is None or mask.numel):
+            if self._takes_part(param):
                 by_device.setdefault(param.device, []).append(i)
         plans, dicts = [], []
-        for positions in by_device.values():
+        for positions in chain(*(self._calls(group["params"], found) for found in by_device.values())):
             params = [group["params"][i] for i in positions]
             packed = [self._pack(p, **self._options(p, group)) for p in params]
             layout = torch.tensor([state.layout.row() for state in packed], dtype=torch.int64)
             plan_grads = [grads[i] for i in positions]
             self._explain(params, plan_grads)
-            plans.append(_Plan(params, positions, [state.buffer for state in packed], layout, _facts(plan_grads)))
+            plans.append(Plan(params, positions, [state.buffer for state in packed], layout, facts_of(plan_grads)))
             dicts += [self.state[p] for p in params]
-        return _GroupPlan(key, with_grad, _ids(dicts), dicts, list(map(id, dicts)), plans)
+        return GroupPlan(key, with_grad, ids_of(dicts), dicts, list(map(id, dicts)), plans)
+
+    def _takes_part(self, param: Tensor) -> bool:
+        """Whether a step changes any entry of ``param``, if it has a gradient."""
+        mask = self._masks.get(param)
+        return param.numel() > 0 and (mask is None or mask.numel > 0)
+
+    def _calls(self, params: list[Tensor], positions: list[int]) -> list[list[int]]:
+        """Splits the positions in ``params`` of what is stepped on one device into calls of the op: here, one."""
+        return [positions]
+
+    def _apply(
+        self,
+        group: dict[str, Any],
+        plan: Plan,
+        grads: list[Tensor],
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+    ) -> None:
+        """One call of the op."""
+        lr, (beta1, beta2) = group["lr"], group["betas"]
+        device = plan.params[0].device
+        lr_tensor = None
+        if isinstance(lr, Tensor) and lr.device.type != "cpu":
+            lr_tensor = _scalar_on(lr, device)
+        try:
+            ops.masked_adamw_(
+                plan.params,
+                grads,
+                plan.buffers,
+                plan.layout,
+                0.0 if lr_tensor is not None else float(lr),
+                lr_tensor,
+                float(beta1),
+                float(beta2),
+                group["eps"],
+                group["weight_decay"],
+                group["maximize"],
+                _scalar_on(grad_scale, device),
+                _scalar_on(found_inf, device),
+            )
+        except RuntimeError as error:
+            self._explain(plan.params, grads, error)
+            raise
 
     def _pack(self, param: Tensor, **options) -> ParameterState:
         """The state of ``param`` in one buffer: made if there is none, packed again if its tensors were replaced."""
@@ -398,27 +399,8 @@ class SparseMaskedAdamW(Optimizer):
         return "of another optimizer"
 
     def _resolve(self, masks: Mapping[Tensor | str, Mask]) -> dict[Tensor, Mask]:
-        if not isinstance(masks, Mapping):
-            raise TypeError(f"masks: expected {{parameter or name: Mask}}, got {type(masks).__name__}")
-        own = {id(p): p for group in self.param_groups for p in group["params"]}
-        by_name = {name: p for p, name in self._names().items()}
-        resolved: dict[Tensor, Mask] = {}
-        for key, mask in masks.items():
-            if isinstance(key, str):
-                if not by_name:
-                    raise ValueError(
-                        f"masks: {key!r} is a name, but the parameters have none; pass "
-                        "model.named_parameters() as params, or use parameters as keys"
-                    )
-                if key not in by_name:
-                    raise ValueError(
-                        f"masks: no parameter is named {key!r}; the first names are {', '.join(list(by_name)[:3])}"
-                    )
-                param = by_name[key]
-            elif id(key) in own:
-                param = own[id(key)]
-            else:
-                raise ValueError("masks: a key is no parameter of this optimizer; expected parameters or their names")
+        resolved = self._by_param(masks, "masks", "Mask")
+        for param, mask in resolved.items():
             if not isinstance(mask, Mask):
                 raise TypeError(f"masks: parameter {self._name(param)}: expected a Mask, got {type(mask).__name__}")
             if mask.shape != param.shape:
@@ -426,9 +408,36 @@ class SparseMaskedAdamW(Optimizer):
                     f"masks: parameter {self._name(param)} has shape {tuple(param.shape)}, "
                     f"but its mask is for {tuple(mask.shape)}"
                 )
+        return resolved
+
+    def _by_param(self, given: Mapping[Tensor | str, Any], argument: str, what: str) -> dict[Tensor, Any]:
+        """``given`` with names replaced by the parameters that they stand for."""
+        if not isinstance(given, Mapping):
+            raise TypeError(f"{argument}: expected {{parameter or name: {what}}}, got {type(given).__name__}")
+        own = {id(p): p for group in self.param_groups for p in group["params"]}
+        by_name = {name: p for p, name in self._names().items()}
+        resolved: dict[Tensor, Any] = {}
+        for key, value in given.items():
+            if isinstance(key, str):
+                if not by_name:
+                    raise ValueError(
+                        f"{argument}: {key!r} is a name, but the parameters have none; pass "
+                        "model.named_parameters() as params, or use parameters as keys"
+                    )
+                if key not in by_name:
+                    raise ValueError(
+                        f"{argument}: no parameter is named {key!r}; the first names are {', '.join(list(by_name)[:3])}"
+                    )
+                param = by_name[key]
+            elif id(key) in own:
+                param = own[id(key)]
+            else:
+                raise ValueError(
+                    f"{argument}: a key is no parameter of this optimizer; expected parameters or their names"
+                )
             if param in resolved:
-                raise ValueError(f"masks: parameter {self._name(param)} has two masks, by name and by itself")
-            resolved[param] = mask
+                raise ValueError(f"{argument}: parameter {self._name(param)} is given twice, by name and by itself")
+            resolved[param] = value
         return resolved
 
     def _find_mismatch(self) -> str | None:
@@ -467,15 +476,6 @@ class SparseMaskedAdamW(Optimizer):
                 fault = f"its state was made for shape {packed.layout.shape} and {packed.layout.dtype} moments"
             if fault:
                 raise ValueError(f"parameter {self._name(param)}: {fault}") from cause
-
-
-def _facts(grads: list[Tensor]) -> list[tuple]:
-    return [(g.shape, g.dtype, g.device) for g in grads]
-
-
-def _ids(dicts: list[dict[str, Tensor]]) -> list[int]:
-    """Identities of all values; in one C loop, since every step compares them."""
-    return list(map(id, chain.from_iterable(map(dict.values, dicts))))
 
 
 def _same_mask(a: Mask | None, b: Mask | None) -> bool:

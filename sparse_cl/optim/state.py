@@ -66,7 +66,7 @@ def new_state(param: Tensor, mask: Mask | None, **options) -> ParameterState:
         for name, section in mask.sections().items():
             views[name].copy_(section)
     if layout.master:
-        views["master"].copy_(_compact(param, layout, views))
+        views["master"].copy_(compact(param, layout, views))
     return ParameterState(layout, buffer, views)
 
 
@@ -113,7 +113,7 @@ def read_state(param: Tensor, entries: Mapping[str, Tensor], **options) -> Param
         elif name == "max_exp_avg_sq":
             view.copy_(views["exp_avg_sq"])
         elif name == "master":
-            view.copy_(_compact(param, layout, views))
+            view.copy_(compact(param, layout, views))
         else:
             raise ValueError(f"state has no {name}")
     return ParameterState(layout, buffer, views)
@@ -144,7 +144,7 @@ def carry_state(param: Tensor, old: ParameterState, mask: Mask | None) -> Parame
     if not bool(kept.any()):
         return None
 
-    counts = torch.where(kept, _counts(old, by_unit)[source], 0)
+    counts = torch.where(kept, step_counts(old, by_unit)[source], 0)
     table, cohort = _cohorts(counts)
     scope = SHARED if table.numel() == 1 else PER_UNIT if by_unit else PER_ENTRY
     if scope == PER_ENTRY and target.kind in (ROWS, COLUMNS):
@@ -164,7 +164,8 @@ def carry_state(param: Tensor, old: ParameterState, mask: Mask | None) -> Parame
     return fresh
 
 
-def _compact(param: Tensor, layout: StateLayout, views: Mapping[str, Tensor]) -> Tensor:
+def compact(param: Tensor, layout: StateLayout, views: Mapping[str, Tensor]) -> Tensor:
+    """The active entries of ``param`` in the compact shape: a copy, but for a dense layout ``param`` itself."""
     if layout.kind == DENSE:
         return param
     if layout.kind in (ROWS, COLUMNS):
@@ -172,7 +173,26 @@ def _compact(param: Tensor, layout: StateLayout, views: Mapping[str, Tensor]) ->
     return param.reshape(-1)[active_positions(layout, views, param.device)].view(layout.compact_shape)
 
 
-def _counts(old: ParameterState, by_unit: bool) -> Tensor:
+def write_compact(param: Tensor, layout: StateLayout, views: Mapping[str, Tensor], values: Tensor) -> None:
+    """The inverse of :func:`compact`, in place."""
+    if layout.kind == DENSE:
+        param.copy_(values)
+    elif layout.kind in (ROWS, COLUMNS):
+        param.index_copy_(0 if layout.kind == ROWS else 1, views[INDEX_NAME[layout.kind]].long(), values)
+    else:
+        write_flat(param, active_positions(layout, views, param.device), values)
+
+
+def write_flat(tensor: Tensor, positions: Tensor, values: Tensor) -> None:
+    """Writes ``values`` at flat ``positions`` of a tensor of any strides."""
+    if tensor.is_contiguous():
+        tensor.view(-1).index_copy_(0, positions, values.view(-1))
+    else:
+        flat = tensor.reshape(-1).index_copy(0, positions, values.view(-1))
+        tensor.copy_(flat.view(tensor.shape))
+
+
+def step_counts(old: ParameterState, by_unit: bool) -> Tensor:
     """int64: step count of each unit or entry of a state."""
     layout, step = old.layout, old.views["step"].long()
     size = layout.units if by_unit else layout.entries

@@ -1,0 +1,90 @@
+"""The projection of an update out of a subspace, for each kind of mask."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from sparse_cl.masks import ColumnMask, Mask, RowMask
+from sparse_cl.subspace import Subspace
+
+#: Conjugate-gradient steps for masks of single weights: enough for a leak below 1e-6 while a row has twice as many
+#: active weights as the subspace has directions, and these are not concentrated on a few inputs.
+_STEPS = 12
+
+#: Share of a row's squared norm below which its leak is rounding error.
+_DONE = 1e-13
+
+
+class Projection(ABC):
+    """Makes updates of one parameter orthogonal to a subspace.
+
+    Attributes:
+        free: whether it leaves anything; if not, the parameter is not updated.
+    """
+
+    free: bool
+
+    @abstractmethod
+    def apply_(self, update: Tensor) -> None:
+        """Projects an update in the mask's compact shape, in place."""
+
+
+class RowsProjection(Projection):
+    """For whole rows, all of them or a row mask's: ΔW ← ΔW - ΔW U Uᵀ, which treats each row by itself."""
+
+    def __init__(self, subspace: Subspace):
+        self.subspace = subspace
+        self.free = subspace.free > 0
+
+    def apply_(self, update: Tensor) -> None:
+        self.subspace.project_out_(update)
+
+
+class WeightsProjection(Projection):
+    """For masks of single weights: the nearest update with the mask's support S that is orthogonal to U.
+
+    Each row i is a problem of its own, min ‖δ - d‖ with δ = 0 outside S_i and δ U = 0. Its normal equations
+    P S_i P z = P d, with P = U Uᵀ, are solved for all rows at once by a fixed number of conjugate-gradient steps; then
+    δ = d - S_i P z. What is left of the leak depends on how well the mask's rows of U are conditioned: a row with as
+    many used directions as active weights has no freedom at all. It needs five matrices of the parameter's size.
+    """
+
+    def __init__(self, subspace: Subspace, mask: Mask):
+        self.subspace, self.mask = subspace, mask
+        self.free = subspace.free > 0
+
+    def apply_(self, update: Tensor) -> None:
+        support = self.mask.to(update.device).to_dense()
+        dense = torch.zeros(self.mask.shape, dtype=update.dtype, device=update.device)
+        dense[support] = update.view(-1)
+
+        def used(x: Tensor) -> Tensor:
+            return x - self.subspace.project_out_(x.clone())
+
+        residual = used(dense)
+        direction = residual.clone()
+        square = residual.square().sum(1, keepdim=True)
+        # Past this a row has nothing but rounding errors left, and steps along those would undo it.
+        enough = _DONE * dense.square().sum(1, keepdim=True)
+        for _ in range(_STEPS):
+            masked = direction * support
+            image = used(masked)
+            curvature = (direction * image).sum(1, keepdim=True)
+            step = torch.where(square > enough, square / curvature, 0)
+            dense.addcmul_(masked, step, value=-1)
+            residual.addcmul_(image, step, value=-1)
+            before, square = square, residual.square().sum(1, keepdim=True)
+            direction.mul_(torch.where(before > enough, square / before, 0)).add_(residual)
+        update.copy_(dense[support].view(update.shape))
+
+
+def make_projection(subspace: Subspace, mask: Mask | None) -> Projection:
+    """The projection of updates of a parameter with this mask."""
+    if mask is None or isinstance(mask, RowMask):
+        return RowsProjection(subspace)
+    if isinstance(mask, ColumnMask):
+        return RowsProjection(subspace.restricted(mask.index.to(subspace.device)))
+    return WeightsProjection(subspace, mask)

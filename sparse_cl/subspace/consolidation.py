@@ -1,0 +1,76 @@
+"""The end of a domain: from what was observed to the directions that join the bases."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from sparse_cl.linalg import orthonormalize
+from sparse_cl.subspace.layers import Layer, Moment
+from sparse_cl.subspace.subspace import Subspace
+
+#: Numbers that one batch holds, so that consolidating takes a part of the memory that the model has.
+_BATCH = 1 << 26
+
+#: Directions with less than this share of the energy are rounding errors of float32 sums.
+_NOISE = 1e-7
+
+
+def batches(layers: Iterable[Layer]) -> Iterator[list[Layer]]:
+    """Observed layers whose moments are of one kind, width and place: all that a batch needs."""
+    groups: dict[tuple, list[Layer]] = {}
+    for layer in layers:
+        columns = layer.moment.columns
+        size = max(1, _BATCH // (layer.width * columns))
+        groups.setdefault((type(layer.moment), layer.width, columns, layer.place(), size), []).append(layer)
+    for key, group in groups.items():
+        for start in range(0, len(group), key[-1]):
+            yield group[start : start + key[-1]]
+
+
+def new_directions(
+    moments: Sequence[Moment], subspaces: Sequence[Subspace | None], energy: float, max_rank: int | None
+) -> list[Tensor]:
+    """For each layer of a batch the fewest directions (n, k) that, with those in use, explain ``energy``.
+
+    GPM's criterion (Saha, Garg & Roy 2021, equation 9): ‖R U Uᵀ‖² + ‖(R - R U Uᵀ)_k‖² ≥ ε ‖R‖². They are orthonormal
+    and orthogonal to the used ones.
+    """
+    spectra = type(moments[0]).spectra(moments, subspaces)
+    counts = [
+        _fewest(values, outside - (1 - energy) * total, _NOISE * total, max_rank)
+        for values, total, outside in zip(
+            spectra.values.tolist(), spectra.totals.tolist(), spectra.outsides.tolist(), strict=True
+        )
+    ]
+    most = max(counts)
+    columns = spectra.leading(most)
+    if not most:
+        return list(columns)
+    position = torch.arange(most, device=columns.device)
+    columns = columns.masked_fill(position >= torch.tensor(counts, device=columns.device)[:, None, None], 0)
+    # A complement is projected onto by itself; bases go in one batch, padded with zero columns.
+    bases = []
+    for i, subspace in enumerate(subspaces):
+        bases.append(columns[i, :, :0])
+        if subspace is not None and subspace.complement:
+            columns[i] = subspace.project_out_(columns[i].mT.contiguous()).mT
+        elif subspace is not None:
+            bases[i] = subspace.matrix
+    widest = max(basis.shape[1] for basis in bases)
+    against = torch.stack([pad(basis, (0, widest - basis.shape[1])) for basis in bases]) if widest else None
+    columns, ranks = orthonormalize(columns, against)
+    return [column[:, :rank].clone() for column, rank in zip(columns, ranks.tolist(), strict=True)]
+
+
+def _fewest(values: Sequence[float], missing: float, noise: float, max_rank: int | None) -> int:
+    """How many of ``values`` (descending) it takes to sum to ``missing``."""
+    count = 0
+    limit = len(values) if max_rank is None else min(max_rank, len(values))
+    while count < limit and missing > 0 and values[count] > noise:
+        missing -= values[count]
+        count += 1
+    return count

@@ -1,0 +1,175 @@
+"""What one pass over a layer's rows keeps of them, and the directions that it finds there.
+
+Rows are those of ∂L/∂W, or of the inputs x: an (m, n) matrix G at each observation. Both kinds of moment stand for
+M = Σ GᵀG, and look for what lies outside the subspace U that is used already: P M P with P = I - U Uᵀ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparse_cl.ops import gram_factor
+from sparse_cl.subspace.subspace import Subspace
+
+#: Rows of half-precision input are taken to float32 in blocks of about this many entries.
+_BLOCK = 1 << 22
+
+#: Directions of a sketch below this share of the largest, in energy, are rounding errors of its float32 products.
+_NOISE = 1e-6
+
+
+@dataclass(frozen=True)
+class Spectra:
+    """Eigenvalues and eigenvectors of P M P for a batch of b layers.
+
+    Attributes:
+        values: (b, l) float64, largest first.
+        leading: count -> (b, n, count), eigenvectors of the largest; zero columns past the numerical rank.
+        totals: (b,) float64, Σ ||G||²_F.
+        outsides: (b,) float64, Σ ||G P||²_F: what the used subspace does not explain.
+    """
+
+    values: Tensor
+    leading: Callable[[int], Tensor]
+    totals: Tensor
+    outsides: Tensor
+
+
+def row_blocks(rows: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+    """``rows`` (m, n) in ``dtype``, without a whole second copy of them."""
+    if rows.dtype == dtype:
+        yield rows
+        return
+    for block in rows.split(max(1, _BLOCK // max(1, rows.shape[1]))):
+        yield block.to(dtype)
+
+
+class ExactMoment:
+    """The whole second moment M (n, n), in float32 (float64 for float64 rows): 4 n² bytes.
+
+    Its eigenvalues are exact up to rounding, so it is the choice wherever n² numbers fit.
+    """
+
+    def __init__(self, width: int, dtype: torch.dtype, device: torch.device):
+        self.moment = torch.zeros(width, width, dtype=dtype, device=device)
+
+    @property
+    def columns(self) -> int:
+        return self.moment.shape[1]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that was observed; :meth:`merge` takes it back."""
+        return {"moment": self.moment}
+
+    def add(self, rows: Tensor, subspace: Subspace | None) -> None:
+        """Observes ``rows`` (m, n)."""
+        for block in row_blocks(rows, self.moment.dtype):
+            self.moment.addmm_(block.mT, block)
+
+    def merge(self, tensors: dict[str, Tensor]) -> None:
+        self.moment.add_(tensors["moment"])
+
+    def energy(self) -> Tensor:
+        """Σ ||G||²_F: 0-d, float64."""
+        return self.moment.diagonal().double().sum()
+
+    @staticmethod
+    def spectra(moments: Sequence[ExactMoment], subspaces: Sequence[Subspace | None]) -> Spectra:
+        """Of moments of one width."""
+        totals, projected = [], []
+        for moment, subspace in zip(moments, subspaces, strict=True):
+            wide = moment.moment.double()
+            totals.append(wide.diagonal().sum())
+            if subspace is not None:
+                wide = subspace.project_out_(subspace.project_out_(wide.clone()).mT.contiguous())
+            projected.append((wide + wide.mT) / 2)
+        stacked = torch.stack(projected)
+        values, vectors = torch.linalg.eigh(stacked)
+        outside = stacked.diagonal(dim1=1, dim2=2).sum(1)
+        return Spectra(
+            values.flip(1).clamp(min=0),
+            lambda count: vectors[:, :, vectors.shape[2] - count :].flip(2).to(moments[0].moment.dtype),
+            torch.stack(totals),
+            outside.clamp(min=0),
+        )
+
+
+class SketchedMoment:
+    """A sketch Y = Σ GᵀG P Ω (n, l) of the second moment, Ω a random (n, l) matrix of signs, and two energies.
+
+    One pass, 4 n l bytes, whatever the number of rows (randomized range finder: Halko, Martinsson & Tropp 2011). The
+    eigenvalues are those of the Nyström approximation that Y and Ω give (Tropp, Yurtsever, Udell & Cevher 2017).
+    """
+
+    def __init__(self, test: Tensor):
+        self.test = test
+        self.sketch = torch.zeros_like(test)
+        self.energies = torch.zeros(2, dtype=torch.float64, device=test.device)  # Σ||G||², Σ||GP||²
+
+    @property
+    def columns(self) -> int:
+        return self.sketch.shape[1]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All that was observed; :meth:`merge` takes it back."""
+        return {"sketch": self.sketch, "energies": self.energies}
+
+    def add(self, rows: Tensor, subspace: Subspace | None) -> None:
+        """Observes ``rows`` (m, n)."""
+        used = subspace is not None and subspace.rank > 0
+        inside = subspace.matrix.mT @ self.test if used else None
+        for block in row_blocks(rows, self.sketch.dtype):
+            total = torch.linalg.vector_norm(block, dtype=torch.float64).square()
+            outside = total
+            if not used:
+                image = block @ self.test
+            else:
+                coordinates = block @ subspace.matrix
+                known = torch.linalg.vector_norm(coordinates, dtype=torch.float64).square()
+                if subspace.complement:
+                    image, outside = coordinates @ inside, known
+                else:
+                    image, outside = (block @ self.test).sub_(coordinates @ inside), (total - known).clamp(min=0)
+            self.sketch.addmm_(block.mT, image)
+            self.energies += torch.stack([total, outside])
+
+    def merge(self, tensors: dict[str, Tensor]) -> None:
+        self.sketch.add_(tensors["sketch"])
+        self.energies.add_(tensors["energies"])
+
+    def energy(self) -> Tensor:
+        """Σ ||G||²_F: 0-d, float64."""
+        return self.energies[0]
+
+    @staticmethod
+    def spectra(moments: Sequence[SketchedMoment], subspaces: Sequence[Subspace | None]) -> Spectra:
+        """Of moments of one width and one test matrix; at most l eigenvalues, the last ones somewhat too small."""
+        sketches = []
+        for moment, subspace in zip(moments, subspaces, strict=True):
+            sketch = moment.sketch
+            if subspace is not None:
+                # Y is M P Ω so far.
+                sketch = subspace.project_out_(sketch.mT.clone(memory_format=torch.contiguous_format)).mT
+            sketches.append(sketch)
+        sketch = torch.stack(sketches)
+        wide = sketch.double()
+        core = moments[0].test.double().mT @ wide
+        core = (core + core.mT) / 2
+        # M is about B Bᵀ with B = Y T, Tᵀ C T = I for the core C = Ωᵀ Y: the eigenvalues of BᵀB are its own.
+        whiten, _ = gram_factor(core, core.diagonal(dim1=1, dim2=2), _NOISE**0.5)
+        small = whiten.mT @ (wide.mT @ wide) @ whiten
+        values, vectors = torch.linalg.eigh((small + small.mT) / 2)
+        values = values.clamp(min=0)
+        scale = torch.where(values > _NOISE * values[:, -1:], values, torch.inf).rsqrt()
+        mixing = whiten @ (vectors * scale[:, None, :])
+        energies = torch.stack([moment.energies for moment in moments])
+        return Spectra(
+            values.flip(1),
+            lambda count: sketch @ mixing[:, :, mixing.shape[2] - count :].flip(2).to(sketch.dtype),
+            energies[:, 0],
+            energies[:, 1],
+        )
