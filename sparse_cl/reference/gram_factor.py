@@ -23,19 +23,20 @@ def gram_factor(gram: Tensor, squared_norms: Tensor, rtol: float) -> tuple[Tenso
     before it if its squared residual is at most rtol² times ``squared_norms``, or is rounding error of float64.
 
     Args:
-        gram: (..., k, k), symmetric, any floating dtype; computed in float64.
-        squared_norms: (..., k), of the columns of Y before anything was removed from them.
+        gram: (..., k, k) float64, symmetric.
+        squared_norms: (..., k) float64, of the columns of Y before anything was removed from them.
         rtol: what counts as dependent.
 
     Returns:
         T, (..., k, k) float64: independent columns first, the others zero. Rows of dependent columns are zero.
         rank, (...) int64. A column with a diagonal that is not positive and finite is dependent.
     """
+    _check(gram, squared_norms)
     k = gram.shape[-1]
     batch = math.prod(gram.shape[:-2])
-    g = gram.double().reshape(batch, k, k)
+    g = gram.reshape(batch, k, k)
     diagonal = g.diagonal(dim1=-2, dim2=-1)
-    norms = squared_norms.double().reshape(batch, k)
+    norms = squared_norms.reshape(batch, k)
     usable = (diagonal > 0) & diagonal.isfinite() & (norms > 0)
     scale = torch.where(usable, diagonal.rsqrt(), 0.0)
     share = torch.where(usable, (diagonal / norms).clamp(max=1.0), 0.0)
@@ -68,3 +69,11 @@ def gram_factor(gram: Tensor, squared_norms: Tensor, rtol: float) -> tuple[Tenso
     taken = usable & ~open_
     factor = torch.where(taken[:, :, None], scale[:, :, None] * work.mT, 0.0)
     return factor.view(gram.shape), rank.view(gram.shape[:-2])
+
+
+def _check(gram: Tensor, squared_norms: Tensor) -> None:
+    if gram.dim() < 2 or gram.shape[-1] != gram.shape[-2] or gram.dtype != torch.float64:
+        raise RuntimeError("gram_factor: gram: expected square float64 matrices")
+    fits = squared_norms.shape == gram.shape[:-1] and squared_norms.dtype == gram.dtype
+    if not fits or squared_norms.device != gram.device:
+        raise RuntimeError("gram_factor: squared_norms: expected one float64 number a column of gram, on its device")
