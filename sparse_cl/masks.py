@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -12,11 +11,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from sparse_cl import storage
 from sparse_cl.layout import COLUMNS, ELEMENTS, INDEX_NAME, ROWS, TWO_FOUR, StateLayout, state_dtype
 from sparse_cl.reference import active_positions, block_ranks, pack_bits, unpack_bits
-
-_FORMAT = "sparse_cl.masks"
-_VERSION = "1"
 
 
 class Mask:
@@ -302,16 +299,13 @@ def save_masks(masks: Mapping[str, Mask], path: str | PathLike) -> None:
     Raises:
         TypeError: a name is no string or a value no mask.
     """
-    from safetensors.torch import save_file
-
     tensors, index = {}, {}
     for name, mask in masks.items():
         if not isinstance(name, str) or not isinstance(mask, Mask):
             raise TypeError(f"masks: expected {{name: mask}}, got {name!r}: {type(mask).__name__}")
         index[name] = {"kind": type(mask).__name__, "shape": list(mask.shape)}
-        for section, tensor in mask.sections().items():
-            tensors[f"{name}:{section}"] = tensor.cpu().contiguous().clone()
-    save_file(tensors, path, metadata={"format": _FORMAT, "version": _VERSION, "masks": json.dumps(index)})
+        tensors |= {f"{name}:{section}": tensor for section, tensor in mask.sections().items()}
+    storage.write(path, "masks", tensors, masks=index)
 
 
 def load_masks(path: str | PathLike, device: torch.device | str = "cpu") -> dict[str, Mask]:
@@ -321,26 +315,11 @@ def load_masks(path: str | PathLike, device: torch.device | str = "cpu") -> dict
         ValueError: the file is truncated, no safetensors file, or holds something else than masks.
         FileNotFoundError: there is no such file.
     """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != _FORMAT:
-                raise ValueError(f"{path}: holds no masks of sparse_cl; expected a file written by save_masks")
-            if metadata.get("version") != _VERSION:
-                raise ValueError(
-                    f"{path}: mask format version {metadata.get('version')}, but this sparse_cl reads {_VERSION}; "
-                    "install the sparse_cl that wrote it"
-                )
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-            index = json.loads(metadata["masks"])
-            if not isinstance(index, dict):
-                raise TypeError("its index is no object")
-    except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: not a readable mask file ({error}); write it again with save_masks") from error
+    tensors, facts = storage.read(path, "masks", "save_masks", "masks")
+    if not isinstance(facts["masks"], dict):
+        raise ValueError(f"{path}: not a readable masks file (its index is no object); write it again with save_masks")
     masks = {}
-    for name, entry in index.items():
+    for name, entry in facts["masks"].items():
         try:
             masks[name] = _rebuild(entry, name, tensors)
         except (KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:

@@ -221,10 +221,10 @@ def test_truncated_and_foreign_files_are_refused(mask_file, tmp_path):
     content = mask_file.read_bytes()
     for size in (0, 4, 100, len(content) // 2, len(content) - 1):
         mask_file.write_bytes(content[:size])
-        with pytest.raises(ValueError, match="masks.safetensors: not a readable mask file"):
+        with pytest.raises(ValueError, match="masks.safetensors: not a readable masks file"):
             load_masks(mask_file)
     mask_file.write_bytes(b"PK\x03\x04" + content[4:])
-    with pytest.raises(ValueError, match="not a readable mask file"):
+    with pytest.raises(ValueError, match="not a readable masks file"):
         load_masks(mask_file)
     save_file({"weight": torch.ones(3)}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="model.safetensors: holds no masks of sparse_cl"):
@@ -277,5 +277,5 @@ def test_tampered_files_are_refused_by_name(mask_file, edit):
 
 def test_files_of_another_version_are_refused(mask_file):
     rewrite(mask_file, lambda tensors, index, metadata: metadata.__setitem__("version", "2"))
-    with pytest.raises(ValueError, match="mask format version 2, but this sparse_cl reads 1"):
+    with pytest.raises(ValueError, match="masks format version 2, but this sparse_cl reads 1"):
         load_masks(mask_file)

@@ -268,7 +268,7 @@ class SubspaceMemory:
 
     def save(self, path: str | PathLike) -> None:
         """Writes bases, settings and what was observed since the last consolidation to a safetensors file."""
-        files.save(self, self._layers, path)
+        files.save(vars(self), self._layers, path)
 
     @classmethod
     def load(
@@ -371,12 +371,12 @@ class SubspaceMemory:
         return layer.subspace
 
     def _moment(self, layer: Layer) -> Moment:
-        device, dtype = layer.place()
+        """What was observed of a layer, where its parameter is now; empty if nothing was."""
         old = layer.moment
-        if old is None or {(t.device, t.is_floating_point()) for t in old.tensors().values()} != {(device, True)}:
+        if old is None or old.place != layer.place():
             layer.moment = self._new_moment(layer)
             if old is not None:
-                layer.moment.merge({key: t.to(device) for key, t in old.tensors().items()})
+                layer.moment.merge({key: tensor.to(layer.moment.place[0]) for key, tensor in old.tensors().items()})
         return layer.moment
 
     def _new_moment(self, layer: Layer) -> Moment:

@@ -61,6 +61,10 @@ class ExactMoment:
     def columns(self) -> int:
         return self.moment.shape[1]
 
+    @property
+    def place(self) -> tuple[torch.device, torch.dtype]:
+        return self.moment.device, self.moment.dtype
+
     def tensors(self) -> dict[str, Tensor]:
         """All that was observed; :meth:`merge` takes it back."""
         return {"moment": self.moment}
@@ -113,6 +117,10 @@ class SketchedMoment:
     @property
     def columns(self) -> int:
         return self.sketch.shape[1]
+
+    @property
+    def place(self) -> tuple[torch.device, torch.dtype]:
+        return self.sketch.device, self.sketch.dtype
 
     def tensors(self) -> dict[str, Tensor]:
         """All that was observed; :meth:`merge` takes it back."""
