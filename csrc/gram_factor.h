@@ -8,12 +8,13 @@
 
 namespace sparse_cl {
 
-// A column is taken in its turn unless its squared relative residual is below this share of the largest.
-constexpr double kPivotShare = 0.25;
+// A column is taken in its turn unless its squared relative residual is below this share of the largest: orthonormal
+// columns keep their order, and a lower share lets the noise of dependent columns grow.
+constexpr double kPivotShare = 0.9;
 
 // Squared residual of a unit column that is rounding error of a float64 Gram matrix of k columns.
 static inline double residual_floor(int64_t k) {
-  return 4 * static_cast<double>(k) * 0x1p-52;
+  return (64 + 4 * static_cast<double>(k)) * 0x1p-52;
 }
 
 // One matrix on the CPU. `factor` is (k, k), `scratch` holds gram_factor_scratch(k) doubles.

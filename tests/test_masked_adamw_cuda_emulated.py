@@ -1,12 +1,6 @@
 """The CUDA kernel's own source, compiled for the CPU by tests/cuda_emulation: its logic without a GPU."""
 
-import hashlib
-import os
 import shutil
-import subprocess
-import sys
-from ctypes import CDLL
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,59 +14,17 @@ from adamw_cases import (
     make_problem,
     same_random_bits,
 )
+from cuda_emulation.emulated import Emulated, build, run_sanitized
 
 from sparse_cl import ops, reference
 from sparse_cl.layout import DENSE, ELEMENTS, PER_ENTRY, PER_UNIT, ROWS, TWO_FOUR
 
-ROOT = Path(__file__).parent.parent
-SOURCES = sorted([*(ROOT / "csrc").glob("*.[hc]*"), *(ROOT / "tests" / "cuda_emulation").iterdir()])
-
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
-
-
-def build(*flags: str) -> Path:
-    """The emulated library, built once for each state of its sources."""
-    torch_folder = Path(torch.__file__).parent
-    command = [
-        *("g++", "-std=c++17", "-g", "-shared", "-fPIC", "-pthread", "-fvisibility=hidden", "-fno-strict-aliasing"),
-        *("-Wall", "-Werror", "-Wno-unknown-pragmas", "-DTORCH_TARGET_VERSION=0x020b000000000000ULL", "-DUSE_CUDA"),
-        "-DSPARSE_CL_CUDA_THREADS=64",  # a barrier costs a context switch a thread
-        *("-I", str(ROOT / "tests" / "cuda_emulation"), "-isystem", str(torch_folder / "include"), *flags),
-        str(ROOT / "tests" / "cuda_emulation" / "masked_adamw.cpp"),
-        *("-L", str(torch_folder / "lib"), "-ltorch", "-ltorch_cpu", "-lc10"),
-    ]
-    key = hashlib.sha256(" ".join([*command, torch.__version__]).encode())
-    for source in SOURCES:
-        key.update(source.read_bytes())
-    library = ROOT / "build" / "cuda_emulation" / f"{key.hexdigest()[:16]}.so"
-    if not library.exists():
-        library.parent.mkdir(parents=True, exist_ok=True)
-        partial = library.with_suffix(f".{os.getpid()}")
-        subprocess.run([*command, "-o", str(partial)], check=True)
-        partial.rename(library)
-    return library
-
-
-class Emulated:
-    """The op, and how often it launched a kernel."""
-
-    def __init__(self, library: Path):
-        self._definition = torch.library.Library("sparse_cl_emulated", "DEF")
-        self._definition.define(str(ops.masked_adamw_._schema).removeprefix("sparse_cl::"))
-        torch.ops.load_library(library)
-        self._library = CDLL(str(library))
-
-    def __call__(self, *args) -> None:
-        torch.ops.sparse_cl_emulated.masked_adamw_(*args)
-
-    @property
-    def launches(self) -> int:
-        return self._library.emulated_launches()
 
 
 @pytest.fixture(scope="session")
 def op():
-    return Emulated(os.environ.get("SPARSE_CL_EMULATED") or build("-O1"))
+    return Emulated(ops.masked_adamw_, build("masked_adamw"))
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
@@ -180,14 +132,5 @@ def test_nan_and_inf_gradients_stay_with_their_entries(op):
 
 def test_addresses_and_undefined_behaviour():
     """A smaller run of this file with every access checked."""
-    asan = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
-    if not Path(asan).is_absolute():
-        pytest.skip("needs libasan")
-    library = build("-O1", "-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=undefined")
-    environment = os.environ | dict(
-        LD_PRELOAD=asan, ASAN_OPTIONS="detect_leaks=0", SPARSE_CL_EMULATED=str(library), OMP_NUM_THREADS="1"
-    )
     chosen = "several_chunks or float32_gradients or (oracle and plain and not fp64) or without_active"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-s", "-p", "no:cacheprovider", __file__, "-k", chosen]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    run_sanitized("masked_adamw", __file__, chosen)

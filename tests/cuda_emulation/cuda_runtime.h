@@ -6,9 +6,12 @@
 
 #include <pthread.h>
 
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <thread>
 #include <vector>
@@ -38,6 +41,8 @@ struct cudaLaunchConfig_t {
   cudaStream_t stream;
 };
 
+using std::isfinite;
+
 namespace cuda_emulation {
 
 class Barrier {
@@ -52,19 +57,23 @@ class Barrier {
 
 struct Warp {
   Barrier barrier{32};
-  int values[32];
+  uint64_t values[32];
 };
 
 inline thread_local Barrier* block_barrier;
 inline thread_local Warp* warp;
 
-constexpr size_t kSharedMemory = 48 << 10;
+// What a kernel may have, and what it may have without asking for more.
+constexpr size_t kSharedMemory = 64 << 10, kDefaultSharedMemory = 48 << 10;
 
 // Defined beside the kernel: its `extern __shared__` array.
 unsigned char* shared_memory();
 
 // Kernel launches since the library was loaded.
 inline int launches = 0;
+
+// What a kernel has asked for by cudaFuncSetAttribute.
+inline std::map<const void*, size_t> shared_memory_asked;
 
 }  // namespace cuda_emulation
 
@@ -78,17 +87,24 @@ inline void __syncwarp() {
 }
 inline void __threadfence() {}  // atomicInc is sequentially consistent here
 
-inline int __shfl_sync(unsigned, int value, int lane) {
+template <typename T>
+T __shfl_sync(unsigned, T value, int lane) {
+  static_assert(sizeof(T) <= sizeof(uint64_t), "a warp hands over at most eight bytes a lane");
   cuda_emulation::Warp& warp = *cuda_emulation::warp;
-  warp.values[threadIdx.x % 32] = value;
+  std::memcpy(&warp.values[threadIdx.x % 32], &value, sizeof(T));
   warp.barrier.wait();
-  const int result = warp.values[lane];
+  T result;
+  std::memcpy(&result, &warp.values[lane], sizeof(T));
   warp.barrier.wait();
   return result;
 }
 inline int __shfl_up_sync(unsigned mask, int value, int distance) {
   const int lane = static_cast<int>(threadIdx.x % 32);
   return __shfl_sync(mask, value, lane >= distance ? lane - distance : lane);
+}
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T value, int bits) {
+  return __shfl_sync(mask, value, static_cast<int>(threadIdx.x % 32) ^ bits);
 }
 
 inline uint32_t atomicInc(uint32_t* address, uint32_t limit) {
@@ -119,6 +135,18 @@ inline cudaError_t cudaGetDevice(int* device) {
 inline cudaError_t cudaSetDevice(int) {
   return cudaSuccess;
 }
+enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin };
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  *value = static_cast<int>(cuda_emulation::kSharedMemory);
+  return cudaSuccess;
+}
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+template <typename Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int value) {
+  if (static_cast<size_t>(value) > cuda_emulation::kSharedMemory) return 1;
+  cuda_emulation::shared_memory_asked[reinterpret_cast<const void*>(kernel)] = static_cast<size_t>(value);
+  return cudaSuccess;
+}
 inline const char* cudaGetErrorString(cudaError_t) {
   return "emulated";
 }
@@ -127,7 +155,10 @@ template <typename Kernel, typename Argument>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, Kernel* kernel, const Argument& argument) {
   using namespace cuda_emulation;
   const unsigned threads = config->blockDim.x, blocks = config->gridDim.x;
-  if (threads % 32 || config->dynamicSmemBytes > kSharedMemory) return 1;
+  const auto asked = shared_memory_asked.find(reinterpret_cast<const void*>(kernel));
+  const size_t most =
+      asked == shared_memory_asked.end() ? kDefaultSharedMemory : std::max(asked->second, kDefaultSharedMemory);
+  if (threads % 32 || config->dynamicSmemBytes > most) return 1;
   ++launches;
   Barrier barrier(threads);
   std::vector<Warp> warps(threads / 32);

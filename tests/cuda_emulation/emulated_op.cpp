@@ -1,4 +1,4 @@
-// csrc/masked_adamw.cu as the op sparse_cl_emulated::masked_adamw_ on the CPU.
+// SPARSE_CL_EMULATED_SOURCE, a .cu of csrc, as its op of the namespace sparse_cl_emulated on the CPU.
 #include <cuda_runtime.h>
 #include <torch/csrc/stable/library.h>
 
@@ -10,7 +10,7 @@ extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** str
 #pragma push_macro("STABLE_TORCH_LIBRARY_IMPL")
 #undef STABLE_TORCH_LIBRARY_IMPL
 #define STABLE_TORCH_LIBRARY_IMPL(ns, key, m) static void register_kernels(torch::stable::detail::StableLibrary& m)
-#include "../../csrc/masked_adamw.cu"
+#include SPARSE_CL_EMULATED_SOURCE
 #pragma pop_macro("STABLE_TORCH_LIBRARY_IMPL")
 
 namespace sparse_cl {

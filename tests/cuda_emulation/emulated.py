@@ -1,0 +1,84 @@
+"""Compiles a .cu of csrc for the CPU, on emulated CUDA threads, and makes an op of it."""
+
+import hashlib
+import os
+import subprocess
+import sys
+from ctypes import CDLL
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[2]
+SOURCES = sorted([*(ROOT / "csrc").glob("*.[hc]*"), *Path(__file__).parent.glob("*.[hc]*")])
+
+_definition = torch.library.Library("sparse_cl_emulated", "DEF")
+
+
+def build(name: str, *flags: str) -> Path:
+    """The emulated library of ``csrc/<name>.cu``, built once for each state of its sources."""
+    if given := os.environ.get("SPARSE_CL_EMULATED"):
+        return Path(given)
+    torch_folder = Path(torch.__file__).parent
+    command = [
+        *(
+            "g++",
+            "-std=c++17",
+            "-g",
+            "-O1",
+            "-shared",
+            "-fPIC",
+            "-pthread",
+            "-fvisibility=hidden",
+            "-fno-strict-aliasing",
+        ),
+        *("-Wall", "-Werror", "-Wno-unknown-pragmas", "-DTORCH_TARGET_VERSION=0x020b000000000000ULL", "-DUSE_CUDA"),
+        "-DSPARSE_CL_CUDA_THREADS=64",  # a barrier costs a context switch a thread
+        f'-DSPARSE_CL_EMULATED_SOURCE="{ROOT / "csrc" / f"{name}.cu"}"',
+        *("-I", str(Path(__file__).parent), "-isystem", str(torch_folder / "include"), *flags),
+        str(Path(__file__).parent / "emulated_op.cpp"),
+        *("-L", str(torch_folder / "lib"), "-ltorch", "-ltorch_cpu", "-lc10"),
+    ]
+    key = hashlib.sha256(" ".join([*command, torch.__version__]).encode())
+    for source in SOURCES:
+        key.update(source.read_bytes())
+    library = ROOT / "build" / "cuda_emulation" / f"{key.hexdigest()[:16]}.so"
+    if not library.exists():
+        library.parent.mkdir(parents=True, exist_ok=True)
+        partial = library.with_suffix(f".{os.getpid()}")
+        subprocess.run([*command, "-o", str(partial)], check=True)
+        partial.rename(library)
+    return library
+
+
+class Emulated:
+    """An emulated op, and how often it launched a kernel."""
+
+    def __init__(self, op: torch._ops.OpOverload, library: Path):
+        schema = str(op._schema).removeprefix("sparse_cl::")
+        _definition.define(schema)
+        torch.ops.load_library(library)
+        self._op = getattr(torch.ops.sparse_cl_emulated, schema.split("(")[0])
+        self._library = CDLL(str(library))
+
+    def __call__(self, *args):
+        return self._op(*args)
+
+    @property
+    def launches(self) -> int:
+        return self._library.emulated_launches()
+
+
+def run_sanitized(name: str, test_file: str, chosen: str) -> None:
+    """Runs the tests of a file that ``chosen`` selects on a build in which every access is checked."""
+    asan = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
+    if not Path(asan).is_absolute():
+        pytest.skip("needs libasan")
+    library = build(name, "-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=undefined")
+    environment = os.environ | dict(
+        LD_PRELOAD=asan, ASAN_OPTIONS="detect_leaks=0", SPARSE_CL_EMULATED=str(library), OMP_NUM_THREADS="1"
+    )
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-s", "-p", "no:cacheprovider", test_file, "-k", chosen]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
