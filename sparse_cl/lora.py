@@ -1,0 +1,131 @@
+"""LoRA adapters of PEFT that stay orthogonal to what a memory protects.
+
+An adapter changes its layer by ΔW = s B A, so A U = 0 is enough for ΔW U = 0: B is free, and A lives in the complement
+of the basis U of its base layer.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparse_cl.subspace import Subspace, SubspaceMemory
+
+#: Of LoraConfig.init_lora_weights. All others change the base weight or start B elsewhere than at zero.
+_PLAIN = (True, False, "gaussian")
+
+
+@torch.no_grad()
+def orthogonal_lora(
+    peft_model: nn.Module, memory: SubspaceMemory, adapter_name: str = "default"
+) -> dict[nn.Parameter, Subspace]:
+    """Starts an adapter anew, outside the directions that a memory protects of its base layers.
+
+    Each ``lora_A`` (r, n) is drawn as PEFT draws it (uniform on ±1/√n), its rows are projected to the complement of the
+    base layer's basis, and scaled so that their mean square norm is again PEFT's, 1/3. Each ``lora_B`` becomes zero.
+    Nothing else of the model changes. For ΔW = s B A to stay outside too, train it by
+    ``SubspaceProjectedAdamW(..., memory=returned)``, which keeps every update of A there. rsLoRA is LoRA with another
+    scale s, and works the same.
+
+    Where A is in half precision its rounding alone puts about 1e-6 of its energy back inside; PEFT keeps adapters in
+    float32 unless ``autocast_adapter_dtype=False``.
+
+    Args:
+        peft_model: of ``peft.get_peft_model``, or any module with LoRA layers of PEFT inside.
+        memory: made from the base model before PEFT wrapped it; it knows the weights themselves, not only their names.
+        adapter_name: which adapter; others stay as they are.
+
+    Returns:
+        ``{lora_A weight: subspace to keep out of}``, for layers that have a basis; empty before the first domain.
+        A saturated layer is in it: its A is zero and stays so, and a warning names it.
+
+    Raises:
+        ValueError: no LoRA layer; no adapter of that name; a base layer that the memory does not track; DoRA or
+            another variant (DoRA rescales all of W, whatever A is); an initialization that changes the base weight.
+            The model is as before then.
+    """
+    layers = dict(_lora_layers(peft_model))
+    if not layers:
+        raise ValueError(
+            f"peft_model: {type(peft_model).__name__} has no LoRA layer; wrap it by peft.get_peft_model with LoRA"
+        )
+    having = {name: layer for name, layer in layers.items() if adapter_name in _adapters(layer)}
+    if not having:
+        known = sorted({adapter for layer in layers.values() for adapter in _adapters(layer)})
+        raise ValueError(
+            f"adapter_name: the model has no adapter {adapter_name!r}; it has {', '.join(known) or 'none'}"
+        )
+    _check_config(peft_model, adapter_name)
+    subspaces = {name: _subspace(name, layer, memory, adapter_name) for name, layer in having.items()}
+
+    kept: dict[nn.Parameter, Subspace] = {}
+    saturated = []
+    for name, layer in having.items():
+        a, subspace = layer.lora_A[adapter_name].weight, subspaces[name]
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+        layer.lora_B[adapter_name].weight.zero_()
+        if subspace is None or subspace.rank == 0:
+            continue
+        kept[a] = subspace
+        if subspace.free == 0:
+            saturated.append(name)
+            a.zero_()
+            continue
+        outside = subspace.project_out_(a.to(torch.promote_types(a.dtype, torch.float32)))
+        a.copy_(outside.mul_(math.sqrt(subspace.width / subspace.free)))
+    if saturated:
+        warnings.warn(
+            f"{len(saturated)} of {len(having)} LoRA layers have no free direction left: their lora_A is zero and they "
+            f"learn nothing; the first is {saturated[0]}. Lower the memory's energy or max_rank to leave room",
+            stacklevel=2,
+        )
+    return kept
+
+
+def _lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """PEFT's LoRA layers by what they hold, so that peft need not be imported."""
+    for name, module in model.named_modules():
+        if hasattr(module, "base_layer") and hasattr(module, "lora_A") and hasattr(module, "lora_B"):
+            yield name, module
+
+
+def _adapters(layer: Any) -> set[str]:
+    return {*layer.lora_A, *getattr(layer, "lora_embedding_A", ())}
+
+
+def _check_config(model: nn.Module, adapter_name: str) -> None:
+    config = getattr(model, "peft_config", {}).get(adapter_name)
+    init = getattr(config, "init_lora_weights", True)
+    if init not in _PLAIN:
+        raise ValueError(
+            f"adapter_name: adapter {adapter_name!r} was made with init_lora_weights={init!r}, which the fresh start "
+            "would undo in part, as it may have changed the base weights; make it with init_lora_weights=True"
+        )
+
+
+def _subspace(name: str, layer: Any, memory: SubspaceMemory, adapter_name: str) -> Subspace | None:
+    variant = getattr(layer, "lora_variant", {}).get(adapter_name)
+    if variant is not None:
+        kind = getattr(variant, "__name__", type(variant).__name__)
+        raise ValueError(
+            f"peft_model: adapter {adapter_name!r} of {name} is a variant of LoRA ({kind}), whose change of the weight "
+            "is more than B A; make it with a plain LoraConfig (use_rslora=True is fine, use_dora=True is not)"
+        )
+    base = layer.get_base_layer()
+    weight = getattr(base, "weight", None)
+    # Embeddings hold their adapter elsewhere, and no input directions to protect.
+    if adapter_name not in layer.lora_A or weight is None:
+        raise ValueError(f"peft_model: {name} adapts a {type(base).__name__}; expected torch.nn.Linear only")
+    try:
+        subspace = memory.subspace(weight)
+    except (KeyError, ValueError) as error:
+        raise ValueError(
+            f"memory: it does not track the base layer of {name} ({type(base).__name__}); make it from the same model, "
+            "or leave this layer out of target_modules"
+        ) from error
+    return None if subspace is None else subspace.to(layer.lora_A[adapter_name].weight.device)
