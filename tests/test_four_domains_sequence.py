@@ -76,7 +76,7 @@ def load(folder):
 def test_results_have_the_documented_layout(finished):
     out, runs, settings = finished
     assert json.loads((out / "results.json").read_text()) == {"runs": runs}
-    assert [run["method"] for run in runs] == ["adamw", "lora", "sparse-masked"]
+    assert [run["method"] for run in runs] == ["adamw", "lora", "sparse-masked", "orthogonal", "orthogonal-lora"]
     for run in runs:
         assert run["domains"] == list(SEQUENCE)
         assert run["seed"] == 0
@@ -91,7 +91,7 @@ def test_results_have_the_documented_layout(finished):
         assert run["seconds"] > 0
         assert run["state_bytes"] > 0
         assert run["peak_memory_bytes"] > 0
-    for name in ("R.png", "curves.png"):
+    for name in ("R.png", "curves.png", "capacity.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
     text = (out / "comparison.txt").read_text()
     assert all(word in text for word in ("learning_accuracy", "forgetting", "mean_j R[j][j]", "sparse-masked"))
@@ -100,7 +100,7 @@ def test_results_have_the_documented_layout(finished):
 
 def test_row_0_is_the_untouched_base_for_every_method(finished, world, tokenizer):
     _, runs, settings = finished
-    assert runs[0]["R"]["bits_per_byte"][0] == runs[1]["R"]["bits_per_byte"][0] == runs[2]["R"]["bits_per_byte"][0]
+    assert len({tuple(run["R"]["bits_per_byte"][0]) for run in runs}) == 1
     domain = load_domains(settings.domains, settings.data, 0)[0]
     expected = bits_per_byte(load(world / "model").eval(), tokenizer, domain.test[:3], 128)
     assert runs[0]["R"]["bits_per_byte"][0][0] == pytest.approx(expected, rel=1e-6)
@@ -119,9 +119,31 @@ def test_every_method_changes_what_it_may_and_nothing_else(finished, world):
         assert 4 <= neurons.sum() <= 12
     states = {run["method"]: run["state_bytes"] for run in runs}
     assert states["sparse-masked"] < states["adamw"] / 10
-    adapter = out / "lora" / "3-general"
-    assert (adapter / "adapter_model.safetensors").is_file()
-    assert not (adapter / "model.safetensors").exists()
+    for method in ("lora", "orthogonal-lora"):
+        adapter = out / method / "3-general"
+        assert (adapter / "adapter_model.safetensors").is_file()
+        assert not (adapter / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("method", ["orthogonal", "orthogonal-lora"])
+def test_the_capacity_of_each_layer_is_recorded_and_no_domain_leaks(finished, method):
+    out, runs, _ = finished
+    (run,) = [run for run in runs if run["method"] == method]
+    assert [record["domain"] for record in run["domain_records"]] == list(SEQUENCE)
+    used = dict.fromkeys(run["domain_records"][0]["layers"], 0)
+    assert len(used) == 15, "seven in each of two blocks, and the head"
+    for number, record in enumerate(run["domain_records"]):
+        assert record["layers"].keys() == used.keys()
+        for name, layer in record["layers"].items():
+            assert layer["used"] + layer["free"] == layer["width"] == (40 if "down_proj" in name else 16)
+            assert layer["used"] >= used[name]
+            used[name] = layer["used"]
+            assert 0 <= layer["surviving"] <= 1
+            assert layer["leak"] is None if number == 0 else layer["leak"] <= 1e-6
+    text = (out / "comparison.txt").read_text()
+    assert "largest leak" in text
+    assert f"Warning: {method}, before " in text
+    assert (out / method / "2-medical" / "memory.safetensors").is_file()
 
 
 def test_lora_trains_one_adapter_on_and_on(finished, world):
@@ -145,19 +167,23 @@ def test_a_run_stopped_in_the_middle_ends_as_if_it_had_not_been(finished, world,
     out = tmp_path / "out"
     real = experiment.run_sequence
 
-    def stops_at_lora_math(method, *args, **kwargs):
+    stops = {"lora": 1, "orthogonal": 2, "orthogonal-lora": 2}
+
+    def stopping(method, *args, **kwargs):
         *args, on_stage = args
 
         def stop(progress):
             on_stage(progress)
-            if method.name == "lora" and len(progress.stages) == 2:
+            if len(progress.stages) - 1 == stops.get(method.name):
                 raise KeyboardInterrupt
 
         return real(method, *args, stop, **kwargs)
 
-    monkeypatch.setattr(experiment, "run_sequence", stops_at_lora_math)
-    with pytest.raises(KeyboardInterrupt):
-        experiment.run(settings, out)
+    monkeypatch.setattr(experiment, "run_sequence", stopping)
+    for _ in stops:
+        # Each time it gets through the method that it stopped in before, and stops in the next of them.
+        with pytest.raises(KeyboardInterrupt):
+            experiment.run(settings, out)
     monkeypatch.setattr(experiment, "run_sequence", real)
     learned = []
     monkeypatch.setattr(
@@ -168,10 +194,11 @@ def test_a_run_stopped_in_the_middle_ends_as_if_it_had_not_been(finished, world,
         )[1],
     )
     resumed = experiment.run(settings, out)
-    assert learned == ["2-medical", "3-general", "1-code", "2-medical", "3-general"]
+    assert learned == ["3-general"]
     for run, other in zip(resumed, uninterrupted, strict=True):
         assert run["R"] == other["R"]
         assert run["state_bytes"] == other["state_bytes"]
+        assert run["domain_records"] == other["domain_records"]
 
 
 class Remembers(METHODS["adamw"]):
@@ -270,7 +297,7 @@ def test_every_method_sees_the_same_batches_in_the_same_order(world, tmp_path, t
         blank = Progress([Scores([dict.fromkeys(("bits_per_byte", "accuracy", "exact_match"))] * 2, None)])
         run_sequence(method(), model, tokenizer, domains, None, settings, tmp_path / name, blank)
     assert len(seen["adamw"]) == 8
-    assert seen["adamw"] == seen["lora"] == seen["sparse-masked"]
+    assert all(batches == seen["adamw"] for batches in seen.values())
 
 
 def test_a_domain_is_learned_and_the_next_one_starts_from_there(world, tmp_path, tokenizer):
@@ -294,7 +321,7 @@ def test_clipping_follows_the_active_entries_only(world, tmp_path, tokenizer, mo
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        ({"methods": ("adam",)}, "unknown method 'adam'; there are adamw, lora, sparse-masked"),
+        ({"methods": ("adam",)}, "unknown method 'adam'; there are adamw, lora, sparse-masked, orthogonal"),
         ({"methods": ("adamw", "adamw")}, "each once"),
         ({"methods": ()}, "must be named"),
         ({"steps": 0}, "steps must be at least 1"),
@@ -318,6 +345,16 @@ def test_an_unknown_mlp_stops_before_anything_is_written(world, tmp_path, monkey
     monkeypatch.setattr("sparse_cl.methods.mlp.LAYOUTS", ())
     with pytest.raises(ValueError, match="has no MLP that is known here"):
         experiment.run(settings_in(world), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_layers_without_a_subspace_stop_before_anything_is_written(world, tmp_path, tokenizer):
+    config = transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=len(tokenizer), n_positions=256)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "gpt2")
+    tokenizer.save_pretrained(tmp_path / "gpt2")
+    settings = settings_in(world, model=str(tmp_path / "gpt2"), methods=("adamw", "orthogonal-lora"))
+    with pytest.raises(ValueError, match="is a Conv1D, .* orthogonal-lora needs a model of"):
+        experiment.run(settings, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

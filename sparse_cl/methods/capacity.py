@@ -22,5 +22,5 @@ def scarcity(layers: Layers) -> str | None:
     worst = min(scarce, key=lambda name: layers[name]["surviving"])
     return (
         f"less than {SCARCE:.0%} of the new domain's gradient survives the projection in {len(scarce)} of "
-        f"{len(layers)} layers; the least, {layers[worst]['surviving']:.1%}, in {worst}"
+        f"{len(layers)} layers; the least, {layers[worst]['surviving']:.2%}, in {worst}"
     )

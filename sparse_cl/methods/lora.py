@@ -11,6 +11,9 @@ from torch import nn
 
 from .base import Batch, Method
 
+RANK, ALPHA = 16, 32
+"""Of the adapters of every method, unless it is given others."""
+
 
 def add_adapter(model: nn.Module, rank: int, alpha: int) -> nn.Module:
     """The model with a fresh adapter on every linear layer but the head: a `peft.PeftModel`, the base frozen."""
@@ -37,7 +40,7 @@ class LoRA(Method):
     name = "lora"
     default_lr = 4e-3
 
-    def __init__(self, rank: int = 16, alpha: int = 32) -> None:
+    def __init__(self, rank: int = RANK, alpha: int = ALPHA) -> None:
         self.rank, self.alpha = rank, alpha
 
     def settings(self) -> dict[str, Any]:

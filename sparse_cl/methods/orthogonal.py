@@ -1,0 +1,249 @@
+"""Orthogonal fine-tuning: no update enters the directions of a layer's input that earlier domains used."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparse_cl.lora import orthogonal_lora
+from sparse_cl.optim import SubspaceProjectedAdamW
+from sparse_cl.subspace import Subspace, SubspaceMemory
+
+from .base import Batch, Method
+from .capacity import scarcity
+from .lora import ALPHA, RANK, add_adapter
+from .mlp import is_transposed
+
+_FILE = "memory.safetensors"
+_GRADIENT_BATCHES = 4
+"""Batches whose mean gradient is asked how much of it survives; more change the answer little."""
+
+
+@contextmanager
+def _told_already() -> Iterator[None]:
+    """Without a warning for each layer that has no room: how many have little, and which least, was said before."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*(no free direction left|not updated any more)")
+        yield
+
+
+class SubspaceMethod(Method):
+    """What the methods that keep a memory of subspaces share: observing, measuring, saving.
+
+    Args:
+        energy: share of the energy of the inputs (or gradients) that each layer's basis explains, in (0, 1].
+        source: "inputs" of the layers or "gradients" of their weights, both over the probe batches of a domain that
+            was just learned.
+        max_rank: most directions that a domain may add to a layer; None: as many as `energy` asks for.
+    """
+
+    options = ("energy", "source", "max_rank")
+
+    def __init__(self, energy: float, source: str, max_rank: int | None) -> None:
+        if not 0 < energy <= 1:
+            raise ValueError(f"energy: expected a share in (0, 1], got {energy}")
+        if source not in ("inputs", "gradients"):
+            raise ValueError(f"source: expected 'inputs' or 'gradients', got {source!r}")
+        if max_rank is not None and max_rank < 1:
+            raise ValueError(f"max_rank: expected at least 1, or none for no limit, got {max_rank}")
+        self.energy, self.source, self.max_rank = energy, source, max_rank
+        self.memory: SubspaceMemory | None = None
+        self._weights: dict[str, nn.Parameter] = {}
+        self._before: dict[str, torch.Tensor] = {}
+        self._layers: dict[str, dict[str, Any]] = {}
+
+    def settings(self) -> dict[str, Any]:
+        return {"energy": self.energy, "source": self.source, "max_rank": self.max_rank}
+
+    def check(self, model: nn.Module) -> None:
+        for name, module in model.named_modules():
+            if is_transposed(module):
+                raise ValueError(
+                    f"{name} is a {type(module).__name__}, whose inputs no subspace memory follows; {self.name} needs "
+                    "a model of torch.nn.Linear layers. Run another method, or another model"
+                )
+        self._new_memory(model)
+
+    def record(self) -> dict[str, Any]:
+        return {"layers": self._layers}
+
+    def save(self, folder: Path) -> None:
+        self.memory.save(folder / _FILE)
+
+    def _new_memory(self, base: nn.Module) -> SubspaceMemory:
+        return SubspaceMemory(base, max_rank=self.max_rank, energy=self.energy, source=self.source)
+
+    def _remember(self, base: nn.Module, memory: SubspaceMemory) -> None:
+        """Take a memory that is bound to `base`."""
+        self.memory = memory
+        parameters = dict(base.named_parameters())
+        self._weights = {name: parameters[name] for name in memory.names}
+
+    def _load(self, base: nn.Module, folder: Path) -> None:
+        """Go on with the memory that `save` wrote."""
+        self._remember(base, SubspaceMemory.load(folder / _FILE, base))
+
+    def _begin(self, base: nn.Module, batches: Iterable[Batch]) -> None:
+        """Measure, before a domain is learned, what survives of its gradient, and warn where little does.
+
+        Args:
+            base: the model without adapters; the first time, a memory of its linear layers is made.
+        """
+        if self.memory is None:
+            self._remember(base, self._new_memory(base))
+        self._layers = {name: {"surviving": 1.0} for name in self._weights}
+        self._before = {}
+        if not self.memory.domains:
+            return
+        with self._tracked_gradients(base):
+            for batch in islice(batches, _GRADIENT_BATCHES):
+                base(**batch).loss.backward()
+            for name, share in self.memory.surviving().items():
+                self._layers[name]["surviving"] = share
+        self._before = {name: weight.detach().to("cpu", copy=True) for name, weight in self._weights.items()}
+        if message := scarcity(self._layers):
+            warnings.warn(f"{self.name}: {message}", stacklevel=3)
+
+    def _end(self, model: nn.Module, learned: Mapping[str, torch.Tensor], batches: Iterable[Batch]) -> None:
+        """Measure the leak of a domain that was learned, then protect what it uses.
+
+        Args:
+            model: what was trained, adapter and all.
+            learned: the tracked weights as the next domain will find them.
+        """
+        leak = self.memory.leak(self._before, learned) if self._before else {}
+        for name, layer in self._layers.items():
+            layer["leak"] = leak[name] if leak and self.memory.rank(name) else None
+        self._before = {}
+        self._observe(model, batches)
+        self.memory.consolidate()
+        for name, capacity in self.memory.capacity().items():
+            self._layers[name] |= capacity
+
+    def _observe(self, model: nn.Module, batches: Iterable[Batch]) -> None:
+        if self.source == "gradients":
+            with self._tracked_gradients(model):
+                for batch in batches:
+                    model(**batch).loss.backward()
+                    self.memory.observe()
+                    model.zero_grad(set_to_none=True)
+            return
+        was_training = model.training
+        model.eval()
+        try:
+            for batch in batches:
+                with torch.no_grad(), self.memory.watch(tokens=batch["attention_mask"]):
+                    model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+                self.memory.observe()
+        finally:
+            model.train(was_training)
+
+    @contextmanager
+    def _tracked_gradients(self, model: nn.Module) -> Iterator[None]:
+        """In evaluation mode, gradients for the tracked weights and for nothing else; none are left behind."""
+        was_training = model.training
+        asked = {parameter: parameter.requires_grad for parameter in model.parameters()}
+        tracked = set(self._weights.values())
+        model.eval()
+        try:
+            for parameter in asked:
+                parameter.requires_grad_(parameter in tracked)
+            yield
+        finally:
+            model.zero_grad(set_to_none=True)
+            for parameter, requires_grad in asked.items():
+                parameter.requires_grad_(requires_grad)
+            model.train(was_training)
+
+
+class Orthogonal(SubspaceMethod):
+    """Full fine-tuning whose every update, weight decay included, is projected (GPM's subspaces, Saha et al. 2021).
+
+    Linear layers are protected by their subspaces. From the second domain on, what is no linear layer (embeddings, a
+    head tied to them, norms, biases) is frozen, the optimizer's default: it has no subspace, and would undo the rest.
+    """
+
+    name = "orthogonal"
+    default_lr = 2e-3
+
+    def __init__(self, energy: float = 0.9, source: str = "inputs", max_rank: int | None = None) -> None:
+        super().__init__(energy, source, max_rank)
+
+    def before_domain(self, model: nn.Module, batches: Iterable[Batch]) -> nn.Module:
+        self._begin(model, batches)
+        return model
+
+    def make_optimizer(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
+        with _told_already():
+            return SubspaceProjectedAdamW(model.named_parameters(), lr=lr, memory=self.memory)
+
+    def after_domain(self, model: nn.Module, batches: Iterable[Batch]) -> None:
+        self._end(model, self._weights, batches)
+
+    def restore(self, base: nn.Module, folders: Sequence[Path]) -> nn.Module:
+        model = super().restore(base, folders)
+        self._load(model, folders[-1])
+        return model
+
+
+class OrthogonalLoRA(SubspaceMethod):
+    """A fresh LoRA adapter each domain, in the complement of its layers' subspaces; the one before is merged.
+
+    O-LoRA (Wang et al. 2023) keeps adapters apart from each other; here they are kept apart from the inputs that
+    earlier domains had, which is what the earlier domains' outputs depend on.
+    """
+
+    name = "orthogonal-lora"
+    default_lr = 4e-3
+
+    def __init__(
+        self,
+        energy: float = 0.9,
+        source: str = "inputs",
+        max_rank: int | None = None,
+        rank: int = RANK,
+        alpha: int = ALPHA,
+    ) -> None:
+        super().__init__(energy, source, max_rank)
+        self.rank, self.alpha = rank, alpha
+        self._subspaces: dict[nn.Parameter, Subspace] = {}
+
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), "rank": self.rank, "alpha": self.alpha}
+
+    def before_domain(self, model: nn.Module, batches: Iterable[Batch]) -> nn.Module:
+        base = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+        self._begin(base, batches)
+        adapted = add_adapter(base, self.rank, self.alpha)
+        with _told_already():
+            self._subspaces = orthogonal_lora(adapted, self.memory)
+        return adapted
+
+    def make_optimizer(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
+        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        with _told_already():
+            return SubspaceProjectedAdamW(trained, lr=lr, memory=self._subspaces)
+
+    def after_domain(self, model: nn.Module, batches: Iterable[Batch]) -> None:
+        merged = {name: weight.detach() for name, weight in self._weights.items()}
+        names = {weight: name for name, weight in self._weights.items()}
+        for layer in model.modules():
+            if hasattr(layer, "get_delta_weight") and (name := names.get(layer.get_base_layer().weight)):
+                merged[name] = merged[name] + layer.get_delta_weight("default")
+        self._end(model, merged, batches)
+
+    def restore(self, base: nn.Module, folders: Sequence[Path]) -> nn.Module:
+        import peft
+
+        model = base
+        for folder in folders[:-1]:
+            model = peft.PeftModel.from_pretrained(model, folder).merge_and_unload()
+        self._load(model, folders[-1])
+        return peft.PeftModel.from_pretrained(model, folders[-1])
