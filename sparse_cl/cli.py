@@ -7,6 +7,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+OPTIONS = ("energy", "source", "max_rank")
+"""Arguments that set what is a method's own, `Method.options`."""
+
 
 def _positive(text: str) -> int:
     value = int(text)
@@ -62,6 +65,19 @@ def _add_run(commands: argparse._SubParsersAction) -> None:
         metavar="X|METHOD=X,…",
         help="peak learning rate (default: each method's own, chosen on the embedded model; large models want smaller)",
     )
+    orthogonal = parser.add_argument_group("settings of the orthogonal methods")
+    orthogonal.add_argument(
+        "--energy",
+        type=float,
+        metavar="X",
+        help="share of a domain's energy that each layer's protected directions explain, in (0, 1]",
+    )
+    orthogonal.add_argument(
+        "--source", choices=("inputs", "gradients"), help="whose energy: the layers' inputs' or their gradients'"
+    )
+    orthogonal.add_argument(
+        "--max-rank", type=_positive, metavar="N", help="most directions that a domain adds to a layer"
+    )
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     parser.add_argument(
         "--eval-records",
@@ -93,12 +109,14 @@ def _run(arguments: argparse.Namespace) -> None:
         lr=_parse_lr(arguments.lr, methods),
         seed=arguments.seed,
         eval_records=arguments.eval_records,
+        options={name: value for name in OPTIONS if (value := getattr(arguments, name)) is not None},
     )
     runs = experiment.run(settings, arguments.out)
     if not experiment.is_main_process():
         return
     print(comparison(runs))
-    print(f"\nWritten to {arguments.out}: results.json, comparison.txt, R.png, curves.png")
+    pictures = sorted(path.name for path in arguments.out.glob("*.png"))
+    print(f"\nWritten to {arguments.out}: results.json, comparison.txt, {', '.join(pictures)}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -26,6 +26,11 @@ def data(tmp_path):
         (["--lr", "fast"], "--lr fast: expected a number"),
         (["--lr", "adamw=1e-3,lora"], "expected a number, or METHOD=NUMBER"),
         (["--lr", "0"], "must be positive, got 0.0"),
+        (
+            ["--method", "adamw,lora", "--energy", "0.9"],
+            "energy is set, but no method of this run takes it: adamw, lora",
+        ),
+        (["--energy", "1.5"], "energy: expected a share in (0, 1], got 1.5"),
         (["--domains", "law"], "domain 'law': no file"),
         (["--domains", "broken"], "broken.train.jsonl:2: not a line of JSON"),
         (["--domains", "code", "--model", "./nowhere"], "nowhere"),
@@ -44,7 +49,9 @@ def test_bad_input_is_one_line_and_leaves_nothing(data, tmp_path, capsys, argume
     assert not out.exists()
 
 
-@pytest.mark.parametrize("arguments", [[], ["run"], ["run", "--steps", "0", "--out", "x"], ["fly"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["run"], ["run", "--steps", "0", "--out", "x"], ["fly"], ["run", "--source", "x", "--out", "x"]]
+)
 def test_wrong_options_print_the_usage(arguments, capsys):
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
@@ -78,5 +85,24 @@ def test_a_run_from_the_command_line(tiny_llama, tokenizer, data, tmp_path, caps
         ("adamw", 1e-3, 7),
         ("sparse-masked", 1e-2, 7),
     ]
+    assert "results.json, comparison.txt, R.png, curves.png\n" in captured.out
     assert main([*arguments, "--out", str(out)]) == 2
     assert "holds another run" in capsys.readouterr().err
+
+
+def test_the_orthogonal_methods_take_their_settings_from_the_command_line(
+    tiny_llama, tokenizer, data, tmp_path, capsys
+):
+    tiny_llama.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    out = tmp_path / "out"
+    arguments = ["run", "--model", str(tmp_path / "model"), "--data", str(data), "--domains", "code"]
+    arguments += ["--method", "adamw,orthogonal", "--steps", "1", "--batch-size", "2", "--max-length", "32"]
+    arguments += ["--energy", "1.0", "--source", "gradients", "--max-rank", "2"]
+    assert main([*arguments, "--out", str(out)]) == 0
+    assert "capacity.png" in capsys.readouterr().out
+    adamw, orthogonal = json.loads((out / "results.json").read_text())["runs"]
+    assert adamw["settings"]["method"] == {}
+    assert orthogonal["settings"]["method"] == {"energy": 1.0, "source": "gradients", "max_rank": 2}
+    used = [layer["used"] for layer in orthogonal["domain_records"][0]["layers"].values()]
+    assert max(used) == 2, "energy 1 takes all directions that there are, and a domain may add two"
