@@ -1,0 +1,69 @@
+"""Layers with known spectra, and the oracle that keeps every gradient: what subspace memories are held against."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def orthogonal(n: int, seed: int = 0) -> Tensor:
+    """A random (n, n) orthogonal matrix, float64."""
+    rng = torch.Generator().manual_seed(seed)
+    return torch.linalg.qr(torch.randn(n, n, generator=rng, dtype=torch.float64)).Q
+
+
+def with_gap(n: int, rank: int, decay: float = 0.9) -> Tensor:
+    """(n,): ``rank`` scales from 1 down to 1/2, then a gap of ten, then a geometric tail."""
+    i = torch.arange(n, dtype=torch.float64)
+    return torch.where(i < rank, 1 - 0.5 * i / max(1, rank - 1), 0.05 * decay ** (i - rank))
+
+
+def gradients(scales: Tensor, rows: int, steps: int, seed: int = 0, directions: Tensor | None = None) -> list[Tensor]:
+    """(rows, n) float64 matrices whose rows have these scales along the columns of ``directions``."""
+    rng = torch.Generator().manual_seed(seed)
+    n = scales.numel()
+    directions = orthogonal(n, seed) if directions is None else directions
+    draw = [torch.randn(rows, n, generator=rng, dtype=torch.float64) for _ in range(steps)]
+    return [(x * scales) @ directions.mT for x in draw]
+
+
+class Oracle:
+    """GPM's rule on all gradients of a domain at once, by exact singular value decompositions in float64."""
+
+    def __init__(self, n: int, energy: float, max_rank: int | None = None):
+        self.basis = torch.zeros(n, 0, dtype=torch.float64)
+        self.energy, self.max_rank = energy, max_rank
+
+    def learn(self, seen: list[Tensor]) -> int:
+        """Ends a domain with these gradients; how many directions it adds."""
+        rows = torch.cat(seen).double()
+        rest = rows - rows @ self.basis @ self.basis.mT
+        total, left = rows.square().sum(), rest.square().sum()
+        _, s, vh = torch.linalg.svd(rest, full_matrices=False)
+        explained = total - left + torch.cat([torch.zeros(1), s.square().cumsum(0)])
+        # The sum of all squares rounds to a little less than the total.
+        enough = (explained >= (self.energy - 1e-12) * total).nonzero()
+        count = int(enough[0]) if len(enough) else len(s)
+        count = count if self.max_rank is None else min(count, self.max_rank)
+        self.basis = torch.linalg.qr(torch.cat([self.basis, vh[:count].mT], 1)).Q
+        return count
+
+
+def largest_angle(a: Tensor, b: Tensor) -> float:
+    """Sine of the largest principal angle from the smaller to the larger of two spans."""
+    small, large = sorted((a.double(), b.double()), key=lambda x: x.shape[1])
+    if small.shape[1] == 0:
+        return 0.0
+    return float(torch.linalg.matrix_norm(small - large @ (large.mT @ small), 2))
+
+
+def weight(rows: int, n: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
+    """A weight of zeros: only its gradient matters to a memory."""
+    return nn.Parameter(torch.zeros(rows, n, dtype=dtype))
+
+
+def observe_all(memory, param: nn.Parameter, seen: list[Tensor]) -> None:
+    """Observes each of these gradients."""
+    for gradient in seen:
+        param.grad = gradient.to(param.dtype)
+        memory.observe()
