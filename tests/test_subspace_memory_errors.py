@@ -129,9 +129,7 @@ def test_a_memory_of_another_model(tmp_path):
     memory.consolidate()
     memory.save(tmp_path / "memory.safetensors")
     other = nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 16))
-    with pytest.raises(
-        ValueError, match="tracks '2.weight', which the model has not; .* this one's are 0.weight, 1.we"
-    ):
+    with pytest.raises(ValueError, match="tracks '2.weight', which the model has not; .* this one"):
         SubspaceMemory.load(tmp_path / "memory.safetensors", other)
     wider = trained(24)
     with pytest.raises(ValueError, match=r"tracks '0.weight' of shape \(8, 16\), but the model has \(8, 24\)"):
@@ -166,9 +164,7 @@ def test_files_that_are_no_memories(tmp_path):
     with pytest.raises(ValueError, match="not a readable memory file"):
         SubspaceMemory.load(path)
     save_file({"w": torch.ones(2)}, path)
-    with pytest.raises(
-        ValueError, match="holds no memory of sparse_cl; expected a file written by SubspaceMemory.save"
-    ):
+    with pytest.raises(ValueError, match="holds no memory of sparse_cl; expected a file"):
         SubspaceMemory.load(path)
     path.write_bytes(whole)
     from safetensors import safe_open

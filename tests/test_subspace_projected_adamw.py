@@ -21,16 +21,20 @@ from sparse_cl import (
 )
 
 SHAPE = (24, 32)
+
+
+def uniform(shape):
+    return torch.rand(shape, generator=torch.Generator().manual_seed(0))
+
+
 MASKS = {
     "dense": lambda: None,
     "rows": lambda: RowMask(range(1, 24, 3), SHAPE),
     "rows-gain": lambda: RowMask([2, 5, 7], SHAPE, gain=[0.5, 2.0, 1.0]),
     "columns": lambda: ColumnMask(range(0, 32, 2), SHAPE),
     "columns-gain": lambda: ColumnMask(range(20), SHAPE, gain=torch.linspace(0.5, 2, 20)),
-    "elements": lambda: ElementMask(torch.rand(SHAPE, generator=torch.Generator().manual_seed(0)) < 0.7),
-    "2:4": lambda: TwoFourMask(
-        (torch.rand(24, 8, 4, generator=torch.Generator().manual_seed(0)).argsort(-1) < 2).view(SHAPE)
-    ),
+    "elements": lambda: ElementMask(uniform(SHAPE) < 0.7),
+    "2:4": lambda: TwoFourMask((uniform((24, 8, 4)).argsort(-1) < 2).view(SHAPE)),
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 LR = 0.01
