@@ -55,6 +55,9 @@ def randomized_svd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The leading singular values and vectors of a, from a sketch (Halko, Martinsson & Tropp 2011).
 
+    With power iterations, all their blocks are kept (block Krylov, Musco & Musco 2015): no more products with a, and a
+    smaller residual than the last block alone gives.
+
     Args:
         a: (..., m, n), float32 or float64; bfloat16 and float16 are computed and returned in float32.
         rank: how many, at most min(m, n).

@@ -36,6 +36,8 @@ def orthonormalize(
 ) -> tuple[Tensor, Tensor]:
     """:func:`sparse_cl.linalg.orthonormalize` on float32 or float64 tensors; ``factor`` is gram_factor or its like."""
     dtype, k = y.dtype, y.shape[-1]
+    if y.numel() == 0:
+        return y.clone(), torch.zeros(y.shape[:-2], dtype=torch.int64, device=y.device)
     if rtol is None:
         rtol = default_rtol(dtype, k)
     with full_precision(y.device):

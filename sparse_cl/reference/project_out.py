@@ -2,60 +2,65 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from sparse_cl.reference.precision import full_precision
 
-#: Entries that are held at a time besides the coefficients.
+#: Entries of bfloat16 or float16 that are held in float32 at a time.
 CHUNK = 1 << 22
 
 
 def remove_(y: Tensor, basis: Tensor) -> Tensor:
-    """y (..., n, k) -= basis basisᵀ y in place, basis (..., n, r)."""
+    """y (..., n, k) -= basis basisᵀ y in place, for contiguous y; basis (..., n, r) or (n, r)."""
     coefficients = basis.mT @ y
     if y.dim() == 2:
         return y.addmm_(basis, coefficients, alpha=-1)
-    batch = y.shape[:-2]
-    bases = basis.expand(*batch, *basis.shape[-2:]).flatten(0, -3)
-    y.flatten(0, -3).baddbmm_(bases, coefficients.flatten(0, -3), alpha=-1)
+    bases = basis.expand(*y.shape[:-2], *basis.shape[-2:]).flatten(0, -3)
+    y.view(-1, *y.shape[-2:]).baddbmm_(bases, coefficients.flatten(0, -3), alpha=-1)
     return y
 
 
 def project_out_(x: Tensor, basis: Tensor) -> None:
     """:func:`sparse_cl.linalg.project_out_` on checked arguments."""
+
+    def subtract(part: Tensor, coefficients: Tensor, basis: Tensor) -> None:
+        product = part.addmm_ if part.dim() == 2 else part.baddbmm_
+        product(coefficients, basis.mT, alpha=-1)
+
     with full_precision(x.device):
-        _each_matrix(x, basis, _out)
+        _project(x, basis, subtract)
 
 
 def project_onto_(x: Tensor, basis: Tensor) -> None:
     """:func:`sparse_cl.linalg.project_onto_` on checked arguments."""
+
+    def replace(part: Tensor, coefficients: Tensor, basis: Tensor) -> None:
+        torch.matmul(coefficients, basis.mT, out=part)
+
     with full_precision(x.device):
-        _each_matrix(x, basis, _onto)
+        _project(x, basis, replace)
 
 
-def _out(x: Tensor, coefficients: Tensor, basis: Tensor) -> None:
-    x.addmm_(coefficients, basis.mT, alpha=-1)
-
-
-def _onto(x: Tensor, coefficients: Tensor, basis: Tensor) -> None:
-    torch.mm(coefficients, basis.mT, out=x)
-
-
-def _each_matrix(x: Tensor, basis: Tensor, write) -> None:
+def _project(x: Tensor, basis: Tensor, write: Callable[[Tensor, Tensor, Tensor], None]) -> None:
+    """Calls ``write(part, part basis, basis)`` on parts of x that are one matrix or a contiguous batch of them."""
     if x.numel() == 0:
         return
-    if x.dim() > 2:
-        if basis.dim() == 2 and x.is_contiguous():
-            return _each_matrix(x.view(-1, x.shape[-1]), basis, write)
+    if x.dim() > 2 and basis.dim() == 2 and x.is_contiguous():
+        x = x.view(-1, x.shape[-1])
+    if x.dim() > 3 and x.is_contiguous():
+        x, basis = x.view(-1, *x.shape[-2:]), basis.reshape(-1, *basis.shape[-2:])
+    together = x.dim() == 2 or (x.dim() == 3 == basis.dim() and x.is_contiguous())
+    if not together or (x.dim() == 3 and x.dtype != basis.dtype):
         bases = basis if basis.dim() == x.dim() else [basis] * x.shape[0]
         for part, its_basis in zip(x, bases, strict=True):
-            _each_matrix(part, its_basis, write)
-        return
-    if x.dtype == basis.dtype:
+            _project(part, its_basis, write)
+    elif x.dtype == basis.dtype:
         write(x, x @ basis, basis)
-        return
-    for rows in x.split(max(1, CHUNK // x.shape[1])):
-        wide = rows.to(basis.dtype)
-        write(wide, wide @ basis, basis)
-        rows.copy_(wide)
+    else:
+        for rows in x.split(max(1, CHUNK // x.shape[1])):
+            wide = rows.to(basis.dtype)
+            write(wide, wide @ basis, basis)
+            rows.copy_(wide)

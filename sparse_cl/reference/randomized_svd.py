@@ -16,16 +16,21 @@ def randomized_svd(
     test_matrix: Tensor,
     rank: int,
     power_iterations: int,
-    orthonormalize: Callable[[Tensor], tuple[Tensor, Tensor]] = orthonormalize,
+    orthonormalize: Callable[..., tuple[Tensor, Tensor]] = orthonormalize,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`sparse_cl.linalg.randomized_svd` of float32 or float64 matrices, on a given (n, l) test matrix."""
     with full_precision(a.device):
         q, _ = orthonormalize(a @ test_matrix)
-        for _ in range(power_iterations):
-            v, _ = orthonormalize(a.mT @ q)
-            q, _ = orthonormalize(a @ v)
-        # The orthonormal range of the last product makes the core square, and its SVD independent of m and n.
         b = a.mT @ q
+        blocks, images = [q], [b]
+        for _ in range(power_iterations):
+            # The blocks before the last are kept as well: they cost no product with a.
+            q, _ = orthonormalize(a @ orthonormalize(b)[0], torch.cat(blocks, -1))
+            b = a.mT @ q
+            blocks.append(q)
+            images.append(b)
+        q, b = torch.cat(blocks, -1), torch.cat(images, -1)
+        # The orthonormal range of b makes the core square, and its SVD independent of m and n.
         v, _ = orthonormalize(b)
         left, s, right = torch.linalg.svd(b.mT.double() @ v.double())
         left, s, right = left[..., :, :rank], s[..., :rank], right[..., :rank, :]
