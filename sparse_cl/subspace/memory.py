@@ -8,6 +8,7 @@ from os import PathLike
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from sparse_cl.subspace import files
@@ -41,6 +42,9 @@ class SubspaceMemory:
             GradScaler is used). ``"inputs"``: the inputs of the layers, see :meth:`watch`; needs a model.
         oversample: further columns of the sketch; default a quarter of ``max_rank``, at least 8.
         seed: of the sketch's random signs.
+
+    In a distributed run each process observes its own inputs, and consolidating adds them up. Sharded parameters (FSDP)
+    are not supported.
 
     Memory does not grow with the number of steps: 4 n² or 4 n (max_rank + oversample) bytes a layer while a domain is
     observed, and 4 n r for the basis (4 n (n - r) where r > n/2: the complement is kept).
@@ -172,6 +176,9 @@ class SubspaceMemory:
         observed = [layer for layer in self._layers.values() if layer.moment is not None]
         if not observed:
             raise ValueError("consolidate: nothing was observed; call observe() in the domain first")
+        if self.source == "inputs":
+            # Gradients are the same in every process of a distributed run; inputs are not, and bases must be.
+            _sum_over_processes(tensor for layer in observed for tensor in layer.moment.tensors().values())
         added = {}
         for layers in batches(observed):
             subspaces = [self._follow(layer) for layer in layers]
@@ -412,6 +419,12 @@ class SubspaceMemory:
             total += float(torch.linalg.vector_norm(block, dtype=torch.float64).square())
             inside += float(subspace.used_energy(block))
         return min(1.0, inside / total) if total else 0.0
+
+
+def _sum_over_processes(tensors: Iterable[Tensor]) -> None:
+    if dist.is_available() and dist.is_initialized():
+        for tensor in tensors:
+            dist.all_reduce(tensor)
 
 
 def _weights(source: nn.Module | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
