@@ -1,52 +1,92 @@
-"""Prints each case's ratios to torch.optim.AdamW(fused=True), and writes them with ``--results FILE``."""
+"""Prints each case beside its file's baseline, and writes all with ``--results FILE``.
+
+A benchmark says what it is in ``benchmark.extra_info``: ``case`` and ``contender``; ``baseline``, how the contenders
+that the others are compared with begin; ``bytes`` that it moves at least and ``copy_gb_per_s``, where bandwidth is the
+limit; ``facts``, other numbers beside the time.
+"""
 
 import json
 import platform
 import subprocess
+import time
 from collections import defaultdict
 from pathlib import Path
 
+import pytest
 import torch
-
-BASELINE = "torch fused"
 
 
 def pytest_addoption(parser):
     parser.addoption("--results", metavar="FILE", help="write a summary as JSON")
 
 
+@pytest.fixture(scope="session")
+def copy_gb_per_s():
+    source = torch.ones(150_000_000)
+    target = torch.zeros_like(source)
+    times = []
+    for _ in range(7):
+        start = time.perf_counter()
+        target.copy_(source)
+        times.append(time.perf_counter() - start)
+    return 2 * source.nbytes / sorted(times)[len(times) // 2] / 1e9
+
+
 def pytest_terminal_summary(terminalreporter, config):
     session = getattr(config, "_benchmarksession", None)
-    measured = [b for b in getattr(session, "benchmarks", []) if b.extra_info.get("contender")]
-    if not measured:
-        return
-    cases = defaultdict(dict)
-    for bench in measured:
-        cases[bench.extra_info["case"]][bench.extra_info["contender"]] = bench
+    files = defaultdict(lambda: defaultdict(dict))
+    for bench in getattr(session, "benchmarks", []):
+        info = bench.extra_info
+        if info.get("contender"):
+            files[Path(bench.fullname.split("::")[0]).stem][info["case"]][info["contender"]] = bench
     rows = []
-    for case, contenders in cases.items():
-        for contender, bench in contenders.items():
-            row = {
-                "case": case,
-                "contender": contender,
-                "median_ms": round(bench.stats.median * 1e3, 3),
-                "min_ms": round(bench.stats.min * 1e3, 3),
-                "gb_per_s": round(bench.extra_info["bytes"] / bench.stats.median / 1e9, 2),
-            }
-            for base in (b for b in contenders if b.startswith(BASELINE)):
-                row[f"{base} / this"] = round(contenders[base].stats.median / bench.stats.median, 2)
-            rows.append(row)
-    copy = measured[0].extra_info["copy_gb_per_s"]
-    terminalreporter.section("ratios (median time of torch.optim.AdamW(fused=True) over this)")
-    for row in rows:
-        ratios = "  ".join(f"{k} {v:6.2f}" for k, v in row.items() if k.endswith("/ this"))
-        line = f"{row['case']:28s} {row['contender']:22s} {row['median_ms']:9.2f} ms {row['gb_per_s']:7.2f} GB/s"
-        terminalreporter.write_line(f"{line}  {ratios}")
-    terminalreporter.write_line(f"copy bandwidth of this process: {copy:.2f} GB/s (bytes read plus bytes written)")
-    if config.getoption("results"):
+    for file, cases in files.items():
+        infos = [bench.extra_info for contenders in cases.values() for bench in contenders.values()]
+        baseline = infos[0].get("baseline", "")
+        terminalreporter.section(f"{file}: last, median time of {baseline} over this")
+        for case, contenders in cases.items():
+            rows += [_row(file, case, name, bench, contenders) for name, bench in contenders.items()]
+            for row in rows[-len(contenders) :]:
+                terminalreporter.write_line(_line(row))
+        if copy := infos[0].get("copy_gb_per_s"):
+            terminalreporter.write_line(f"copy bandwidth of this process: {copy:.2f} GB/s (bytes read and written)")
+    if rows and config.getoption("results"):
+        copies = [
+            bench.extra_info["copy_gb_per_s"] for bench in session.benchmarks if "copy_gb_per_s" in bench.extra_info
+        ]
+        summary = {**_machine(), **({"copy_gb_per_s": round(copies[0], 2)} if copies else {}), "rows": rows}
         path = Path(config.getoption("results"))
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({**_machine(), "copy_gb_per_s": round(copy, 2), "rows": rows}, indent=1) + "\n")
+        path.write_text(json.dumps(summary, indent=1) + "\n")
+
+
+def _row(file, case, contender, bench, contenders) -> dict:
+    info = bench.extra_info
+    row = {
+        "file": file,
+        "case": case,
+        "contender": contender,
+        "median_ms": round(bench.stats.median * 1e3, 3),
+        "min_ms": round(bench.stats.min * 1e3, 3),
+        **info.get("facts", {}),
+    }
+    if "bytes" in info:
+        row["gb_per_s"] = round(info["bytes"] / bench.stats.median / 1e9, 2)
+    for base in (b for b in contenders if b.startswith(info.get("baseline", contender))):
+        row[f"{base} / this"] = round(contenders[base].stats.median / bench.stats.median, 2)
+    return row
+
+
+def _line(row) -> str:
+    shown = [f"{row['case']:28s} {row['contender']:26s} {row['median_ms']:9.2f} ms"]
+    for name, value in row.items():
+        if name.endswith("/ this"):
+            shown.append(f"{name} {value:6.2f}")
+        elif name == "gb_per_s":
+            shown.append(f"{value:7.2f} GB/s")
+        elif name not in ("file", "case", "contender", "median_ms", "min_ms"):
+            shown.append(f"{name} {value:.3g}")
+    return "  ".join(shown)
 
 
 def _machine() -> dict:
