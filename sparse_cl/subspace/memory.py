@@ -43,6 +43,10 @@ class SubspaceMemory:
         oversample: further columns of the sketch; default a quarter of ``max_rank``, at least 8.
         seed: of the sketch's random signs.
 
+    Observing uses float32 products as ``torch.set_float32_matmul_precision`` has them: TF32 leaves ranks as they are
+    up to an energy of 0.99 and makes them a little smaller above. Consolidating is in full precision, its small
+    factorizations in float64.
+
     In a distributed run each process observes its own inputs, and consolidating adds them up. Sharded parameters (FSDP)
     are not supported.
 

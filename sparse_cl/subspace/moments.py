@@ -15,8 +15,9 @@ from torch import Tensor
 from sparse_cl.ops import gram_factor
 from sparse_cl.subspace.subspace import Subspace
 
-#: Rows of half-precision input are taken to float32 in blocks of about this many entries.
-_BLOCK = 1 << 22
+#: Rows of half-precision input are taken to float32 in blocks of about this many entries: 16 MB on the CPU, where that
+#: is what its caches hold, and on other devices enough to fill them.
+_CPU_BLOCK, _BLOCK = 1 << 22, 1 << 26
 
 #: Directions of a sketch below this share of the largest, in energy, are rounding errors of its float32 products.
 _NOISE = 1e-6
@@ -44,7 +45,8 @@ def row_blocks(rows: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
     if rows.dtype == dtype:
         yield rows
         return
-    for block in rows.split(max(1, _BLOCK // max(1, rows.shape[1]))):
+    entries = _CPU_BLOCK if rows.device.type == "cpu" else _BLOCK
+    for block in rows.split(max(1, entries // max(1, rows.shape[1]))):
         yield block.to(dtype)
 
 
