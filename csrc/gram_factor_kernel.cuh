@@ -81,7 +81,7 @@ __device__ __forceinline__ double subtract_product(double entry, const double* c
 
 // kShared: the work matrix lies in shared memory. Elsewhere the factor itself holds it, and is turned in place at last.
 template <bool kShared>
-__global__ void __launch_bounds__(kGramThreads) gram_factor_kernel(const GramFactorLaunch __grid_constant__ launch) {
+__global__ void __launch_bounds__(kGramThreads, 1) gram_factor_kernel(const GramFactorLaunch __grid_constant__ launch) {
   extern __shared__ __align__(16) unsigned char shared_memory[];
   const int k = launch.k, stride = launch.stride, thread = static_cast<int>(threadIdx.x);
   const size_t matrix = blockIdx.x, area = static_cast<size_t>(k) * k;

@@ -81,7 +81,10 @@ def test_the_reference_on_request_has_the_same_face():
     assert runs == "reference"
     assert built == str(build_info()["cpu_levels"] is not None)
     assert names == sorted(sparse_cl.__all__)
-    expected = "SparseMaskedAdamW RowMask ColumnMask ElementMask TwoFourMask save_masks load_masks build_info"
+    expected = (
+        "SparseMaskedAdamW RowMask ColumnMask ElementMask TwoFourMask save_masks load_masks build_info "
+        "SubspaceProjectedAdamW SubspaceMemory Subspace orthonormalize randomized_svd project_out_"
+    )
     assert set(names) == set(expected.split())
 
 
@@ -181,3 +184,12 @@ def test_only_the_stable_headers_of_torch_are_included(source):
 def test_only_one_file_says_torch_ops():
     saying = [p.name for p in PACKAGE.rglob("*.py") if "torch.ops." in p.read_text()]
     assert saying == ["ops.py"]
+
+
+def test_every_op_has_an_opcheck():
+    names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("sparse_cl::")]
+    assert names
+    for op in (name.removeprefix("sparse_cl::") for name in names):
+        # project_onto_ shares a file with project_out_.
+        files = [p.read_text() for p in Path(__file__).parent.glob("test_*.py") if f"ops.{op}" in p.read_text()]
+        assert any("torch.library.opcheck(" in text for text in files), op
