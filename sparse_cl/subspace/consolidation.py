@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from sparse_cl.linalg import orthonormalize
+from sparse_cl.reference.precision import full_precision
 from sparse_cl.subspace.layers import Layer, Moment
 from sparse_cl.subspace.subspace import Subspace
 
@@ -39,6 +40,13 @@ def new_directions(
     GPM's criterion (Saha, Garg & Roy 2021, equation 9): ‖R U Uᵀ‖² + ‖(R - R U Uᵀ)_k‖² ≥ ε ‖R‖². They are orthonormal
     and orthogonal to the used ones.
     """
+    with full_precision(moments[0].place[0]):
+        return _new_directions(moments, subspaces, energy, max_rank)
+
+
+def _new_directions(
+    moments: Sequence[Moment], subspaces: Sequence[Subspace | None], energy: float, max_rank: int | None
+) -> list[Tensor]:
     spectra = type(moments[0]).spectra(moments, subspaces)
     counts = [
         _fewest(values, outside - (1 - energy) * total, _NOISE * total, max_rank)

@@ -45,8 +45,8 @@ class Subspace:
         matrix = matrix.detach()
         error = 0.0
         if columns:
-            gram = matrix.mT @ matrix
-            error = float((gram - torch.eye(columns, dtype=gram.dtype, device=gram.device)).abs().max())
+            wide = matrix.double()
+            error = float((wide.mT @ wide - torch.eye(columns, dtype=wide.dtype, device=wide.device)).abs().max())
         if not error <= ORTHONORMAL:
             raise ValueError(
                 f"basis: its columns are not orthonormal: max|QᵀQ - I| is {error:.2g}, expected at most "
@@ -102,8 +102,10 @@ class Subspace:
         if columns.shape[1] == 0:
             return self
         if self.complement:
-            taken, rank = orthonormalize(self.matrix.mT @ columns)
-            return _trusted(self.matrix @ complement_of(taken[:, : int(rank)]), complement=True)
+            wide = self.matrix.double()
+            taken, rank = orthonormalize(wide.mT @ columns.double())
+            left = wide @ complement_of(taken[:, : int(rank)])
+            return _trusted(left.to(self.matrix.dtype), complement=True)
         return smaller_half(torch.cat([self.matrix, columns], 1))
 
     def restricted(self, columns: Tensor) -> Subspace:
