@@ -14,13 +14,8 @@ CHUNK = 1 << 22
 
 
 def remove_(y: Tensor, basis: Tensor) -> Tensor:
-    """y (..., n, k) -= basis basisᵀ y in place, for contiguous y; basis (..., n, r) or (n, r)."""
-    coefficients = basis.mT @ y
-    if y.dim() == 2:
-        return y.addmm_(basis, coefficients, alpha=-1)
-    bases = basis.expand(*y.shape[:-2], *basis.shape[-2:]).flatten(0, -3)
-    y.view(-1, *y.shape[-2:]).baddbmm_(bases, coefficients.flatten(0, -3), alpha=-1)
-    return y
+    """y -= basis basisᵀ y in place, for y of shape (batch, n, k) and a basis of shape (batch, n, r)."""
+    return y.baddbmm_(basis, basis.mT @ y, alpha=-1)
 
 
 def project_out_(x: Tensor, basis: Tensor) -> None:
