@@ -30,5 +30,5 @@ def test_orthonormalize(benchmark, case, contender):
     wide = call().double()
     facts = {"largest |QtQ - I|": (wide.mT @ wide - torch.eye(k)).abs().max().item()}
     benchmark.group = case
-    benchmark.extra_info.update(case=case, contender=contender, baseline="torch.linalg.qr", facts=facts)
+    benchmark.extra_info.update(case=case, contender=contender, baseline="torch.linalg.qr", **facts)
     benchmark.pedantic(call, rounds=5, warmup_rounds=1)

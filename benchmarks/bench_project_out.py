@@ -50,5 +50,5 @@ def test_project_out(benchmark, case, contender):
     call = CONTENDERS[contender](x, basis)
     benchmark.group = case
     facts = {"peak MiB": round(peak_mib(call), 1), "x MiB": x.nbytes / 2**20}
-    benchmark.extra_info.update(case=case, contender=contender, baseline="two products", facts=facts)
+    benchmark.extra_info.update(case=case, contender=contender, baseline="two products", **facts)
     benchmark.pedantic(call, rounds=5, warmup_rounds=1)

@@ -57,5 +57,5 @@ def test_randomized_svd(benchmark, matrices, n, spectrum, power_iterations, cont
     }
     case = f"{n}, {spectrum}, {power_iterations} iterations"
     benchmark.group = case
-    benchmark.extra_info.update(case=case, contender=contender, baseline="svd_lowrank", facts=facts)
+    benchmark.extra_info.update(case=case, contender=contender, baseline="svd_lowrank", **facts)
     benchmark.pedantic(call, rounds=1 if contender == "linalg.svd" else 5, warmup_rounds=1)

@@ -2,7 +2,7 @@
 
 A benchmark says what it is in ``benchmark.extra_info``: ``case`` and ``contender``; ``baseline``, how the contenders
 that the others are compared with begin; ``bytes`` that it moves at least and ``copy_gb_per_s``, where bandwidth is the
-limit; ``facts``, other numbers beside the time.
+limit. Other numbers in it are shown beside the time.
 """
 
 import json
@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+_RESERVED = ("case", "contender", "baseline", "bytes", "copy_gb_per_s")
 
 
 def pytest_addoption(parser):
@@ -42,8 +44,8 @@ def pytest_terminal_summary(terminalreporter, config):
     rows = []
     for file, cases in files.items():
         infos = [bench.extra_info for contenders in cases.values() for bench in contenders.values()]
-        baseline = infos[0].get("baseline", "")
-        terminalreporter.section(f"{file}: last, median time of {baseline} over this")
+        baseline = infos[0].get("baseline")
+        terminalreporter.section(f"{file}: last, median time of {baseline} over this" if baseline else file)
         for case, contenders in cases.items():
             rows += [_row(file, case, name, bench, contenders) for name, bench in contenders.items()]
             for row in rows[-len(contenders) :]:
@@ -68,11 +70,11 @@ def _row(file, case, contender, bench, contenders) -> dict:
         "contender": contender,
         "median_ms": round(bench.stats.median * 1e3, 3),
         "min_ms": round(bench.stats.min * 1e3, 3),
-        **info.get("facts", {}),
+        **{key: value for key, value in info.items() if key not in _RESERVED},
     }
     if "bytes" in info:
         row["gb_per_s"] = round(info["bytes"] / bench.stats.median / 1e9, 2)
-    for base in (b for b in contenders if b.startswith(info.get("baseline", contender))):
+    for base in (b for b in contenders if info.get("baseline") and b.startswith(info["baseline"])):
         row[f"{base} / this"] = round(contenders[base].stats.median / bench.stats.median, 2)
     return row
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Builds for the GPU of this machine, runs every CUDA test, checks memory accesses and races, and times the kernels.
-# Writes logs and gpu.json to $OUT (default out/gpu). Each phase has a limit of its own; all end within 9 minutes.
+# Writes logs, gpu.json and gpu_projector.json to $OUT (default out/gpu). Each phase has a limit of its own; all end
+# within 9 minutes.
 set -u
 cd "$(dirname "$0")/.."
 OUT=$(mkdir -p "${OUT:-out/gpu}" && cd "${OUT:-out/gpu}" && pwd)
@@ -32,17 +33,19 @@ export PYTHON
 # The tool sees each access only if every tensor is an allocation of its own.
 sanitize() {
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$1" --error-exitcode 9 --target-processes all \
-    "$PYTHON" -m pytest -q -x -p no:cacheprovider tests/test_masked_adamw_cuda.py -k "${2}"
+    "$PYTHON" -m pytest -q -x -p no:cacheprovider tests/test_masked_adamw_cuda.py tests/test_gram_factor_cuda.py -k "${2}"
 }
 export -f sanitize
 
 small='agrees and (fp32-plain or bf16-plain or bf16-misaligned or fp32-entry) or without_active'
+small="$small or orthonormal and (odd or duplicates or past_shared)"
 phase build 110 bash -c build
-phase tests 120 "$PYTHON" -m pytest -q -rs -p no:cacheprovider tests -k "cuda and not emulated and not cuda_build"
-phase benchmark 140 "$PYTHON" benchmarks/gpu_masked_adamw.py --out "$OUT/gpu.json"
-phase memcheck 70 bash -c "sanitize memcheck '$small'"
-phase racecheck 70 bash -c "sanitize racecheck '$small'"
+phase tests 110 "$PYTHON" -m pytest -q -rs -p no:cacheprovider tests -k "cuda and not emulated and not cuda_build"
+phase benchmark 110 "$PYTHON" benchmarks/gpu_masked_adamw.py --out "$OUT/gpu.json"
+phase projector 90 "$PYTHON" benchmarks/gpu_orthonormalize.py --out "$OUT/gpu_projector.json"
+phase memcheck 60 bash -c "sanitize memcheck '$small'"
+phase racecheck 60 bash -c "sanitize racecheck '$small'"
 
-sed -n '/^device:/,$p' "$OUT/benchmark.log"
+sed -n '/^device:/,$p' "$OUT/benchmark.log" "$OUT/projector.log"
 printf '%s\n' "${summary[@]}" | tee "$OUT/summary.txt"
 exit $failed
