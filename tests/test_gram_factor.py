@@ -1,12 +1,16 @@
 """gram_factor on the CPU: its promises, and native code against the reference."""
 
+import os
+import subprocess
+import sys
+
 import gram_factor_cases as cases
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparse_cl import ops, reference
+from sparse_cl import build_info, ops, reference
 
 both = pytest.mark.parametrize("op", [ops.gram_factor, reference.gram_factor], ids=["native", "reference"])
 
@@ -103,3 +107,16 @@ def test_arguments_that_do_not_fit(op, gram, norms, named):
 def test_opcheck():
     for name in ("full", "batch", "duplicates", "zero"):
         torch.library.opcheck(ops.gram_factor, (*cases.gram_of(cases.CASES[name][0]), 1e-5))
+
+
+@pytest.mark.parametrize("level", ["baseline", "avx2"])
+def test_lower_cpu_levels(level):
+    """The native tests of this file again, on the code that older CPUs run."""
+    levels = build_info()["cpu_levels"]
+    if levels is None or level not in levels or level == build_info()["cpu_level"]:
+        pytest.skip("not built, or what runs here anyway")
+    environment = {**os.environ, "SPARSE_CL_CPU_LEVEL": level}
+    chosen = "native and (orthonormal or dependent or finite)"
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", chosen]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
