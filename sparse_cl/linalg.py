@@ -20,9 +20,9 @@ def orthonormalize(y: Tensor, against: Tensor | None = None, rtol: float | None 
 
     Precision, for float32: products with ``against`` are float32 products, thrice; the first Gram matrix, both k × k
     factors and the first product with a factor are float64; the second pass is float32. TF32 and autocast are off
-    inside. So max |QᵀQ − I| and max |againstᵀQ| stay below 1e-5 for any finite y (5e-7 is usual; TF32 products leave
-    6e-5 and 4e-5), and up to a condition number of 1e6 no column is lost. In float64, columns count as dependent below a
-    residual of about 1e-7.
+    inside. So max |QᵀQ − I| and max |againstᵀQ| stay below 1e-5 for any y of finite norm (5e-7 is usual; TF32 products
+    leave 6e-5 and 4e-5), and up to a condition number of 1e6 no column is lost. In float64, columns count as dependent
+    below a residual of about 1e-7.
 
     Args:
         y: (..., n, k), float32 or float64; bfloat16 and float16 are computed and returned in float32, since a basis
