@@ -37,3 +37,22 @@ def test_the_trainer(tmp_path, monkeypatch, tiny_llama):
         active = names["masks"][name].to_dense() if name in names["masks"] else torch.zeros(param.shape).bool()
         assert torch.equal(param[~active], start[name][~active]), name
         assert not active.any() or (param[active] != start[name][active]).float().mean() > 0.9, name
+
+
+def test_the_memory_and_the_adapter(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    names: dict = {}
+    exec(next(s for s in SNIPPETS if "SubspaceMemory(" in s), names)
+    model, memory = names["model"], names["memory"]
+    assert all(0 < layer["used"] < layer["width"] for layer in memory.capacity().values())
+    assert (tmp_path / "memory.safetensors").exists()
+    before = {name: model.get_parameter(name).detach().clone() for name in memory.names}
+    exec(next(s for s in SNIPPETS if "orthogonal_lora(" in s), names)
+    for _ in range(5):
+        x = torch.randn(32, 64)
+        torch.nn.functional.mse_loss(names["adapted"](x), x).backward()
+        names["optimizer"].step()
+    merged = names["adapted"].merge_and_unload()
+    assert all(leak <= 1e-6 for leak in memory.leak(before, merged).values())
+    assert all(not torch.equal(merged.get_parameter(name), weight) for name, weight in before.items())
