@@ -53,12 +53,12 @@ def test_ranks_without_a_gap(n, max_rank, decay, energy):
 
 @pytest.mark.parametrize("energy", [0.3, 0.5])
 def test_a_sketch_that_is_too_narrow_keeps_too_much_rather_than_too_little(energy):
-    """256 directions matter here and the sketch has 80 columns: it sees less energy in each than there is."""
+    """256 directions matter here and the sketch has 72 columns: it sees less energy in each than there is."""
     seen = gradients(0.99 ** torch.arange(SKETCHED, dtype=torch.float64), 64, steps=4)
     oracle = Oracle(SKETCHED, energy)
     oracle.learn(seen)
     memory = remember(SKETCHED, seen, max_rank=64, energy=energy)
-    assert oracle.basis.shape[1] <= memory.rank("w") <= 1.25 * oracle.basis.shape[1]
+    assert oracle.basis.shape[1] <= memory.rank("w") <= 1.4 * oracle.basis.shape[1]
     rows = torch.cat(seen)
     assert (rows @ memory.basis("w").double()).square().sum() >= 0.99 * energy * rows.square().sum()
 

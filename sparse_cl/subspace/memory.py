@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sparse_cl.subspace import files
 from sparse_cl.subspace.consolidation import batches, new_directions
 from sparse_cl.subspace.layers import Layer, Moment, find_layers
-from sparse_cl.subspace.moments import ExactMoment, SketchedMoment, row_blocks
+from sparse_cl.subspace.moments import ExactMoment, SketchedMoment, energy_of, row_blocks
 from sparse_cl.subspace.subspace import Subspace, smaller_half
 
 SOURCES = ("gradients", "inputs")
@@ -40,7 +40,7 @@ class SubspaceMemory:
         energy: share of Σ‖G‖²_F to explain, in (0, 1].
         source: ``"gradients"``: rows of ``.grad``, as they are when :meth:`observe` is called (after unscaling, if a
             GradScaler is used). ``"inputs"``: the inputs of the layers, see :meth:`watch`; needs a model.
-        oversample: further columns of the sketch; default a quarter of ``max_rank``, at least 8.
+        oversample: further columns of the sketch; default an eighth of ``max_rank``, at least 8.
         seed: of the sketch's random signs.
 
     Observing uses float32 products as ``torch.set_float32_matmul_precision`` has them: TF32 leaves ranks as they are
@@ -85,7 +85,7 @@ class SubspaceMemory:
                 f"got {max_rank}; None means no cap"
             )
         self.max_rank, self.energy, self.source = max_rank, energy, source
-        self.oversample = oversample if max_rank is None or oversample is not None else max(8, max_rank // 4)
+        self.oversample = oversample if max_rank is None or oversample is not None else max(8, max_rank // 8)
         self.seed = seed
         self.domains = 0
         #: Goes up whenever a basis may have changed.
@@ -420,7 +420,7 @@ class SubspaceMemory:
         subspace = subspace.to(rows.device, wide)
         total = inside = 0.0
         for block in row_blocks(rows, wide):
-            total += float(torch.linalg.vector_norm(block, dtype=torch.float64).square())
+            total += float(energy_of(block))
             inside += float(subspace.used_energy(block))
         return min(1.0, inside / total) if total else 0.0
 

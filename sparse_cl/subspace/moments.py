@@ -15,9 +15,9 @@ from torch import Tensor
 from sparse_cl.ops import gram_factor
 from sparse_cl.subspace.subspace import Subspace
 
-#: Rows of half-precision input are taken to float32 in blocks of about this many entries: 16 MB on the CPU, where that
-#: is what its caches hold, and on other devices enough to fill them.
-_CPU_BLOCK, _BLOCK = 1 << 22, 1 << 26
+#: Rows go through the two products of an observation in blocks: on the CPU so few that a block stays in cache from the
+#: first to the second, elsewhere enough entries to fill the device.
+_CPU_ROWS, _ENTRIES = 512, 1 << 26
 
 #: Directions of a sketch below this share of the largest, in energy, are rounding errors of its float32 products.
 _NOISE = 1e-6
@@ -41,13 +41,15 @@ class Spectra:
 
 
 def row_blocks(rows: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
-    """``rows`` (m, n) in ``dtype``, without a whole second copy of them."""
-    if rows.dtype == dtype:
-        yield rows
-        return
-    entries = _CPU_BLOCK if rows.device.type == "cpu" else _BLOCK
-    for block in rows.split(max(1, entries // max(1, rows.shape[1]))):
+    """``rows`` (m, n) in ``dtype``, without a whole second copy of them where they are in another."""
+    on_cpu = rows.device.type == "cpu"
+    for block in rows.split(_CPU_ROWS if on_cpu else max(1, _ENTRIES // max(1, rows.shape[1]))):
         yield block.to(dtype)
+
+
+def energy_of(rows: Tensor) -> Tensor:
+    """||rows||²_F: 0-d, float64. Added up in float64, but over float32 rows, which is as exact and far faster."""
+    return torch.linalg.vector_norm(rows, dim=1).double().square().sum()
 
 
 class ExactMoment:
@@ -133,13 +135,13 @@ class SketchedMoment:
         used = subspace is not None and subspace.rank > 0
         inside = subspace.matrix.mT @ self.test if used else None
         for block in row_blocks(rows, self.sketch.dtype):
-            total = torch.linalg.vector_norm(block, dtype=torch.float64).square()
+            total = energy_of(block)
             outside = total
             if not used:
                 image = block @ self.test
             else:
                 coordinates = block @ subspace.matrix
-                known = torch.linalg.vector_norm(coordinates, dtype=torch.float64).square()
+                known = energy_of(coordinates)
                 if subspace.complement:
                     image, outside = coordinates @ inside, known
                 else:
