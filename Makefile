@@ -12,22 +12,22 @@ CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh tests/cuda_emulation/
 
 demo: $(VENV)/.built
 	rm -rf out/demo
-	$(BIN)/sparse-cl run --method all --out out/demo
+	$(BIN)/sparse-cl run --method all --steps 120 --out out/demo
 
 test: lint
 	$(BIN)/python -m pytest
 
-lint: $(VENV)/.built
+lint: $(VENV)/.tools
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
 
-format: $(VENV)/.built
+format: $(VENV)/.tools
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
 
-bench: $(VENV)/.built
+bench: $(VENV)/.tools
 	$(BIN)/python -m pytest benchmarks --results out/bench.json
 
 clean:
@@ -40,5 +40,10 @@ $(VENV)/.packages: constraints.txt
 	touch $@
 
 $(VENV)/.built: $(VENV)/.packages $(SOURCES)
-	$(PIP) install -c constraints.txt --no-build-isolation -e '.[dev]'
+	$(PIP) install -c constraints.txt --no-build-isolation -e '.[run]'
+	touch $@
+
+# The installed package's own extra: what is built is not built again.
+$(VENV)/.tools: $(VENV)/.built
+	$(PIP) install -c constraints.txt 'sparse_cl[dev]'
 	touch $@

@@ -176,3 +176,24 @@ def test_files_that_are_no_memories(tmp_path):
         SubspaceMemory.load(path)
     with pytest.raises(FileNotFoundError):
         SubspaceMemory.load(tmp_path / "none.safetensors")
+
+
+def test_a_factorization_that_fails_leaves_the_domain_open(monkeypatch):
+    from sparse_cl.subspace import memory as module
+
+    memory = SubspaceMemory(trained())
+    memory.observe()
+    works, calls = module.new_directions, []
+
+    def fails_second(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise torch.linalg.LinAlgError("did not converge")
+        return works(*args)
+
+    monkeypatch.setattr(module, "new_directions", fails_second)
+    with pytest.raises(torch.linalg.LinAlgError):
+        memory.consolidate()
+    assert (memory.domains, [memory.rank(name) for name in memory.names]) == (0, [0, 0])
+    monkeypatch.undo()
+    assert all(rank > 0 for rank in memory.consolidate().values())

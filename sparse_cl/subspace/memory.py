@@ -183,18 +183,17 @@ class SubspaceMemory:
         if self.source == "inputs":
             # Gradients are the same in every process of a distributed run; inputs are not, and bases must be.
             _sum_over_processes(tensor for layer in observed for tensor in layer.moment.tensors().values())
+        grown: dict[str, Subspace] = {}
         added = {}
         for layers in batches(observed):
             subspaces = [self._follow(layer) for layer in layers]
             found = new_directions([layer.moment for layer in layers], subspaces, self.energy, self.max_rank)
-            for layer, directions in zip(layers, found, strict=True):
+            for layer, subspace, directions in zip(layers, subspaces, found, strict=True):
                 added[layer.name] = directions.shape[1]
-                if layer.subspace is None:
-                    layer.subspace = smaller_half(directions)
-                else:
-                    layer.subspace = layer.subspace.extended(directions)
+                grown[layer.name] = smaller_half(directions) if subspace is None else subspace.extended(directions)
+        # Only now, so that a factorization that fails leaves the domain open.
         for layer in observed:
-            layer.moment = None
+            layer.subspace, layer.moment = grown[layer.name], None
         self._pending, self._tests = {}, {}
         self.domains += 1
         self.version += 1
