@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -98,6 +99,8 @@ def _add_run(commands: argparse._SubParsersAction) -> None:
 
 def _run(arguments: argparse.Namespace) -> None:
     # transformers and its kin take seconds to import: not for --help or a mistyped option.
+    from tqdm.auto import tqdm
+
     from .four_domains import experiment
     from .four_domains.report import comparison
     from .four_domains.settings import Settings
@@ -118,7 +121,10 @@ def _run(arguments: argparse.Namespace) -> None:
         eval_records=arguments.eval_records,
         options={name: value for name in OPTIONS if (value := getattr(arguments, name)) is not None},
     )
-    runs = experiment.run(settings, arguments.out)
+    with warnings.catch_warnings():
+        # Beside the progress bars, and without the line of code that a reader of warnings does not know.
+        warnings.showwarning = lambda message, *_: tqdm.write(f"Warning: {message}", file=sys.stderr)
+        runs = experiment.run(settings, arguments.out)
     if not experiment.is_main_process():
         return
     print(comparison(runs))

@@ -106,3 +106,20 @@ def test_the_orthogonal_methods_take_their_settings_from_the_command_line(
     assert orthogonal["settings"]["method"] == {"energy": 1.0, "source": "gradients", "max_rank": 2}
     used = [layer["used"] for layer in orthogonal["domain_records"][0]["layers"].values()]
     assert max(used) == 2, "energy 1 takes all directions that there are, and a domain may add two"
+
+
+def test_warnings_are_told_in_words_alone(tmp_path, capsys, monkeypatch):
+    import warnings
+
+    from sparse_cl.four_domains import experiment
+
+    def run(settings, out):
+        warnings.warn("orthogonal: little survives", stacklevel=1)
+        return []
+
+    monkeypatch.setattr(experiment, "run", run)
+    monkeypatch.setattr(experiment, "is_main_process", lambda: False)
+    shown = warnings.showwarning
+    assert main(["run", "--out", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().err.strip() == "Warning: orthogonal: little survives"
+    assert warnings.showwarning is shown
