@@ -87,6 +87,9 @@ class SubspaceMethod(Method):
     def _remember(self, base: nn.Module, memory: SubspaceMemory) -> None:
         """Take a memory that is bound to `base`."""
         self.memory = memory
+        if memory.source == "inputs":
+            with memory.watch():
+                pass  # from now on only the probe batches are noted, not training
         parameters = dict(base.named_parameters())
         self._weights = {name: parameters[name] for name in memory.names}
 

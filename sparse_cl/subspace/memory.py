@@ -10,9 +10,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from sparse_cl.subspace import files
 from sparse_cl.subspace.consolidation import batches, new_directions
+from sparse_cl.subspace.hooks import InputHook
 from sparse_cl.subspace.layers import Layer, Moment, find_layers
 from sparse_cl.subspace.moments import ExactMoment, SketchedMoment, energy_of, row_blocks
 from sparse_cl.subspace.subspace import Subspace, smaller_half
@@ -39,7 +41,8 @@ class SubspaceMemory:
             ``max_rank + oversample`` columns.
         energy: share of Σ‖G‖²_F to explain, in (0, 1].
         source: ``"gradients"``: rows of ``.grad``, as they are when :meth:`observe` is called (after unscaling, if a
-            GradScaler is used). ``"inputs"``: the inputs of the layers, see :meth:`watch`; needs a model.
+            GradScaler is used). ``"inputs"``: the inputs of the layers in forward passes with gradients enabled, or in
+            those that :meth:`watch` names; needs a model.
         oversample: further columns of the sketch; default an eighth of ``max_rank``, at least 8.
         seed: of the sketch's random signs.
 
@@ -94,12 +97,14 @@ class SubspaceMemory:
         self._by_param = {id(layer.param): layer for layer in self._layers.values()}
         self._pending: dict[str, Moment] = {}
         self._tests: dict[tuple, Tensor] = {}
+        self._handles: list[RemovableHandle] = []
+        self._set_hooks()
 
     # What a training loop calls.
 
     @torch.no_grad()
     def observe(self) -> None:
-        """Adds what is there to observe: each tracked weight's ``.grad``, or the inputs watched since the last call.
+        """Adds what is there to observe: each tracked weight's ``.grad``, or the inputs noted since the last call.
 
         Waits for the device once, to look for values that are not finite. Call it after ``backward``, or as
         ``optimizer.register_step_pre_hook(lambda *_: memory.observe())``.
@@ -112,8 +117,8 @@ class SubspaceMemory:
             pending, self._pending = self._pending, {}
             if not pending:
                 raise ValueError(
-                    "observe: no forward pass was watched since the last call; run the model inside "
-                    "`with memory.watch():`"
+                    "observe: no forward pass was noted since the last call; run the model with gradients enabled, or "
+                    "inside `with memory.watch():`"
                 )
             self._refuse_not_finite(list(pending), [moment.energy() for moment in pending.values()])
             for name, moment in pending.items():
@@ -135,37 +140,29 @@ class SubspaceMemory:
     def watch(self, tokens: Tensor | None = None) -> Iterator[None]:
         """While it lasts, forward passes are noted for the next :meth:`observe` (``source="inputs"``).
 
+        Without it those with gradients enabled are, as a training loop has them. From the first use on only passes
+        inside it count, with gradients or without, and what was noted before is dropped.
+
         Args:
             tokens: (batch, length), nonzero where an input counts: the attention mask. Layers whose inputs have other
                 leading dimensions count all of theirs.
         """
         if self.source != "inputs":
             raise ValueError(f'watch: the memory\'s source is "{self.source}"; build it with source="inputs"')
-        watched = [(layer, module) for layer in self._layers.values() for module in layer.modules]
-        if not watched:
+        if not self._handles:
             raise ValueError("watch: the memory is bound to no model; call memory.bind(model) first")
-        keep = None if tokens is None else tokens.reshape(-1).ne(0)
-        shapes = () if tokens is None else (tokens.shape, keep.shape)
-
-        def note(layer: Layer):
-            @torch.no_grad()
-            def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-                rows = inputs[0].detach()
-                leading, rows = rows.shape[:-1], rows.reshape(-1, rows.shape[-1])
-                if leading in shapes:
-                    rows = rows[keep.to(rows.device)]
-                if layer.name not in self._pending:
-                    self._pending[layer.name] = self._new_moment(layer)
-                self._pending[layer.name].add(rows, self._follow(layer))
-
-            return hook
-
-        handles = [module.register_forward_pre_hook(note(layer)) for layer, module in watched]
+        if self._noting == "training":
+            self._pending = {}
+        self._noting, self._tokens = "all", tokens
         try:
             yield
         finally:
-            for handle in handles:
-                handle.remove()
+            self._noting, self._tokens = "nothing", None
+
+    def note(self, name: str, inputs: Tensor) -> None:
+        """Notes the inputs (..., n) of a layer, if passes count now; for the layers' hooks."""
+        if self._noting == "all" or (self._noting == "training" and torch.is_grad_enabled()):
+            self._note(self._layers[name], inputs.detach())
 
     @torch.no_grad()
     def consolidate(self) -> dict[str, int]:
@@ -293,7 +290,8 @@ class SubspaceMemory:
         memory = cls.__new__(cls)
         vars(memory).update(settings)
         memory.version, memory._embeddings = 0, {}
-        memory._layers, memory._by_param, memory._pending, memory._tests = {}, {}, {}, {}
+        memory._layers, memory._by_param, memory._pending, memory._tests, memory._handles = {}, {}, {}, {}, []
+        memory._set_hooks()
         for layer, moment in layers:
             memory._layers[layer.name] = layer
             if moment:
@@ -324,6 +322,7 @@ class SubspaceMemory:
             layer.param, layer.modules = found[name].param, found[name].modules
         self._by_param = {id(layer.param): layer for layer in self._layers.values()}
         self._take_embeddings(embeddings)
+        self._set_hooks()
         self.version += 1
 
     @property
@@ -347,12 +346,16 @@ class SubspaceMemory:
         # Watching needs modules; a copy or a pickle of a memory should not be one of the whole model.
         layers = {name: Layer(**{**vars(layer), "modules": []}) for name, layer in self._layers.items()}
         state = {**vars(self), "_layers": layers, "_by_param": None, "_embeddings": list(self._embeddings.values())}
-        return {**state, "_pending": {}, "_tests": {}}
+        return {**state, "_pending": {}, "_tests": {}, "_handles": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._by_param = {id(layer.param): layer for layer in self._layers.values() if layer.param is not None}
         self._embeddings = {id(param): param for param in state["_embeddings"]}
+
+    def __del__(self) -> None:
+        for handle in getattr(self, "_handles", ()):
+            handle.remove()
 
     def __repr__(self) -> str:
         used, width = (sum(c[k] for c in self.capacity().values()) for k in ("used", "width"))
@@ -360,6 +363,33 @@ class SubspaceMemory:
         return f"SubspaceMemory({len(self._layers)} weights, {self.domains} domains, {share})"
 
     # Inside.
+
+    @torch.no_grad()
+    def _note(self, layer: Layer, inputs: Tensor) -> None:
+        if inputs.shape[-1] != layer.width:
+            return  # the layer itself says best what is wrong
+        rows = inputs.reshape(-1, layer.width)
+        if self._tokens is not None:
+            keep = self._tokens.reshape(-1).ne(0)
+            if inputs.shape[:-1] in (self._tokens.shape, keep.shape):
+                rows = rows[keep.to(rows.device)]
+        if layer.name not in self._pending:
+            self._pending[layer.name] = self._new_moment(layer)
+        self._pending[layer.name].add(rows, self._follow(layer))
+
+    def _set_hooks(self) -> None:
+        """Hooks on the layers of the model that the memory is bound to now, if it looks at inputs."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        #: Which forward passes are noted: those in "training" (gradients enabled), "all", or "nothing".
+        self._noting, self._tokens = "training", None
+        if self.source == "inputs":
+            self._handles = [
+                module.register_forward_pre_hook(InputHook(self, layer.name))
+                for layer in self._layers.values()
+                for module in layer.modules
+            ]
 
     def _take_embeddings(self, embeddings: Mapping[str, Tensor]) -> None:
         #: Names of the parameters of embeddings, which are not tracked.

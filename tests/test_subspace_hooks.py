@@ -1,0 +1,77 @@
+"""Which forward passes a memory of inputs notes, and what its hooks leave behind."""
+
+import copy
+import gc
+import pickle
+
+import torch
+from torch import nn
+
+from sparse_cl import SubspaceMemory
+
+
+def model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(12, 20), nn.Tanh(), nn.Linear(20, 3))
+
+
+def batches(count=4):
+    rng = torch.Generator().manual_seed(1)
+    return list(torch.randn(count, 8, 12, generator=rng) * torch.arange(1, 13))
+
+
+def moments(memory):
+    return {name: layer.moment.moment for name, layer in memory._layers.items()}
+
+
+def test_a_training_loop_is_noted_without_more_ado():
+    trained, watched = model(), model()
+    loop = SubspaceMemory(trained, source="inputs")
+    explicit = SubspaceMemory(watched, source="inputs")
+    for x in batches():
+        trained(x).square().mean().backward()
+        with torch.no_grad():
+            trained(torch.randn(8, 12))  # evaluation does not count
+        loop.observe()
+        with explicit.watch(), torch.no_grad():
+            watched(x)
+        explicit.observe()
+    for name, moment in moments(loop).items():
+        assert moment.any()
+        assert torch.equal(moment, moments(explicit)[name])
+
+
+def test_passes_before_the_first_watch_are_dropped_and_later_ones_do_not_count():
+    net = model()
+    memory = SubspaceMemory(net, source="inputs")
+    first, second, third, _ = batches()
+    net(first)
+    with memory.watch():
+        net(second)
+    net(third)
+    memory.observe()
+    assert torch.allclose(moments(memory)["0.weight"], second.mT @ second)
+
+
+def test_hooks_go_with_the_memory_and_to_no_copy():
+    net = model()
+    memory = SubspaceMemory(net, source="inputs")
+    for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        twin(batches()[0])
+    assert not memory._pending
+    net(batches()[0])
+    assert memory._pending.keys() == {"0.weight", "2.weight"}
+    del memory
+    gc.collect()
+    assert not any(layer._forward_pre_hooks for layer in net)
+
+
+def test_binding_to_another_model_moves_the_hooks():
+    first, second = model(), model()
+    memory = SubspaceMemory(first, source="inputs")
+    memory.bind(second)
+    first(batches()[0])
+    assert not memory._pending
+    second(batches()[0])
+    memory.observe()
+    assert torch.allclose(moments(memory)["0.weight"], batches()[0].mT @ batches()[0])
