@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip -q --disable-pip-version-check
 SOURCES := setup.py CMakeLists.txt pyproject.toml $(wildcard csrc/*)
-CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh tests/cuda_emulation/*)
+CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh tests/cuda_emulation/*.h tests/cuda_emulation/*.cpp)
 
 .PHONY: demo test lint format bench clean
 
