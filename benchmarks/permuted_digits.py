@@ -65,10 +65,16 @@ def orthogonal(model: nn.Module, tasks: list[Task], lr: float, energy: float):
             cross_entropy(model(images), labels).backward()
             optimizer.step()
         yield memory
-        with torch.no_grad(), memory.watch():
-            model(task.images)
-        memory.observe()
-        memory.consolidate()
+        remember(memory, model, task.images)
+
+
+@torch.no_grad()
+def remember(memory: SubspaceMemory, model: nn.Module, images: Tensor) -> None:
+    """Ends a task: what its images used of each layer joins the memory."""
+    with memory.watch():
+        model(images)
+    memory.observe()
+    memory.consolidate()
 
 
 def adamw(model: nn.Module, tasks: list[Task], lr: float, weight_decay: float):
@@ -96,10 +102,7 @@ def projected_gradient(model: nn.Module, tasks: list[Task], lr: float, energy: f
                 memory.subspace(weight).project_out_(weight.grad)
             optimizer.step()
         yield memory
-        with torch.no_grad(), memory.watch():
-            model(task.images)
-        memory.observe()
-        memory.consolidate()
+        remember(memory, model, task.images)
 
 
 def gpm(model: nn.Sequential, tasks: list[Task], lr: float, energy: float):

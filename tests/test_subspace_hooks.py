@@ -69,6 +69,7 @@ def test_hooks_go_with_the_memory_and_to_no_copy():
 def test_binding_to_another_model_moves_the_hooks():
     first, second = model(), model()
     memory = SubspaceMemory(first, source="inputs")
+    first(batches()[1])
     memory.bind(second)
     first(batches()[0])
     assert not memory._pending

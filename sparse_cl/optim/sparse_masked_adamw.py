@@ -71,7 +71,7 @@ class SparseMaskedAdamW(Optimizer):
     ):
         for name, value in refused.items():
             if name not in ("foreach", "fused", "differentiable"):
-                raise TypeError(f"SparseMaskedAdamW has no argument {name!r}")
+                raise TypeError(f"{type(self).__name__} has no argument {name!r}")
             if value or (name != "differentiable" and value is not None):
                 raise ValueError(f"{name}={value!r} is not supported: every step is one fused op; leave {name} out")
         defaults = {

@@ -16,8 +16,8 @@ from sparse_cl.subspace import files
 from sparse_cl.subspace.consolidation import batches, new_directions
 from sparse_cl.subspace.hooks import InputHook
 from sparse_cl.subspace.layers import Layer, Moment, find_layers
-from sparse_cl.subspace.moments import ExactMoment, SketchedMoment, energy_of, row_blocks
-from sparse_cl.subspace.subspace import Subspace, smaller_half
+from sparse_cl.subspace.moments import ExactMoment, SketchedMoment, row_blocks
+from sparse_cl.subspace.subspace import Subspace, energy_of, smaller_half
 
 SOURCES = ("gradients", "inputs")
 
@@ -381,7 +381,7 @@ class SubspaceMemory:
         """Hooks on the layers of the model that the memory is bound to now, if it looks at inputs."""
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        self._handles, self._pending = [], {}
         #: Which forward passes are noted: those in "training" (gradients enabled), "all", or "nothing".
         self._noting, self._tokens = "training", None
         if self.source == "inputs":

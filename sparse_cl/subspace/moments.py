@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sparse_cl.ops import gram_factor
-from sparse_cl.subspace.subspace import Subspace
+from sparse_cl.subspace.subspace import Subspace, energy_of
 
 #: Rows go through the two products of an observation in blocks: on the CPU so few that a block stays in cache from the
 #: first to the second, elsewhere enough entries to fill the device.
@@ -45,11 +45,6 @@ def row_blocks(rows: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
     on_cpu = rows.device.type == "cpu"
     for block in rows.split(_CPU_ROWS if on_cpu else max(1, _ENTRIES // max(1, rows.shape[1]))):
         yield block.to(dtype)
-
-
-def energy_of(rows: Tensor) -> Tensor:
-    """||rows||²_F: 0-d, float64. Added up in float64, but over float32 rows, which is as exact and far faster."""
-    return torch.linalg.vector_norm(rows, dim=1).double().square().sum()
 
 
 class ExactMoment:
