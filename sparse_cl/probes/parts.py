@@ -1,0 +1,191 @@
+"""The parts of a transformer that probes watch: residual blocks, and in each its attention and its MLP."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+_MIXTURE = re.compile("Experts|Router|M[oO][eE]")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Names of linear layers, children of one module: into its neurons (or heads), and out of them.
+
+    `stacked`: the one layer into the neurons holds gate and up on top of each other (2·neurons outputs).
+    """
+
+    into: tuple[str, ...]
+    out: str
+    stacked: bool = False
+
+
+MLPS = (
+    Layout(("gate_proj", "up_proj"), "down_proj"),  # Llama, Qwen, Mistral, Gemma
+    Layout(("gate_up_proj",), "down_proj", stacked=True),  # Phi-3, GLM-4
+    Layout(("fc1",), "fc2"),  # OPT, Phi
+    Layout(("c_fc",), "c_proj"),  # GPT-2, GPT-Neo
+    Layout(("dense_h_to_4h",), "dense_4h_to_h"),  # GPT-NeoX, Bloom
+)
+ATTENTIONS = (
+    Layout(("q_proj", "k_proj", "v_proj"), "o_proj"),  # Llama, Qwen, Mistral, Gemma
+    Layout(("qkv_proj",), "o_proj"),  # Phi-3
+    Layout(("q_proj", "k_proj", "v_proj"), "dense"),  # Phi
+    Layout(("q_proj", "k_proj", "v_proj"), "out_proj"),  # OPT
+    Layout(("c_attn",), "c_proj"),  # GPT-2
+    Layout(("query_key_value",), "dense"),  # GPT-NeoX, Bloom
+)
+_ACTIVATIONS = ("act_fn", "activation_fn", "act")
+
+
+@dataclass(frozen=True)
+class Attention:
+    """One attention of a model. `name` is the module's; `into` and `out` are its linear layers by full name."""
+
+    name: str
+    layout: Layout
+    into: dict[str, nn.Module]
+    out: nn.Module
+    out_name: str
+
+
+@dataclass(frozen=True)
+class MLP(Attention):
+    """One MLP of a model. `activation`: the module of its non-linearity, where it has one."""
+
+    activation: nn.Module | None = None
+
+    @property
+    def neurons(self) -> int:
+        """Number of neurons: inputs of the layer out of them."""
+        return shape_of(self.out)[1]
+
+
+@dataclass(frozen=True)
+class Block:
+    """One residual block; the output of `module` is the hidden state after it."""
+
+    name: str
+    module: nn.Module
+    attention: Attention
+    mlp: MLP
+
+
+def is_transposed(layer: nn.Module) -> bool:
+    """Whether the weight is (in, out): GPT-2's Conv1D. Recognised by name, as transformers is not imported here."""
+    return type(layer).__name__ == "Conv1D"
+
+
+def shape_of(layer: nn.Module) -> tuple[int, int]:
+    """Outputs and inputs of a linear layer, adapted or quantized ones too."""
+    if is_transposed(layer):
+        return layer.weight.shape[1], layer.weight.shape[0]
+    return layer.out_features, layer.in_features
+
+
+def matrix_of(layer: nn.Module, name: str) -> Tensor:
+    """The weight of a linear layer as (outputs, inputs), a view.
+
+    Raises:
+        ValueError: it has no plain matrix (a quantized or adapted layer).
+    """
+    if not hasattr(layer, "get_base_layer") and tuple(layer.weight.shape) == (
+        shape_of(layer)[::-1] if is_transposed(layer) else shape_of(layer)
+    ):
+        return layer.weight.mT if is_transposed(layer) else layer.weight
+    raise ValueError(
+        f"{name} is a {type(layer).__name__} without a plain weight matrix; its neurons can be watched but not chosen. "
+        "Load the model unquantized, and merge its adapters (merge_and_unload)"
+    )
+
+
+def find_mlps(model: nn.Module) -> list[MLP]:
+    """Every MLP of the model with one of the layouts `MLPS`, in the order of its modules.
+
+    Raises:
+        ValueError: there is none, or one with parts that are no linear layers; or the model is a mixture of experts.
+    """
+    return [
+        MLP(*found, next((children[a] for a in _ACTIVATIONS if a in children), None))
+        for found, children in _find(model, "MLP", MLPS)
+    ]
+
+
+def find_attentions(model: nn.Module) -> list[Attention]:
+    """Every attention of the model with one of the layouts `ATTENTIONS`; errors as those of `find_mlps`."""
+    return [Attention(*found) for found, _ in _find(model, "attention", ATTENTIONS)]
+
+
+def find_blocks(model: nn.Module) -> list[Block]:
+    """Every residual block: entries of a ModuleList that hold one attention and one MLP.
+
+    Raises:
+        ValueError: there is none; and those of `find_mlps`.
+    """
+    mlps, attentions = find_mlps(model), find_attentions(model)
+    blocks = []
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.ModuleList):
+            continue
+        for number, child in module.named_children():
+            full = f"{name}.{number}" if name else number
+            inside = [
+                [part for part in parts if f"{part.name}.".startswith(f"{full}.")] for parts in (attentions, mlps)
+            ]
+            if [len(parts) for parts in inside] == [1, 1]:
+                blocks.append(Block(full, child, inside[0][0], inside[1][0]))
+    if not blocks:
+        raise ValueError(
+            f"{type(model).__name__} has no residual blocks that are known here. Looked for entries of a "
+            "torch.nn.ModuleList with one attention and one MLP each. Give the modules to watch: modules={name: module}"
+        )
+    return blocks
+
+
+def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The linear layers of all blocks by name: embeddings and head left out. Errors as those of `find_blocks`."""
+    layers = {}
+    for block in find_blocks(model):
+        for part in (block.attention, block.mlp):
+            layers |= {**part.into, part.out_name: part.out}
+    return layers
+
+
+def _find(
+    model: nn.Module, kind: str, layouts: tuple[Layout, ...]
+) -> Iterator[tuple[tuple[str, Layout, dict[str, nn.Module], nn.Module, str], dict[str, nn.Module]]]:
+    for name, module in model.named_modules():
+        if _MIXTURE.search(type(module).__name__):
+            raise ValueError(
+                f"{type(model).__name__} is a mixture of experts ({name or 'the model'} is a {type(module).__name__}), "
+                "which the probes do not support: a token passes only some of its neurons. Take a dense model, or give "
+                "the modules to watch: modules={name: module}"
+            )
+    anything = False
+    for name, module in model.named_modules():
+        children = dict(module.named_children())
+        layout = next((x for x in layouts if all(c in children for c in (*x.into, x.out))), None)
+        if layout is None:
+            continue
+        anything = True
+        prefix = f"{name}." if name else ""
+        for child in (*layout.into, layout.out):
+            layer = children[child]
+            if not is_transposed(layer) and not (hasattr(layer, "in_features") and hasattr(layer, "out_features")):
+                raise ValueError(
+                    f"{prefix}{child} is a {type(layer).__name__}, where a torch.nn.Linear or transformers' Conv1D was "
+                    "expected. Give the modules to watch: modules={name: module}"
+                )
+        into = {f"{prefix}{child}": children[child] for child in layout.into}
+        yield (name, layout, into, children[layout.out], f"{prefix}{layout.out}"), children
+    if not anything:
+        looked_for = "; ".join(" + ".join((*layout.into, layout.out)) for layout in layouts)
+        kinds = sorted({name.rpartition(".")[2] for name, m in model.named_modules() if hasattr(m, "weight")})
+        raise ValueError(
+            f"{type(model).__name__} has no {kind} that is known here. Looked for modules with the children: "
+            f"{looked_for}. Its layers with a weight are called: {', '.join(kinds) or 'none'}. "
+            "Give the modules to watch: modules={name: module}"
+        )

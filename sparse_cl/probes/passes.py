@@ -1,0 +1,195 @@
+"""Forward passes over batches, while probes watch what goes into layers and what comes out."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+TOKENS = ("answers", "text", "all")
+"""Which tokens count. "answers": those with a label (all of "text" in a batch without labels); "text": all that are
+attended to but the first of each sequence, which is the BOS where there is one and draws massive activations even
+where there is none; "all": all that are attended to."""
+
+IGNORED = -100
+"""The label of a token that the loss leaves out (PyTorch's and transformers' convention)."""
+
+Batch = Mapping[str, Tensor] | Tensor | Sequence[Tensor]
+"""What a model is called with: by name (labels are left out), as its one argument, or as several."""
+
+
+@dataclass(frozen=True)
+class Watch:
+    """One place to look at in each pass.
+
+    Attributes:
+        name: for errors and results.
+        module: it must run in every pass.
+        side: "input", its first argument, or "output", the first of its outputs.
+        see: called with rows (t, width), those of the tokens that count, in the module's dtype; and sequences (t,),
+            int64: which sequence of the run each is from, counted from 0. Both on the module's device.
+    """
+
+    name: str
+    module: nn.Module
+    side: str
+    see: Callable[[Tensor, Tensor], None]
+
+
+def stream(model: nn.Module, watches: Sequence[Watch], batches: Iterable[Batch], *, tokens: str = "answers") -> int:
+    """Runs the model on every batch, in evaluation mode and without gradients, and returns how many tokens counted.
+
+    A language model computes no logits but each sequence's last: what is watched does not depend on them.
+
+    Raises:
+        ValueError: no batch, or none with a token that counts; activations that are not finite; a watched module that
+            does not run. Hooks are removed and modes put back whatever happens.
+    """
+    if tokens not in TOKENS:
+        raise ValueError(f"tokens: expected one of {', '.join(TOKENS)}, got {tokens!r}")
+    kept = number = sequences = 0
+    rows = _Rows()
+    with ExitStack() as stack:
+        stack.enter_context(evaluation(model))
+        stack.enter_context(torch.no_grad())
+        for watch in watches:
+            stack.callback(rows.hook(watch).remove)
+        for number, batch in enumerate(batches, 1):
+            kept += rows.begin(batch, tokens, sequences)
+            sequences += rows.entries
+            call(model, batch, logits=False)
+            rows.finish(number, watches)
+    if not kept:
+        raise ValueError(
+            "batches: expected at least one with a token that counts, got "
+            + (f"{number} without any (tokens={tokens!r})" if number else "no batch; is the domain empty?")
+        )
+    return kept
+
+
+@contextmanager
+def evaluation(model: nn.Module) -> Iterator[None]:
+    """In evaluation mode; each module's own mode is put back."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def call(model: nn.Module, batch: Batch, *, logits: bool = True) -> Any:
+    """The model's output on a batch, which is moved to where the model's first parameter is.
+
+    Args:
+        logits: False where all but a sequence's last may be left out.
+    """
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if isinstance(batch, Tensor):
+        return model(batch.to(device))
+    if not isinstance(batch, Mapping):
+        return model(*(part.to(device) for part in batch))
+    arguments = {name: part.to(device) for name, part in batch.items() if name != "labels"}
+    accepted = inspect.signature(model.forward).parameters
+    if "use_cache" in accepted:
+        arguments["use_cache"] = False
+    if not logits and "logits_to_keep" in accepted:
+        arguments["logits_to_keep"] = 1
+    return model(**arguments)
+
+
+def answer_tokens(batch: Batch, tokens: str) -> Tensor | None:
+    """Which tokens of a batch count, (batch, length) bool (see `TOKENS`); None where it has no tokens: all rows do."""
+    if not isinstance(batch, Mapping) or not ("input_ids" in batch or "attention_mask" in batch):
+        return None
+    mask = batch.get("attention_mask")
+    mask = torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
+    if tokens == "all":
+        return mask
+    mask = mask & (mask.cumsum(1) > 1)
+    return mask & (batch["labels"] != IGNORED) if tokens == "answers" and "labels" in batch else mask
+
+
+class _Rows:
+    """What counts of the batch that is passing, handed to the watches."""
+
+    def __init__(self) -> None:
+        self.entries = 0
+        self._first = 0
+        self._total: int | None = None
+        self._index: Tensor | None = None
+        self._sequences: Tensor | None = None
+        self._sums: dict[str, Tensor] = {}
+        self._on_device: dict[torch.device, tuple[Tensor | None, Tensor]] = {}
+
+    def begin(self, batch: Batch, tokens: str, first: int) -> int:
+        """Takes in a batch whose first sequence is number `first`; how many of its tokens count, as far as is known."""
+        self._first, self._sums, self._on_device = first, {}, {}
+        mask = answer_tokens(batch, tokens)
+        if mask is None:
+            part = batch if isinstance(batch, Tensor) else next(iter(getattr(batch, "values", lambda: batch)()))
+            self.entries, self._total, self._index, self._sequences = len(part), None, None, None
+            return part.shape[:-1].numel() if part.is_floating_point() else part.numel()
+        self.entries, self._total = len(mask), mask.numel()
+        self._index = mask.flatten().nonzero().flatten()
+        self._sequences = first + self._index // mask.shape[1]
+        return len(self._index)
+
+    def hook(self, watch: Watch) -> Any:
+        if watch.side not in ("input", "output"):
+            raise ValueError(f"side of {watch.name}: expected 'input' or 'output', got {watch.side!r}")
+        if watch.side == "output":
+            return watch.module.register_forward_hook(lambda _, __, output: self._show(watch, output))
+        return watch.module.register_forward_pre_hook(
+            lambda _, args, named: self._show(watch, args or next(iter(named.values()))), with_kwargs=True
+        )
+
+    def _show(self, watch: Watch, value: Any) -> None:
+        value = value[0] if isinstance(value, tuple) else value
+        rows = value.reshape(-1, value.shape[-1])
+        if self._total is None:
+            each = max(1, len(rows) // max(1, self.entries))
+            sequences = self._first + torch.arange(len(rows), device=rows.device) // each
+        else:
+            if len(rows) != self._total:
+                raise ValueError(
+                    f"{watch.name} has {len(rows)} rows for the {self._total} tokens of a batch; "
+                    "watch modules that see every token"
+                )
+            index, sequences = self._place(rows.device)
+            rows = rows if len(index) == len(rows) else rows[index]
+        wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
+        total = rows.sum(dtype=wide)
+        self._sums[watch.name] = self._sums.get(watch.name, 0) + total
+        watch.see(rows, sequences)
+
+    def _place(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        if device not in self._on_device:
+            self._on_device[device] = (self._index.to(device), self._sequences.to(device))
+        return self._on_device[device]
+
+    def finish(self, number: int, watches: Sequence[Watch]) -> None:
+        """After the pass of batch `number`: whether all watched ran, on finite numbers."""
+        for watch in watches:
+            if watch.name not in self._sums:
+                raise ValueError(
+                    f"{watch.name} ({type(watch.module).__name__}) did not run in batch {number}; "
+                    "watch modules that run in every forward pass"
+                )
+        if not watches:
+            return
+        # One transfer a batch, not one a layer.
+        device = next(iter(self._sums.values())).device
+        sums = torch.stack([total.to(device, torch.float64) for total in self._sums.values()])
+        if not sums.isfinite().all():
+            broken = list(self._sums)[int((~sums.isfinite()).nonzero()[0])]
+            raise ValueError(
+                f"activations that are not finite in {broken}, batch {number}; look at that batch, and at the model's "
+                "weights and dtype (float16 overflows where bfloat16 does not)"
+            )
