@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .metrics import LOWER_IS_BETTER
+
+if TYPE_CHECKING:
+    import numpy as np
+    from matplotlib.figure import Figure
 
 TITLES = {
     "bits_per_byte": "bits per byte of the response (lower is better)",
@@ -15,11 +19,23 @@ TITLES = {
 }
 
 
-def _new_figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
+#: Inches: what a page or a report is wide.
+PAGE_WIDTH = 10.0
+
+
+def new_figure(
+    rows: int = 1, columns: int = 1, width: float | None = None, height: float = 3.0
+) -> tuple[Figure, np.ndarray]:
+    """A figure and its axes, a (rows, columns) array; `width` and `height` are inches of one of the axes.
+
+    Args:
+        width: None: so that the columns fill a page.
+    """
     # The object interface: no global state, and no display needed.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    width = PAGE_WIDTH / columns if width is None else width
     figure = Figure(figsize=(width * columns, height * rows), layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, columns, squeeze=False)
@@ -29,7 +45,7 @@ def draw_matrices(runs: Sequence[dict[str, Any]], path: Path) -> None:
     """R as a heat map, a column a method, a row a metric. Boxed: the domain that was just learned."""
     metrics = list(runs[0]["R"])
     domains = runs[0]["domains"]
-    figure, axes = _new_figure(len(metrics), len(runs), 1.6 + 0.75 * len(domains), 1.2 + 0.5 * len(domains))
+    figure, axes = new_figure(len(metrics), len(runs), 1.6 + 0.75 * len(domains), 1.2 + 0.5 * len(domains))
     for row, metric in enumerate(metrics):
         values = [v for run in runs for line in run["R"][metric] for v in line if v is not None]
         for column, run in enumerate(runs):
@@ -65,7 +81,7 @@ def draw_curves(runs: Sequence[dict[str, Any]], path: Path) -> None:
     metrics = list(runs[0]["R"])
     domains = runs[0]["domains"]
     has_reference = runs[0]["R_reference"][0] is not None
-    figure, axes = _new_figure(len(metrics), len(domains) + has_reference, 2.6, 2.5)
+    figure, axes = new_figure(len(metrics), len(domains) + has_reference, 2.6, 2.5)
     stages = range(len(domains) + 1)
     for row, metric in enumerate(metrics):
         for column, domain in enumerate([*domains, *(["reference text"] if has_reference else [])]):
@@ -118,7 +134,7 @@ def draw_capacity(runs: Sequence[dict[str, Any]], path: Path) -> None:
     """Used share of each layer's input directions after each domain, stacked, and what is free above; a row a run."""
     from matplotlib import colormaps
 
-    figure, axes = _new_figure(len(runs), 1, 10, 3)
+    figure, axes = new_figure(len(runs), 1, 10, 3)
     for (axis,), run in zip(axes, runs, strict=True):
         records = run["domain_records"]
         groups = by_kind(list(records[-1]["layers"]))

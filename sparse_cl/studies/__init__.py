@@ -1,0 +1,1 @@
+"""Studies: the probes over domains, models and checkpoints, and the reports that show what they found."""

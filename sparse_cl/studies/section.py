@@ -1,0 +1,52 @@
+"""What a report shows of one probe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sparse_cl.four_domains.figures import PAGE_WIDTH, new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["PAGE_WIDTH", "Section", "Table", "new_figure"]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells as they are shown. The first column names the row; the others are numbers, and stand to the right.
+
+    Raises:
+        ValueError: a row has more or fewer cells than the header.
+    """
+
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+    def __post_init__(self) -> None:
+        for number, row in enumerate(self.rows):
+            if len(row) != len(self.header):
+                raise ValueError(
+                    f"table: expected {len(self.header)} cells in each row, as in its header, got {len(row)} in row "
+                    f"{number} ({', '.join(map(str, row[:3]))}, ...)"
+                )
+
+
+@dataclass(frozen=True)
+class Section:
+    """One question that a report answers.
+
+    Attributes:
+        title: a few words, unique in a report.
+        sentence: what is seen, computed from the numbers, true also where the conjecture fails.
+        figures: made by `new_figure`, drawn for a page `PAGE_WIDTH` inches wide.
+        table: the numbers behind the sentence.
+        note: definitions, formulas, the null, the ceiling and what to beware of: one short paragraph.
+    """
+
+    title: str
+    sentence: str
+    figures: tuple[Figure, ...] = ()
+    table: Table | None = None
+    note: str = ""
