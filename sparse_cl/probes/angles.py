@@ -1,0 +1,48 @@
+"""How much of one subspace lies in another."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def principal_angles(u: Tensor, v: Tensor) -> Tensor:
+    """The principal angles between the spans of u and v, in radians, smallest first.
+
+    Both from their cosines and from their sines, so that small ones are exact too (Björck & Golub 1973).
+
+    Args:
+        u: (n, k), orthonormal columns.
+        v: (n, l), orthonormal columns.
+
+    Returns:
+        (min(k, l),) float64, in [0, π/2].
+
+    Raises:
+        ValueError: not two matrices with as many rows.
+    """
+    if u.dim() != 2 or v.dim() != 2 or u.shape[0] != v.shape[0]:
+        raise ValueError(
+            f"u, v: expected two bases (n, k) and (n, l) of one space, got shapes {tuple(u.shape)} and {tuple(v.shape)}"
+        )
+    if u.shape[1] > v.shape[1]:
+        u, v = v, u
+    u, v = u.double(), v.double().to(u.device)
+    product = v.mT @ u
+    _, cosines, right = torch.linalg.svd(product, full_matrices=False)
+    # The part of each principal vector of u that is outside v has the sine for its length.
+    sines = torch.linalg.vector_norm(u @ right.mT - v @ (product @ right.mT), dim=0)
+    return torch.atan2(sines, cosines)
+
+
+def subspace_overlap(u: Tensor, v: Tensor) -> float:
+    """‖UᵀV‖²_F / min(k, l): mean squared cosine of the principal angles.
+
+    1 where the smaller span lies in the larger, 0 where they are orthogonal. Of a random span of k dimensions and any
+    of l >= k it is l/n on average, which is the null to print beside it.
+
+    Args:
+        u, v: as for :func:`principal_angles`.
+    """
+    angles = principal_angles(u, v)
+    return float(angles.cos().square().mean()) if len(angles) else 0.0
