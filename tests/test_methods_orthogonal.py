@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from sparse_cl.methods import Orthogonal, OrthogonalLoRA
-from sparse_cl.methods.capacity import scarcity
+from sparse_cl.probes.capacity import scarcity
 
 METHODS = (Orthogonal, OrthogonalLoRA)
 LR = {Orthogonal: 1e-3, OrthogonalLoRA: 1e-2}

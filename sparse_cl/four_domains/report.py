@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sparse_cl.methods.capacity import scarcity
+from sparse_cl.probes.capacity import scarcity
 
 from .evaluate import METRICS
 from .metrics import FORMULAS, LOWER_IS_BETTER, summarize
@@ -32,7 +32,7 @@ def run_record(
     metric. `R` may hold null where a domain has no record of a metric's kind; `R_reference` is the bits per byte
     of the reference text at each stage. `seconds` is training, scoring left out; `state_bytes` the optimizer's
     largest state. `domain_records` has an entry a domain: its name under `domain`, and what the method reports on it;
-    methods that protect subspaces give under `layers` what `sparse_cl.methods.capacity.Layers` says.
+    methods that protect subspaces give under `layers` what `sparse_cl.probes.capacity.Layers` says.
     """
     R = {metric: matrix(progress.stages, metric) for metric in METRICS}
     R = {metric: rows for metric, rows in R.items() if any(value is not None for value in rows[0])}

@@ -14,12 +14,12 @@ from torch import nn
 
 from sparse_cl.lora import orthogonal_lora
 from sparse_cl.optim import SubspaceProjectedAdamW
+from sparse_cl.probes.capacity import scarcity
+from sparse_cl.probes.parts import is_transposed
 from sparse_cl.subspace import Subspace, SubspaceMemory
 
 from .base import Batch, Method
-from .capacity import scarcity
 from .lora import ALPHA, RANK, add_adapter
-from .mlp import is_transposed
 
 _FILE = "memory.safetensors"
 _GRADIENT_BATCHES = 4

@@ -1,0 +1,331 @@
+"""Capacity: how much of each layer's input space domains use, and how much of a new domain's gradient is left."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparse_cl.probes.parts import find_blocks, shape_of
+from sparse_cl.probes.passes import Watch, stream
+from sparse_cl.subspace.consolidation import new_directions
+from sparse_cl.subspace.moments import ExactMoment
+from sparse_cl.subspace.subspace import Subspace, energy_of, smaller_half
+
+SCARCE = 0.1
+"""A layer in which a smaller share than this of a new domain's gradient survives can learn little of that domain."""
+
+
+Layers = Mapping[str, Mapping[str, Any]]
+"""What a method that protects subspaces reports of a domain: layer → `width` (input directions), `used` and `free` of
+them once the domain is learned (ints); `surviving`, B: the share of the energy of the domain's gradient, before it is
+learned, that lies outside the basis in force; `leak`, the share of the energy of the layer's change over the domain
+that lies inside that basis (None where there was none)."""
+
+
+def scarcity(layers: Layers) -> str | None:
+    """A sentence on the layers in which less than `SCARCE` of the gradient survives; None where there is no such."""
+    scarce = [name for name, layer in layers.items() if layer["surviving"] < SCARCE]
+    if not scarce:
+        return None
+    worst = min(scarce, key=lambda name: layers[name]["surviving"])
+    return (
+        f"less than {SCARCE:.0%} of the new domain's gradient survives the projection in {len(scarce)} of "
+        f"{len(layers)} layers; the least, {layers[worst]['surviving']:.2%}, in {worst}"
+    )
+
+
+@dataclass(frozen=True)
+class InputMoments:
+    """Second moments of the inputs of layers over one domain, in two halves: even and odd sequences.
+
+    Attributes:
+        halves: input name → two (n, n) moments Σ x xᵀ.
+        layers: input name → names of the linear layers that read this input.
+        tokens: how many were seen.
+    """
+
+    halves: dict[str, tuple[ExactMoment, ExactMoment]]
+    layers: dict[str, tuple[str, ...]]
+    tokens: int
+
+
+class InputProbe:
+    """Streams the second moments of what enters the linear layers: 8 n² bytes for an input of n features.
+
+    Args:
+        modules: name → linear layer; None: the distinct inputs of every block's linear layers (q, k and v have one).
+        tokens: which count, see `sparse_cl.probes.passes.TOKENS`.
+    """
+
+    def __init__(self, model: nn.Module, modules: Mapping[str, nn.Module] | None = None, *, tokens: str = "answers"):
+        self.model, self.tokens = model, tokens
+        self._inputs: dict[str, tuple[nn.Module, tuple[str, ...]]] = {}
+        if modules is None:
+            for block in find_blocks(model):
+                for part in (block.attention, block.mlp):
+                    first = next(iter(part.into))
+                    self._inputs[first] = (part.into[first], tuple(part.into))
+                    self._inputs[part.out_name] = (part.out, (part.out_name,))
+        else:
+            if not modules:
+                raise ValueError("modules: expected at least one {name: linear layer}, got none")
+            self._inputs = {name: (module, (name,)) for name, module in modules.items()}
+        self._halves: dict[str, tuple[ExactMoment, ExactMoment]] = {}
+
+    def watches(self) -> list[Watch]:
+        """What `stream` needs; moments start at zero."""
+        self._halves = {}
+        return [Watch(name, module, "input", self._see(name)) for name, (module, _) in self._inputs.items()]
+
+    def _see(self, name: str):
+        width = shape_of(self._inputs[name][0])[1]
+
+        def see(rows: Tensor, sequences: Tensor) -> None:
+            if name not in self._halves:
+                wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
+                self._halves[name] = tuple(ExactMoment(width, wide, rows.device) for _ in range(2))
+            odd = sequences % 2 == 1
+            for half, moment in zip((~odd, odd), self._halves[name], strict=True):
+                moment.add(rows[half], None)
+
+        return see
+
+    def result(self, tokens: int) -> InputMoments:
+        """What was seen since `watches()`, over that many tokens."""
+        return InputMoments(self._halves, {name: layers for name, (_, layers) in self._inputs.items()}, tokens)
+
+    def run(self, batches) -> InputMoments:
+        """One domain's moments; errors as those of `stream`."""
+        return self.result(stream(self.model, self.watches(), batches, tokens=self.tokens))
+
+
+@dataclass(frozen=True)
+class LayerCapacity:
+    """One input space of n directions, shared by `layers`, through the domains in order.
+
+    Attributes:
+        alone: directions that each domain would need by itself.
+        alone_halves: the same from each half of its sequences: how sure `alone` is.
+        used: directions in use after each domain.
+        used_null: the same had each domain's directions been turned at random: its spectrum in a random eigenbasis.
+        repeated: directions that the second half of each domain adds to those of its first: near 0 when the directions
+            are known well; what a domain adds to others is to be read beside it.
+        surviving: B, the share of the energy of each domain's mean gradient outside what earlier domains use, the
+            mean over `layers` by energy; None where no gradients were given.
+    """
+
+    width: int
+    layers: tuple[str, ...]
+    alone: list[int]
+    alone_halves: list[tuple[int, int]]
+    used: list[int]
+    used_null: list[int]
+    repeated: list[int]
+    surviving: list[float] | None
+
+    @property
+    def free(self) -> int:
+        return self.width - self.used[-1]
+
+    def left(self) -> float | None:
+        """C·B after the last domain: the free share times the share of its gradient that survived."""
+        return None if self.surviving is None else self.free / self.width * self.surviving[-1]
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What domains use of each layer; see `capacity`."""
+
+    domains: tuple[str, ...]
+    energy: float
+    tokens: dict[str, int]
+    layers: dict[str, LayerCapacity]
+    neurons: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "domains": list(self.domains),
+            "energy": self.energy,
+            "tokens": self.tokens,
+            "layers": {
+                name: {**vars(layer), "layers": list(layer.layers), "free": layer.free, "left": layer.left()}
+                | {"alone_halves": [list(pair) for pair in layer.alone_halves]}
+                | {"forecast": forecast(layer.used, layer.width)}
+                for name, layer in self.layers.items()
+            },
+            "neurons": self.neurons,
+            "forecast": forecast_of_model([forecast(layer.used, layer.width) for layer in self.layers.values()]),
+        }
+
+
+def capacity(
+    moments: Mapping[str, InputMoments],
+    *,
+    energy: float = 0.95,
+    gradients: Mapping[str, Mapping[str, Tensor]] | None = None,
+    activations: Mapping[str, Mapping[str, Tensor]] | None = None,
+    mass: float = 0.9,
+    seed: int = 0,
+) -> Capacity:
+    """What each domain uses of each layer, in the order given, and what is left.
+
+    A domain's directions are found as `SubspaceMemory` does: the fewest that, with those in use, explain `energy` of
+    its inputs (GPM's criterion, Saha, Garg & Roy 2021).
+
+    Args:
+        moments: domain → its inputs, from `InputProbe`.
+        energy: share in (0, 1].
+        gradients: domain → {layer: mean gradient (outputs, inputs)}, for B.
+        activations: domain → {layer: mean |activation| (neurons,)}, for the neurons in use: the fewest with `mass` of
+            the sum.
+        seed: of the random rotations of the null.
+
+    Raises:
+        ValueError: no domain; domains that were probed on other models; a share outside (0, 1].
+    """
+    for name, share in (("energy", energy), ("mass", mass)):
+        if not 0 < share <= 1:
+            raise ValueError(f"{name}: expected a share in (0, 1], got {share}")
+    if not moments:
+        raise ValueError("moments: expected at least one domain, got none")
+    first = next(iter(moments.values()))
+    for domain, seen in moments.items():
+        widths = [{name: pair[0].columns for name, pair in m.halves.items()} for m in (first, seen)]
+        if widths[0] != widths[1]:
+            raise ValueError(
+                f"moments: {domain!r} was probed on another model than {next(iter(moments))!r}: "
+                f"inputs {_differing(*widths)}. Run one InputProbe's model over all domains"
+            )
+    generator = torch.Generator().manual_seed(seed)
+    layers = {}
+    for name in first.halves:
+        reading = first.layers[name]
+        of_layer = None
+        if gradients is not None:
+            of_layer = [[gradients[domain][layer] for layer in reading] for domain in moments]
+        layers[name] = _layer(reading, [seen.halves[name] for seen in moments.values()], energy, of_layer, generator)
+    return Capacity(
+        tuple(moments),
+        energy,
+        {domain: seen.tokens for domain, seen in moments.items()},
+        layers,
+        {} if activations is None else _neurons(activations, mass),
+    )
+
+
+def forecast(used: Sequence[int], width: int) -> dict[str, float | None]:
+    """How many more domains fit into what is free, if each takes what a domain took so far.
+
+    `expected` is by the last domain's demand, `low` and `high` by the largest and the smallest since the first, which
+    pays for what all share. A demand of nothing gives None: no end is in sight.
+
+    Args:
+        used: directions in use after each domain.
+        width: directions in all.
+    """
+    added = [after - before for before, after in zip(used, used[1:], strict=False)] or [used[0]]
+    free = width - used[-1]
+    return {
+        name: free / demand if demand else None
+        for name, demand in (("low", max(added)), ("expected", added[-1]), ("high", min(added)))
+    }
+
+
+def forecast_of_model(layers: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:
+    """The median over layers of each of `forecast`'s numbers, and `first`: the layer that is full first."""
+    numbers = {
+        key: statistics.median(math.inf if layer[key] is None else layer[key] for layer in layers)
+        for key in ("low", "expected", "high")
+    }
+    numbers["first"] = min(math.inf if layer["expected"] is None else layer["expected"] for layer in layers)
+    return {key: None if math.isinf(value) else value for key, value in numbers.items()}
+
+
+def _layer(
+    reading: tuple[str, ...],
+    halves: Sequence[tuple[ExactMoment, ExactMoment]],
+    energy: float,
+    gradients: Sequence[Sequence[Tensor]] | None,
+    generator: torch.Generator,
+) -> LayerCapacity:
+    width = halves[0][0].columns
+    alone, alone_halves, repeated = [], [], []
+    used, used_null, surviving = [], [], []
+    subspace = null = None
+    for number, pair in enumerate(halves):
+        whole = _sum(pair)
+        alone.append(_grown(None, whole, energy).rank)
+        of_halves = [_grown(None, half, energy) for half in pair]
+        alone_halves.append((of_halves[0].rank, of_halves[1].rank))
+        repeated.append(_grown(of_halves[0], pair[1], energy).rank - of_halves[0].rank)
+        if gradients is not None:
+            surviving.append(_surviving(gradients[number], subspace))
+        subspace = _grown(subspace, whole, energy)
+        null = _grown(null, _turned(whole, generator) if number else whole, energy)
+        used.append(subspace.rank)
+        used_null.append(null.rank)
+    return LayerCapacity(
+        width, reading, alone, alone_halves, used, used_null, repeated, surviving if gradients is not None else None
+    )
+
+
+def _sum(halves: tuple[ExactMoment, ExactMoment]) -> ExactMoment:
+    whole = ExactMoment(halves[0].columns, halves[0].moment.dtype, halves[0].moment.device)
+    for half in halves:
+        whole.merge(half.tensors())
+    return whole
+
+
+def _grown(subspace: Subspace | None, moment: ExactMoment, energy: float) -> Subspace:
+    """With the directions that the moment needs besides."""
+    directions = new_directions([moment], [subspace], energy, None)[0]
+    return smaller_half(directions) if subspace is None else subspace.extended(directions)
+
+
+def _turned(moment: ExactMoment, generator: torch.Generator) -> ExactMoment:
+    """The same spectrum in a random eigenbasis (Haar: the Q of a Gaussian matrix, with the signs of R's diagonal)."""
+    width = moment.columns
+    q, r = torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64))
+    q = (q * r.diagonal().sign()).to(moment.moment.device, moment.moment.dtype)
+    turned = ExactMoment(width, moment.moment.dtype, moment.moment.device)
+    turned.moment.copy_(q @ moment.moment @ q.mT)
+    return turned
+
+
+def _surviving(gradients: Sequence[Tensor], subspace: Subspace | None) -> float:
+    total = inside = 0.0
+    for gradient in gradients:
+        total += float(energy_of(gradient))
+        if subspace is not None:
+            inside += float(subspace.used_energy(gradient.to(subspace.device)))
+    return 1.0 if not total else 1.0 - inside / total
+
+
+def _neurons(activations: Mapping[str, Mapping[str, Tensor]], mass: float) -> dict[str, dict[str, Any]]:
+    """Layer → neurons in all, those that each domain uses alone, and those in use after each domain."""
+    result = {}
+    for layer in next(iter(activations.values())):
+        used, alone, union = None, [], []
+        for means in activations.values():
+            mean = means[layer].double()
+            order = mean.argsort(descending=True)
+            share = mean[order].cumsum(0) / mean.sum().clamp(min=torch.finfo(torch.float64).tiny)
+            count = min(mean.numel(), int((share < mass - 1e-12).sum()) + 1)
+            mine = torch.zeros(mean.numel(), dtype=torch.bool)
+            mine[order[:count].cpu()] = True
+            used = mine if used is None else used | mine
+            alone.append(count)
+            union.append(int(used.sum()))
+        result[layer] = {"neurons": used.numel(), "alone": alone, "used": union, "free": used.numel() - union[-1]}
+    return result
+
+
+def _differing(first: Mapping[str, int], second: Mapping[str, int]) -> str:
+    name = next(n for n in {**first, **second} if first.get(n) != second.get(n))
+    return f"{name} has width {second.get(name, 'none')}, expected {first.get(name, 'none')}"
