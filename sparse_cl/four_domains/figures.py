@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,7 @@ from .metrics import LOWER_IS_BETTER
 
 if TYPE_CHECKING:
     import numpy as np
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 TITLES = {
@@ -130,34 +131,44 @@ def by_kind(names: Sequence[str]) -> dict[str, list[str]]:
     return short
 
 
-def draw_capacity(runs: Sequence[dict[str, Any]], path: Path) -> None:
-    """Used share of each layer's input directions after each domain, stacked, and what is free above; a row a run."""
+def capacity_bars(axis: Axes, domains: Sequence[str], used: Mapping[str, Sequence[float]]) -> dict[str, float]:
+    """Stacked bars: layer → share in use after each domain, and what is free above. The place of each layer's bar."""
     from matplotlib import colormaps
 
+    groups = by_kind(list(used))
+    edge, ticks, places = 0.0, {}, {}
+    for kind, names in groups.items():
+        edges = [edge + i for i in range(len(names) + 1)]
+        places |= {name: left + 0.5 for name, left in zip(names, edges, strict=False)}
+        below = [0.0] * len(names)
+        for number, domain in enumerate(domains):
+            share = [used[name][number] for name in names]
+            colour = colormaps["viridis"]((number + 0.5) / len(domains))
+            label = f"used by {domain}" if edge == 0 else None
+            axis.stairs(share, edges, baseline=below, fill=True, color=colour, label=label)
+            below = share
+        free = "free" if edge == 0 else None
+        axis.stairs([1.0] * len(names), edges, baseline=below, fill=True, color="0.9", label=free)
+        ticks[kind] = (edges[0] + edges[-1]) / 2
+        # A gap between kinds that is seen with 7 layers a kind and with 80.
+        edge = edges[-1] + max(0.4, 0.012 * sum(map(len, groups.values())))
+    axis.set_xticks(list(ticks.values()), list(ticks), rotation=0 if len(ticks) <= 8 else 40, fontsize=8)
+    axis.tick_params(axis="x", length=0)
+    axis.margins(x=0.01)
+    axis.set_ylim(0, 1)
+    return places
+
+
+def draw_capacity(runs: Sequence[dict[str, Any]], path: Path) -> None:
+    """Used share of each layer's input directions after each domain, stacked, and what is free above; a row a run."""
     figure, axes = new_figure(len(runs), 1, 10, 3)
     for (axis,), run in zip(axes, runs, strict=True):
         records = run["domain_records"]
-        groups = by_kind(list(records[-1]["layers"]))
-        edge, ticks = 0.0, {}
-        for kind, names in groups.items():
-            edges = [edge + i for i in range(len(names) + 1)]
-            below = [0.0] * len(names)
-            for number, record in enumerate(records):
-                layers = [record["layers"][name] for name in names]
-                share = [layer["used"] / layer["width"] for layer in layers]
-                colour = colormaps["viridis"]((number + 0.5) / len(records))
-                label = f"used by {record['domain']}" if edge == 0 else None
-                axis.stairs(share, edges, baseline=below, fill=True, color=colour, label=label)
-                below = share
-            free = "free" if edge == 0 else None
-            axis.stairs([1.0] * len(names), edges, baseline=below, fill=True, color="0.9", label=free)
-            ticks[kind] = (edges[0] + edges[-1]) / 2
-            # A gap between kinds that is seen with 7 layers a kind and with 80.
-            edge = edges[-1] + max(0.4, 0.012 * sum(map(len, groups.values())))
-        axis.set_xticks(list(ticks.values()), list(ticks), rotation=0 if len(ticks) <= 8 else 40, fontsize=8)
-        axis.tick_params(axis="x", length=0)
-        axis.margins(x=0.01)
-        axis.set_ylim(0, 1)
+        used = {
+            name: [record["layers"][name]["used"] / record["layers"][name]["width"] for record in records]
+            for name in records[-1]["layers"]
+        }
+        capacity_bars(axis, [record["domain"] for record in records], used)
         axis.set_ylabel("share of input directions", fontsize=8)
         axis.set_title(run["method"], fontsize=9)
     handles, labels = axes[0][0].get_legend_handles_labels()
