@@ -5,7 +5,7 @@ import torch
 import transformers
 from torch import nn
 
-from sparse_cl.probes.parts import find_attentions, find_blocks, find_mlps, linear_layers, matrix_of, shape_of
+from sparse_cl.probes.parts import find_attentions, find_blocks, find_mlps, linear_layers, matrix_of, shape_of, spread
 
 SIZES = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64}
 GROUPED = {**SIZES, "num_key_value_heads": 1, "head_dim": 8, "pad_token_id": 0}
@@ -91,9 +91,7 @@ def test_a_mixture_of_experts_is_named_as_not_supported(family):
 
 
 def test_a_model_without_parts_is_told_what_was_looked_for():
-    with pytest.raises(
-        ValueError, match=r"Sequential has no MLP .*gate_proj \+ up_proj.*are called: 0, 2"
-    ):
+    with pytest.raises(ValueError, match=r"Sequential has no MLP .*gate_proj \+ up_proj.*are called: 0, 2"):
         find_mlps(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)))
 
 
@@ -121,3 +119,12 @@ def test_a_part_that_is_no_linear_layer_is_named():
     model.fc1, model.fc2 = nn.Linear(4, 8), nn.Embedding(8, 4)
     with pytest.raises(ValueError, match="fc2 is a Embedding, where a torch.nn.Linear"):
         find_mlps(model)
+
+
+def test_blocks_are_spread_evenly_from_the_first_to_the_last():
+    assert spread(range(9), 3) == [0, 4, 8]
+    assert spread(range(32), 8) == [0, 4, 9, 13, 18, 22, 27, 31]
+    assert spread(range(3), 8) == [0, 1, 2]
+    assert spread(range(5), 1) == [2]
+    with pytest.raises(ValueError, match="count: expected at least 1 block, got 0"):
+        spread(range(5), 0)

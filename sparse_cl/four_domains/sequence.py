@@ -27,14 +27,20 @@ PROBE_RECORDS = 128
 
 
 class DomainBatches:
-    """The first training records of a domain as batches on a device; iterated over afresh each time."""
+    """The first records of a domain as batches on a device; iterated over afresh each time."""
 
-    def __init__(self, encoded: EncodedRecords, batch_size: int, device: torch.device) -> None:
+    def __init__(
+        self, encoded: EncodedRecords, batch_size: int, device: torch.device, records: int = PROBE_RECORDS
+    ) -> None:
         self.encoded, self.batch_size, self.device = encoded, batch_size, device
+        self.records = min(records, len(encoded))
+
+    def __len__(self) -> int:
+        return -(-self.records // self.batch_size)
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
-        for start in range(0, min(len(self.encoded), PROBE_RECORDS), self.batch_size):
-            stop = min(start + self.batch_size, len(self.encoded), PROBE_RECORDS)
+        for start in range(0, self.records, self.batch_size):
+            stop = min(start + self.batch_size, self.records)
             items = [self.encoded[i] for i in range(start, stop)]
             ids, mask = pad([item["input_ids"] for item in items], 0, self.device)
             labels, _ = pad([item["labels"] for item in items], -100, self.device)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparse_cl.probes.parts import find_blocks, shape_of
-from sparse_cl.probes.passes import Watch, stream
+from sparse_cl.probes.parts import Block, find_blocks, shape_of
+from sparse_cl.probes.passes import Batch, Watch, stream
 from sparse_cl.subspace.consolidation import new_directions
 from sparse_cl.subspace.moments import ExactMoment
 from sparse_cl.subspace.subspace import Subspace, energy_of, smaller_half
@@ -59,15 +59,23 @@ class InputProbe:
     """Streams the second moments of what enters the linear layers: 8 n² bytes for an input of n features.
 
     Args:
-        modules: name → linear layer; None: the distinct inputs of every block's linear layers (q, k and v have one).
+        modules: name → linear layer; None: the distinct inputs of the blocks' linear layers (q, k and v have one).
+        blocks: which residual blocks; None: all.
         tokens: which count, see `sparse_cl.probes.passes.TOKENS`.
     """
 
-    def __init__(self, model: nn.Module, modules: Mapping[str, nn.Module] | None = None, *, tokens: str = "answers"):
+    def __init__(
+        self,
+        model: nn.Module,
+        modules: Mapping[str, nn.Module] | None = None,
+        *,
+        blocks: Sequence[Block] | None = None,
+        tokens: str = "answers",
+    ):
         self.model, self.tokens = model, tokens
         self._inputs: dict[str, tuple[nn.Module, tuple[str, ...]]] = {}
         if modules is None:
-            for block in find_blocks(model):
+            for block in find_blocks(model) if blocks is None else blocks:
                 for part in (block.attention, block.mlp):
                     first = next(iter(part.into))
                     self._inputs[first] = (part.into[first], tuple(part.into))
@@ -77,32 +85,36 @@ class InputProbe:
                 raise ValueError("modules: expected at least one {name: linear layer}, got none")
             self._inputs = {name: (module, (name,)) for name, module in modules.items()}
         self._halves: dict[str, tuple[ExactMoment, ExactMoment]] = {}
+        self._tokens = 0
 
     def watches(self) -> list[Watch]:
         """What `stream` needs; moments start at zero."""
-        self._halves = {}
+        self._halves, self._tokens = {}, 0
         return [Watch(name, module, "input", self._see(name)) for name, (module, _) in self._inputs.items()]
 
     def _see(self, name: str):
         width = shape_of(self._inputs[name][0])[1]
+        counts = name == next(iter(self._inputs))
 
         def see(rows: Tensor, sequences: Tensor) -> None:
             if name not in self._halves:
                 wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
                 self._halves[name] = tuple(ExactMoment(width, wide, rows.device) for _ in range(2))
+            self._tokens += len(rows) if counts else 0
             odd = sequences % 2 == 1
             for half, moment in zip((~odd, odd), self._halves[name], strict=True):
                 moment.add(rows[half], None)
 
         return see
 
-    def result(self, tokens: int) -> InputMoments:
-        """What was seen since `watches()`, over that many tokens."""
-        return InputMoments(self._halves, {name: layers for name, (_, layers) in self._inputs.items()}, tokens)
+    def result(self) -> InputMoments:
+        """What was seen since `watches()`."""
+        return InputMoments(self._halves, {name: layers for name, (_, layers) in self._inputs.items()}, self._tokens)
 
-    def run(self, batches) -> InputMoments:
+    def run(self, batches: Iterable[Batch]) -> InputMoments:
         """One domain's moments; errors as those of `stream`."""
-        return self.result(stream(self.model, self.watches(), batches, tokens=self.tokens))
+        stream(self.model, self.watches(), batches, tokens=self.tokens)
+        return self.result()
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -145,10 +145,25 @@ def find_blocks(model: nn.Module) -> list[Block]:
     return blocks
 
 
-def linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The linear layers of all blocks by name: embeddings and head left out. Errors as those of `find_blocks`."""
+def spread(blocks: Sequence[Block], count: int) -> list[Block]:
+    """At most `count` of the blocks, evenly spread, the first and the last among them."""
+    if count < 1:
+        raise ValueError(f"count: expected at least 1 block, got {count}")
+    if count >= len(blocks):
+        return list(blocks)
+    if count == 1:
+        return [blocks[len(blocks) // 2]]
+    return [blocks[round(i * (len(blocks) - 1) / (count - 1))] for i in range(count)]
+
+
+def linear_layers(model: nn.Module, blocks: Sequence[Block] | None = None) -> dict[str, nn.Module]:
+    """The linear layers of the blocks (None: of all) by name: embeddings and head left out.
+
+    Raises:
+        ValueError: as `find_blocks`.
+    """
     layers = {}
-    for block in find_blocks(model):
+    for block in find_blocks(model) if blocks is None else blocks:
         for part in (block.attention, block.mlp):
             layers |= {**part.into, part.out_name: part.out}
     return layers
