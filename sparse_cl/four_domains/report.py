@@ -65,7 +65,8 @@ def _number(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Cells in columns as wide as they need: the first one to the left, the others to the right."""
     widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
     lines = []
     for row in (header, *rows):
@@ -104,7 +105,7 @@ def _capacity(runs: Sequence[dict[str, Any]]) -> str:
         "capacity: share of the input directions that is used, mean over layers; the least share of a new domain's\n"
         "gradient that survives in a layer; the largest share of a layer's change that lies in protected directions"
     )
-    return "\n".join([title, _table(header, rows), *warnings])
+    return "\n".join([title, text_table(header, rows), *warnings])
 
 
 def comparison(runs: Sequence[dict[str, Any]]) -> str:
@@ -117,7 +118,7 @@ def comparison(runs: Sequence[dict[str, Any]]) -> str:
         rows = [[run["method"], *(_number(run["summary"]["by_metric"][metric][c]) for c in COLUMNS)] for run in having]
         base = [_number(value) for value in having[0]["R"][metric][0]]
         shown = ", ".join(f"{d} {v}" for d, v in zip(having[0]["domains"], base, strict=True) if v != "-")
-        parts.append(f"{metric} ({UNITS[metric]}); base model: {shown}\n" + _table(("method", *COLUMNS), rows))
+        parts.append(f"{metric} ({UNITS[metric]}); base model: {shown}\n" + text_table(("method", *COLUMNS), rows))
     rows = [
         [
             run["method"],
@@ -130,7 +131,7 @@ def comparison(runs: Sequence[dict[str, Any]]) -> str:
         for run in runs
     ]
     header = ("method", "reference before", "after (bits/byte)", "training s", "state MB", "peak MB", "lr")
-    parts.append(_table(header, rows))
+    parts.append(text_table(header, rows))
     if protecting := runs_with_capacity(runs):
         parts.append(_capacity(protecting))
     formulas = "\n".join(f"  {name:18} {FORMULAS[name]}" for name in COLUMNS)
