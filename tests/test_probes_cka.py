@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cka_cases import cka_of_kernels, gaussian, hsic_of_kernels
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sparse_cl.probes.cka import PairedMoments
-
-
-def gaussian(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def paired(x, y, pieces=3):
@@ -19,20 +16,6 @@ def paired(x, y, pieces=3):
     for a, b in zip(x.tensor_split(pieces), y.tensor_split(pieces), strict=True):
         moments.add(a, b)
     return moments
-
-
-def hsic_of_kernels(x, y):
-    """Song et al. 2012, equation 5, with the n x n kernels."""
-    n = len(x)
-    k, lab = (v @ v.mT for v in (x, y))
-    k, lab = k - k.diag().diag(), lab - lab.diag().diag()
-    one = torch.ones(n, dtype=torch.float64)
-    total = (k @ lab).trace() + (one @ k @ one) * (one @ lab @ one) / ((n - 1) * (n - 2))
-    return (total - 2 / (n - 2) * (one @ k @ lab @ one)) / (n * (n - 3))
-
-
-def cka_of_kernels(x, y):
-    return (hsic_of_kernels(x, y) / (hsic_of_kernels(x, x) * hsic_of_kernels(y, y)).sqrt()).item()
 
 
 def close(value, expected, scale):
