@@ -1,0 +1,92 @@
+"""The accelerators that the planner knows, and what is assumed of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+#: Share of a device's memory that tensors may take: the rest is the driver's, the libraries' and lost between blocks.
+USABLE = 0.92
+
+
+@dataclass(frozen=True)
+class Device:
+    """One accelerator.
+
+    Attributes:
+        name: as `--gpu` takes it.
+        flops: peak of dense bfloat16 products with float32 sums, FLOP/s; without structured sparsity.
+        flops_fp32: peak of float32 products as PyTorch runs them by default (no TF32), FLOP/s.
+        bandwidth: of its memory, bytes/s.
+        memory: bytes.
+        price: dollars an hour; an assumption: on-demand offers of 2025 differ by a factor of three.
+        utilization: share of the peak that is reached over a training step, recomputation counted as work; an
+            assumption. PaLM reports 0.46 (Chowdhery et al. 2022, table 3, without recomputation counted), Llama 3 0.38
+            to 0.43 (Dubey et al. 2024, table 4), both after much tuning; a plain training loop reaches 0.3 to 0.4.
+        source: of the first four numbers.
+    """
+
+    name: str
+    flops: float
+    flops_fp32: float
+    bandwidth: float
+    memory: float
+    price: float
+    utilization: float
+    source: str
+
+
+_A100 = "NVIDIA A100 Tensor Core GPU data sheet, SXM"
+DEVICES = {
+    device.name: device
+    for device in (
+        Device("a100-40", 312e12, 19.5e12, 1555e9, 40e9, 1.3, 0.4, _A100 + " 40 GB"),
+        Device("a100", 312e12, 19.5e12, 2039e9, 80e9, 1.8, 0.4, _A100 + " 80 GB"),
+        Device("h100", 989.4e12, 66.9e12, 3350e9, 80e9, 3.0, 0.35, "NVIDIA H100 Tensor Core GPU data sheet, SXM"),
+        Device("h200", 989.4e12, 66.9e12, 4800e9, 141e9, 3.8, 0.35, "NVIDIA H200 Tensor Core GPU data sheet, SXM"),
+    )
+}
+CUSTOM = "custom"
+
+
+def find_device(
+    name: str,
+    *,
+    tflops: float | None = None,
+    bandwidth: float | None = None,
+    memory: float | None = None,
+    price: float | None = None,
+    utilization: float | None = None,
+) -> Device:
+    """A known device with the given numbers in the place of its own, or one that is all given ("custom").
+
+    Args:
+        tflops: peak in 1e12 FLOP/s in the precision that is planned for.
+        bandwidth: GB/s (1e9 bytes). memory: GB (1e9 bytes). price: dollars an hour.
+        utilization: in (0, 1].
+
+    Raises:
+        ValueError: an unknown name, a number that is not positive, or a custom device without all that it needs.
+    """
+    given = {"tflops": tflops, "bandwidth": bandwidth, "memory": memory, "price": price, "mfu": utilization}
+    for flag, value in given.items():
+        if value is not None and not (0 < value < float("inf") or (flag == "price" and value == 0)):
+            raise ValueError(f"--{flag}: expected a positive number, got {value:g}")
+    if utilization is not None and utilization > 1:
+        raise ValueError(f"--mfu: expected a share in (0, 1], got {utilization:g}")
+    if name == CUSTOM:
+        if missing := [f"--{flag}" for flag, value in given.items() if value is None and flag != "mfu"]:
+            raise ValueError(f"--gpu {CUSTOM} needs {', '.join(missing)} too: nothing is known of it")
+        device = Device(CUSTOM, 0.0, 0.0, 0.0, 0.0, 0.0, 0.4, "given")
+    elif name in DEVICES:
+        device = DEVICES[name]
+    else:
+        raise ValueError(f"unknown device {name!r}: expected {', '.join(DEVICES)}, or {CUSTOM} with its numbers")
+    changes = {
+        "flops": None if tflops is None else tflops * 1e12,
+        "flops_fp32": None if tflops is None else tflops * 1e12,
+        "bandwidth": None if bandwidth is None else bandwidth * 1e9,
+        "memory": None if memory is None else memory * 1e9,
+        "price": price,
+        "utilization": utilization,
+    }
+    return replace(device, **{field: value for field, value in changes.items() if value is not None})

@@ -1,0 +1,99 @@
+"""`sparse-cl plan` from arguments to text and JSON."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+
+import pytest
+import transformers
+
+from sparse_cl.methods import METHODS
+from sparse_cl.planner.command import add_parser
+
+
+@pytest.fixture
+def folder(tmp_path):
+    transformers.LlamaConfig(
+        vocab_size=100, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+    ).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def plan(*arguments):
+    parser = argparse.ArgumentParser()
+    add_parser(parser.add_subparsers(required=True))
+    chosen = parser.parse_args(["plan", *map(str, arguments)])
+    chosen.command(chosen)
+
+
+def rows(text):
+    """First cell → the others, of every line that is a row of a table."""
+    split = (re.split(r"\s{2,}", line) for line in text.splitlines())
+    return {cells[0]: cells[1:] for cells in split if len(cells) == len(METHODS) + 1}
+
+
+def test_the_table_says_what_the_file_says(folder, capsys):
+    plan("--model", folder, "--gpu", "a100", "--tokens", "20M", "--json", folder / "plan.json")
+    text = capsys.readouterr().out
+    written = json.loads((folder / "plan.json").read_text())
+    assert written["run"]["tokens"] == 20e6 and written["device"]["name"] == "a100"
+    assert list(written["methods"]) == list(METHODS)
+    shown = rows(text)
+    entries = written["methods"].values()
+    assert shown["peak"] == [f"{entry['memory']['peak'] / 1e9:.3g}" for entry in entries]
+    assert shown["steps"] == [str(entry["steps"]) for entry in entries]
+    both = [entry["dollars"] + entry["probe_dollars"] for entry in entries]
+    assert shown["both: dollars"] == [f"{dollars:.3g}" for dollars in both]
+    for entry, cell in zip(entries, shown["training: device hours"], strict=True):
+        assert float(cell) == pytest.approx(entry["steps"] * entry["step_seconds"] / 3600, rel=0.01)
+
+
+def test_assumptions_come_first_and_name_every_number_that_was_chosen(folder, capsys):
+    plan("--model", folder, "--method", "lora,orthogonal", "--rank", 4, "--max-rank", 3, "--mfu", 0.31, "--price", 2.5)
+    text = capsys.readouterr().out
+    assumptions = text[: text.index("Memory in GB")]
+    for said in ("31% of that peak", "2.5 dollars an hour", "lora rank 4", "max_rank 3", "Korthikanti", "20 M tokens"):
+        assert said in assumptions
+    assert "Left out:" in assumptions
+
+
+def test_options_reach_only_the_methods_that_take_them(folder):
+    plan("--model", folder, "--method", "all", "--rank", 4, "--fraction", 0.5, "--json", folder / "plan.json")
+    methods = json.loads((folder / "plan.json").read_text())["methods"]
+    assert [methods[name]["demand"]["settings"].get("rank") for name in METHODS] == [None, 4, None, None, 4]
+    assert methods["sparse-masked"]["demand"]["settings"] == {"fraction": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--method", "sgd"], "unknown method 'sgd': expected adamw, lora"),
+        (["--method", ","], "--method: expected adamw"),
+        (["--method", "adamw", "--max-rank", "3"], "--max-rank is set, but no method of this plan takes it: adamw"),
+        (["--method", "lora", "--fraction", "0.1"], "--fraction is set, but no method of this plan takes it: lora"),
+        (["--gpu", "b200"], "unknown device 'b200'"),
+        (["--gpu", "custom", "--tflops", "3"], "needs --bandwidth, --memory, --price too"),
+        (["--precision", "int8"], "precision: expected one of bf16, mixed, fp32"),
+        (["--length", "4096"], "length: expected at most the model's context of 2048"),
+        (["--json", "/nowhere/plan.json"], "its folder does not exist"),
+        (["--max-rank", "1000"], "max_rank: expected at most the width"),
+    ],
+)
+def test_bad_input(folder, arguments, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        plan("--model", folder, *arguments)
+
+
+@pytest.mark.parametrize(("text", "tokens"), [("1.5k", 1500), ("2e6", 2e6), ("3B", 3e9), ("7", 7)])
+def test_numbers_of_tokens(folder, text, tokens):
+    plan("--model", folder, "--method", "adamw", "--tokens", text, "--json", folder / "plan.json")
+    assert json.loads((folder / "plan.json").read_text())["run"]["tokens"] == tokens
+
+
+@pytest.mark.parametrize("text", ["-3M", "M", "nanM", "many"])
+def test_no_numbers_of_tokens(folder, text, capsys):
+    with pytest.raises(SystemExit):
+        plan("--model", folder, f"--tokens={text}")
+    assert "expected a positive number such as 20M" in capsys.readouterr().err
