@@ -342,7 +342,7 @@ def test_a_context_that_is_too_short_stops_before_anything_is_written(world, tmp
 
 
 def test_an_unknown_mlp_stops_before_anything_is_written(world, tmp_path, monkeypatch):
-    monkeypatch.setattr("sparse_cl.methods.mlp.LAYOUTS", ())
+    monkeypatch.setattr("sparse_cl.probes.parts.MLPS", ())
     with pytest.raises(ValueError, match="has no MLP that is known here"):
         experiment.run(settings_in(world), tmp_path / "out")
     assert not (tmp_path / "out").exists()

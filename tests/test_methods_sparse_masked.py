@@ -4,10 +4,8 @@ import pytest
 import torch
 import transformers
 
-from sparse_cl import ColumnMask, RowMask
 from sparse_cl.methods import SparseMasked
-from sparse_cl.methods.mlp import find_mlps, is_transposed, mean_activation
-from sparse_cl.methods.sparse_masked import neuron_masks, top_neurons
+from sparse_cl.probes.parts import find_mlps, is_transposed
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 50}
 GLU = {**SIZES, "intermediate_size": 24, "num_key_value_heads": 2, "pad_token_id": 0}
@@ -56,15 +54,6 @@ def plant(model):
                     layer.bias[PLANTED] += 50  # a ReLU could be off for every token
 
 
-def test_the_planted_neurons_are_found(model):
-    plant(model)
-    mlps = find_mlps(model)
-    assert len(mlps) == 2
-    for mlp, activation in zip(mlps, mean_activation(model, mlps, BATCHES), strict=True):
-        assert mlp.neurons == activation.numel() == 24
-        assert top_neurons(activation, 3 / 24).tolist() == PLANTED.tolist()
-
-
 def test_training_changes_the_planted_neurons_and_nothing_else(model):
     plant(model)
     method = SparseMasked(fraction=3 / 24)
@@ -95,47 +84,23 @@ def test_training_changes_the_planted_neurons_and_nothing_else(model):
     assert not any(change.any() for name, change in changed.items() if name not in inside)
 
 
-def test_padding_does_not_count():
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(FAMILIES["llama"]())
-    mlps = find_mlps(model)
-    alone = [
-        {"input_ids": torch.tensor([[5, 6, 7, 8]]), "attention_mask": torch.ones(1, 4, dtype=torch.long)},
-        {"input_ids": torch.tensor([[9, 10]]), "attention_mask": torch.ones(1, 2, dtype=torch.long)},
-    ]
-    padded, unpadded = mean_activation(model, mlps, BATCHES), mean_activation(model, mlps, alone)
-    for a, b in zip(padded, unpadded, strict=True):
-        torch.testing.assert_close(a, b)
-
-
-def test_mean_activation_equals_its_definition():
+def test_masks_are_those_of_the_mean_activation_of_all_tokens():
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(FAMILIES["llama"]()).train()
-    (activation, _) = mean_activation(model, find_mlps(model), BATCHES)
-    layer = model.model.layers[0]
+    method = SparseMasked(fraction=0.25)
+    method.before_domain(model, BATCHES)
     inputs = []
+    layer = model.model.layers[1]
     handle = layer.mlp.register_forward_hook(lambda m, args, out: inputs.append(args[0]))
+    model.eval()
     with torch.no_grad():
         model(input_ids=BATCHES[0]["input_ids"], attention_mask=BATCHES[0]["attention_mask"])
         handle.remove()
         x = inputs[0][BATCHES[0]["attention_mask"].bool()]
-        expected = (torch.nn.functional.silu(layer.mlp.gate_proj(x)) * layer.mlp.up_proj(x)).abs().mean(0)
-    torch.testing.assert_close(activation.float(), expected)
-    assert model.training
-    assert not layer.mlp.down_proj._forward_pre_hooks
-
-
-def test_mask_kinds_follow_the_layout():
-    gpt2, llama = (transformers.AutoModelForCausalLM.from_config(FAMILIES[name]()) for name in ("gpt2", "llama"))
-    kinds = {name: type(mask) for name, mask in neuron_masks(find_mlps(gpt2)[0], PLANTED).items()}
-    assert kinds == {
-        "transformer.h.0.mlp.c_fc.weight": ColumnMask,
-        "transformer.h.0.mlp.c_fc.bias": RowMask,
-        "transformer.h.0.mlp.c_proj.weight": RowMask,
-    }
-    kinds = {name.rpartition("mlp.")[2]: type(m) for name, m in neuron_masks(find_mlps(llama)[0], PLANTED).items()}
-    assert kinds["gate_proj.weight"] is kinds["up_proj.weight"] is kinds["up_proj.bias"] is RowMask
-    assert kinds["down_proj.weight"] is ColumnMask
+        mean = (torch.nn.functional.silu(layer.mlp.gate_proj(x)) * layer.mlp.up_proj(x)).double().abs().mean(0)
+    expected = mean.argsort(descending=True)[:6].sort().values
+    for name in ("gate_proj.weight", "up_proj.bias", "down_proj.weight"):
+        assert method.masks[f"model.layers.1.mlp.{name}"].index.tolist() == expected.tolist()
 
 
 def test_a_new_domain_frees_other_neurons():
@@ -149,21 +114,17 @@ def test_a_new_domain_frees_other_neurons():
     assert any(not torch.equal(first[name], mask.to_dense()) for name, mask in method.masks.items())
 
 
-def test_an_unknown_mlp_says_what_was_looked_for():
-    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4))
-    with pytest.raises(ValueError, match=r"Sequential has no MLP .*gate_proj \+ up_proj \+ down_proj; .*called: 0, 1"):
-        find_mlps(model)
-
-
-def test_a_quantized_layer_is_named():
-    class Odd(torch.nn.Module):
-        weight = None
+def test_a_quantized_layer_is_refused_before_anything_runs():
+    class Quantized(torch.nn.Linear):
+        def __init__(self):
+            super().__init__(8, 4)
+            self.weight = torch.nn.Parameter(torch.zeros(16, 1))
 
     model = torch.nn.Module()
     model.mlp = torch.nn.Module()
-    model.mlp.fc1, model.mlp.fc2 = torch.nn.Linear(4, 8), Odd()
-    with pytest.raises(ValueError, match=r"mlp\.fc2 is a Odd; .*unquantized"):
-        find_mlps(model)
+    model.mlp.fc1, model.mlp.fc2 = torch.nn.Linear(4, 8), Quantized()
+    with pytest.raises(ValueError, match=r"mlp\.fc2 is a Quantized without a plain weight matrix.*unquantized"):
+        SparseMasked().check(model)
 
 
 @pytest.mark.parametrize("fraction", [0, -0.1, 1.5])
@@ -172,11 +133,6 @@ def test_a_fraction_out_of_range(fraction):
         SparseMasked(fraction)
 
 
-@pytest.mark.parametrize(("fraction", "count"), [(1e-9, 1), (0.1, 3), (1, 30)])
-def test_the_number_of_neurons(fraction, count):
-    assert top_neurons(torch.arange(30.0), fraction).tolist() == list(range(30 - count, 30))
-
-
 def test_no_token_is_an_error(tiny_llama):
-    with pytest.raises(ValueError, match="batches are empty"):
-        mean_activation(tiny_llama, find_mlps(tiny_llama), [])
+    with pytest.raises(ValueError, match="is the domain empty"):
+        SparseMasked().before_domain(tiny_llama, [])
