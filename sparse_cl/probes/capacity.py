@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparse_cl.probes.features import Halves
 from sparse_cl.probes.parts import Block, find_blocks, shape_of
 from sparse_cl.probes.passes import Batch, Watch, stream
-from sparse_cl.subspace.consolidation import new_directions
+from sparse_cl.subspace.consolidation import directions_needed, new_directions
 from sparse_cl.subspace.moments import ExactMoment
 from sparse_cl.subspace.subspace import Subspace, energy_of, smaller_half
 
@@ -90,9 +91,10 @@ class InputProbe:
     def watches(self) -> list[Watch]:
         """What `stream` needs; moments start at zero."""
         self._halves, self._tokens = {}, 0
-        return [Watch(name, module, "input", self._see(name)) for name, (module, _) in self._inputs.items()]
+        split = Halves()
+        return [Watch(name, module, "input", self._see(name, split)) for name, (module, _) in self._inputs.items()]
 
-    def _see(self, name: str):
+    def _see(self, name: str, split: Halves):
         width = shape_of(self._inputs[name][0])[1]
         counts = name == next(iter(self._inputs))
 
@@ -101,8 +103,7 @@ class InputProbe:
                 wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
                 self._halves[name] = tuple(ExactMoment(width, wide, rows.device) for _ in range(2))
             self._tokens += len(rows) if counts else 0
-            odd = sequences % 2 == 1
-            for half, moment in zip((~odd, odd), self._halves[name], strict=True):
+            for half, moment in zip(split.of(sequences), self._halves[name], strict=True):
                 moment.add(rows[half], None)
 
         return see
@@ -271,15 +272,17 @@ def _layer(
     used, used_null, surviving = [], [], []
     subspace = null = None
     for number, pair in enumerate(halves):
-        whole = _sum(pair)
-        alone.append(_grown(None, whole, energy).rank)
-        of_halves = [_grown(None, half, energy) for half in pair]
-        alone_halves.append((of_halves[0].rank, of_halves[1].rank))
-        repeated.append(_grown(of_halves[0], pair[1], energy).rank - of_halves[0].rank)
+        whole, first = _sum(pair), _grown(None, pair[0], energy)
+        alone_halves.append((first.rank, directions_needed(pair[1], None, energy)))
+        repeated.append(directions_needed(pair[1], first, energy))
         if gradients is not None:
             surviving.append(_surviving(gradients[number], subspace))
-        subspace = _grown(subspace, whole, energy)
-        null = _grown(null, _turned(whole, generator) if number else whole, energy)
+        if subspace is None:
+            subspace = null = _grown(None, whole, energy)
+            alone.append(subspace.rank)
+        else:
+            subspace, null = _grown(subspace, whole, energy), _grown(null, _turned(whole, generator), energy)
+            alone.append(directions_needed(whole, None, energy))
         used.append(subspace.rank)
         used_null.append(null.rank)
     return LayerCapacity(

@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 from sparse_cl.linalg import orthonormalize
 from sparse_cl.reference.precision import full_precision
 from sparse_cl.subspace.layers import Layer, Moment
+from sparse_cl.subspace.moments import ExactMoment
 from sparse_cl.subspace.subspace import Subspace
 
 #: Numbers that one batch holds, so that consolidating takes a part of the memory that the model has.
@@ -42,6 +43,15 @@ def new_directions(
     """
     with full_precision(moments[0].place[0]):
         return _new_directions(moments, subspaces, energy, max_rank)
+
+
+def directions_needed(moment: ExactMoment, subspace: Subspace | None, energy: float) -> int:
+    """How many :func:`new_directions` would find, without finding them."""
+    with full_precision(moment.place[0]):
+        outside = moment.outside(subspace)
+        values = torch.linalg.eigvalsh(outside).flip(0)
+        total, left = float(moment.energy()), float(outside.diagonal().sum())
+    return _fewest(values.tolist(), left - (1 - energy) * total, _NOISE * total, None)
 
 
 def _new_directions(

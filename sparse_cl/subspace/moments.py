@@ -83,22 +83,22 @@ class ExactMoment:
     @staticmethod
     def spectra(moments: Sequence[ExactMoment], subspaces: Sequence[Subspace | None]) -> Spectra:
         """Of moments of one width."""
-        totals, projected = [], []
-        for moment, subspace in zip(moments, subspaces, strict=True):
-            wide = moment.moment.double()
-            totals.append(wide.diagonal().sum())
-            if subspace is not None:
-                wide = subspace.project_out_(subspace.project_out_(wide.clone()).mT.contiguous())
-            projected.append((wide + wide.mT) / 2)
-        stacked = torch.stack(projected)
+        stacked = torch.stack([m.outside(subspace) for m, subspace in zip(moments, subspaces, strict=True)])
         values, vectors = torch.linalg.eigh(stacked)
         outside = stacked.diagonal(dim1=1, dim2=2).sum(1)
         return Spectra(
             values.flip(1).clamp(min=0),
             lambda count: vectors[:, :, vectors.shape[2] - count :].flip(2).to(moments[0].moment.dtype),
-            torch.stack(totals),
+            torch.stack([moment.energy() for moment in moments]),
             outside.clamp(min=0),
         )
+
+    def outside(self, subspace: Subspace | None) -> Tensor:
+        """P M P, (n, n) float64: the moment of what lies outside the used subspace."""
+        wide = self.moment.double()
+        if subspace is not None:
+            wide = subspace.project_out_(subspace.project_out_(wide.clone()).mT.contiguous())
+        return (wide + wide.mT) / 2
 
 
 class SketchedMoment:
