@@ -9,7 +9,8 @@ from torch import Tensor
 def principal_angles(u: Tensor, v: Tensor) -> Tensor:
     """The principal angles between the spans of u and v, in radians, smallest first.
 
-    Both from their cosines and from their sines, so that small ones are exact too (Björck & Golub 1973).
+    From their cosines and their sines, so that small ones are exact too (Björck & Golub 1973, Knyazev & Argentati
+    2002).
 
     Args:
         u: (n, k), orthonormal columns.
@@ -29,9 +30,8 @@ def principal_angles(u: Tensor, v: Tensor) -> Tensor:
         u, v = v, u
     u, v = u.double(), v.double().to(u.device)
     product = v.mT @ u
-    _, cosines, right = torch.linalg.svd(product, full_matrices=False)
-    # The part of each principal vector of u that is outside v has the sine for its length.
-    sines = torch.linalg.vector_norm(u @ right.mT - v @ (product @ right.mT), dim=0)
+    cosines = torch.linalg.svdvals(product)
+    sines = torch.linalg.svdvals(u - v @ product).flip(0)
     return torch.atan2(sines, cosines)
 
 

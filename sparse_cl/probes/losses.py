@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .passes import Batch, answer_tokens, call, evaluation
+from sparse_cl.probes.passes import Batch, answer_tokens, call, evaluation
 
 Loss = Callable[[nn.Module, Batch], tuple[Tensor, int]]
 """Of a model and a batch: the loss summed over tokens (0-d, in the graph), and how many tokens that were."""

@@ -1,0 +1,281 @@
+"""Kronecker factors of the Fisher information of each layer, their spectra, and how much of it is flat."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparse_cl.probes.angles import subspace_overlap
+from sparse_cl.probes.gradients import watched_layers
+from sparse_cl.probes.losses import predictions
+from sparse_cl.probes.parts import shape_of
+from sparse_cl.probes.passes import Batch, evaluation
+from sparse_cl.subspace.moments import ExactMoment
+
+#: λ_S λ_A at or below this share of the layer's largest counts as flat.
+THRESHOLDS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+
+
+@dataclass(frozen=True)
+class Factors:
+    """F ≈ S ⊗ A of one layer's weight (m outputs, n inputs); its eigenvalues are the products of theirs.
+
+    Attributes:
+        inputs: A = E[x xᵀ], (n, n), float32 (float64 for float64 layers), on the CPU.
+        outputs: S = E[δ δᵀ], (m, m), as `inputs`.
+        input_values, output_values: their eigenvalues, float64, largest first, none below 0.
+    """
+
+    inputs: Tensor
+    outputs: Tensor
+    input_values: Tensor
+    output_values: Tensor
+
+    def flat_share(self, threshold: float) -> float:
+        """Share of the m·n directions with λ_S λ_A <= threshold · the largest. 1 where the curvature is zero.
+
+        Raises:
+            ValueError: a threshold below 0.
+        """
+        if not threshold >= 0:
+            raise ValueError(f"threshold: expected a share of the largest eigenvalue, at least 0, got {threshold}")
+        a, s = self.input_values, self.output_values
+        if not (a[0] > 0 and s[0] > 0):
+            return 1.0
+        # Each direction of S allows A's eigenvalues up to a bound: counted in A sorted, without the m × n products.
+        bounds = threshold * a[0] * (s[0] / s)  # infinite where an eigenvalue of S is zero
+        return int(torch.searchsorted(a.flip(0).contiguous(), bounds, right=True).sum()) / (len(a) * len(s))
+
+    def effective_directions(self) -> float:
+        """Participation ratio (Σλ)²/Σλ² of the products λ_S λ_A: how many directions carry the curvature; 0 of none."""
+        ratios = [values.sum().square() / values.square().sum() for values in (self.input_values, self.output_values)]
+        product = float(ratios[0] * ratios[1])
+        return product if product == product else 0.0
+
+    def trace(self) -> float:
+        """tr S · tr A: the mean squared norm of a token's gradient, in nats², if x and δ are independent."""
+        return float(self.input_values.sum() * self.output_values.sum())
+
+
+@dataclass(frozen=True)
+class Curvature:
+    """Of one domain.
+
+    Attributes:
+        layers: name -> its factors.
+        tokens: predicting tokens that the means are over.
+        samples: labels drawn for each.
+    """
+
+    layers: dict[str, Factors]
+    tokens: int
+    samples: int
+
+    def to_json(self, thresholds: Sequence[float] = THRESHOLDS) -> dict[str, Any]:
+        """Spectra as at most 64 quantiles from the largest to the smallest, and the flat share at each threshold."""
+        return {
+            "tokens": self.tokens,
+            "samples": self.samples,
+            "thresholds": list(thresholds),
+            "layers": {
+                name: {
+                    "shape": [len(factors.output_values), len(factors.input_values)],
+                    "inputs": _quantiles(factors.input_values),
+                    "outputs": _quantiles(factors.output_values),
+                    "flat": [factors.flat_share(threshold) for threshold in thresholds],
+                    "effective_directions": factors.effective_directions(),
+                    "trace": factors.trace(),
+                }
+                for name, factors in self.layers.items()
+            },
+        }
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {
+            f"{name}.{kind}": getattr(factors, kind)
+            for name, factors in self.layers.items()
+            for kind in ("input_values", "output_values")
+        }
+
+
+class CurvatureProbe:
+    """The Fisher information of each layer's weight, in Kronecker factors (Martens & Grosse 2015).
+
+    A = E[x xᵀ] of the layer's inputs and S = E[δ δᵀ] of the gradients at its outputs, over the tokens whose next token
+    is an answer token. Its labels are drawn from the model's own prediction: with the data's labels it would be the
+    "empirical Fisher", which is no curvature (Kunstner et al. 2019). δ of a token is of the loss summed over the
+    sequence, later tokens included. Memory: 4 (m² + n²) bytes a layer, whatever the number of tokens, on the layer's
+    device.
+
+    Args:
+        model: its output is logits (or has `.logits`).
+        modules: name -> linear layer. None: the linear layers of all residual blocks.
+        seed: of the labels.
+        samples: labels drawn for each token; the passes forward stay the same.
+
+    Raises:
+        ValueError: samples below 1; no layer.
+    """
+
+    def __init__(
+        self, model: nn.Module, modules: Mapping[str, nn.Module] | None = None, *, seed: int = 0, samples: int = 1
+    ):
+        if samples < 1:
+            raise ValueError(f"samples: expected at least 1, got {samples}")
+        self.model, self.seed, self.samples = model, seed, samples
+        self.modules = watched_layers(model, modules)
+
+    def run(self, batches: Iterable[Batch]) -> Curvature:
+        """One pass forward and `samples` backward over the batches, in evaluation mode; no ``.grad`` is touched.
+
+        Raises:
+            ValueError: no token that counts; activations or gradients that are not finite; a layer that did not run.
+        """
+        moments = {name: _moments(module) for name, module in self.modules.items()}
+        generators: dict[torch.device, torch.Generator] = {}
+        tokens = number = 0
+        with ExitStack() as stack:
+            stack.enter_context(evaluation(self.model))
+            stack.enter_context(torch.enable_grad())
+            seen: dict[str, tuple[Tensor, Tensor, int]] = {}
+            for name, module in self.modules.items():
+                stack.callback(module.register_forward_hook(_note(seen, name), with_kwargs=True).remove)
+            for number, batch in enumerate(batches, 1):
+                seen.clear()
+                logits, _, places = predictions(self.model, batch)
+                if not len(logits):
+                    continue
+                missing = [name for name in self.modules if name not in seen]
+                if missing:
+                    raise ValueError(
+                        f"{missing[0]} did not run in batch {number}; watch layers that run in every forward pass"
+                    )
+                device = logits.device
+                if device not in generators:
+                    generators[device] = torch.Generator(device).manual_seed(self.seed)
+                sums = {
+                    name: rows.sum(dtype=torch.float32 if rows.dtype != torch.float64 else None)
+                    for name, (rows, _, _) in seen.items()
+                } | {"the logits": logits.detach().sum()}
+                _check_finite("activations", sums, number)
+                self._add(moments, seen, logits, places, generators[device])
+                tokens += len(logits)
+                sums = {name: outputs.energy() for name, (_, outputs) in moments.items()}
+                _check_finite("gradients", sums, number)
+        if not tokens:
+            raise ValueError(
+                "batches: expected at least one with a token that counts, got "
+                + (f"{number} without any" if number else "no batch; is the domain empty?")
+            )
+        layers = {}
+        for name, (inputs, outputs) in moments.items():
+            inputs.moment.div_(tokens)
+            outputs.moment.div_(tokens * self.samples)
+            a, s = (ExactMoment.spectra([moment], [None]).values[0].cpu() for moment in (inputs, outputs))
+            layers[name] = Factors(inputs.moment.cpu(), outputs.moment.cpu(), a, s)
+        return Curvature(layers, tokens, self.samples)
+
+    def _add(
+        self,
+        moments: dict[str, tuple[ExactMoment, ExactMoment]],
+        seen: dict[str, tuple[Tensor, Tensor, int]],
+        logits: Tensor,
+        places: Tensor | None,
+        generator: torch.Generator,
+    ) -> None:
+        for name, (rows, output, version) in seen.items():
+            if output._version != version:
+                raise ValueError(
+                    f"{name}: its output is changed in place by what follows (ReLU(inplace=True)?), so its own "
+                    "gradient is not to be had; make that out of place"
+                )
+            moments[name][0].add(_counted(rows, places), None)
+        wide = logits if logits.dtype == torch.float64 else logits.float()
+        chances = wide.detach().softmax(-1)
+        outputs = [output for _, output, _ in seen.values()]
+        for sample in range(self.samples):
+            labels = torch.multinomial(chances, 1, generator=generator).flatten()
+            loss = nn.functional.cross_entropy(wide, labels, reduction="sum")
+            last = sample == self.samples - 1
+            deltas = torch.autograd.grad(loss, outputs, retain_graph=not last, allow_unused=True)
+            for name, delta in zip(seen, deltas, strict=True):
+                if delta is None:
+                    raise ValueError(f"{name}: the prediction does not depend on its output; watch other layers")
+                moments[name][1].add(_counted(delta, places), None)
+
+
+def curvature_overlap(curvatures: Mapping[str, Curvature], share: float = 0.05) -> dict[str, Any]:
+    """How much of the most curved input and output directions each pair of domains has in common.
+
+    Of each factor the eigenvectors of its k = max(1, round(share · width)) largest eigenvalues, compared by
+    ‖UᵀV‖²_F/k, which is k/width for random directions.
+
+    Returns:
+        JSON: pairs; layers -> "inputs" and "outputs", a value a pair, and "inputs_null" and "outputs_null".
+
+    Raises:
+        ValueError: fewer than two domains, other layers in one than in the others, or a share outside (0, 1].
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"share: expected a share of the directions in (0, 1], got {share}")
+    if len(curvatures) < 2:
+        raise ValueError(f"curvatures: expected at least two domains, got {', '.join(curvatures) or 'none'}")
+    domains = list(curvatures)
+    pairs = [[a, b] for i, a in enumerate(domains) for b in domains[i + 1 :]]
+    layers: dict[str, dict[str, Any]] = {}
+    for name in curvatures[domains[0]].layers:
+        layers[name] = {}
+        for kind in ("inputs", "outputs"):
+            leading = {}
+            for domain, curvature in curvatures.items():
+                if curvature.layers.keys() != curvatures[domains[0]].layers.keys():
+                    raise ValueError(f"curvatures: {domain} has other layers than {domains[0]}; run them on one model")
+                moment = getattr(curvature.layers[name], kind)
+                count = max(1, round(share * len(moment)))
+                leading[domain] = torch.linalg.eigh(moment.double()).eigenvectors[:, len(moment) - count :]
+            layers[name][kind] = [subspace_overlap(leading[a], leading[b]) for a, b in pairs]
+            layers[name][f"{kind}_null"] = count / len(moment)
+    return {"pairs": pairs, "share": share, "layers": layers}
+
+
+def _moments(module: nn.Module) -> tuple[ExactMoment, ExactMoment]:
+    outputs, inputs = shape_of(module)
+    dtype = torch.float64 if module.weight.dtype == torch.float64 else torch.float32
+    return tuple(ExactMoment(width, dtype, module.weight.device) for width in (inputs, outputs))
+
+
+def _note(seen: dict[str, tuple[Tensor, Tensor, int]], name: str) -> Callable:
+    def hook(module: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> Tensor:
+        # Where nothing before it is trained, the graph begins here.
+        output = output if output.requires_grad else output.detach().requires_grad_()
+        rows = args[0] if args else next(iter(named.values()))
+        seen[name] = rows.detach(), output, output._version
+        return output
+
+    return hook
+
+
+def _counted(rows: Tensor, places: Tensor | None) -> Tensor:
+    rows = rows.reshape(-1, rows.shape[-1])
+    return rows if places is None else rows[places.to(rows.device)]
+
+
+def _check_finite(what: str, sums: dict[str, Tensor], number: int) -> None:
+    # One transfer a batch, not one a layer.
+    device = next(iter(sums.values())).device
+    finite = torch.stack([total.to(device, torch.float64) for total in sums.values()]).isfinite()
+    if not finite.all():
+        raise ValueError(
+            f"{what} that are not finite in {list(sums)[int((~finite).nonzero()[0])]}, batch {number}; look at that "
+            "batch, and at the model's weights and dtype (float16 overflows where bfloat16 does not)"
+        )
+
+
+def _quantiles(values: Tensor) -> list[float]:
+    """Of sorted values, at most 64 at even distances, the first and the last among them."""
+    return values[torch.linspace(0, len(values) - 1, min(64, len(values))).round().long()].tolist()
