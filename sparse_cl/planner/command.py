@@ -69,9 +69,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     device.add_argument("--price", type=float, help="dollars an hour")
     device.add_argument("--mfu", type=float, help="share of the peak that is reached, recomputation counted as work")
     probing = parser.add_argument_group("probing")
-    probing.add_argument("--probe-records", type=int, default=512, help="of each domain (default: %(default)s)")
+    probing.add_argument("--probe-records", type=int, default=128, help="of each domain (default: %(default)s)")
     probing.add_argument("--probe-stages", type=int, default=2, help="2: before and after (default: %(default)s)")
-    probing.add_argument("--forward-passes", type=int, default=6, help="at a stage (default: %(default)s)")
+    probing.add_argument("--forward-passes", type=int, help="at a stage (default: 2 and one a domain)")
     probing.add_argument("--backward-passes", type=int, default=2, help="at a stage (default: %(default)s)")
     parser.set_defaults(command=_plan)
 

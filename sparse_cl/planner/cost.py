@@ -32,7 +32,9 @@ class Workload:
         probe_records: that one pass of a probe reads of a domain.
         probe_stages: how often everything is probed: 2 is before and after the sequence.
         forward_passes, backward_passes: passes over a domain's records at a stage: forward alone, and forward with
-            backward to all weights.
+            backward to all weights. The defaults are those of `sparse-cl probe`: forward once for all that is watched,
+            once for the loss before steps on each domain and once after each of these (None stands for 2 + domains);
+            backward for gradients and for curvature.
 
     Raises:
         ValueError: a number that is not positive, a share outside [0, 1], or an unknown precision.
@@ -45,9 +47,9 @@ class Workload:
     precision: str = "bf16"
     checkpointing: bool = False
     used: float = 0.4
-    probe_records: int = 512
+    probe_records: int = 128
     probe_stages: int = 2
-    forward_passes: int = 6
+    forward_passes: int | None = None
     backward_passes: int = 2
 
     def __post_init__(self) -> None:
@@ -55,12 +57,15 @@ class Workload:
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
         for name in ("probe_records", "probe_stages", "forward_passes", "backward_passes"):
-            if getattr(self, name) < 0:
+            if (getattr(self, name) or 0) < 0:
                 raise ValueError(f"{name}: expected zero or more, got {getattr(self, name)}")
         if not 0 <= self.used <= 1:
             raise ValueError(f"used: expected a share in [0, 1], got {self.used}")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+
+        if self.forward_passes is None:
+            object.__setattr__(self, "forward_passes", 2 + self.domains)
 
     @property
     def step_tokens(self) -> int:

@@ -13,8 +13,8 @@ from torch import Tensor
 from sparse_cl.layout import StateLayout
 from sparse_cl.masks import Mask
 from sparse_cl.methods import METHODS
-from sparse_cl.methods.sparse_masked import neuron_masks, top_neurons
 from sparse_cl.optim.state import layout_for
+from sparse_cl.probes.neuron_masks import neuron_count, neuron_masks, places
 from sparse_cl.probes.parts import find_mlps
 from sparse_cl.subspace.layers import find_layers
 
@@ -167,7 +167,7 @@ def _sparse_masked(shape: ModelShape, settings: dict[str, Any]) -> Demand:
     parameters = dict(shape.model.named_parameters())
     masks: dict[str, Mask] = {}
     for mlp in find_mlps(shape.model):
-        masks |= neuron_masks(mlp, top_neurons(torch.zeros(mlp.neurons), settings["fraction"]))
+        masks |= neuron_masks(places(mlp), torch.arange(neuron_count(settings["fraction"], mlp.neurons)))
     state, entries = _states((parameters[name], mask) for name, mask in masks.items())
     e = shape.itemsize
     trained = sum(parameters[name].numel() for name in masks)
