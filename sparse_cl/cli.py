@@ -8,19 +8,12 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+from .arguments import names, positive
+from .planner import command as planner
+from .studies import command as studies
+
 OPTIONS = ("energy", "source", "max_rank")
 """Arguments that set what is a method's own, `Method.options`."""
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return value
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
 def _parse_lr(text: str | None, methods: Sequence[str]) -> dict[str, float]:
@@ -30,7 +23,7 @@ def _parse_lr(text: str | None, methods: Sequence[str]) -> dict[str, float]:
     try:
         if "=" not in text:
             return dict.fromkeys(methods, float(text))
-        return {name: float(value) for name, value in (part.split("=") for part in _names(text))}
+        return {name: float(value) for name, value in (part.split("=") for part in names(text))}
     except ValueError as error:
         raise ValueError(f"--lr {text}: expected a number, or METHOD=NUMBER[,METHOD=NUMBER…]") from error
 
@@ -51,16 +44,16 @@ def _add_run(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument(
         "--domains",
-        type=_names,
+        type=names,
         metavar="NAME[,NAME…]",
         default=("code", "math", "medical", "general"),
         help="in training order; NAME=DATASET[:CONFIG] takes one from the Hub (default: code,math,medical,general)",
     )
     parser.add_argument("--method", default="all", metavar="NAME[,NAME…]|all", help="(default: %(default)s)")
     parser.add_argument("--reference", metavar="FILE.txt", help="plain text the base model knows, scored as well")
-    parser.add_argument("--steps", type=_positive, default=150, help="a domain (default: %(default)s)")
-    parser.add_argument("--batch-size", type=_positive, default=16, help="a device (default: %(default)s)")
-    parser.add_argument("--max-length", type=_positive, default=256, help="in tokens (default: %(default)s)")
+    parser.add_argument("--steps", type=positive, default=150, help="a domain (default: %(default)s)")
+    parser.add_argument("--batch-size", type=positive, default=16, help="a device (default: %(default)s)")
+    parser.add_argument("--max-length", type=positive, default=256, help="in tokens (default: %(default)s)")
     parser.add_argument(
         "--lr",
         metavar="X|METHOD=X,…",
@@ -81,7 +74,7 @@ def _add_run(commands: argparse._SubParsersAction) -> None:
     )
     orthogonal.add_argument(
         "--max-rank",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="most directions that a domain adds to a layer; wide models need it: without a limit "
         "observing takes 4 n² bytes for a layer of n inputs",
@@ -89,9 +82,14 @@ def _add_run(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
     parser.add_argument(
         "--eval-records",
-        type=_positive,
+        type=positive,
         default=64,
         help="scored of each kind and domain: test, choices, answers (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--probe",
+        action="store_true",
+        help="also probe the model before and after each method's domains, and how far it drifted: OUT/probes",
     )
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="new folder for the results")
     parser.set_defaults(command=_run)
@@ -106,7 +104,7 @@ def _run(arguments: argparse.Namespace) -> None:
     from .four_domains.settings import Settings
     from .methods import METHODS
 
-    methods = tuple(METHODS) if arguments.method == "all" else _names(arguments.method)
+    methods = tuple(METHODS) if arguments.method == "all" else names(arguments.method)
     settings = Settings(
         model=arguments.model,
         data=arguments.data,
@@ -124,18 +122,26 @@ def _run(arguments: argparse.Namespace) -> None:
     with warnings.catch_warnings():
         # Beside the progress bars, and without the line of code that a reader of warnings does not know.
         warnings.showwarning = lambda message, *_: tqdm.write(f"Warning: {message}", file=sys.stderr)
-        runs = experiment.run(settings, arguments.out)
+        runs = experiment.run(settings, arguments.out, finished=arguments.probe)
     if not experiment.is_main_process():
         return
     print(comparison(runs))
     pictures = sorted(path.name for path in arguments.out.glob("*.png"))
-    print(f"\nWritten to {arguments.out}: results.json, comparison.txt, {', '.join(pictures)}")
+    print(f"\nWritten to {arguments.out}: results.json, comparison.txt, {', '.join(pictures)}", flush=True)
+    if arguments.probe:
+        from .studies.around import probe_run
+
+        for line in probe_run(settings, arguments.out):
+            print(line)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the exit status: 0, or 2 for input that cannot be used (the reason goes to stderr)."""
     parser = argparse.ArgumentParser(prog="sparse-cl", description="Continual learning in the room that is free.")
-    _add_run(parser.add_subparsers(required=True, metavar="COMMAND"))
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_run(commands)
+    studies.add_parsers(commands)
+    planner.add_parser(commands)
     arguments = parser.parse_args(argv)
     try:
         arguments.command(arguments)

@@ -56,3 +56,19 @@ def test_the_memory_and_the_adapter(tmp_path, monkeypatch):
     merged = names["adapted"].merge_and_unload()
     assert all(leak <= 1e-6 for leak in memory.leak(before, merged).values())
     assert all(not torch.equal(merged.get_parameter(name), weight) for name, weight in before.items())
+
+
+def test_the_probe(tiny_llama):
+    torch.manual_seed(0)
+    ids = torch.randint(0, 64, (8, 16))
+    names = {"model": tiny_llama, "batches": [{"input_ids": part, "labels": part} for part in ids.split(2)]}
+    exec(next(s for s in SNIPPETS if "ActivationProbe(" in s), names)
+    loss = tiny_llama(input_ids=ids, labels=ids).loss
+    loss.backward()
+    start = {n: p.detach().clone() for n, p in tiny_llama.named_parameters()}
+    names["optimizer"].step()
+    assert len(names["masks"]) == 6
+    for name, param in tiny_llama.named_parameters():
+        active = names["masks"][name].to_dense() if name in names["masks"] else torch.zeros(param.shape).bool()
+        assert torch.equal(param[~active], start[name][~active]), name
+        assert not active.any() or (param[active] != start[name][active]).float().mean() > 0.9, name

@@ -31,8 +31,11 @@ class FolderError(ValueError):
     """An output folder that cannot be used."""
 
 
-def check_folder(out: Path, settings: Settings) -> None:
+def check_folder(out: Path, settings: Settings, *, finished: bool = False) -> None:
     """Whether `out` may be this run's folder: absent, empty, or with an unfinished run of equal settings.
+
+    Args:
+        finished: whether a finished one will do too.
 
     Raises:
         FolderError: it holds another run, a finished one, or files that are no run's.
@@ -45,7 +48,7 @@ def check_folder(out: Path, settings: Settings) -> None:
             raise FolderError(
                 f"{out} holds another run (it differs in {', '.join(differing)}). Give another --out, or delete it"
             )
-        if (out / "results.json").is_file():
+        if (out / "results.json").is_file() and not finished:
             raise FolderError(f"{out} holds this very run, finished. Give another --out, or delete it to run it again")
     elif out.exists() and not out.is_dir():
         raise FolderError(f"{out} is a file; --out must be a folder")
@@ -53,16 +56,17 @@ def check_folder(out: Path, settings: Settings) -> None:
         raise FolderError(f"{out} is not empty and holds no run of sparse-cl. Give another --out")
 
 
-def load_model(source: str) -> tuple[nn.Module, Any]:
-    """A causal language model in fp32 on this process's device, and its tokenizer, with a padding token."""
+def load_model(source: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any]:
+    """A causal language model on this process's device, and its tokenizer, with a padding token."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(source)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     return model.to(accelerate.PartialState().device), tokenizer
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that a result depends on."""
     packages = ("torch", "transformers", "peft", "accelerate", "datasets", "sparse_cl")
     found = {"python": platform.python_version()}
     for package in packages:
@@ -97,17 +101,20 @@ def quiet() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def run(settings: Settings, out: Path) -> list[dict[str, Any]]:
+def run(settings: Settings, out: Path, *, finished: bool = False) -> list[dict[str, Any]]:
     """Run every method, write `results.json` and the pictures into `out`, and return the runs' records.
 
     Everything is checked before anything is written, so that bad input leaves no folder. A run that was interrupted
     goes on after the last domain that was finished.
 
+    Args:
+        finished: a run that `out` holds finished is reported again, where it would be an error else.
+
     Raises:
         FolderError, DataError, ValueError, OSError: bad input; the message says what to do.
     """
     quiet()
-    check_folder(out, settings)
+    check_folder(out, settings, finished=finished)
     reference = _reference_text(settings)
     domains = load_domains(settings.domains, settings.data, settings.seed)
     source = settings.model or str(embedded_model_folder())
@@ -146,7 +153,7 @@ def run(settings: Settings, out: Path) -> list[dict[str, Any]]:
                 lambda so_far, path=path: write_json(path, so_far.to_json()) if is_main else None,
             )
             model = None
-        runs.append(run_record(name, method.settings(), settings, progress, _versions()))
+        runs.append(run_record(name, method.settings(), settings, progress, versions()))
     if is_main:
         figures.draw_matrices(runs, out / "R.png")
         figures.draw_curves(runs, out / "curves.png")
