@@ -97,8 +97,6 @@ def _add_run(commands: argparse._SubParsersAction) -> None:
 
 def _run(arguments: argparse.Namespace) -> None:
     # transformers and its kin take seconds to import: not for --help or a mistyped option.
-    from tqdm.auto import tqdm
-
     from .four_domains import experiment
     from .four_domains.report import comparison
     from .four_domains.settings import Settings
@@ -119,10 +117,7 @@ def _run(arguments: argparse.Namespace) -> None:
         eval_records=arguments.eval_records,
         options={name: value for name in OPTIONS if (value := getattr(arguments, name)) is not None},
     )
-    with warnings.catch_warnings():
-        # Beside the progress bars, and without the line of code that a reader of warnings does not know.
-        warnings.showwarning = lambda message, *_: tqdm.write(f"Warning: {message}", file=sys.stderr)
-        runs = experiment.run(settings, arguments.out, finished=arguments.probe)
+    runs = experiment.run(settings, arguments.out, finished=arguments.probe)
     if not experiment.is_main_process():
         return
     print(comparison(runs))
@@ -135,6 +130,13 @@ def _run(arguments: argparse.Namespace) -> None:
             print(line)
 
 
+def _tell(message: Warning | str, *_: object) -> None:
+    """Beside progress bars, and without the line of code that a reader of warnings does not know."""
+    from tqdm.auto import tqdm
+
+    tqdm.write(f"Warning: {message}", file=sys.stderr)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the exit status: 0, or 2 for input that cannot be used (the reason goes to stderr)."""
     parser = argparse.ArgumentParser(prog="sparse-cl", description="Continual learning in the room that is free.")
@@ -144,7 +146,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     planner.add_parser(commands)
     arguments = parser.parse_args(argv)
     try:
-        arguments.command(arguments)
+        with warnings.catch_warnings():
+            warnings.showwarning = _tell
+            arguments.command(arguments)
     except (ValueError, OSError) as error:
         print(f"sparse-cl: {error}", file=sys.stderr)
         return 2
