@@ -1,0 +1,74 @@
+"""One model in a few numbers, to stand beside other models."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from statistics import mean
+from typing import Any
+
+from torch import nn
+
+SHARE = 0.05
+"""Share of a layer's neurons whose overlap is compared between models."""
+
+
+def summary(name: str, model: nn.Module, record: Mapping[str, Any]) -> dict[str, Any]:
+    """Means over pairs of domains and layers of what `probe_model` found, for `sections.scale`.
+
+    Returns:
+        `model`, `family` (the architecture), `width` (of the hidden states), `layers`, `parameters`, and each of the
+        following or None where it was not probed:
+        `overlap`: IoU of the most active `SHARE` of the neurons: `iou`, `null`, `ceiling`.
+        `cosine`: of the gradients: `mean`; `absolute`, the mean of |cosine|, and its `null`, √(2/πd) for isotropic
+        gradients of d entries; `corrected`, the mean of |cosine / ceiling| where a ceiling is sure; `ceiling`.
+        `sparsity`: share of neurons that holds 99 % of a token's L1 mass: `needed`, and `null` for Gaussians.
+    """
+    return {
+        "model": name,
+        "family": model.config.model_type,
+        "width": model.config.hidden_size,
+        "layers": model.config.num_hidden_layers,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "overlap": _overlap(record["overlap"]) if "overlap" in record else None,
+        "cosine": _cosine(record["cosines"]) if "cosines" in record else None,
+        "sparsity": _sparsity(record["activation"]) if "activation" in record else None,
+    }
+
+
+def _overlap(record: Mapping[str, Any]) -> dict[str, Any]:
+    at = min(range(len(record["fractions"])), key=lambda i: abs(record["fractions"][i] - SHARE))
+    return {
+        "share": record["fractions"][at],
+        "iou": mean(pair[at] for pair in record["mean_iou"]),
+        "null": record["mean_null"][at],
+        "ceiling": _mean_of_known(pair[at] for pair in record["mean_ceiling"]),
+    }
+
+
+def _cosine(record: Mapping[str, Any]) -> dict[str, Any]:
+    layers = list(record["layers"].values())
+
+    def values(key: str) -> list[float]:
+        return [value for layer in layers for value in layer[key] if value is not None]
+
+    return {
+        "mean": _mean_of_known(values("cosine")),
+        "absolute": _mean_of_known(map(abs, values("cosine"))),
+        "null": mean(math.sqrt(2 / (math.pi * layer["entries"])) for layer in layers),
+        "ceiling": _mean_of_known(values("ceiling")),
+        "corrected": _mean_of_known(map(abs, values("corrected"))),
+    }
+
+
+def _sparsity(record: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    domains = list(record.values())
+    return {
+        "needed": mean(domain["mean"]["product"]["needed"]["0.99"]["mean"] for domain in domains),
+        "null": domains[0]["chance"]["product"]["needed"]["0.99"],
+    }
+
+
+def _mean_of_known(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return mean(known) if known else None
