@@ -144,7 +144,7 @@ def steps_to_fit(
     target: float = 0.5,
     max_steps: int = 100,
     fixed_steps: int = 20,
-    step: Callable[[], object] = lambda: None,
+    fitted: Callable[[], object] = lambda: None,
 ) -> Plasticity:
     """Number of AdamW steps in which a copy of the model learns a held-out task, from the same start for each seed.
 
@@ -159,7 +159,7 @@ def steps_to_fit(
         target: loss in nats a token that counts as learned.
         max_steps: where it gives up.
         fixed_steps: at which the loss is compared, whether the target was reached or not; at most `max_steps`.
-        step: called after each optimizer step, to move a progress bar.
+        fitted: called after each task, to move a progress bar.
 
     Raises:
         ValueError: no seed, or a seed twice; lr, target or numbers of steps that are not positive;
@@ -173,8 +173,11 @@ def steps_to_fit(
     if fixed_steps > max_steps:
         raise ValueError(f"fixed_steps: expected at most max_steps = {max_steps}, got {fixed_steps}")
     task = RandomSequences(_vocabulary(model)) if task is None else task
-    fits = tuple(_fit(model, seed, task(seed), lr, target, max_steps, fixed_steps, step) for seed in seeds)
-    return Plasticity(fits, target, max_steps, fixed_steps, lr)
+    fits = []
+    for seed in seeds:
+        fits.append(_fit(model, seed, task(seed), lr, target, max_steps, fixed_steps))
+        fitted()
+    return Plasticity(tuple(fits), target, max_steps, fixed_steps, lr)
 
 
 def plasticity(
@@ -207,7 +210,6 @@ def _fit(
     target: float,
     max_steps: int,
     fixed_steps: int,
-    step: Callable[[], object],
 ) -> Fit:
     learner = copy.deepcopy(model).requires_grad_(True)
     if next(learner.parameters()).dtype != torch.float64:
@@ -230,4 +232,3 @@ def _fit(
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            step()
