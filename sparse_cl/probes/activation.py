@@ -14,7 +14,7 @@ from sparse_cl.probes.parts import MLP, find_mlps
 from sparse_cl.probes.passes import Batch, Watch, stream
 from sparse_cl.probes.resampling import GROUPS
 from sparse_cl.probes.scores import ActivationScores, PartScores
-from sparse_cl.probes.sparsity import LEVELS, ascending, shares_needed
+from sparse_cl.probes.sparsity import LEVELS, ascending, neurons_needed
 from sparse_cl.reference.precision import full_precision
 from sparse_cl.subspace.moments import row_blocks
 
@@ -218,7 +218,7 @@ class _Sums:
         # A token without any mass weighs nothing.
         weights = torch.where(totals > 0, 1 / totals, 0).mT
         self.profile += (weights @ ordered)[0].flip(0)
-        self.needed += (member @ shares_needed(ordered, totals)).mT
+        self.needed += (member @ neurons_needed(ordered, totals)).mT.double() / width
         self.ranked += member.sum(1)
 
     def result(self, layer: str, part: str) -> PartScores:

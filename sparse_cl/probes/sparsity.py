@@ -23,8 +23,8 @@ def ascending(magnitudes: Tensor) -> Tensor:
     return magnitudes.sort(dim=-1).values
 
 
-def shares_needed(ordered: Tensor, totals: Tensor) -> Tensor:
-    """(t, levels): the share of each token's neurons that holds each of `LEVELS` of its L1 mass, at least.
+def neurons_needed(ordered: Tensor, totals: Tensor) -> Tensor:
+    """(t, levels): how many of each token's neurons, at least, hold each of `LEVELS` of its L1 mass; whole floats.
 
     Args:
         ordered: (t, neurons), as `ascending` gives it.
@@ -33,7 +33,7 @@ def shares_needed(ordered: Tensor, totals: Tensor) -> Tensor:
     kept = torch.tensor(LEVELS, dtype=ordered.dtype, device=ordered.device)
     # From the small end, where a running sum in float32 is accurate, and as what may be dropped is defined.
     dropped = torch.searchsorted(ordered.cumsum(1), (1 - kept) * totals, right=True)
-    return 1 - dropped.to(ordered.dtype) / ordered.shape[1]
+    return (ordered.shape[1] - dropped).to(ordered.dtype)
 
 
 def curve_at(profile: Tensor, shares: tuple[float, ...] = SHARES) -> Tensor:
