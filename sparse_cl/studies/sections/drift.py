@@ -92,7 +92,7 @@ def _figure(layers: Mapping[str, Mapping[str, Any]]) -> Figure:
     if ceilings:
         overlap.plot(*zip(*ceilings, strict=True), color="tab:green", linestyle="--", marker="_", label="ceiling")
     overlap.set_ylim(0, 1.03)
-    overlap.legend(fontsize=8)
+    overlap.legend(fontsize=8, loc="center right")
     for axis in axes[1]:
         axis.set_ylim(0, None)
     return figure

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
+from sparse_cl.four_domains.figures import by_kind
 from sparse_cl.studies.section import Section, Table, new_figure
 from sparse_cl.studies.sections.layer_axis import label_layers
 
@@ -93,7 +94,7 @@ def _figure(record: Mapping[str, Any]) -> Figure:
 
 def _table(record: Mapping[str, Any]) -> Table:
     rows = []
-    for name, spread in [*record["mlps"].items(), *record["layers"].items()]:
+    for name, spread in record["mlps"].items():
         hub = record["hubs"].get(name)
         within = hub and hub["null_interval"]
         rows.append(
@@ -107,8 +108,17 @@ def _table(record: Mapping[str, Any]) -> Table:
                 f"{_n(within[0])} to {_n(within[1])}" if within else "–",
             )
         )
-    header = ("MLP or layer", "neurons", "‖ΔW‖/‖W‖", "holds 90 %", "hubs", "their energy", "random neurons'")
+    for kind, names in by_kind(list(record["layers"])).items():
+        layers = [record["layers"][name] for name in names]
+        means = [_mean(layer[key] for layer in layers) for key in ("relative", "share90")]
+        rows.append((f"{kind}, mean", str(layers[0]["neurons"]), *map(_n, means), "–", "–", "–"))
+    header = ("MLP, or kind of layer", "neurons", "‖ΔW‖/‖W‖", "holds 90 %", "hubs", "their energy", "random neurons'")
     return Table(header, tuple(rows))
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return mean(known) if known else None
 
 
 def _n(value: float | None) -> str:
