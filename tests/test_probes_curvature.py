@@ -8,7 +8,7 @@ import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparse_cl.probes.curvature import CurvatureProbe, Factors, curvature_overlap
+from sparse_cl.probes.curvature import Curvature, CurvatureProbe, Factors, curvature_overlap, white_spectrum
 from sparse_cl.probes.parts import linear_layers
 from sparse_cl.probes.passes import IGNORED
 
@@ -187,3 +187,39 @@ def test_errors_name_what_is_wrong(tiny_llama):
         tiny_llama.model.layers[1].mlp.down_proj.weight[0, 0] = torch.nan
     with pytest.raises(ValueError, match=r"activations that are not finite in the logits, batch 1"):
         CurvatureProbe(tiny_llama).run(batches)
+
+
+@pytest.mark.parametrize(("width", "rows"), [(200, 800), (200, 200), (300, 100)])
+def test_white_spectra_are_those_of_white_rows(width, rows):
+    drawn = torch.stack([torch.linalg.eigvalsh(x.T @ x / rows) for x in normal(0, 10, rows, width)]).mean(0).flip(0)
+    found = white_spectrum(width, rows)
+    assert found.shape == (width,)
+    assert (found - drawn.clamp(min=0)).abs().max() < 0.05 * drawn[0]
+    assert float(found.mean()) == pytest.approx(1, abs=0.01)
+    assert int((found == 0).sum()) == max(0, width - rows)
+
+
+def test_white_factors_are_as_flat_as_their_null_says():
+    a, d = normal(0, 500, 80), normal(1, 1000, 60)
+    a, s = a.T @ a / 500, d.T @ d / 1000
+    factors = Factors(a, s, *(torch.linalg.eigvalsh(moment).flip(0) for moment in (a, s)))
+    found = Curvature({"layer": factors}, 500, 2).to_json((0.05, 0.1, 0.2, 0.5, 0.9))["layers"]["layer"]
+    assert found["flat"] == pytest.approx(found["flat_null"], abs=0.03)
+    assert 0 < found["flat"][1] < 0.3 < found["flat"][3] < 1
+
+
+def test_halves_are_even_and_odd_batches_and_give_the_ceiling():
+    layer = torch.nn.Linear(20, 3, dtype=torch.float64)
+    batches = [normal(seed, 30, 20) * torch.linspace(3, 0.1, 20, dtype=torch.float64) for seed in range(5)]
+    found = CurvatureProbe(layer, {"layer": layer}).run(batches)
+    even, odd = found.layers["layer"].halves
+    torch.testing.assert_close(even.inputs, sum(x.T @ x for x in batches[::2]) / 90)
+    torch.testing.assert_close(odd.inputs, sum(x.T @ x for x in batches[1::2]) / 60)
+    u, v = (torch.linalg.eigh(half.inputs).eigenvectors[:, -4:] for half in (even, odd))
+    expected = float((u.T @ v).square().sum()) / 4
+    compared = curvature_overlap({"a": found, "b": found}, share=0.2)["layers"]["layer"]
+    assert compared["inputs_ceiling"] == pytest.approx([expected] * 2, abs=1e-6)
+    assert compared["inputs"] == pytest.approx([1])
+    alone = CurvatureProbe(layer, {"layer": layer}).run(batches[:1])
+    assert alone.layers["layer"].halves == ()
+    assert curvature_overlap({"a": alone, "b": found})["layers"]["layer"]["inputs_ceiling"][0] is None

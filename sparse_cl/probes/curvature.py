@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparse_cl.linalg import randomized_svd
 from sparse_cl.probes.angles import subspace_overlap
 from sparse_cl.probes.gradients import watched_layers
 from sparse_cl.probes.losses import predictions
@@ -20,6 +21,9 @@ from sparse_cl.subspace.moments import ExactMoment
 #: λ_S λ_A at or below this share of the layer's largest counts as flat.
 THRESHOLDS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 
+_Pair = tuple[ExactMoment, ExactMoment]
+"""Σ x xᵀ and Σ δ δᵀ of one layer."""
+
 
 @dataclass(frozen=True)
 class Factors:
@@ -29,12 +33,14 @@ class Factors:
         inputs: A = E[x xᵀ], (n, n), float32 (float64 for float64 layers), on the CPU.
         outputs: S = E[δ δᵀ], (m, m), as `inputs`.
         input_values, output_values: their eigenvalues, float64, largest first, none below 0.
+        halves: the same of even and of odd batches alone; empty with a single batch.
     """
 
     inputs: Tensor
     outputs: Tensor
     input_values: Tensor
     output_values: Tensor
+    halves: tuple[Factors, ...] = ()
 
     def flat_share(self, threshold: float) -> float:
         """Share of the m·n directions with λ_S λ_A <= threshold · the largest. 1 where the curvature is zero.
@@ -77,7 +83,11 @@ class Curvature:
     samples: int
 
     def to_json(self, thresholds: Sequence[float] = THRESHOLDS) -> dict[str, Any]:
-        """Spectra as at most 64 quantiles from the largest to the smallest, and the flat share at each threshold."""
+        """Spectra as at most 64 quantiles from the largest to the smallest, and the flat share at each threshold.
+
+        `flat_halves`: of the halves of the batches, None with a single one: an idea of its error. `flat_null`: of white
+        noise of as many tokens. Too few tokens make directions look flat, and this says how many.
+        """
         return {
             "tokens": self.tokens,
             "samples": self.samples,
@@ -88,12 +98,22 @@ class Curvature:
                     "inputs": _quantiles(factors.input_values),
                     "outputs": _quantiles(factors.output_values),
                     "flat": [factors.flat_share(threshold) for threshold in thresholds],
+                    "flat_halves": [[half.flat_share(t) for t in thresholds] for half in factors.halves] or None,
+                    "flat_null": self._flat_null(factors, thresholds),
                     "effective_directions": factors.effective_directions(),
                     "trace": factors.trace(),
                 }
                 for name, factors in self.layers.items()
             },
         }
+
+    def _flat_null(self, factors: Factors, thresholds: Sequence[float]) -> list[float]:
+        a, s = (
+            white_spectrum(len(factors.input_values), self.tokens),
+            white_spectrum(len(factors.output_values), self.tokens * self.samples),
+        )
+        white = Factors(factors.inputs, factors.outputs, a, s)
+        return [white.flat_share(threshold) for threshold in thresholds]
 
     def tensors(self) -> dict[str, Tensor]:
         return {
@@ -109,7 +129,7 @@ class CurvatureProbe:
     A = E[x xᵀ] of the layer's inputs and S = E[δ δᵀ] of the gradients at its outputs, over the tokens whose next token
     is an answer token. Its labels are drawn from the model's own prediction: with the data's labels it would be the
     "empirical Fisher", which is no curvature (Kunstner et al. 2019). δ of a token is of the loss summed over the
-    sequence, later tokens included. Memory: 4 (m² + n²) bytes a layer, whatever the number of tokens, on the layer's
+    sequence, later tokens included. Memory: 8 (m² + n²) bytes a layer, whatever the number of tokens, on the layer's
     device.
 
     Args:
@@ -136,9 +156,11 @@ class CurvatureProbe:
         Raises:
             ValueError: no token that counts; activations or gradients that are not finite; a layer that did not run.
         """
-        moments = {name: _moments(module) for name, module in self.modules.items()}
+        # Even and odd batches apart, so that two halves can be compared.
+        moments = {name: (_moments(module), _moments(module)) for name, module in self.modules.items()}
+        counts = [0, 0]
         generators: dict[torch.device, torch.Generator] = {}
-        tokens = number = 0
+        number = counted = 0
         with ExitStack() as stack:
             stack.enter_context(evaluation(self.model))
             stack.enter_context(torch.enable_grad())
@@ -163,26 +185,36 @@ class CurvatureProbe:
                     for name, (rows, _, _) in seen.items()
                 } | {"the logits": logits.detach().sum()}
                 _check_finite("activations", sums, number)
-                self._add(moments, seen, logits, places, generators[device])
-                tokens += len(logits)
-                sums = {name: outputs.energy() for name, (_, outputs) in moments.items()}
+                half = counted % 2
+                self._add(
+                    {name: pair[half] for name, pair in moments.items()}, seen, logits, places, generators[device]
+                )
+                counts[half] += len(logits)
+                counted += 1
+                sums = {name: pair[half][1].energy() for name, pair in moments.items()}
                 _check_finite("gradients", sums, number)
-        if not tokens:
+        if not counted:
             raise ValueError(
                 "batches: expected at least one with a token that counts, got "
                 + (f"{number} without any" if number else "no batch; is the domain empty?")
             )
-        layers = {}
-        for name, (inputs, outputs) in moments.items():
-            inputs.moment.div_(tokens)
-            outputs.moment.div_(tokens * self.samples)
-            a, s = (ExactMoment.spectra([moment], [None]).values[0].cpu() for moment in (inputs, outputs))
-            layers[name] = Factors(inputs.moment.cpu(), outputs.moment.cpu(), a, s)
-        return Curvature(layers, tokens, self.samples)
+        return Curvature(
+            {name: self._factors(*pair, *counts) for name, pair in moments.items()}, sum(counts), self.samples
+        )
+
+    def _factors(self, even: _Pair, odd: _Pair, evens: int, odds: int) -> Factors:
+        def factors(pair: Sequence[Tensor], tokens: int, halves: tuple[Factors, ...] = ()) -> Factors:
+            inputs, outputs = pair[0] / tokens, pair[1] / (tokens * self.samples)
+            values = [torch.linalg.eigvalsh(m.double()).flip(0).clamp(min=0) for m in (inputs, outputs)]
+            return Factors(inputs, outputs, *values, halves)
+
+        first, second = ([moment.moment.cpu() for moment in pair] for pair in (even, odd))
+        halves = (factors(first, evens), factors(second, odds)) if odds else ()
+        return factors([a + b for a, b in zip(first, second, strict=True)], evens + odds, halves)
 
     def _add(
         self,
-        moments: dict[str, tuple[ExactMoment, ExactMoment]],
+        moments: dict[str, _Pair],
         seen: dict[str, tuple[Tensor, Tensor, int]],
         logits: Tensor,
         places: Tensor | None,
@@ -213,10 +245,12 @@ def curvature_overlap(curvatures: Mapping[str, Curvature], share: float = 0.05) 
     """How much of the most curved input and output directions each pair of domains has in common.
 
     Of each factor the eigenvectors of its k = max(1, round(share · width)) largest eigenvalues, compared by
-    ‖UᵀV‖²_F/k, which is k/width for random directions.
+    ‖UᵀV‖²_F/k.
 
     Returns:
-        JSON: pairs; layers -> "inputs" and "outputs", a value a pair, and "inputs_null" and "outputs_null".
+        JSON: `domains`, `pairs`, `share`; `layers` -> "inputs" and "outputs", a value a pair; "inputs_null", k/width,
+        what random directions have; "inputs_ceiling", a value a domain, what two halves of its batches have (each of
+        half the tokens), None with a single batch; and the same of outputs.
 
     Raises:
         ValueError: fewer than two domains, other layers in one than in the others, or a share outside (0, 1].
@@ -226,24 +260,52 @@ def curvature_overlap(curvatures: Mapping[str, Curvature], share: float = 0.05) 
     if len(curvatures) < 2:
         raise ValueError(f"curvatures: expected at least two domains, got {', '.join(curvatures) or 'none'}")
     domains = list(curvatures)
+    first = curvatures[domains[0]].layers
+    for domain, curvature in curvatures.items():
+        if curvature.layers.keys() != first.keys():
+            raise ValueError(f"curvatures: {domain} has other layers than {domains[0]}; run them on one model")
     pairs = [[a, b] for i, a in enumerate(domains) for b in domains[i + 1 :]]
     layers: dict[str, dict[str, Any]] = {}
-    for name in curvatures[domains[0]].layers:
+    for name in first:
         layers[name] = {}
         for kind in ("inputs", "outputs"):
-            leading = {}
-            for domain, curvature in curvatures.items():
-                if curvature.layers.keys() != curvatures[domains[0]].layers.keys():
-                    raise ValueError(f"curvatures: {domain} has other layers than {domains[0]}; run them on one model")
-                moment = getattr(curvature.layers[name], kind)
-                count = max(1, round(share * len(moment)))
-                leading[domain] = torch.linalg.eigh(moment.double()).eigenvectors[:, len(moment) - count :]
-            layers[name][kind] = [subspace_overlap(leading[a], leading[b]) for a, b in pairs]
-            layers[name][f"{kind}_null"] = count / len(moment)
-    return {"pairs": pairs, "share": share, "layers": layers}
+            of = {domain: curvature.layers[name] for domain, curvature in curvatures.items()}
+            leading = {domain: _leading(getattr(factors, kind), share) for domain, factors in of.items()}
+            halves = [[_leading(getattr(half, kind), share) for half in factors.halves] for factors in of.values()]
+            layers[name] |= {
+                kind: [subspace_overlap(leading[a], leading[b]) for a, b in pairs],
+                f"{kind}_null": leading[domains[0]].shape[1] / len(leading[domains[0]]),
+                f"{kind}_ceiling": [subspace_overlap(*both) if both else None for both in halves],
+            }
+    return {"domains": domains, "pairs": pairs, "share": share, "layers": layers}
 
 
-def _moments(module: nn.Module) -> tuple[ExactMoment, ExactMoment]:
+def white_spectrum(width: int, rows: int) -> Tensor:
+    """Eigenvalues of the second moment of so many white rows, by the law of Marchenko & Pastur (1967).
+
+    Returns:
+        (width,) float64, largest first: the law's quantiles at even distances, and zeros where there are fewer rows
+        than directions.
+    """
+    ratio = width / rows
+    # Along x = 1 + γ + 2√γ cos t the density is smooth: 2 sin²t / (π x) dt, and 0 / 0 at one end if γ = 1.
+    t = torch.linspace(0, torch.pi, 4097, dtype=torch.float64)
+    t = (t[1:] + t[:-1]) / 2
+    x = 1 + ratio + 2 * ratio**0.5 * t.cos()
+    above = (t.sin().square() / x).cumsum(0)
+    present = min(width, rows)
+    places = (torch.arange(present, dtype=torch.float64) + 0.5) / present * above[-1]
+    return torch.cat([x[torch.searchsorted(above, places).clamp(max=len(x) - 1)], x.new_zeros(width - present)])
+
+
+def _leading(moment: Tensor, share: float) -> Tensor:
+    """(width, k) float64: eigenvectors of the largest eigenvalues of a second moment."""
+    count = max(1, round(share * len(moment)))
+    generator = torch.Generator().manual_seed(0)
+    return randomized_svd(moment.double(), count, oversample=count + 8, power_iterations=2, generator=generator)[0]
+
+
+def _moments(module: nn.Module) -> _Pair:
     outputs, inputs = shape_of(module)
     dtype = torch.float64 if module.weight.dtype == torch.float64 else torch.float32
     return tuple(ExactMoment(width, dtype, module.weight.device) for width in (inputs, outputs))
