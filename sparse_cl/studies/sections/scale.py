@@ -103,7 +103,7 @@ def _sentence(models: Sequence[Mapping[str, Any]], fits: Mapping[tuple[str, str]
     span = f"from width {widths[0]} to {widths[-1]}" if len(widths) > 1 else f"at width {widths[0]}"
     if not fits["cosine", "absolute"]:
         parts.append("too few models of one family differ in width for an exponent to be fitted")
-    return f"Of {len(models)} models {span}: " + "; ".join(parts) + "."
+    return f"Of {len(models)} model{'s' if len(models) > 1 else ''} {span}: " + "; ".join(parts) + "."
 
 
 def _power(exponent: float, error: float) -> str:
@@ -135,6 +135,8 @@ def _figure(
             if fit:
                 _draw_power(axis, values, fit[0], colours[family])
         nulls = sorted({(width, value) for width, value in _values(models, kind, "null")})
+        if kind == "cosine" and fits[kind, key]:
+            _draw_conjecture(axis, _values(families[next(iter(fits[kind, key]))], kind, key))
         by_width = {width: mean(v for w, v in nulls if w == width) for width, _ in nulls}
         if by_width and key != "corrected":
             axis.plot(list(by_width), list(by_width.values()), "--", color="grey", label="null", marker="_")
@@ -167,6 +169,14 @@ def _draw_power(axis: Any, values: Sequence[tuple[int, float]], exponent: float,
     widths, heights = np.log(np.array(values, dtype=float)).T
     ends = np.array([widths.min(), widths.max()])
     axis.plot(np.exp(ends), np.exp(heights.mean() + exponent * (ends - widths.mean())), color=colour, linewidth=1.2)
+
+
+def _draw_conjecture(axis: Any, values: Sequence[tuple[int, float]]) -> None:
+    """From the mean at the least width, the fall that is conjectured."""
+    first, last = min(values)[0], max(values)[0]
+    start = mean(value for width, value in values if width == first)
+    ends = [start, start * (last / first) ** CONJECTURE]
+    axis.plot([first, last], ends, ":", color="black", linewidth=1, label=f"conjecture: width^{CONJECTURE:g}")
 
 
 def _table(models: Sequence[Mapping[str, Any]]) -> Table:
