@@ -58,7 +58,10 @@ def world(tmp_path_factory, tokenizer):
         eval_records=3,
         lr=dict.fromkeys(("adamw", "lora", "orthogonal-lora"), 2e-2),
     )
-    runs = experiment.run(settings, folder / "out")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("draw_matrices", "draw_curves", "draw_capacity"):
+            patch.setattr(experiment.figures, name, lambda *_: None)
+        runs = experiment.run(settings, folder / "out")
     return folder, {run["method"]: run for run in runs}, settings
 
 

@@ -14,7 +14,6 @@ from sparse_cl.probes.drift import drift as probe_drift
 from sparse_cl.probes.plasticity import Fit, Plasticity, PlasticityChange
 from sparse_cl.probes.rank import update_rank
 from sparse_cl.probes.smearing import HubShare, Smearing, Spread
-from sparse_cl.studies.html import write_report
 from sparse_cl.studies.sections import connectivity, drift, plasticity, rank, smearing
 
 
@@ -197,19 +196,3 @@ def test_plasticity_counts_tasks_and_claims_no_more(before, after, expected):
         assert found.table.rows[0] == ("0", "10", "> 100", "–", "1.000", "2.000")
     if before == (10, 12, 11):
         assert "needs 11 steps (10 to 12) before" in found.sentence
-
-
-def test_all_of_them_make_one_report(drifted, tmp_path):
-    record = drifted("other")
-    hub = HubShare(2, 0.2, 0.5, (0.1, 0.3))
-    line = Connectivity((0.0, 1.0), {"code": path((2.0, 1.0), 0.0, None)})
-    found = [
-        drift.section(record),
-        rank.section({when: record[when] for when in ("before", "after")}),
-        smearing.section(smeared(0.9, None, hubs=(hub,))),
-        connectivity.section(as_read(line.to_json())),
-        plasticity.section(as_read(PlasticityChange(fitted(3, loss=1.0), fitted(4, loss=2.0)).to_json())),
-    ]
-    write_report(tmp_path / "report.html", "title", {}, found)
-    text = (tmp_path / "report.html").read_text()
-    assert text.count("data:image/svg+xml") == 5

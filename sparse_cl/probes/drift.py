@@ -146,7 +146,7 @@ def drift(
 ) -> Drift:
     """Runs both models on the same text and compares the outputs of their residual blocks, layer by layer.
 
-    Streamed: nothing is kept but moments, 80 n² bytes for a layer of width n, and the features of one batch. A model
+    Streamed: nothing is kept but moments, 48 n² bytes for a layer of width n, and the features of one batch. A model
     compared with itself gives a CKA and an overlap of exactly 1, a displacement and a change of exactly 0.
 
     Args:

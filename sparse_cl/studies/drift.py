@@ -20,6 +20,7 @@ from sparse_cl.probes.activation import ActivationProbe
 from sparse_cl.probes.connectivity import connectivity
 from sparse_cl.probes.drift import drift
 from sparse_cl.probes.neurons import hubs
+from sparse_cl.probes.parts import find_blocks, spread
 from sparse_cl.probes.plasticity import plasticity as probe_plasticity
 from sparse_cl.probes.rank import update_rank
 from sparse_cl.probes.smearing import smearing
@@ -34,6 +35,9 @@ from .sections import rank as rank_section
 from .sections import smearing as smearing_section
 from .settings import check_out
 from .text import reference_text, text_batches
+
+BLOCKS = 16
+"""Residual blocks whose hidden states are compared, evenly spread: 48 n² bytes each for a width of n."""
 
 POINTS = 5
 """On the line between the checkpoints, both among them."""
@@ -168,7 +172,8 @@ class _Study:
         def passing(what: str, batches: Iterable[Any]) -> _Ticking:
             return _Ticking(batches, what, bar)
 
-        moved = drift(self.before, self.after, passing("hidden states", self.windows))
+        blocks = [block.name for block in spread(find_blocks(self.before), BLOCKS)]
+        moved = drift(self.before, self.after, passing("hidden states", self.windows), modules=blocks)
         bar.set_description("updates")
         ranks = update_rank(self.before, self.after)
         common = None
@@ -178,8 +183,8 @@ class _Study:
                 domain: probe.run(passing(f"hubs: {domain}", batches)) for domain, batches in self.by_domain.items()
             }
             common = hubs(scores, seed=self.seed).indices
-        spread = smearing(self.before, self.after, common)
-        record = {"drift": moved.to_json(), "update_rank": ranks.to_json(), "smearing": spread.to_json()}
+        smeared = smearing(self.before, self.after, common)
+        record = {"drift": moved.to_json(), "update_rank": ranks.to_json(), "smearing": smeared.to_json()}
         if self.by_domain:
             line = {domain: passing(f"losses: {domain}", batches) for domain, batches in self.by_domain.items()}
             record["connectivity"] = connectivity(self.before, self.after, line, POINTS).to_json()
@@ -187,7 +192,7 @@ class _Study:
             bar.set_description("plasticity")
             seeds = range(self.seed, self.seed + TASKS)
             record["plasticity"] = probe_plasticity(self.before, self.after, seeds, fitted=bar.update).to_json()
-        return record, {**moved.tensors(), **ranks.tensors(), **spread.tensors()}
+        return record, {**moved.tensors(), **ranks.tensors(), **smeared.tensors()}
 
 
 class _Ticking:
