@@ -5,20 +5,22 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparse_cl.probes.resampling import halves, reflected_interval, resamples
+from sparse_cl.probes.resampling import halves, reflected_interval, resamples, top_set_interval
 
 
 @given(st.integers(1, 20), st.integers(1, 30), st.integers(0, 9))
-def test_as_many_groups_are_drawn_as_there_are(groups, count, seed):
+def test_one_group_less_is_drawn_than_there_are(groups, count, seed):
     drawn = resamples(groups, count, torch.Generator().manual_seed(seed))
     assert drawn.shape == (count, groups)
-    assert (drawn.sum(1) == groups).all()
+    assert (drawn.sum(1) == groups - 1).all()
 
 
-def test_groups_are_drawn_with_replacement():
-    drawn = resamples(10, 20_000, torch.Generator().manual_seed(0))
-    torch.testing.assert_close(drawn.mean(0), torch.ones(10, dtype=torch.float64), rtol=0, atol=0.03)
-    torch.testing.assert_close(drawn.var(0), torch.full((10,), 0.9, dtype=torch.float64), rtol=0, atol=0.05)
+def test_means_of_resamples_vary_as_means_of_fresh_groups():
+    values = torch.randn(10, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    drawn = resamples(10, 40_000, torch.Generator().manual_seed(0))
+    means = drawn @ values / drawn.sum(1)
+    assert means.mean().item() == pytest.approx(values.mean().item(), abs=0.01)
+    assert means.var().item() == pytest.approx(values.var().item() / 10, rel=0.03)
 
 
 @given(st.integers(2, 20), st.integers(0, 9))
@@ -40,8 +42,16 @@ def test_the_interval_is_reflected_at_the_estimate_and_clipped():
     assert (low, high) == pytest.approx((1 - 0.59, 1 - 0.21))
     ((_, high),) = reflected_interval(estimate + 0.3, resampled).tolist()
     assert high == 1
-    ((_, high),) = reflected_interval(estimate + 0.3, resampled, None, None).tolist()
-    assert high == pytest.approx(1.6 - 0.21)
+
+
+def test_an_interval_of_top_sets_is_moved_and_widened_by_the_bias():
+    resampled = 0.4 + torch.tensor([-0.1, 0.1], dtype=torch.float64)[:, None].repeat(500, 1)
+    estimate = torch.tensor([0.5], dtype=torch.float64)
+    ((low, high),) = top_set_interval(estimate, resampled).tolist()
+    reach = 1.96 * (0.1**2 * 1000 / 999 + 2 * 0.1**2) ** 0.5
+    assert (low, high) == pytest.approx((0.6 - reach, 0.6 + reach))
+    assert top_set_interval(estimate, estimate.repeat(5, 1)).tolist() == [[0.5, 0.5]]
+    assert top_set_interval(estimate + 0.4, resampled + 0.4)[0, 1] == 1
 
 
 def test_a_bias_of_resampling_is_taken_out():

@@ -13,7 +13,7 @@ from sparse_cl.probes.chance import central_interval, common_to_all, hypergeomet
 from sparse_cl.probes.neuron_masks import neuron_count, top_neurons
 from sparse_cl.probes.overlap import group_draws, layer_ranks
 from sparse_cl.probes.parts import find_mlps, matrix_of
-from sparse_cl.probes.resampling import reflected_interval, resamples
+from sparse_cl.probes.resampling import reflected_interval, resamples, top_set_interval
 from sparse_cl.probes.scores import ActivationScores
 
 TAUS = (0.0, 0.025, 0.1)
@@ -112,7 +112,7 @@ def hubs(
         if all(rank["drawn"] is not None for rank in ranks):
             drawn = torch.stack([rank["drawn"] for rank in ranks]).amax(0)
             counts = (drawn < size).sum(1).double()
-            interval = tuple(reflected_interval(torch.tensor(float(len(common))), counts, 0.0, float(size)).tolist())
+            interval = tuple(top_set_interval(torch.tensor(float(len(common))), counts, 0.0, float(size)).tolist())
         layers[layer] = LayerHubs(
             indices=common,
             interval=interval,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sparse_cl.probes.chance import central_interval, hypergeometric, iou_of, mean_iou_interval
 from sparse_cl.probes.neuron_masks import neuron_count
-from sparse_cl.probes.resampling import halves, reflected_interval, resamples
+from sparse_cl.probes.resampling import halves, resamples, top_set_interval
 from sparse_cl.probes.scores import ActivationScores, PartScores
 
 FRACTIONS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
@@ -35,7 +35,7 @@ class Overlap:
         part: of the activation ("product", "gate", "up").
         iou: (P, F, L), |A ∩ B| / |A ∪ B| of the sets with the largest mean |a|, massive activations left out.
         massive_iou: (P, F, L), the same with them.
-        interval: (P, F, L, 2), 95 %, sequences resampled (`resampling.reflected_interval`).
+        interval: (P, F, L, 2), 95 %, sequences resampled (`resampling.top_set_interval`).
         null: (F, L), K / (2d - K): about the mean for random sets of K of d neurons.
         null_interval: (F, L, 2), 95 % of random sets lie in it, by the hypergeometric law.
         ceiling: (D, F, L), the IoU of the sets of two random halves of one domain's sequences, mean of 10 splits. Each
@@ -150,7 +150,7 @@ def overlap(
         part=part,
         iou=iou,
         massive_iou=massive_iou,
-        interval=reflected_interval(iou, resampled),
+        interval=top_set_interval(iou, resampled),
         null=null,
         null_interval=_float64(
             [
@@ -161,7 +161,7 @@ def overlap(
         ceiling=ceiling,
         mean_iou=iou.mean(-1),
         mean_massive_iou=massive_iou.mean(-1),
-        mean_interval=reflected_interval(iou.mean(-1), resampled.mean(-1)),
+        mean_interval=top_set_interval(iou.mean(-1), resampled.mean(-1)),
         mean_null=null.mean(-1),
         mean_null_interval=_float64(
             [mean_iou_interval(list(zip(widths, row, strict=True)), generator) for row in sizes]

@@ -19,7 +19,8 @@ _NOTE = (
     "above 1000 medians). Chance: K / (2d − K) for random K of d neurons, its 95% interval from the hypergeometric "
     "law (for the mean over layers simulated from these laws). Ceiling: the same for two random halves of one domain's "
     "sequences, mean of both domains; a half has half of the tokens, so that the whole domain again would agree more. "
-    "Intervals: 95%, basic bootstrap over groups of sequences. Neurons of equal mean are ranked at random."
+    "Intervals: about 95%, groups of sequences resampled, corrected for the overlap that noise takes away. "
+    "Neurons of equal mean are ranked at random."
 )
 
 
