@@ -97,7 +97,7 @@ def _figure(domains: Mapping[str, Mapping[str, Any]]) -> Figure:
     axes[0][2].plot(thresholds, null, "--", color="grey", label="white noise (null)")
     for axis, title in zip(axes[0], ("inputs, A", "gradients at the outputs, S"), strict=False):
         axis.set_yscale("log")
-        axis.set_ylim(1e-9, 2)
+        axis.set_ylim(max(1e-9, axis.get_ylim()[0]), 2)
         axis.set_xlabel("share of the directions", fontsize=8)
         axis.set_title(title, fontsize=9)
     axes[0][0].set_ylabel("eigenvalue / largest, geometric mean over layers", fontsize=8)
