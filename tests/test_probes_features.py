@@ -119,6 +119,15 @@ def test_one_token_has_no_rank():
         FeatureProbe(model, {"out": model}).run([torch.ones(1, 4)])
 
 
+def test_fewer_tokens_than_dimensions_are_warned_of():
+    model = nn.Linear(4, 30).double()
+    probe = FeatureProbe(model, {"out": model})
+    with pytest.warns(
+        UserWarning, match=r"rank: 24 tokens for the 30 dimensions of out, .* \(its halves give \d.* more text"
+    ):
+        probe.run([gaussian(6, 4, 4)])
+
+
 def test_one_sequence_has_no_interval():
     model = nn.Linear(4, 3)
     layer = FeatureProbe(model, {"out": model}).run([torch.randn(1, 50, 4)]).layers["out"]

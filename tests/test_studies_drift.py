@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -108,6 +109,7 @@ def test_a_folder_without_a_finished_domain_or_without_a_method_is_refused(world
 
 def test_the_study_writes_a_record_that_makes_the_same_report(world, tmp_path, monkeypatch):
     monkeypatch.setattr(drift, "TASKS", 1)
+    monkeypatch.setattr(drift, "probe_plasticity", partial(drift.probe_plasticity, max_steps=20))
     folder, _, _ = world
     record = drift_study(
         str(folder / "model"),
@@ -139,13 +141,19 @@ def test_the_study_writes_a_record_that_makes_the_same_report(world, tmp_path, m
     assert not re.search(r"(src|href)=[\"']?https?:", text)
 
 
-def test_the_same_checkpoint_twice_did_not_drift(world, tmp_path):
+def test_the_same_checkpoint_twice_did_not_drift(world, tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(drift, "write_report", lambda path, title, facts, sections: shown.extend(sections))
     folder, _, _ = world
     model = str(folder / "model")
-    record = drift_study(model, model, tmp_path / "out", **SMALL)
+    record = drift_study(model, model, tmp_path / "out", text=str(folder / "text.txt"), **SMALL)
     assert all(layer["change"] == 0.0 and layer["cka"] == 1.0 for layer in record["drift"]["layers"].values())
     assert "connectivity" not in record
-    assert "no hidden state changed in any bit" in (tmp_path / "out" / "report.html").read_text()
+    assert [section.title for section in shown] == ["Drift of hidden states", "Smearing", "Rank"]
+    for section, sentence in zip(
+        shown, ("no hidden state changed", "None of the 2 MLPs", "None of the 16"), strict=True
+    ):
+        assert sentence in section.sentence
 
 
 def test_bad_input_is_refused_and_nothing_is_written(world, tmp_path, tokenizer):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -182,8 +183,21 @@ class FeatureProbe:
         """
         Raises:
             ValueError: fewer than two tokens were seen.
+
+        Warns:
+            UserWarning: no more tokens than the width, which they bound the ranks by.
         """
-        return features(self._moments, center=self.center)
+        found = features(self._moments, center=self.center)
+        name, layer = max(found.layers.items(), key=lambda item: item[1].width / item[1].tokens)
+        if layer.tokens <= layer.width:
+            halves = layer.effective_rank_halves
+            interval = f" (its halves give {halves[0]:.1f} and {halves[1]:.1f})" if halves else ""
+            warnings.warn(
+                f"rank: {layer.tokens} tokens for the {layer.width} dimensions of {name}, so that its effective rank, "
+                f"{layer.effective_rank:.1f}{interval}, is bounded by the tokens; give more text",
+                stacklevel=2,
+            )
+        return found
 
 
 def features(moments: Mapping[str, tuple[Moment, Moment]], *, center: bool) -> Features:
