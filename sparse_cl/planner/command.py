@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from sparse_cl.arguments import names, positive
 from sparse_cl.methods import METHODS
 
 from .devices import CUSTOM, DEVICES, find_device
@@ -35,7 +36,7 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--model", required=True, metavar="CONFIG", help="folder with a config.json, that file, or a name on the Hub"
     )
-    parser.add_argument("--domains", type=int, default=4, help="how many (default: %(default)s)")
+    parser.add_argument("--domains", type=positive, default=4, help="how many (default: %(default)s)")
     parser.add_argument(
         "--tokens", type=_count, default=20e6, metavar="N", help="trained on in a domain: 20000000 or 20M (the default)"
     )
@@ -43,8 +44,8 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--gpu", default="h100", metavar="NAME", help=f"{', '.join(DEVICES)} or {CUSTOM} (default: %(default)s)"
     )
-    parser.add_argument("--batch-size", type=int, default=8, help="sequences a step (default: %(default)s)")
-    parser.add_argument("--length", type=int, default=512, help="tokens of a sequence (default: %(default)s)")
+    parser.add_argument("--batch-size", type=positive, default=8, help="sequences a step (default: %(default)s)")
+    parser.add_argument("--length", type=positive, default=512, help="tokens of a sequence (default: %(default)s)")
     parser.add_argument(
         "--precision",
         default="bf16",
@@ -56,9 +57,9 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything to a file as well")
     method = parser.add_argument_group("settings of methods (default: each method's own)")
-    method.add_argument("--rank", type=int, help="of the adapters")
+    method.add_argument("--rank", type=positive, help="of the adapters")
     method.add_argument("--fraction", type=float, help="of the neurons that a domain may change")
-    method.add_argument("--max-rank", type=int, help="most directions that a domain adds to a layer's basis")
+    method.add_argument("--max-rank", type=positive, help="most directions that a domain adds to a layer's basis")
     method.add_argument(
         "--used", type=float, default=0.4, help="share of directions that all domains use (default: %(default)s)"
     )
@@ -96,7 +97,7 @@ def _plan(arguments: argparse.Namespace) -> None:
 
     quiet()
     options = {name: getattr(arguments, name) for name in ("rank", "fraction", "max_rank")}
-    names = tuple(METHODS) if arguments.method == "all" else tuple(filter(None, arguments.method.split(",")))
+    methods = tuple(METHODS) if arguments.method == "all" else names(arguments.method)
     work = Workload(
         domains=arguments.domains,
         tokens=arguments.tokens,
@@ -112,9 +113,9 @@ def _plan(arguments: argparse.Namespace) -> None:
     )
     if arguments.json is not None and not arguments.json.resolve().parent.is_dir():
         raise ValueError(f"--json {arguments.json}: its folder does not exist; make it first")
-    taken = _choose(names, options)
+    taken = _choose(methods, options)
     shape = shape_of_config(read_config(arguments.model), arguments.model, weight_dtype(work.precision))
-    costs = [cost(name, shape, work, device, **taken[name]) for name in names]
+    costs = [cost(name, shape, work, device, **taken[name]) for name in methods]
     print(plan_text(shape, work, device, costs))
     if arguments.json is not None:
         write_json(
