@@ -35,10 +35,10 @@ def family(**options):
 @pytest.mark.parametrize(
     ("cosine", "said"),
     [
-        (-0.5, "in agreement with -0.5"),
-        (-0.2, "a slower fall than -0.5"),
-        (-1.0, "a faster fall than -0.5"),
-        (0.0, "no change with width that is sure"),
+        (-0.5, "in agreement with −0.5"),
+        (-0.2, "a slower fall than −0.5"),
+        (-1.0, "a faster fall than −0.5"),
+        (0.0, "no change with width is sure, and −0.5 is excluded"),
         (0.3, "a rise with width, against the conjecture"),
     ],
 )
@@ -52,7 +52,7 @@ def test_the_exponent_is_judged_as_it_was_measured(cosine, said):
 
 def test_scatter_that_allows_anything_says_so():
     found = section(family(cosine=-0.3, scatter=2.0))
-    assert "no change with width that is sure, nor is -0.5 excluded" in found.sentence
+    assert "no change with width is sure, and −0.5 is not excluded" in found.sentence
 
 
 def test_families_are_fitted_apart_and_single_models_only_drawn():

@@ -15,14 +15,17 @@ if TYPE_CHECKING:
 CONJECTURE = -0.5
 """The exponent that |cosine| would have if gradients were random directions among as many as the width."""
 
+_HALF = f"{CONJECTURE:g}".replace("-", "−")
+
 _NOTE = (
-    "Means over pairs of domains and over layers; a dot is a model, a line the fitted power of the width, dashed grey "
-    "the null: K/(2d − K) for the overlap of random neurons, √(2/πd) for the |cosine| of isotropic gradients of d "
-    "entries (which falls as 1/width, as d grows as width²), Gaussian activations for sparsity. Noise shrinks a "
-    "cosine, and gradients are noisier in some models than in others: the corrected cosine is cosine/√(r_A r_B), r "
-    "the split-half reliability, where r is above 0.2. Exponents are least squares on logarithms, ± 2 standard errors, "
-    "which know of the scatter between the models alone. Models of one family are fitted together; where they differ "
-    "in more than width, the exponent is not of width alone."
+    "Means over pairs of domains and over layers; a dot is a model, a dash its ceiling (two halves or samples of one "
+    "domain), a line the fitted power of the width, dashed grey the null: K/(2d − K) for the overlap of random "
+    "neurons, √(2/πd) for the |cosine| of isotropic gradients of d entries (which falls as 1/width, as d grows as "
+    "width²), Gaussian activations for sparsity. Noise shrinks a cosine, and gradients are noisier in some models than "
+    "in others: the corrected cosine is cosine/√(r_A r_B), r the split-half reliability, where r is above 0.2. "
+    "Exponents are least squares on logarithms, ± 2 standard errors, which know of the scatter between the models "
+    "alone. Models of one family are fitted together; where they differ in more than width, the exponent is not of "
+    "width alone."
 )
 _MEASURES = (
     ("overlap", "iou", "overlap of the top {share:.0%} neurons (IoU)"),
@@ -73,13 +76,12 @@ def _verdict(exponent: float, error: float) -> str:
     """How an exponent stands to no change and to the conjecture."""
     low, high = exponent - 2 * error, exponent + 2 * error
     if low <= 0 <= high:
-        found = "no change with width that is sure"
-        return f"{found}, nor is {CONJECTURE:g} excluded" if low <= CONJECTURE else found
+        return f"no change with width is sure, and {_HALF} is {'not ' if low <= CONJECTURE else ''}excluded"
     if low > 0:
         return "a rise with width, against the conjecture"
     if low <= CONJECTURE <= high:
-        return f"in agreement with {CONJECTURE:g}"
-    return f"a {'slower' if low > CONJECTURE else 'faster'} fall than {CONJECTURE:g}"
+        return f"in agreement with {_HALF}"
+    return f"a {'slower' if low > CONJECTURE else 'faster'} fall than {_HALF}"
 
 
 def _sentence(models: Sequence[Mapping[str, Any]], fits: Mapping[tuple[str, str], Mapping[str, Any]]) -> str:
@@ -111,14 +113,14 @@ def _power(exponent: float, error: float) -> str:
 
 
 def _range(values: Sequence[float]) -> str:
-    low, high = f"{min(values):.2g}", f"{max(values):.2g}"
+    low, high = (f"{value:.2g}" if value < 100 else f"{value:.0f}" for value in (min(values), max(values)))
     return low if low == high else f"{low} to {high}"
 
 
 def _figure(
     models: Sequence[Mapping[str, Any]], fits: Mapping[tuple[str, str], Mapping[str, tuple[float, float]]]
 ) -> Figure:
-    figure, axes = new_figure(2, 2, height=3.2)
+    figure, axes = new_figure(2, 2, height=3.7)
     families = _families(models)
     colours = {family: f"C{number}" for number, family in enumerate(families)}
     share = next((model["overlap"]["share"] for model in models if model["overlap"]), 0.05)
@@ -132,6 +134,9 @@ def _figure(
             name = f"{family}: width^{_power(*fit)}" if fit else family
             size = 5 if fit else 10
             axis.plot(*zip(*values, strict=True), marker, color=colours[family], markersize=size, alpha=0.7, label=name)
+            ceilings = _values(members, kind, "ceiling") if key != "corrected" else []
+            if ceilings:
+                axis.plot(*zip(*ceilings, strict=True), "_", color=colours[family], markersize=9)
             if fit:
                 _draw_power(axis, values, fit[0], colours[family])
         nulls = sorted({(width, value) for width, value in _values(models, kind, "null")})
@@ -150,7 +155,8 @@ def _figure(
         axis.set_title(label.format(share=share), fontsize=9)
         axis.tick_params(labelsize=8)
         if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=7)
+            # Below, since above and beneath the dots there are ceilings and nulls.
+            axis.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)
     return figure
 
 
@@ -176,7 +182,14 @@ def _draw_conjecture(axis: Any, values: Sequence[tuple[int, float]]) -> None:
     first, last = min(values)[0], max(values)[0]
     start = mean(value for width, value in values if width == first)
     ends = [start, start * (last / first) ** CONJECTURE]
-    axis.plot([first, last], ends, ":", color="black", linewidth=1, label=f"conjecture: width^{CONJECTURE:g}")
+    axis.plot(
+        [first, last],
+        ends,
+        ":",
+        color="black",
+        linewidth=1,
+        label=f"conjecture: width^{CONJECTURE:g}".replace("-", "−"),
+    )
 
 
 def _table(models: Sequence[Mapping[str, Any]]) -> Table:
