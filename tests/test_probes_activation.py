@@ -189,6 +189,18 @@ def test_massive_activations_are_left_out_where_they_are_and_nowhere_else():
     assert scored(plain).parts["layer0"]["product"].massive_entries == 0
 
 
+def test_massive_activations_are_found_without_waiting_for_the_device(monkeypatch):
+    values = torch.randn(8, 64, 2, 50, generator=torch.Generator().manual_seed(0)).double()
+    values[1, 3, 0, 7], values[5, 60, 0, 7], values[6, 2, 0, 9] = 5000.0, -3000.0, 2000.0
+    expected = scored(values)
+    monkeypatch.setattr("sparse_cl.probes.activation._waits", lambda device: True)
+    found = scored(values)
+    assert all(torch.equal(tensor, found.tensors()[name]) for name, tensor in expected.tensors().items())
+    values[0, 0, 1, :40] = 1e4
+    with pytest.warns(UserWarning, match=r"layer1 \(product\): more than 32 neurons had massive activations"):
+        assert scored(values).parts["layer1"]["product"].massive_entries == 32
+
+
 def test_a_loaded_result_gives_what_the_saved_one_gave(tmp_path, tiny_llama):
     scores = ActivationProbe(tiny_llama).run(make_batches())
     scores.save(tmp_path / "scores.safetensors")

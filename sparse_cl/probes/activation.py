@@ -139,6 +139,11 @@ def _places_or_reason(find) -> tuple[Place, ...] | str:
         return str(error)
 
 
+def _waits(device: torch.device) -> bool:
+    """Whether asking a tensor for its value holds the work on a device up."""
+    return device.type != "cpu"
+
+
 class _Sums:
     """What is summed over the tokens of one part of one layer; `first` is where its neurons begin in what is seen."""
 
@@ -190,13 +195,13 @@ class _Sums:
         return peak
 
     def _see_massive(self, rows: Tensor, member: Tensor, peak: Tensor) -> None:
-        on_cpu = rows.device.type == "cpu"
-        if on_cpu and not bool((peak > MASSIVE).any()):
+        waits = _waits(rows.device)
+        if not waits and not bool((peak > MASSIVE).any()):
             return
         sample = rows[:: math.ceil(len(rows) / _SAMPLED_TOKENS)].abs().float()
         threshold = (MASSIVE_RATIO * sample.median()).clamp(min=MASSIVE)
         over = peak > threshold
-        if on_cpu:
+        if not waits:
             columns = over.nonzero().flatten()
         else:
             columns = peak.topk(min(_MASSIVE_NEURONS, len(peak))).indices

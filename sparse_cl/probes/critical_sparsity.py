@@ -107,7 +107,7 @@ def critical_sparsity(
     curve = tuple((share, float(measured[share][0].sum() / measured[share][1].sum())) for share in shares)
     return CriticalSparsity(
         share=low,
-        interval=_interval(low, shares, [measured[share] for share in shares], increase, seed),
+        interval=_interval(shares, [measured[share] for share in shares], increase, seed),
         increase=increase,
         base=base,
         curve=curve,
@@ -145,18 +145,20 @@ def _group_losses(model: nn.Module, batches: Iterable[Batch], loss: Loss, groups
 
 
 def _interval(
-    estimate: float, shares: Sequence[float], measured: Sequence[tuple[Tensor, Tensor]], increase: float, seed: int
+    shares: Sequence[float], measured: Sequence[tuple[Tensor, Tensor]], increase: float, seed: int
 ) -> tuple[float, float] | None:
     """Where the resampled curves, linear between the measured shares, cross the allowed rise."""
     used = measured[0][1] > 0
     if int(used.sum()) < 2:
         return None
-    weights = resamples(int(used.sum()), _RESAMPLES, torch.Generator().manual_seed(seed))
+    drawn = resamples(int(used.sum()), _RESAMPLES, torch.Generator().manual_seed(seed))
+    # The first row is what was measured, which the others are compared with.
+    weights = torch.cat([torch.ones_like(drawn[:1]), drawn])
     curves = torch.stack([(weights @ sums[used]) / (weights @ counts[used]) for sums, counts in measured], dim=1)
     at = torch.tensor(shares, dtype=torch.float64)
     rises = curves / curves[:, :1] - 1
     crossed = torch.tensor([_crossing(at, rise, increase) for rise in rises], dtype=torch.float64)
-    low, high = reflected_interval(torch.tensor(estimate, dtype=torch.float64), crossed).tolist()
+    low, high = reflected_interval(crossed[0], crossed[1:]).tolist()
     return low, high
 
 
