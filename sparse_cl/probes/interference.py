@@ -151,12 +151,14 @@ def _take_step(
     length: float,
     domain: str,
 ) -> None:
-    lost = torch.zeros((), dtype=torch.float64)
+    lost = []
     for name, weight in weights.items():
         wanted = gradient.layers[name].to(weight.device) * scale
         weight.add_(wanted)
-        lost += ((weight.double() - before[name].double()) - wanted.double()).square().sum().to(lost.device)
-    if (share := math.sqrt(float(lost)) / length) > _ROUNDED:
+        lost.append(((weight.double() - before[name].double()) - wanted.double()).square().sum())
+    # One transfer, not one a layer.
+    total = torch.stack([part.to(lost[0].device) for part in lost]).sum()
+    if (share := math.sqrt(float(total)) / length) > _ROUNDED:
         dtype = next(iter(weights.values())).dtype
         warnings.warn(
             f"rounding to {dtype} loses {share:.0%} of the step on {domain}; load the model in float32, or take a "
