@@ -1,0 +1,53 @@
+"""`sparse-cl run --probe`: reports on the base, each method's model, and the drift between them."""
+
+import json
+
+import pytest
+
+from sparse_cl.cli import main
+from sparse_cl.four_domains.experiment import load_model
+from sparse_cl.probes.rank import update_rank
+from sparse_cl.studies.checkpoints import load_checkpoint
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:sparse_cl")
+METHODS = ("adamw", "orthogonal-lora")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    for domain, word in (("code", "def"), ("math", "two")):
+        for split in ("train", "test"):
+            records = [{"prompt": f"{word} {i % 7}", "response": f"{word} {i % 5} plus {i % 3}"} for i in range(40)]
+            (folder / f"{domain}.{split}.jsonl").write_text("\n".join(map(json.dumps, records)) + "\n")
+    return folder
+
+
+def test_reports_around_a_run_which_go_on_where_they_stopped(tiny_llama, tokenizer, data, tmp_path, capsys):
+    base, out = tmp_path / "model", tmp_path / "out"
+    tiny_llama.save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    (tmp_path / "text.txt").write_text("What is one plus two? The answer is three. " * 20)
+    arguments = ["run", "--model", str(base), "--data", str(data), "--domains", "code,math", "--steps", "3"]
+    arguments += ["--method", ",".join(METHODS), "--batch-size", "4", "--max-length", "32", "--eval-records", "4"]
+    arguments += ["--reference", str(tmp_path / "text.txt"), "--lr", "0.01", "--out", str(out), "--probe"]
+    assert main(arguments) == 0
+    told = capsys.readouterr().out
+    assert "adamw: " in told and f"Written to {out / 'probes'}" in told
+    folders = ["base", *METHODS, *(f"{method}-drift" for method in METHODS)]
+    assert sorted(path.name for path in (out / "probes").iterdir()) == sorted(folders)
+    for folder in folders:
+        assert (out / "probes" / folder / "report.html").is_file()
+    for method in METHODS:
+        after = load_checkpoint(str(out / method), load_model(str(base))[0])
+        moved = update_rank(load_model(str(base))[0], after).to_json()
+        record = json.loads((out / "probes" / f"{method}-drift" / "results.json").read_text())
+        assert record["update_rank"] == moved
+        assert any(weight["change"] for weight in moved["weights"].values())
+        assert all(layer["change"] > 0 for layer in record["drift"]["layers"].values())
+    kept = (out / "probes" / "base" / "results.json").stat().st_mtime_ns
+    for file in (out / "probes" / "adamw-drift").iterdir():
+        file.unlink()
+    assert main(arguments) == 0
+    assert (out / "probes" / "adamw-drift" / "results.json").is_file()
+    assert (out / "probes" / "base" / "results.json").stat().st_mtime_ns == kept, "what is there is not done again"
