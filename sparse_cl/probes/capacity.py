@@ -291,7 +291,8 @@ def _layer(
 
 
 def _sum(halves: tuple[ExactMoment, ExactMoment]) -> ExactMoment:
-    whole = ExactMoment(halves[0].columns, halves[0].moment.dtype, halves[0].moment.device)
+    device, dtype = halves[0].place
+    whole = ExactMoment(halves[0].columns, dtype, device)
     for half in halves:
         whole.merge(half.tensors())
     return whole
@@ -305,11 +306,11 @@ def _grown(subspace: Subspace | None, moment: ExactMoment, energy: float) -> Sub
 
 def _turned(moment: ExactMoment, generator: torch.Generator) -> ExactMoment:
     """The same spectrum in a random eigenbasis (Haar: the Q of a Gaussian matrix, with the signs of R's diagonal)."""
-    width = moment.columns
+    (device, dtype), width = moment.place, moment.columns
     q, r = torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64))
-    q = (q * r.diagonal().sign()).to(moment.moment.device, moment.moment.dtype)
-    turned = ExactMoment(width, moment.moment.dtype, moment.moment.device)
-    turned.moment.copy_(q @ moment.moment @ q.mT)
+    q = (q * r.diagonal().sign()).to(device, dtype)
+    turned = ExactMoment(width, dtype, device)
+    turned.merge({"moment": q @ moment.moment @ q.mT})
     return turned
 
 

@@ -19,6 +19,9 @@ from sparse_cl.subspace.subspace import Subspace, energy_of
 #: first to the second, elsewhere enough entries to fill the device.
 _CPU_ROWS, _ENTRIES = 512, 1 << 26
 
+#: A symmetric sum is made in so many strips of rows, each from the diagonal on.
+_STRIPS = 4
+
 #: Directions of a sketch below this share of the largest, in energy, are rounding errors of its float32 products.
 _NOISE = 1e-6
 
@@ -54,31 +57,41 @@ class ExactMoment:
     """
 
     def __init__(self, width: int, dtype: torch.dtype, device: torch.device):
-        self.moment = torch.zeros(width, width, dtype=dtype, device=device)
+        # Only its upper triangle counts. M is symmetric: without the lower blocks a sum takes 5/8 of the products.
+        self._sum = torch.zeros(width, width, dtype=dtype, device=device)
+
+    @property
+    def moment(self) -> Tensor:
+        """M, a copy."""
+        upper = self._sum.triu()
+        return upper + upper.triu(1).mT
 
     @property
     def columns(self) -> int:
-        return self.moment.shape[1]
+        return self._sum.shape[1]
 
     @property
     def place(self) -> tuple[torch.device, torch.dtype]:
-        return self.moment.device, self.moment.dtype
+        return self._sum.device, self._sum.dtype
 
     def tensors(self) -> dict[str, Tensor]:
-        """All that was observed; :meth:`merge` takes it back."""
-        return {"moment": self.moment}
+        """All that was observed; :meth:`merge` takes it back. Of M the upper triangle."""
+        return {"moment": self._sum}
 
     def add(self, rows: Tensor, subspace: Subspace | None) -> None:
         """Observes ``rows`` (m, n)."""
-        for block in row_blocks(rows, self.moment.dtype):
-            self.moment.addmm_(block.mT, block)
+        step = -(-self.columns // _STRIPS)
+        for block in row_blocks(rows, self._sum.dtype):
+            for start in range(0, self.columns, step):
+                stripe = slice(start, start + step)
+                self._sum[stripe, start:].addmm_(block[:, stripe].mT, block[:, start:])
 
     def merge(self, tensors: dict[str, Tensor]) -> None:
-        self.moment.add_(tensors["moment"])
+        self._sum.add_(tensors["moment"])
 
     def energy(self) -> Tensor:
         """Σ ||G||²_F: 0-d, float64."""
-        return self.moment.diagonal().double().sum()
+        return self._sum.diagonal().double().sum()
 
     @staticmethod
     def spectra(moments: Sequence[ExactMoment], subspaces: Sequence[Subspace | None]) -> Spectra:
@@ -88,7 +101,7 @@ class ExactMoment:
         outside = stacked.diagonal(dim1=1, dim2=2).sum(1)
         return Spectra(
             values.flip(1).clamp(min=0),
-            lambda count: vectors[:, :, vectors.shape[2] - count :].flip(2).to(moments[0].moment.dtype),
+            lambda count: vectors[:, :, vectors.shape[2] - count :].flip(2).to(moments[0].place[1]),
             torch.stack([moment.energy() for moment in moments]),
             outside.clamp(min=0),
         )
