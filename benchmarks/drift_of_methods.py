@@ -103,6 +103,14 @@ class Bench:
         }
 
 
+def without_lists(record: Any) -> Any:
+    """A record without a number for each direction, which would be most of the file."""
+    if isinstance(record, dict):
+        lists = ("spectrum", "cosines", "displacements")
+        return {key: without_lists(value) for key, value in record.items() if key not in lists}
+    return record
+
+
 def over_layers(row: Mapping[str, Any], key: str) -> tuple[float, list[float]]:
     """Mean over layers on the reference text, and the same of each half of it."""
     layers = list(row["drift"]["layers"].values())
@@ -192,7 +200,7 @@ def main() -> None:
             "max_length": LENGTH,
             "torch": torch.__version__,
         }
-        write_json(arguments.out, {"settings": facts, "base": base, "methods": rows})
+        write_json(arguments.out, without_lists({"settings": facts, "base": base, "methods": rows}))
 
 
 if __name__ == "__main__":
