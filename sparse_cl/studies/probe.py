@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import torch
@@ -31,6 +30,9 @@ from sparse_cl.probes.passes import stream
 from sparse_cl.probes.scores import ActivationScores
 
 from .settings import ProbeSettings
+
+_BISECTIONS = 8
+"""About how many passes the search for a critical sparsity takes; only the bar depends on it."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ class _Work:
         each = 1 if {"activation", "rank", "capacity"} & {*chosen} else 0
         each += 2 + count if "gradients" in chosen else "capacity" in chosen
         each += "curvature" in chosen
+        each += _BISECTIONS if "activation" in chosen and self.settings.critical else 0
         return each * sum(len(batches) for batches in self.batches.values())
 
     def run(self) -> Probed:
@@ -152,8 +155,10 @@ class _Work:
             record["hub_weights"] = agreement(by_usage, by_weight)
         record["dormant"] = dormant(activations, seed=self.settings.seed).to_json()
         if self.settings.critical:
-            everything = list(chain.from_iterable(self.batches.values()))
-            record["critical_sparsity"] = critical_sparsity(self.model, everything).to_json()
+            record["critical_sparsity"] = {
+                domain: critical_sparsity(self.model, _Again(self, "critical sparsity", domain)).to_json()
+                for domain in self.batches
+            }
         return record
 
     def _of_gradients(self, gradients: Mapping[str, MeanGradient]) -> dict[str, Any]:
