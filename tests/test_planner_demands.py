@@ -18,6 +18,8 @@ from sparse_cl.planner.demands import demand
 from sparse_cl.planner.devices import find_device
 from sparse_cl.planner.shapes import shape_of_config
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # names inside peft
+
 BATCH, LENGTH = 2, 24
 
 
