@@ -77,16 +77,25 @@ def versions() -> dict[str, str]:
     return found
 
 
+def read_text(path: str, option: str) -> str:
+    """The first `REFERENCE_CHARACTERS` of a file of plain text.
+
+    Raises:
+        DataError: it cannot be read as UTF-8 text, or is empty; `option` is named.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{option} {path}: cannot be read as UTF-8 text: {error}") from error
+    if not text.strip():
+        raise DataError(f"{option} {path}: the file is empty")
+    return text[:REFERENCE_CHARACTERS]
+
+
 def _reference_text(settings: Settings) -> str | None:
     if settings.reference is None:
         return embedded.reference_text() if settings.model is None else None
-    try:
-        text = Path(settings.reference).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--reference {settings.reference}: cannot be read as UTF-8 text: {error}") from error
-    if not text.strip():
-        raise DataError(f"--reference {settings.reference}: the file is empty")
-    return text[:REFERENCE_CHARACTERS]
+    return read_text(settings.reference, "--reference")
 
 
 def is_main_process() -> bool:

@@ -19,13 +19,13 @@ def add_parsers(commands: Any) -> None:
     _add_drift(commands)
 
 
-def _add_common(parser: argparse.ArgumentParser) -> None:
+def _add_common(parser: argparse.ArgumentParser, default: tuple[str, ...], told: str) -> None:
     parser.add_argument(
         "--domains",
         type=names,
-        default=DOMAINS,
+        default=default,
         metavar="NAME[,NAME…]",
-        help="NAME=DATASET[:CONFIG] takes one from the Hub (default: code,math,medical,general)",
+        help=f"NAME=DATASET[:CONFIG] takes one from the Hub (default: {told})",
     )
     parser.add_argument("--records", type=positive, default=128, help="of each domain (default: %(default)s)")
     parser.add_argument("--batch-size", type=positive, default=16, help="records a pass (default: %(default)s)")
@@ -70,7 +70,7 @@ def _add_probe(commands: Any) -> None:
     parser.add_argument(
         "--critical", action="store_true", help="also search the sparsity that raises the loss by 1 %% (slow)"
     )
-    _add_common(parser)
+    _add_common(parser, DOMAINS, ",".join(DOMAINS))
     parser.set_defaults(command=_probe)
 
 
@@ -109,7 +109,7 @@ def _add_drift(commands: Any) -> None:
     parser.add_argument("--text", metavar="FILE.txt", help="plain reference text (default: embedded)")
     parser.add_argument("--data", metavar="DIR", help="as for `sparse-cl run`; validation records are used")
     parser.add_argument("--plasticity", action="store_true", help="also fit new random tasks from both (slow)")
-    _add_common(parser)
+    _add_common(parser, (), "with --data code,math,medical,general, else none; embedded ones can be named")
     parser.set_defaults(command=_drift)
 
 
@@ -117,5 +117,7 @@ def _drift(arguments: argparse.Namespace) -> None:
     from .drift import drift_study
 
     given = {name: value for name, value in vars(arguments).items() if name != "command"}
+    if arguments.data is not None and not arguments.domains:
+        given["domains"] = DOMAINS
     drift_study(**given)
     print(f"Written to {arguments.out}: report.html, results.json, tensors.safetensors")

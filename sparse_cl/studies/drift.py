@@ -68,8 +68,8 @@ def drift_study(
         after: the same model, trained on: what `load_checkpoint` takes.
         out: a folder that is absent or empty.
         text: file of reference text, of which the beginning is used; None: the embedded one.
-        data, domains: see `load_domains`; with data the losses on the line between are measured too, and how much of
-            the update falls on hubs (with two domains at least). None: without.
+        data, domains: see `load_domains`; with domains the losses on the line between are measured too, and how much
+            of the update falls on hubs (with two domains at least).
         records: validation records of each domain, the first ones.
         batch_size: windows or records a pass.
         max_length: in tokens, of a window and of a record.
@@ -87,7 +87,7 @@ def drift_study(
     check_out(out)
     _check_numbers(records=records, batch_size=batch_size, max_length=max_length)
     reference = reference_text(text)
-    loaded = load_domains(domains, data, seed) if data is not None else []
+    loaded = load_domains(domains, data, seed) if domains else []
     wanted = getattr(torch, dtype)
     model, tokenizer = load_model(before)
     limit = getattr(model.config, "max_position_embeddings", max_length)
@@ -111,7 +111,7 @@ def drift_study(
         "after": after,
         "text": text or "embedded",
         "tokens of text": sum(int(batch["attention_mask"].sum()) for batch in windows),
-        "data": data,
+        "data": data or ("embedded" if by_domain else None),
         "domains": list(by_domain),
         "records": records if by_domain else None,
         "max_length": max_length,

@@ -2,32 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from sparse_cl.four_domains import embedded
-from sparse_cl.four_domains.data import DataError
 from sparse_cl.four_domains.encoding import pad
-from sparse_cl.four_domains.experiment import REFERENCE_CHARACTERS
+from sparse_cl.four_domains.experiment import read_text
 
 
 def reference_text(path: str | None) -> str:
-    """The first `REFERENCE_CHARACTERS` of a file; None: the embedded text.
-
-    Raises:
-        DataError: the file cannot be read as UTF-8 text, or is empty.
-    """
-    if path is None:
-        return embedded.reference_text()
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--text {path}: cannot be read as UTF-8 text: {error}") from error
-    if not text.strip():
-        raise DataError(f"--text {path}: the file is empty")
-    return text[:REFERENCE_CHARACTERS]
+    """The beginning of a file; None: the embedded text. Errors as those of `read_text`."""
+    return embedded.reference_text() if path is None else read_text(path, "--text")
 
 
 def text_batches(tokenizer: Any, text: str, max_length: int, batch_size: int) -> list[dict[str, Tensor]]:

@@ -71,7 +71,7 @@ def _figure(layers: Mapping[str, Mapping[str, Any]]) -> Figure:
         ("cka", "1 − CKA", lambda value: 1 - value),
         ("overlap", "span kept", lambda value: value),
         ("displacement", "displacement of the mean\n(standard deviations)", lambda value: value),
-        ("change", "change E‖y − x‖² / E‖x − E x‖²", lambda value: value),
+        ("change", "change\nE‖y − x‖² / E‖x − E x‖²", lambda value: value),
     )
     for axis, (key, label, shown) in zip(axes.flat, panels, strict=True):
         for place, layer in enumerate(layers.values()):
@@ -82,7 +82,6 @@ def _figure(layers: Mapping[str, Mapping[str, Any]]) -> Figure:
                 axis.plot([place] * 2, [shown(half) for half in halves], "_-", color="tab:blue", markersize=9)
         axis.set_ylabel(label, fontsize=8)
         label_layers(axis, list(layers))
-    axes[0][0].set_ylim(0, None)
     places = range(len(layers))
     overlap = axes[0][1]
     null = [layer["null_overlap"] for layer in layers.values()]
@@ -93,8 +92,9 @@ def _figure(layers: Mapping[str, Mapping[str, Any]]) -> Figure:
         overlap.plot(*zip(*ceilings, strict=True), color="tab:green", linestyle="--", marker="_", label="ceiling")
     overlap.set_ylim(0, 1.03)
     overlap.legend(fontsize=8, loc="center right")
-    for axis in axes[1]:
-        axis.set_ylim(0, None)
+    for axis in (axes[0][0], *axes[1]):
+        # Before the lower limit is set: a fixed one keeps the margin off the upper.
+        axis.set_ylim(0, axis.get_ylim()[1])
     return figure
 
 

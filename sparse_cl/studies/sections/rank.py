@@ -108,7 +108,7 @@ def _features(features: Mapping[str, Mapping[str, Any]]) -> Figure:
     last.set_xscale("log")
     last.set_yscale("log")
     last.set_xlabel("direction", fontsize=8)
-    last.set_ylabel(f"standard deviation in {layer}", fontsize=8)
+    last.set_ylabel(f"standard deviation\nin {layer}", fontsize=8)
     last.tick_params(labelsize=8)
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), fontsize=8)
