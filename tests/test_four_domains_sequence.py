@@ -7,10 +7,11 @@ import json
 import pytest
 import torch
 import transformers
+from world import write_world
 
 from sparse_cl.four_domains import experiment
 from sparse_cl.four_domains.data import DataError, load_domains
-from sparse_cl.four_domains.embedded import DOMAINS, generate
+from sparse_cl.four_domains.embedded import DOMAINS
 from sparse_cl.four_domains.evaluate import bits_per_byte
 from sparse_cl.four_domains.sequence import Progress, Scores, run_sequence
 from sparse_cl.four_domains.settings import Settings
@@ -22,27 +23,7 @@ SEQUENCE = ("code", "medical", "general")
 @pytest.fixture(scope="module")
 def world(tmp_path_factory, tokenizer):
     """A tiny model and a data folder on disk."""
-    folder = tmp_path_factory.mktemp("world")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=40,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=256,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    (folder / "data").mkdir()
-    for domain, splits in generate(0).items():
-        for split in ("train", "test", "eval"):
-            lines = (json.dumps(record) + "\n" for record in splits[split])
-            (folder / "data" / f"{domain}.{split}.jsonl").write_text("".join(lines))
-    return folder
+    return write_world(tmp_path_factory.mktemp("world"), tokenizer)
 
 
 def settings_in(world, **other):

@@ -9,10 +9,10 @@ from functools import partial
 import pytest
 import torch
 import transformers
+from world import write_world
 
 from sparse_cl.four_domains import experiment
 from sparse_cl.four_domains.data import load_domains
-from sparse_cl.four_domains.embedded import generate
 from sparse_cl.four_domains.evaluate import bits_per_byte
 from sparse_cl.four_domains.settings import Settings
 from sparse_cl.studies import drift
@@ -27,26 +27,7 @@ SMALL = {"records": 4, "batch_size": 4, "max_length": 64}
 @pytest.fixture(scope="module")
 def world(tmp_path_factory, tokenizer):
     """A tiny model, a data folder, a text, and a finished run of three kinds of method."""
-    folder = tmp_path_factory.mktemp("world")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=256,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    (folder / "data").mkdir()
-    for domain, splits in generate(0).items():
-        for split in ("train", "test"):
-            lines = (json.dumps(record) + "\n" for record in splits[split])
-            (folder / "data" / f"{domain}.{split}.jsonl").write_text("".join(lines))
+    folder = write_world(tmp_path_factory.mktemp("world"), tokenizer)
     (folder / "text.txt").write_text("Once upon a time there was a text of some length. " * 40)
     settings = Settings(
         model=str(folder / "model"),
