@@ -124,7 +124,8 @@ def _halves(layer: Mapping[str, Any], key: str) -> list[float]:
 
 
 def _n(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
+    # Debiased estimates lie about 0 on both sides; a zero has no sign.
+    return "–" if value is None else f"{round(value, 3) + 0.0:.3f}"
 
 
 def _span(values: list[float]) -> str:
