@@ -145,7 +145,7 @@ def test_bad_input_is_refused_and_nothing_is_written(world, tmp_path, tokenizer)
     tokenizer.save_pretrained(tmp_path / "narrow")
     out = tmp_path / "out"
     with pytest.raises(
-        ValueError, match=r"layers\.0\.mlp\.gate_proj\.weight is \(24, 16\) before and \(20, 16\) after"
+        ValueError, match=r"layers\.0\.mlp\.gate_proj\.weight is \(40, 16\) before and \(20, 16\) after"
     ):
         drift_study(model, str(tmp_path / "narrow"), out, **SMALL)
     with pytest.raises(ValueError, match="records: expected at least 1, got 0"):
