@@ -31,9 +31,14 @@ def test_logits_start_equally_large_at_every_width(study, tokenizer):
     assert max(spreads) < 1.3 * min(spreads)
 
 
-def test_rates_are_those_that_were_found_best(study):
-    assert study.learning_rate(64) == pytest.approx(7.1e-3)
-    assert study.learning_rate(256) == pytest.approx(2.9e-3)
+@pytest.mark.parametrize("width", [32, 64, 512])
+def test_rates_of_matrices_fall_as_the_width_rises(study, tokenizer, width):
+    model = study.make_model(width, 0, tokenizer)
+    groups = study.optimizer(model, 1e-2).param_groups
+    rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+    assert len(rates) == len(list(model.parameters()))
+    assert rates[id(model.model.embed_tokens.weight)] == rates[id(model.model.norm.weight)] == 1e-2
+    assert rates[id(model.model.layers[0].mlp.up_proj.weight)] == pytest.approx(1e-2 * 64 / width)
 
 
 def test_training_lowers_the_loss_and_goes_on_where_it_stopped(study, tokenizer, tmp_path, monkeypatch, capsys):
@@ -54,5 +59,5 @@ def test_training_lowers_the_loss_and_goes_on_where_it_stopped(study, tokenizer,
 
 def test_a_text_that_is_too_short_is_refused(study, tokenizer, tmp_path):
     (tmp_path / "text.txt").write_text("one plus two")
-    with pytest.raises(SystemExit, match="too short; 2464 blocks of 128 tokens"):
+    with pytest.raises(SystemExit, match="too short; 4064 blocks of 128 tokens"):
         study.blocks_of_text(tmp_path / "text.txt", tokenizer)
