@@ -39,7 +39,7 @@ FAMILIES = ("random", "pretrained")
 STEPS, BATCH, BLOCK = 1000, 4, 128
 HELD_OUT_BLOCKS = 64
 DOMAINS, RECORDS, LENGTH = ("code", "math", "medical", "general"), 64, 192
-# What `tune` tries at width 64, with losses of 5.221, 5.071, 5.003 and 5.019 nats a token on held-out text. The parabola
+# What `tune` tries at width 64: losses of 5.221, 5.071, 5.003 and 5.019 nats a token on held-out text. The parabola
 # through the best three (in the logarithm of the rate) has its minimum at 9.9e-3.
 TUNED, RATE = (2e-3, 4e-3, 8e-3, 16e-3), 1e-2
 
