@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 from functools import partial
@@ -11,6 +12,7 @@ import torch
 import transformers
 from world import write_world
 
+from sparse_cl.cli import main
 from sparse_cl.four_domains import experiment
 from sparse_cl.four_domains.data import load_domains
 from sparse_cl.four_domains.evaluate import bits_per_byte
@@ -171,3 +173,19 @@ def test_windows_hold_every_token_of_the_text_once_and_in_order(tokenizer):
     ]
     assert [int(i) for i in seen] == ids
     assert max(b["input_ids"].shape[1] for b in batches) == 64
+
+
+def test_the_command_tells_what_the_report_says_and_leaves_a_full_folder_alone(world, tmp_path, capsys):
+    folder, _, _ = world
+    arguments = ["drift", str(folder / "model"), str(folder / "out" / "adamw"), "--text", str(folder / "text.txt")]
+    arguments += ["--domains", ",".join(DOMAINS), "--data", str(folder / "data"), "--records", "4", "--batch-size", "4"]
+    arguments += ["--max-length", "64", "--out", str(tmp_path / "out")]
+    assert main(arguments) == 0
+    told = capsys.readouterr().out
+    page = (tmp_path / "out" / "report.html").read_text()
+    record = json.loads((tmp_path / "out" / "results.json").read_text())
+    for section in sections(record):
+        assert section.sentence in told and html.escape(section.sentence, quote=False) in page.replace("&#39;", "'")
+    assert list(record["connectivity"]["domains"]) == list(DOMAINS)
+    assert main(arguments) == 2
+    assert "is not empty; give another --out, or delete it" in capsys.readouterr().err

@@ -114,10 +114,11 @@ def _add_drift(commands: Any) -> None:
 
 
 def _drift(arguments: argparse.Namespace) -> None:
-    from .drift import drift_study
+    from .drift import drift_study, sections
 
     given = {name: value for name, value in vars(arguments).items() if name != "command"}
     if arguments.data is not None and not arguments.domains:
         given["domains"] = DOMAINS
-    drift_study(**given)
+    for section in sections(drift_study(**given)):
+        print(section.sentence)
     print(f"Written to {arguments.out}: report.html, results.json, tensors.safetensors")
