@@ -1,6 +1,7 @@
 """`sparse-cl run --probe`: reports on the base, each method's model, and the drift between them."""
 
 import json
+from statistics import mean
 
 import pytest
 
@@ -33,9 +34,12 @@ def test_reports_around_a_run_which_go_on_where_they_stopped(tiny_llama, tokeniz
     arguments += ["--reference", str(tmp_path / "text.txt"), "--lr", "0.01", "--out", str(out), "--probe"]
     assert main(arguments) == 0
     told = capsys.readouterr().out
-    assert "adamw: " in told and f"Written to {out / 'probes'}" in told
     folders = ["base", *METHODS, *(f"{method}-drift" for method in METHODS)]
-    assert sorted(path.name for path in (out / "probes").iterdir()) == sorted(folders)
+    assert {path.name for path in (out / "probes").iterdir()} == {*folders, "comparison.txt"}
+    table = (out / "probes" / "comparison.txt").read_text()
+    assert table in told and f"Written to {out / 'probes'}" in told
+    rows = {line.split()[0]: line.split()[1:] for line in table.splitlines()[2:5]}
+    assert list(rows) == ["base", *METHODS] and rows["base"][5:] == ["-", "-"]
     for folder in folders:
         assert (out / "probes" / folder / "report.html").is_file()
     for method in METHODS:
@@ -44,7 +48,10 @@ def test_reports_around_a_run_which_go_on_where_they_stopped(tiny_llama, tokeniz
         record = json.loads((out / "probes" / f"{method}-drift" / "results.json").read_text())
         assert record["update_rank"] == moved
         assert any(weight["change"] for weight in moved["weights"].values())
-        assert all(layer["change"] > 0 for layer in record["drift"]["layers"].values())
+        layers, mlps = record["drift"]["layers"].values(), record["smearing"]["mlps"].values()
+        assert all(layer["change"] > 0 for layer in layers)
+        expected = [1 - mean(layer["cka"] for layer in layers), mean(mlp["share90"] for mlp in mlps)]
+        assert [float(cell) for cell in rows[method][5:]] == pytest.approx(expected, abs=6e-4)
     kept = (out / "probes" / "base" / "results.json").stat().st_mtime_ns
     for file in (out / "probes" / "adamw-drift").iterdir():
         file.unlink()

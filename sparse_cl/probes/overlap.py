@@ -262,10 +262,12 @@ def _warn(result: Overlap) -> None:
         pair, fraction = divmod(int(width.argmax()), width.shape[1])
         names = result.pairs[pair]
         tokens = " and ".join(f"{result.tokens[name]} tokens of {name}" for name in names)
+        others = int((width > _WIDE).sum()) - 1
         warnings.warn(
             f"overlap: too few tokens: the 95 % interval of the mean IoU of {' and '.join(names)} at a fraction of "
-            f"{result.fractions[fraction]:g} is {float(width.max()):.2f} wide ({tokens}); so is that of "
-            f"{int((width > _WIDE).sum()) - 1} other pairs and fractions, above {_WIDE}. Give more sequences",
+            f"{result.fractions[fraction]:g} is {float(width.max()):.2f} wide ({tokens}), above {_WIDE}"
+            + (f"; so are those of {others} other pairs and fractions" if others else "")
+            + ". Give more sequences",
             stacklevel=3,
         )
 

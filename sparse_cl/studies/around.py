@@ -10,6 +10,7 @@ from sparse_cl.four_domains.experiment import load_model
 from sparse_cl.four_domains.settings import Settings
 
 from .checkpoints import load_checkpoint
+from .comparison import comparison
 from .drift import drift_study
 from .probe_study import study_model
 from .settings import ProbeSettings
@@ -18,7 +19,7 @@ FOLDER = "probes"
 
 
 def probe_run(settings: Settings, out: Path) -> list[str]:
-    """Reports on a finished run, in `out/probes`; lines that say what was seen. Those that are there are kept.
+    """Reports on a finished run, in `out/probes`, and a table of them. Reports that are there are kept.
 
     Args:
         settings: of the run.
@@ -34,14 +35,13 @@ def probe_run(settings: Settings, out: Path) -> list[str]:
         max_length=settings.max_length,
         seed=settings.seed,
     )
-    lines = []
     for name in ("base", *settings.methods):
         folder = out / FOLDER / name
         if not (folder / "results.json").is_file():
             model, tokenizer = load_model(source)
             if name != "base":
                 model = load_checkpoint(str(out / name), model)
-            lines += [f"{name}: {line}" for line in study_model(model, tokenizer, name, domains, probes, folder)[1]]
+            study_model(model, tokenizer, name, domains, probes, folder)
         folder = out / FOLDER / f"{name}-drift"
         if name != "base" and not (folder / "results.json").is_file():
             drift_study(
@@ -57,4 +57,9 @@ def probe_run(settings: Settings, out: Path) -> list[str]:
                 plasticity=False,
                 seed=settings.seed,
             )
-    return [*lines, f"Written to {out / FOLDER}: report.html of the base, each method, and each method's drift"]
+    table = comparison(
+        {name: out / FOLDER / name for name in ("base", *settings.methods)},
+        {name: out / FOLDER / f"{name}-drift" for name in settings.methods},
+    )
+    (out / FOLDER / "comparison.txt").write_text(table + "\n", encoding="utf-8")
+    return [table, "", f"Written to {out / FOLDER}: comparison.txt, and report.html of each model and of each drift"]

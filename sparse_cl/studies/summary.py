@@ -30,6 +30,13 @@ def summary(name: str, model: nn.Module, record: Mapping[str, Any]) -> dict[str,
         "width": model.config.hidden_size,
         "layers": model.config.num_hidden_layers,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        **numbers(record),
+    }
+
+
+def numbers(record: Mapping[str, Any]) -> dict[str, dict[str, Any] | None]:
+    """Those of `summary` that the record alone gives: `overlap`, `cosine`, `sparsity`."""
+    return {
         "overlap": _overlap(record["overlap"]) if "overlap" in record else None,
         "cosine": _cosine(record["cosines"]) if "cosines" in record else None,
         "sparsity": _sparsity(record["activation"]) if "activation" in record else None,
