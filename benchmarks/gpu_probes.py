@@ -23,9 +23,9 @@ from gpu_masked_adamw import free, versions
 from torch import Tensor, nn
 
 from sparse_cl.probes.activation import ActivationProbe
-from sparse_cl.probes.capacity import InputProbe
 from sparse_cl.probes.features import FeatureProbe
 from sparse_cl.probes.gradients import GradientProbe
+from sparse_cl.probes.inputs import InputProbe
 from sparse_cl.probes.losses import answer_loss
 from sparse_cl.probes.parts import linear_layers
 from sparse_cl.probes.passes import evaluation, stream

@@ -7,7 +7,8 @@ import torch
 from subspace_cases import Oracle, orthogonal
 from torch import nn
 
-from sparse_cl.probes.capacity import InputProbe, capacity, forecast, forecast_of_model
+from sparse_cl.probes.capacity import capacity, forecast, forecast_of_model
+from sparse_cl.probes.inputs import InputProbe
 
 
 def draw(directions, count, seed):

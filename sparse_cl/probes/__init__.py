@@ -1,7 +1,7 @@
 """Probes: what domains use of a model, what they share, and what is free. They need torch alone."""
 
 from .activation import ActivationProbe
-from .capacity import Capacity, InputProbe, capacity, forecast
+from .capacity import Capacity, capacity, forecast
 from .connectivity import connectivity
 from .critical_sparsity import critical_sparsity
 from .curvature import CurvatureProbe, curvature_overlap
@@ -9,6 +9,7 @@ from .drift import drift
 from .features import FeatureProbe
 from .gradient_cosines import compare_gradients
 from .gradients import GradientProbe, MeanGradient
+from .inputs import InputProbe
 from .interference import interference
 from .neurons import agreement, dormant, hubs, weight_hubs
 from .overlap import overlap

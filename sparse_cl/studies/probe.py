@@ -16,12 +16,13 @@ from sparse_cl.four_domains.data import Domain
 from sparse_cl.four_domains.encoding import EncodedRecords
 from sparse_cl.four_domains.sequence import DomainBatches
 from sparse_cl.probes.activation import ActivationProbe
-from sparse_cl.probes.capacity import InputMoments, InputProbe, capacity
+from sparse_cl.probes.capacity import capacity
 from sparse_cl.probes.critical_sparsity import critical_sparsity
 from sparse_cl.probes.curvature import CurvatureProbe, curvature_overlap
 from sparse_cl.probes.features import FeatureProbe, Features
 from sparse_cl.probes.gradient_cosines import compare_gradients
 from sparse_cl.probes.gradients import GradientProbe, MeanGradient
+from sparse_cl.probes.inputs import InputMoments, InputProbe
 from sparse_cl.probes.interference import interference
 from sparse_cl.probes.neurons import agreement, dormant, hubs, weight_hubs
 from sparse_cl.probes.overlap import overlap
