@@ -10,7 +10,6 @@ from sparse_cl.four_domains.experiment import load_model
 from sparse_cl.probes.rank import update_rank
 from sparse_cl.studies.checkpoints import load_checkpoint
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:sparse_cl")
 METHODS = ("adamw", "orthogonal-lora")
 
 

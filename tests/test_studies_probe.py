@@ -14,8 +14,6 @@ from sparse_cl.studies.probe import domain_batches, probe_model
 from sparse_cl.studies.probe_study import sections
 from sparse_cl.studies.settings import PROBES, ProbeSettings
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:sparse_cl")
-
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
