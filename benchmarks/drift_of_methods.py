@@ -22,16 +22,15 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from sparse_cl.four_domains.data import load_domains
-from sparse_cl.four_domains.encoding import EncodedRecords
 from sparse_cl.four_domains.experiment import load_model, quiet
 from sparse_cl.four_domains.report import text_table, write_json
-from sparse_cl.four_domains.sequence import DomainBatches
 from sparse_cl.probes.activation import ActivationProbe
 from sparse_cl.probes.drift import drift
 from sparse_cl.probes.neurons import dormant, hubs
 from sparse_cl.probes.plasticity import Plasticity, steps_to_fit
 from sparse_cl.probes.rank import update_rank
 from sparse_cl.probes.smearing import smearing
+from sparse_cl.studies.batches import domain_batches
 from sparse_cl.studies.checkpoints import load_checkpoint
 from sparse_cl.studies.text import reference_text, text_batches
 
@@ -58,11 +57,15 @@ class Bench:
     def __init__(self, source: str, data: str, text: str, domains: list[str], seeds: int) -> None:
         self.source, self.seeds = source, range(seeds)
         self.base, tokenizer = load_model(source)
-        device = next(self.base.parameters()).device
-        self.records = {
-            domain.name: DomainBatches(EncodedRecords(domain.validation, tokenizer, LENGTH), BATCH, device, RECORDS)
-            for domain in load_domains(domains, data, 0)
-        }
+        self.records = domain_batches(
+            load_domains(domains, data, 0),
+            tokenizer,
+            self.base,
+            records=RECORDS,
+            batch_size=BATCH,
+            max_length=LENGTH,
+            split="validation",
+        )
         self.text = text_batches(tokenizer, reference_text(text), LENGTH, BATCH)
         scores = self.activations(self.base)
         self.hubs = hubs(scores, HUBS)

@@ -25,11 +25,10 @@ import transformers
 from tqdm.auto import tqdm
 
 from sparse_cl.four_domains.data import load_domains
-from sparse_cl.four_domains.encoding import EncodedRecords
 from sparse_cl.four_domains.experiment import load_model, quiet
-from sparse_cl.four_domains.sequence import DomainBatches
 from sparse_cl.four_domains.training import train
 from sparse_cl.probes import ActivationProbe, GradientProbe, compare_gradients, overlap
+from sparse_cl.studies.batches import domain_batches
 from sparse_cl.studies.sections import scale
 from sparse_cl.studies.summary import summary
 
@@ -150,10 +149,8 @@ def train_all(arguments: argparse.Namespace) -> None:
 def measure_model(source: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """The summary of one model on the first training records of each domain, with its cosines in full."""
     model, tokenizer = load_model(str(source))
-    batches = {
-        domain.name: DomainBatches(EncodedRecords(domain.train, tokenizer, LENGTH), 4, torch.device("cpu"), RECORDS)
-        for domain in load_domains(DOMAINS, str(arguments.data), 0)
-    }
+    domains = load_domains(DOMAINS, str(arguments.data), 0)
+    batches = domain_batches(domains, tokenizer, model, records=RECORDS, batch_size=4, max_length=LENGTH)
     activations = {domain: ActivationProbe(model).run(own) for domain, own in batches.items()}
     gradients = {domain: GradientProbe(model).run(own) for domain, own in batches.items()}
     record = {

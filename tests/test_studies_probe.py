@@ -10,7 +10,8 @@ from transformers import LlamaForCausalLM
 from sparse_cl.cli import main
 from sparse_cl.four_domains.data import load_domains
 from sparse_cl.probes import ActivationProbe, ActivationScores, GradientProbe, compare_gradients, overlap
-from sparse_cl.studies.probe import domain_batches, probe_model
+from sparse_cl.studies.batches import domain_batches
+from sparse_cl.studies.probe import probe_model
 from sparse_cl.studies.probe_study import sections
 from sparse_cl.studies.settings import PROBES, ProbeSettings
 
@@ -36,6 +37,11 @@ def model_folder(tiny_llama, tokenizer, tmp_path):
     return tmp_path / "model"
 
 
+def batches_of(data, tokenizer, model):
+    domains = load_domains(("code", "math"), str(data), 0)
+    return domain_batches(domains, tokenizer, model, records=128, batch_size=4, max_length=64)
+
+
 def arguments(model, data, out, *more):
     chosen = ["probe", "--model", *map(str, [model] if not isinstance(model, list) else model), "--data", str(data)]
     return [*chosen, "--domains", "code,math", "--batch-size", "4", "--max-length", "64", "--out", str(out), *more]
@@ -47,8 +53,7 @@ def test_a_report_and_its_numbers(model_folder, data, tiny_llama, tokenizer, tmp
     told = capsys.readouterr()
     assert "capacity" in told.err or "batch" in told.err, "a progress bar"
     record = json.loads((out / "results.json").read_text())
-    settings = ProbeSettings(batch_size=4, max_length=64)
-    batches = domain_batches(load_domains(("code", "math"), str(data), 0), tokenizer, tiny_llama, settings)
+    batches = batches_of(data, tokenizer, tiny_llama)
     scores = {domain: ActivationProbe(tiny_llama).run(part) for domain, part in batches.items()}
     assert record["activation"] == {domain: found.to_json() for domain, found in scores.items()}
     assert record["overlap"] == overlap(scores).to_json()
@@ -111,7 +116,7 @@ def test_the_weights_and_modes_are_as_before(data, tiny_llama, tokenizer):
     settings = ProbeSettings(batch_size=4, max_length=64)
     probe_model(
         tiny_llama,
-        domain_batches(load_domains(("code", "math"), str(data), 0), tokenizer, tiny_llama, settings),
+        batches_of(data, tokenizer, tiny_llama),
         settings,
     )
     assert tiny_llama.training and all(p.grad is None for p in tiny_llama.parameters())

@@ -61,7 +61,8 @@ def write_json(path: Path, data: Any) -> None:
     os.replace(part, path)
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
+    """Three decimals; a dash for what is not known."""
     return "-" if value is None else f"{value:.3f}"
 
 
@@ -92,8 +93,8 @@ def _capacity(runs: Sequence[dict[str, Any]]) -> str:
         rows.append(
             [
                 run["method"],
-                *(_number(sum(shares) / len(shares)) for shares in used),
-                _number(min(surviving)),
+                *(number(sum(shares) / len(shares)) for shares in used),
+                number(min(surviving)),
                 f"{max(leaks):.1e}" if leaks else "-",
             ]
         )
@@ -115,14 +116,14 @@ def comparison(runs: Sequence[dict[str, Any]]) -> str:
         having = [run for run in runs if metric in run["R"]]
         if not having:
             continue
-        rows = [[run["method"], *(_number(run["summary"]["by_metric"][metric][c]) for c in COLUMNS)] for run in having]
-        base = [_number(value) for value in having[0]["R"][metric][0]]
+        rows = [[run["method"], *(number(run["summary"]["by_metric"][metric][c]) for c in COLUMNS)] for run in having]
+        base = [number(value) for value in having[0]["R"][metric][0]]
         shown = ", ".join(f"{d} {v}" for d, v in zip(having[0]["domains"], base, strict=True) if v != "-")
         parts.append(f"{metric} ({UNITS[metric]}); base model: {shown}\n" + text_table(("method", *COLUMNS), rows))
     rows = [
         [
             run["method"],
-            *(_number(run["R_reference"][i]) for i in (0, -1)),
+            *(number(run["R_reference"][i]) for i in (0, -1)),
             f"{run['seconds']:.1f}",
             f"{run['state_bytes'] / 1e6:.2f}",
             f"{run['peak_memory_bytes'] / 1e6:.0f}",

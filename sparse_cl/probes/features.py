@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_cl.probes.parts import find_blocks
-from sparse_cl.probes.passes import Batch, Watch, stream
+from sparse_cl.probes.passes import Batch, Halves, Watch, stream
 from sparse_cl.probes.rank import effective_rank, gaussian_ranks, stable_rank
 from sparse_cl.reference.precision import full_precision
 from sparse_cl.subspace.moments import row_blocks
@@ -68,20 +68,6 @@ class Moment:
         """E[x xᵀ] about 0: (n, n), float64."""
         mean = self.mean()
         return self.covariance() + torch.outer(mean, mean)
-
-
-class Halves:
-    """Row numbers of the even and of the odd sequences, found once a batch rather than once a layer."""
-
-    def __init__(self) -> None:
-        self._sequences: Tensor | None = None
-        self._split: tuple[Tensor, Tensor] | None = None
-
-    def of(self, sequences: Tensor) -> tuple[Tensor, Tensor]:
-        if self._sequences is not sequences:
-            odd = sequences % 2 == 1
-            self._sequences, self._split = sequences, ((~odd).nonzero().flatten(), odd.nonzero().flatten())
-        return self._split
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sparse_cl.probes.features import Halves
 from sparse_cl.probes.parts import Block, find_blocks, shape_of
-from sparse_cl.probes.passes import Batch, Watch, stream
+from sparse_cl.probes.passes import Batch, Halves, Watch, stream
 from sparse_cl.subspace.moments import ExactMoment
 
 

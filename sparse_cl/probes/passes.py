@@ -116,6 +116,20 @@ def answer_tokens(batch: Batch, tokens: str) -> Tensor | None:
     return mask & (batch["labels"] != IGNORED) if tokens == "answers" and "labels" in batch else mask
 
 
+class Halves:
+    """Row numbers of the even and of the odd sequences, found once a batch rather than once a layer."""
+
+    def __init__(self) -> None:
+        self._sequences: Tensor | None = None
+        self._split: tuple[Tensor, Tensor] | None = None
+
+    def of(self, sequences: Tensor) -> tuple[Tensor, Tensor]:
+        if self._sequences is not sequences:
+            odd = sequences % 2 == 1
+            self._sequences, self._split = sequences, ((~odd).nonzero().flatten(), odd.nonzero().flatten())
+        return self._split
+
+
 class _Rows:
     """What counts of the batch that is passing, handed to the watches."""
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from sparse_cl.four_domains.report import text_table
+from sparse_cl.four_domains.report import number, text_table
 
-from .summary import numbers
+from .summary import mean_of_known, numbers
 
 LEGEND = """\
 overlap  IoU of the top 5 % of the neurons, mean over pairs of domains and layers
@@ -37,27 +37,18 @@ def comparison(probes: Mapping[str, Path], drifts: Mapping[str, Path]) -> str:
         found = numbers(record)
         ranks = [layer["effective_rank"] for part in record["rank"].values() for layer in part["layers"].values()]
         used = [layer["used"][-1] / layer["width"] for layer in record["capacity"]["layers"].values()]
-        cka = _mean(layer["cka"] for layer in drift["drift"]["layers"].values()) if drift else None
-        spread = _mean(mlp["share90"] for mlp in drift["smearing"]["mlps"].values()) if drift else None
+        cka = mean_of_known(layer["cka"] for layer in drift["drift"]["layers"].values()) if drift else None
+        spread = mean_of_known(mlp["share90"] for mlp in drift["smearing"]["mlps"].values()) if drift else None
         cells = [
             found["overlap"] and found["overlap"]["iou"],
             found["cosine"] and found["cosine"]["mean"],
             found["sparsity"]["needed"],
         ]
-        cells = [*map(_cell, cells), f"{mean(ranks):.1f}", _cell(mean(used))]
-        rows.append((name, *cells, _cell(None if cka is None else 1 - cka), _cell(spread)))
+        cells = [*map(number, cells), f"{mean(ranks):.1f}", number(mean(used))]
+        rows.append((name, *cells, number(None if cka is None else 1 - cka), number(spread)))
     header = ("model", *(line.split()[0] for line in LEGEND.splitlines()[:-1]))
     return f"{text_table(header, rows)}\n{LEGEND}"
 
 
 def _read(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "results.json").read_text(encoding="utf-8"))
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return mean(known) if known else None
-
-
-def _cell(value: float | None) -> str:
-    return "-" if value is None else f"{round(value, 3) + 0.0:.3f}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ from tqdm.auto import tqdm
 
 from sparse_cl import storage
 from sparse_cl.four_domains.data import load_domains
-from sparse_cl.four_domains.encoding import EncodedRecords
 from sparse_cl.four_domains.experiment import load_model, quiet
 from sparse_cl.four_domains.report import write_json
 from sparse_cl.four_domains.sequence import DomainBatches
@@ -25,6 +24,7 @@ from sparse_cl.probes.plasticity import plasticity as probe_plasticity
 from sparse_cl.probes.rank import update_rank
 from sparse_cl.probes.smearing import smearing
 
+from .batches import Shown, domain_batches
 from .checkpoints import load_checkpoint
 from .html import write_report
 from .section import Section
@@ -89,19 +89,14 @@ def drift_study(
     reference = reference_text(text)
     loaded = load_domains(domains, data, seed) if domains else []
     wanted = getattr(torch, dtype)
-    model, tokenizer = load_model(before)
+    model, tokenizer = load_model(before, wanted)
     limit = getattr(model.config, "max_position_embeddings", max_length)
     if max_length > limit:
         raise ValueError(f"max_length: expected at most the model's context of {limit} tokens, got {max_length}")
-    model = model.to(wanted)
-    other = load_checkpoint(after, load_model(before)[0].to(wanted))
-    device = next(model.parameters()).device
-    by_domain = {
-        domain.name: DomainBatches(
-            EncodedRecords(domain.validation, tokenizer, max_length), batch_size, device, records
-        )
-        for domain in loaded
-    }
+    other = load_checkpoint(after, load_model(before, wanted)[0])
+    by_domain = domain_batches(
+        loaded, tokenizer, model, records=records, batch_size=batch_size, max_length=max_length, split="validation"
+    )
     windows = text_batches(tokenizer, reference, max_length, batch_size)
     study = _Study(model, other, windows, by_domain, seed)
     with tqdm(total=study.passes(plasticity), mininterval=0.5) as bar:
@@ -169,8 +164,8 @@ class _Study:
         return len(self.windows) + records * (POINTS + (len(self.by_domain) > 1)) + 2 * TASKS * plasticity
 
     def run(self, bar: tqdm, plasticity: bool) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        def passing(what: str, batches: Iterable[Any]) -> _Ticking:
-            return _Ticking(batches, what, bar)
+        def passing(what: str, batches: Iterable[Any]) -> Shown:
+            return Shown(batches, what, bar)
 
         blocks = [block.name for block in spread(find_blocks(self.before), BLOCKS)]
         moved = drift(self.before, self.after, passing("hidden states", self.windows), modules=blocks)
@@ -193,16 +188,3 @@ class _Study:
             seeds = range(self.seed, self.seed + TASKS)
             record["plasticity"] = probe_plasticity(self.before, self.after, seeds, fitted=bar.update).to_json()
         return record, {**moved.tensors(), **ranks.tensors(), **smeared.tensors()}
-
-
-class _Ticking:
-    """Batches that move a bar each time that they pass."""
-
-    def __init__(self, batches: Iterable[Any], what: str, bar: tqdm) -> None:
-        self.batches, self.what, self.bar = batches, what, bar
-
-    def __iter__(self) -> Iterator[Any]:
-        self.bar.set_description(self.what)
-        for batch in self.batches:
-            yield batch
-            self.bar.update()

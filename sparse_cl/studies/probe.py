@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,8 +12,6 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from sparse_cl.four_domains.data import Domain
-from sparse_cl.four_domains.encoding import EncodedRecords
 from sparse_cl.four_domains.sequence import DomainBatches
 from sparse_cl.probes.activation import ActivationProbe
 from sparse_cl.probes.capacity import capacity
@@ -30,6 +28,7 @@ from sparse_cl.probes.parts import find_blocks, linear_layers, spread
 from sparse_cl.probes.passes import stream
 from sparse_cl.probes.scores import ActivationScores
 
+from .batches import Shown
 from .settings import ProbeSettings
 
 _BISECTIONS = 8
@@ -45,26 +44,12 @@ class Probed:
     tensors: Mapping[str, torch.Tensor]
 
 
-def domain_batches(
-    domains: Sequence[Domain], tokenizer: Any, model: nn.Module, settings: ProbeSettings
-) -> dict[str, DomainBatches]:
-    """The first training records of each domain, on the model's device."""
-    device = next(model.parameters()).device
-    return {
-        domain.name: DomainBatches(
-            EncodedRecords(domain.train, tokenizer, settings.max_length), settings.batch_size, device, settings.records
-        )
-        for domain in domains
-    }
-
-
 def probe_model(model: nn.Module, batches: Mapping[str, DomainBatches], settings: ProbeSettings) -> Probed:
     """Every probe of `settings.probes` on every domain; progress is shown on stderr.
 
     Raises:
         ValueError: bad input of a probe, with the domain's name before the probe's message.
     """
-    find_blocks(model)
     work = _Work(model, batches, settings)
     with tqdm(total=work.passes(), mininterval=0.5, unit="batch") as bar:
         work.bar = bar
@@ -157,7 +142,7 @@ class _Work:
         record["dormant"] = dormant(activations, seed=self.settings.seed).to_json()
         if self.settings.critical:
             record["critical_sparsity"] = {
-                domain: critical_sparsity(self.model, _Again(self, "critical sparsity", domain)).to_json()
+                domain: critical_sparsity(self.model, self._passing("critical sparsity", domain)).to_json()
                 for domain in self.batches
             }
         return record
@@ -168,7 +153,7 @@ class _Work:
             with self._timed("comparing gradients"):
                 record["cosines"] = compare_gradients(gradients, seed=self.settings.seed).to_json()
         with self._timed("interference"):
-            passing = {domain: _Again(self, "interference", domain) for domain in self.batches}
+            passing = {domain: self._passing("interference", domain) for domain in self.batches}
             record["interference"] = interference(self.model, passing, gradients, modules=self.layers).to_json()
         return record
 
@@ -183,27 +168,14 @@ class _Work:
             record["overlap"] = curvature_overlap(found)
         return record
 
-    def _passing(self, what: str, domain: str) -> Iterator[Any]:
-        self.bar.set_description(f"{what}: {domain}")
-        for batch in self.batches[domain]:
-            yield batch
-            self.bar.update()
+    def _passing(self, what: str, domain: str) -> Shown:
+        return Shown(self.batches[domain], f"{what}: {domain}", self.bar)
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
         self.seconds[stage] = round(self.seconds.get(stage, 0.0) + time.perf_counter() - start, 3)
-
-
-class _Again:
-    """A domain's batches, shown in the bar each time that they pass."""
-
-    def __init__(self, work: _Work, what: str, domain: str) -> None:
-        self.work, self.what, self.domain = work, what, domain
-
-    def __iter__(self) -> Iterator[Any]:
-        return self.work._passing(self.what, self.domain)
 
 
 @contextmanager

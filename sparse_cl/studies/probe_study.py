@@ -15,8 +15,9 @@ from sparse_cl.four_domains.embedded_model import embedded_model_folder
 from sparse_cl.four_domains.experiment import load_model, quiet, versions
 from sparse_cl.four_domains.report import write_json
 
+from .batches import domain_batches
 from .html import write_report
-from .probe import domain_batches, probe_model
+from .probe import probe_model
 from .section import Section
 from .sections import activation, capacity, curvature, gradients, neurons, overlap, rank, scale
 from .settings import ProbeSettings, check_out
@@ -59,7 +60,14 @@ def study_model(
     limit = getattr(model.config, "max_position_embeddings", settings.max_length)
     if settings.max_length > limit:
         raise ValueError(f"max_length {settings.max_length} exceeds the context of {name}, {limit} tokens")
-    batches = domain_batches(domains, tokenizer, model, settings)
+    batches = domain_batches(
+        domains,
+        tokenizer,
+        model,
+        records=settings.records,
+        batch_size=settings.batch_size,
+        max_length=settings.max_length,
+    )
     probed = probe_model(model, batches, settings)
     record = {"model": name, "settings": settings.to_json(), "versions": versions(), **probed.record}
     parts = sections(record)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,7 +11,7 @@ from sparse_cl.four_domains.figures import PAGE_WIDTH, new_figure
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["PAGE_WIDTH", "Section", "Table", "new_figure"]
+__all__ = ["PAGE_WIDTH", "Section", "Table", "decimal", "new_figure", "span"]
 
 
 @dataclass(frozen=True)
@@ -50,3 +51,14 @@ class Section:
     figures: tuple[Figure, ...] = ()
     table: Table | None = None
     note: str = ""
+
+
+def decimal(value: float | None) -> str:
+    """Three decimals; a dash for what is not known."""
+    # Debiased estimates lie about 0 on both sides; a zero has no sign.
+    return "–" if value is None else f"{round(value, 3) + 0.0:.3f}"
+
+
+def span(values: Sequence[float] | None) -> str:
+    """From the least to the largest; a dash for none."""
+    return f"{decimal(min(values))} to {decimal(max(values))}" if values else "–"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from statistics import mean
 from typing import Any
 
@@ -49,7 +49,7 @@ def _overlap(record: Mapping[str, Any]) -> dict[str, Any]:
         "share": record["fractions"][at],
         "iou": mean(pair[at] for pair in record["mean_iou"]),
         "null": record["mean_null"][at],
-        "ceiling": _mean_of_known(pair[at] for pair in record["mean_ceiling"]),
+        "ceiling": mean_of_known(pair[at] for pair in record["mean_ceiling"]),
     }
 
 
@@ -60,11 +60,11 @@ def _cosine(record: Mapping[str, Any]) -> dict[str, Any]:
         return [value for layer in layers for value in layer[key] if value is not None]
 
     return {
-        "mean": _mean_of_known(values("cosine")),
-        "absolute": _mean_of_known(map(abs, values("cosine"))),
+        "mean": mean_of_known(values("cosine")),
+        "absolute": mean_of_known(map(abs, values("cosine"))),
         "null": mean(math.sqrt(2 / (math.pi * layer["entries"])) for layer in layers),
-        "ceiling": _mean_of_known(values("ceiling")),
-        "corrected": _mean_of_known(map(abs, values("corrected"))),
+        "ceiling": mean_of_known(values("ceiling")),
+        "corrected": mean_of_known(map(abs, values("corrected"))),
     }
 
 
@@ -76,6 +76,7 @@ def _sparsity(record: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _mean_of_known(values: Sequence[float | None]) -> float | None:
+def mean_of_known(values: Iterable[float | None]) -> float | None:
+    """Of those that are not None; None where all are."""
     known = [value for value in values if value is not None]
     return mean(known) if known else None

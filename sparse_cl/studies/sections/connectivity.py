@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from sparse_cl.studies.section import Section, Table, new_figure
+from sparse_cl.studies.section import Section, Table, new_figure, span
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -74,14 +74,10 @@ def _table(record: Mapping[str, Any]) -> Table:
             str(path["tokens"]),
             *(f"{loss:.3f}" for loss in path["losses"]),
             f"{path['rise']:+.3f}",
-            _span(path["rise_halves"]),
+            span(path["rise_halves"]),
             f"{path['barrier']:.3f}",
-            _span(path["barrier_halves"]),
+            span(path["barrier_halves"]),
         )
         for name, path in record["domains"].items()
     ]
     return Table(header, tuple(rows))
-
-
-def _span(halves: Sequence[float] | None) -> str:
-    return f"{min(halves):.3f} to {max(halves):.3f}" if halves else "–"

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-from sparse_cl.studies.section import Section, Table, new_figure
+from sparse_cl.studies.section import Section, Table, decimal, new_figure, span
 from sparse_cl.studies.sections.layer_axis import label_layers
 
 if TYPE_CHECKING:
@@ -41,10 +41,10 @@ def _sentence(layers: Mapping[str, Mapping[str, Any]]) -> str:
     if known:
         most = max(known, key=known.get)
         halves = _halves(layers[most], "cka")
-        interval = f"; the halves of the text give {_span([1 - half for half in halves])}" if halves else ""
+        interval = f"; the halves of the text give {span([1 - half for half in halves])}" if halves else ""
         parts.append(
-            f"{where} 1 − CKA of the hidden states before and after is {_n(mean(known.values()))} on average over "
-            f"{len(known)} layers (0: no drift, 1: unrelated), and most in {most}, {_n(known[most])}{interval}"
+            f"{where} 1 − CKA of the hidden states before and after is {decimal(mean(known.values()))} on average over "
+            f"{len(known)} layers (0: no drift, 1: unrelated), and most in {most}, {decimal(known[most])}{interval}"
         )
     else:
         parts.append(f"{where} CKA is not defined in any layer: there the hidden states do not vary")
@@ -52,16 +52,16 @@ def _sentence(layers: Mapping[str, Mapping[str, Any]]) -> str:
     ceilings = [layer["ceiling_overlap"] for layer in layers.values() if layer["ceiling_overlap"] is not None]
     ceiling = mean(ceilings) if len(ceilings) == len(layers) else None
     text = (
-        f"the {first['rank']} leading directions keep {_n(mean(overlaps))} of their span (chance "
-        f"{_n(mean(layer['null_overlap'] for layer in layers.values()))}"
+        f"the {first['rank']} leading directions keep {decimal(mean(overlaps))} of their span (chance "
+        f"{decimal(mean(layer['null_overlap'] for layer in layers.values()))}"
     )
     if ceiling is not None:
-        text += f"; two halves of the text agree to {_n(ceiling)} without any training"
+        text += f"; two halves of the text agree to {decimal(ceiling)} without any training"
     parts.append(
         text + ")" + (", no less than estimation explains" if ceiling is not None and mean(overlaps) >= ceiling else "")
     )
     moved = mean(layer["displacement"] for layer in layers.values())
-    parts.append(f"along them the mean moved by {_n(moved)} standard deviations")
+    parts.append(f"along them the mean moved by {decimal(moved)} standard deviations")
     return "; ".join(parts) + "."
 
 
@@ -105,14 +105,14 @@ def _table(layers: Mapping[str, Mapping[str, Any]]) -> Table:
         rows.append(
             (
                 name,
-                _n(layer["cka"]),
-                _span(_halves(layer, "cka")),
-                _n(layer["overlap"]),
-                _n(layer["null_overlap"]),
-                _n(layer["ceiling_overlap"]),
-                _n(layer["displacement"]),
-                _span(_halves(layer, "displacement")),
-                _n(layer["change"]),
+                decimal(layer["cka"]),
+                span(_halves(layer, "cka")),
+                decimal(layer["overlap"]),
+                decimal(layer["null_overlap"]),
+                decimal(layer["ceiling_overlap"]),
+                decimal(layer["displacement"]),
+                span(_halves(layer, "displacement")),
+                decimal(layer["change"]),
             )
         )
     return Table(header, tuple(rows))
@@ -121,12 +121,3 @@ def _table(layers: Mapping[str, Mapping[str, Any]]) -> Table:
 def _halves(layer: Mapping[str, Any], key: str) -> list[float]:
     values = [half[key] for half in layer["halves"] or ()]
     return [] if None in values else values
-
-
-def _n(value: float | None) -> str:
-    # Debiased estimates lie about 0 on both sides; a zero has no sign.
-    return "–" if value is None else f"{round(value, 3) + 0.0:.3f}"
-
-
-def _span(values: list[float]) -> str:
-    return f"{_n(min(values))} to {_n(max(values))}" if values else "–"

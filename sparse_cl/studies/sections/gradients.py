@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from sparse_cl.four_domains.figures import by_kind
-from sparse_cl.studies.section import Section, Table, new_figure
+from sparse_cl.studies.section import Section, Table, decimal, new_figure
+from sparse_cl.studies.summary import mean_of_known
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -200,21 +201,12 @@ def _table(cosines: Mapping[str, Any]) -> Table:
         rows.append(
             (
                 name,
-                _n(whole["cosine"][number]),
+                decimal(whole["cosine"][number]),
                 "–" if low is None else f"{low:.3f} to {high:.3f}",
                 f"±{whole['null']:.4f}",
-                _n(whole["ceiling"][number]),
-                _n(whole["corrected"][number]),
-                *(_n(_mean_of_known(values)) for values in shared),
+                decimal(whole["ceiling"][number]),
+                decimal(whole["corrected"][number]),
+                *(decimal(mean_of_known(values)) for values in shared),
             )
         )
     return Table(header, tuple(rows))
-
-
-def _mean_of_known(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return mean(known) if known else None
-
-
-def _n(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from sparse_cl.four_domains.figures import by_kind
-from sparse_cl.studies.section import Section, Table, new_figure
+from sparse_cl.studies.section import Section, Table, decimal, new_figure
 from sparse_cl.studies.sections.layer_axis import label_layers
+from sparse_cl.studies.summary import mean_of_known
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -101,25 +102,16 @@ def _table(record: Mapping[str, Any]) -> Table:
             (
                 name,
                 str(spread["neurons"]),
-                _n(spread["relative"]),
-                _n(spread["share90"]),
-                _n(hub and hub["share_of_neurons"]),
-                _n(hub and hub["share_of_energy"]),
-                f"{_n(within[0])} to {_n(within[1])}" if within else "–",
+                decimal(spread["relative"]),
+                decimal(spread["share90"]),
+                decimal(hub and hub["share_of_neurons"]),
+                decimal(hub and hub["share_of_energy"]),
+                f"{decimal(within[0])} to {decimal(within[1])}" if within else "–",
             )
         )
     for kind, names in by_kind(list(record["layers"])).items():
         layers = [record["layers"][name] for name in names]
-        means = [_mean(layer[key] for layer in layers) for key in ("relative", "share90")]
-        rows.append((f"{kind}, mean", str(layers[0]["neurons"]), *map(_n, means), "–", "–", "–"))
+        means = [mean_of_known(layer[key] for layer in layers) for key in ("relative", "share90")]
+        rows.append((f"{kind}, mean", str(layers[0]["neurons"]), *map(decimal, means), "–", "–", "–"))
     header = ("MLP, or kind of layer", "neurons", "‖ΔW‖/‖W‖", "holds 90 %", "hubs", "their energy", "random neurons'")
     return Table(header, tuple(rows))
-
-
-def _mean(values: Iterable[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return mean(known) if known else None
-
-
-def _n(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
