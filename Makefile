@@ -4,7 +4,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/pip -q --disable-pip-version-check
+# Compiling every file of every package takes longer than compiling those that are imported, when they are.
+INSTALL := $(BIN)/pip -q --disable-pip-version-check install --no-compile -c constraints.txt
 SOURCES := setup.py CMakeLists.txt pyproject.toml $(wildcard csrc/*)
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh tests/cuda_emulation/*.h tests/cuda_emulation/*.cpp)
 
@@ -36,14 +37,14 @@ clean:
 $(VENV)/.packages: constraints.txt
 	@echo "Installing packages into $(VENV); the first time this takes a few minutes."
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install -c constraints.txt torch setuptools cmake ninja pybind11
+	$(INSTALL) torch setuptools cmake ninja pybind11
 	touch $@
 
 $(VENV)/.built: $(VENV)/.packages $(SOURCES)
-	$(PIP) install -c constraints.txt --no-build-isolation -e '.[run]'
+	$(INSTALL) --no-build-isolation -e '.[run]'
 	touch $@
 
 # The installed package's own extra: what is built is not built again.
 $(VENV)/.tools: $(VENV)/.built
-	$(PIP) install -c constraints.txt 'sparse_cl[dev]'
+	$(INSTALL) 'sparse_cl[dev]'
 	touch $@
