@@ -162,22 +162,29 @@ def run_sequence(
     evaluations = len(domains) * len(METRICS) + (reference is not None)
     reset_peak_memory()
     total = (settings.steps + evaluations) * (len(domains) - done)
+    datasets = [EncodedRecords(domain.train, tokenizer, settings.max_length) for domain in domains]
     with tqdm(total=total, mininterval=0.5) as bar:
         for number, domain in enumerate(domains[done:], done + 1):
+            steps = method.steps(settings.steps, number - 1, len(domains))
+            if not steps:
+                progress.stages.append(progress.stages[-1])
+                on_stage(progress)
+                continue
             start = time.perf_counter()
             bar.set_description(f"{method.name}: learning {domain.name} ({number}/{len(domains)})")
-            encoded = EncodedRecords(domain.train, tokenizer, settings.max_length)
+            encoded = datasets[number - 1]
             batches = DomainBatches(encoded, settings.batch_size, next(model.parameters()).device)
             # An adapter is initialised here: it must not depend on what this process drew before.
             transformers.set_seed(settings.seed)
             model = method.before_domain(model, batches)
             trainer = train(
                 model,
-                encoded,
+                method.training_data(number - 1, datasets, settings.seed),
                 collator,
                 lambda m: method.make_optimizer(m, lr),
+                method.penalty,
                 folder=stage_folder(folder, number, domain.name),
-                steps=settings.steps,
+                steps=steps,
                 batch_size=settings.batch_size,
                 lr=lr,
                 seed=settings.seed,

@@ -13,22 +13,34 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
+Penalty = Callable[[nn.Module], torch.Tensor | None]
 
 
 class OwnOptimizerTrainer(transformers.Trainer):
-    """A Trainer whose optimizer is `make_optimizer(model)`.
+    """A Trainer whose optimizer is `make_optimizer(model)`, and to whose loss `penalty(model)` is added.
 
     `create_optimizer` is overridden, rather than an optimizer passed in, because FSDP allows only this.
     """
 
-    def __init__(self, *args: Any, make_optimizer: MakeOptimizer, **kwargs: Any) -> None:
-        self.make_optimizer = make_optimizer
+    def __init__(
+        self, *args: Any, make_optimizer: MakeOptimizer, penalty: Penalty = lambda model: None, **kwargs: Any
+    ) -> None:
+        self.make_optimizer, self.penalty = make_optimizer, penalty
         super().__init__(*args, **kwargs)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None:
             self.optimizer = self.make_optimizer(self.model)
         return self.optimizer
+
+    def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+        result = super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
+        penalty = self.penalty(self.accelerator.unwrap_model(model))
+        if penalty is None:
+            return result
+        # The Trainer adds up the losses of the batches that are accumulated, each divided already.
+        penalty = penalty / self.current_gradient_accumulation_steps
+        return (result[0] + penalty, *result[1:]) if return_outputs else result + penalty
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         # The gradient of a masked parameter is dense: its frozen entries must not shrink the active ones' step.
@@ -55,6 +67,7 @@ def train(
     dataset: Dataset,
     collator: Callable,
     make_optimizer: MakeOptimizer,
+    penalty: Penalty = lambda model: None,
     *,
     folder: Path,
     steps: int,
@@ -73,6 +86,7 @@ def train(
     Args:
         model, dataset, collator: as `transformers.Trainer` takes them.
         make_optimizer: called once with the model.
+        penalty: called with the model for each batch; what it returns is added to the loss.
         folder: the Trainer's output folder.
         steps: optimizer steps.
         batch_size: per device.
@@ -103,6 +117,7 @@ def train(
         data_collator=collator,
         callbacks=[_Bar(bar)],
         make_optimizer=make_optimizer,
+        penalty=penalty,
     )
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.train()

@@ -12,6 +12,7 @@ class AdamW(Method):
     """The baseline that forgets: `torch.optim.AdamW` (Loshchilov & Hutter 2019) on all parameters."""
 
     name = "adamw"
+    kind = "baseline"
     default_lr = 2e-3
 
     def make_optimizer(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:

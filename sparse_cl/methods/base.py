@@ -1,20 +1,22 @@
-"""What a continual-learning method decides: what is trained in a domain, and by which optimizer."""
+"""What a continual-learning method decides: what is trained in a domain, on what, and by which optimizer."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.data import Dataset
 
-Batch = Mapping[str, torch.Tensor]
+Batch = Mapping[str, Tensor]
 
 
 class Method(ABC):
-    """A method's life: `check`; for each domain `before_domain`, `make_optimizer`, training, `after_domain`, `save`.
+    """A method's life: `check`; where a text is to be protected, `protect`; then for each domain `before_domain`,
+    `make_optimizer`, training, `after_domain`, `save`.
 
     One instance serves one sequence of domains, and may keep what it learns about earlier ones. In a sequence that
     was interrupted a fresh instance is given `restore` in place of the domains that were finished.
@@ -24,9 +26,14 @@ class Method(ABC):
         options: keyword arguments of the constructor that a user may give.
         default_lr: used where the user gives none; chosen on the embedded model and the validation part of the embedded
             domains (benchmarks/tune_four_domains.py). Large models want smaller ones.
+        kind: "ours", "baseline" (another's continual-learning method) or "bound" (no continual learner: it shows what
+            could be reached).
+        protects: whether `protect` does anything.
     """
 
     name: str
+    kind: Literal["ours", "baseline", "bound"] = "ours"
+    protects: bool = False
     options: tuple[str, ...] = ()
     default_lr: float
 
@@ -41,6 +48,31 @@ class Method(ABC):
             ValueError: the method cannot train this model.
         """
 
+    def protect(self, model: nn.Module, batches: Iterable[Batch]) -> None:
+        """Called once before the first domain, where the run was given a text whose knowledge is to be kept.
+
+        Args:
+            model: the base model.
+            batches: of the text, as those of a domain; every token is a label.
+        """
+        raise ValueError(f"{self.name} protects no text; leave --protect out, or run a method that does")
+
+    def steps(self, steps: int, number: int, domains: int) -> int:
+        """Optimizer steps in the domain of index `number` of `domains`, where the run's setting is `steps`.
+
+        0: it is not trained, and its scores are those of the domain before.
+        """
+        return steps
+
+    def training_data(self, number: int, datasets: Sequence[Dataset], seed: int) -> Dataset:
+        """What is trained on in the domain of index `number`.
+
+        Args:
+            datasets: the training records of all domains in order; items are what `transformers`' collators take.
+            seed: of whatever is drawn.
+        """
+        return datasets[number]
+
     def before_domain(self, model: nn.Module, batches: Iterable[Batch]) -> nn.Module:
         """Prepare for a new domain and return the model to train (the same, or wrapped).
 
@@ -54,6 +86,10 @@ class Method(ABC):
     @abstractmethod
     def make_optimizer(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
         """A fresh optimizer for the domain."""
+
+    def penalty(self, model: nn.Module) -> Tensor | None:
+        """What is added to the loss of each batch, a scalar with a graph; None: nothing."""
+        return None
 
     def after_domain(self, model: nn.Module, batches: Iterable[Batch]) -> None:  # noqa: B027
         """Called once the domain is learned, with the same arguments as `before_domain`."""

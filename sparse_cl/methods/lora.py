@@ -38,6 +38,7 @@ class LoRA(Method):
     """
 
     name = "lora"
+    kind = "baseline"
     default_lr = 4e-3
 
     def __init__(self, rank: int = RANK, alpha: int = ALPHA) -> None:
