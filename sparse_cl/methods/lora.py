@@ -1,4 +1,4 @@
-"""Sequential LoRA: one low-rank adapter, trained on and on through the domains."""
+"""Sequential LoRA: one low-rank adapter, trained on and on through the domains; and the same with strong decay."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .base import Batch, Method
+from .options import check_at_least
 
 RANK, ALPHA = 16, 32
 """Of the adapters of every method, unless it is given others."""
@@ -31,21 +32,33 @@ def add_adapter(model: nn.Module, rank: int, alpha: int) -> nn.Module:
     )
 
 
+def merged(model: nn.Module) -> nn.Module:
+    """The model without adapters: what one holds is added to the weights."""
+    return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+
+
 class LoRA(Method):
     """Low-rank adapters on every linear layer but the head (Hu et al. 2022), by PEFT; the base stays frozen.
 
     The adapter that one domain trained is what the next one starts from.
+
+    Args:
+        rank, alpha: of the adapter, whose change of a weight is alpha / rank · B A.
+        weight_decay: AdamW's, of A and B.
     """
 
     name = "lora"
     kind = "baseline"
+    options = ("rank", "alpha", "weight_decay")
     default_lr = 4e-3
 
-    def __init__(self, rank: int = RANK, alpha: int = ALPHA) -> None:
-        self.rank, self.alpha = rank, alpha
+    def __init__(self, rank: int = RANK, alpha: int = ALPHA, weight_decay: float = 0.01) -> None:
+        self.rank = check_at_least("rank", rank, 1)
+        self.alpha = check_at_least("alpha", alpha, 1)
+        self.weight_decay = check_at_least("weight_decay", weight_decay, 0)
 
     def settings(self) -> dict[str, Any]:
-        return {"rank": self.rank, "alpha": self.alpha}
+        return {"rank": self.rank, "alpha": self.alpha, "weight_decay": self.weight_decay}
 
     def before_domain(self, model: nn.Module, batches: Iterable[Batch]) -> nn.Module:
         import peft
@@ -53,9 +66,22 @@ class LoRA(Method):
         return model if isinstance(model, peft.PeftModel) else add_adapter(model, self.rank, self.alpha)
 
     def make_optimizer(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
-        return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        return torch.optim.AdamW(trained, lr=lr, weight_decay=self.weight_decay)
 
     def restore(self, base: nn.Module, folders: Sequence[Path]) -> nn.Module:
         import peft
 
         return peft.PeftModel.from_pretrained(base, folders[-1], is_trainable=True)
+
+
+class LoRAWeightDecay(LoRA):
+    """LoRA with weight decay 0.3: decay of A and B draws the model back to its base, where nothing was forgotten.
+
+    Audits of continual fine-tuning find it about as good as methods made for the purpose.
+    """
+
+    name = "lora-wd"
+
+    def __init__(self, rank: int = RANK, alpha: int = ALPHA, weight_decay: float = 0.3) -> None:
+        super().__init__(rank, alpha, weight_decay)

@@ -244,22 +244,37 @@ def _surviving(gradients: Sequence[Tensor], subspace: Subspace | None) -> float:
     return 1.0 if not total else 1.0 - inside / total
 
 
+def neurons_holding(mean: Tensor, mass: float = 0.9) -> Tensor:
+    """The fewest neurons that hold a share of the sum: (neurons,) bool, on the CPU.
+
+    Args:
+        mean: (neurons,) mean |activation| of a domain.
+        mass: that share, in (0, 1].
+    """
+    mean = mean.double()
+    order = mean.argsort(descending=True)
+    share = mean[order].cumsum(0) / mean.sum().clamp(min=torch.finfo(torch.float64).tiny)
+    count = min(mean.numel(), int((share < mass - 1e-12).sum()) + 1)
+    holding = torch.zeros(mean.numel(), dtype=torch.bool)
+    holding[order[:count].cpu()] = True
+    return holding
+
+
 def _neurons(activations: Mapping[str, Mapping[str, Tensor]], mass: float) -> dict[str, dict[str, Any]]:
     """Layer → neurons in all, those that each domain uses alone, and those in use after each domain."""
     result = {}
     for layer in next(iter(activations.values())):
-        used, alone, union = None, [], []
-        for means in activations.values():
-            mean = means[layer].double()
-            order = mean.argsort(descending=True)
-            share = mean[order].cumsum(0) / mean.sum().clamp(min=torch.finfo(torch.float64).tiny)
-            count = min(mean.numel(), int((share < mass - 1e-12).sum()) + 1)
-            mine = torch.zeros(mean.numel(), dtype=torch.bool)
-            mine[order[:count].cpu()] = True
-            used = mine if used is None else used | mine
-            alone.append(count)
+        alone = [neurons_holding(means[layer], mass) for means in activations.values()]
+        used, union = torch.zeros_like(alone[0]), []
+        for mine in alone:
+            used = used | mine
             union.append(int(used.sum()))
-        result[layer] = {"neurons": used.numel(), "alone": alone, "used": union, "free": used.numel() - union[-1]}
+        result[layer] = {
+            "neurons": used.numel(),
+            "alone": [int(mine.sum()) for mine in alone],
+            "used": union,
+            "free": used.numel() - union[-1],
+        }
     return result
 
 

@@ -29,11 +29,19 @@ class Place:
     dim: int
     copies: int = 1
 
-    def mask(self, neurons: Tensor) -> RowMask | ColumnMask:
-        """The mask that frees the slices of these neurons, distinct indices (k,)."""
+    def mask(self, neurons: Tensor, gain: Tensor | None = None) -> RowMask | ColumnMask:
+        """The mask that frees the slices of these neurons, distinct indices (k,), with a gain (k,) above 0 each."""
         width = self.shape[self.dim] // self.copies
         slices = torch.cat([neurons + copy * width for copy in range(self.copies)])
-        return (ColumnMask if self.dim else RowMask)(slices, self.shape)
+        gain = None if gain is None else gain.repeat(self.copies)
+        return (ColumnMask if self.dim else RowMask)(slices, self.shape, gain)
+
+    def energies(self, tensor: Tensor) -> Tensor:
+        """Of a tensor of the parameter's shape, ‖slices‖² of each neuron: (neurons,) float64, on its device."""
+        wide = tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32))
+        if wide.dim() > 1:
+            wide = torch.linalg.vector_norm(wide, dim=[d for d in range(wide.dim()) if d != self.dim])
+        return wide.double().square().view(self.copies, -1).sum(0)
 
 
 def output_places(name: str, layer: nn.Module, copies: int = 1) -> tuple[Place, ...]:
@@ -61,9 +69,11 @@ def places(mlp: MLP) -> tuple[Place, ...]:
     return (*into, out)
 
 
-def neuron_masks(where: Sequence[Place], neurons: Tensor) -> dict[str, RowMask | ColumnMask]:
-    """Masks that free the given neurons, distinct indices (k,), at these places: parameter name → mask."""
-    return {place.parameter: place.mask(neurons) for place in where}
+def neuron_masks(
+    where: Sequence[Place], neurons: Tensor, gain: Tensor | None = None
+) -> dict[str, RowMask | ColumnMask]:
+    """Masks that free the given neurons, as `Place.mask`, at these places: parameter name → mask."""
+    return {place.parameter: place.mask(neurons, gain) for place in where}
 
 
 def neuron_count(fraction: float, width: int) -> int:

@@ -1,0 +1,85 @@
+"""Orthogonal updates of the new domain's neurons only."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparse_cl.masks import ColumnMask, RowMask
+from sparse_cl.optim import SubspaceProjectedAdamW
+
+from .base import Batch
+from .neuron_account import NeuronAccount
+from .orthogonal import Orthogonal, _told_already
+from .sparse_masked import check_fraction, chosen, masks_of, most_active
+
+
+class OrthogonalMasked(Orthogonal):
+    """`Orthogonal`, of the top-K neurons that `SparseMasked` chooses; all else stays bit-identical.
+
+    Rows of the layers into the neurons are projected as without a mask: the two commute. Of the layer out of them the
+    update has columns of its own neurons alone, and must be orthogonal to what those columns see of the basis: where
+    earlier domains use as many directions of it as there are neurons chosen, nothing of that layer is updated.
+
+    The account has an entry for each of the MLPs' matrices, as that of `Orthogonal`, and for each MLP, as that of
+    `SparseMasked`: what survives the projection without the mask, and the mask without the projection.
+
+    Args:
+        fraction: K over the neurons of a layer, in (0, 1].
+        energy, source, max_rank: as there.
+    """
+
+    name = "orthogonal-masked"
+    default_lr = 4e-3
+    options = ("fraction", *Orthogonal.options)
+
+    def __init__(
+        self, fraction: float = 0.25, energy: float = 0.95, source: str = "inputs", max_rank: int | None = None
+    ) -> None:
+        check_fraction(fraction)
+        super().__init__(energy, source, max_rank)
+        self.fraction = fraction
+        self.masks: dict[str, RowMask | ColumnMask] = {}
+        self.account = NeuronAccount()
+
+    def settings(self) -> dict[str, Any]:
+        return {"fraction": self.fraction, **super().settings()}
+
+    def check(self, model: nn.Module) -> None:
+        self.account.check(model)
+        super().check(model)
+
+    def before_domain(self, model: nn.Module, batches: Iterable[Batch]) -> nn.Module:
+        model = super().before_domain(model, batches)
+        opened = chosen(model, most_active(model, batches, self.fraction))
+        self.account.begin(self.name, model, batches, opened)
+        self.masks = masks_of(model, opened)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in self.masks)
+        return model
+
+    def make_optimizer(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
+        trained = [(name, p) for name, p in model.named_parameters() if name in self.masks]
+        with _told_already():
+            return SubspaceProjectedAdamW(trained, lr=lr, masks=self.masks, memory=self.memory)
+
+    def after_domain(self, model: nn.Module, batches: Iterable[Batch]) -> None:
+        self.account.end(self.account.opened)
+        super().after_domain(model, batches)
+
+    def record(self) -> dict[str, Any]:
+        directions = super().record()["layers"]
+        trained = {name: layer for name, layer in directions.items() if name in self.account.weights}
+        return {"layers": {**trained, **self.account.layers}}
+
+    def save(self, folder: Path) -> None:
+        super().save(folder)
+        self.account.save(folder)
+
+    def restore(self, base: nn.Module, folders: Sequence[Path]) -> nn.Module:
+        self.account.load(folders[-1])
+        return super().restore(base, folders)

@@ -1,0 +1,142 @@
+"""Selective write: the more earlier domains use a neuron, the less of each update it takes; hubs take none."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparse_cl import storage
+from sparse_cl.masks import ColumnMask, RowMask
+from sparse_cl.optim import SparseMaskedAdamW
+from sparse_cl.probes.activation import ActivationProbe
+from sparse_cl.probes.capacity import neurons_holding
+from sparse_cl.probes.parts import find_mlps
+
+from .base import Batch, Method
+from .neuron_account import NeuronAccount
+from .sparse_masked import masks_of
+
+_FILE = "usage.safetensors"
+
+
+def gains_of(usage: Tensor, closed: float, sharpness: float) -> Tensor:
+    """The gain of each neuron of a layer: (1 + usage)^-sharpness, and 0 for the hubs.
+
+    Args:
+        usage: (neurons,), E|h_j| / mean_k E|h_k| (Sokar et al. 2023): 0 for a neuron that is never active, 1 for the
+            average one.
+        closed: share of the neurons that are hubs, those used most; rounded.
+        sharpness: 0: all that are open take the whole update.
+
+    Returns:
+        (neurons,) float32 in [0, 1], falling with usage.
+    """
+    gain = (1 + usage.double()).pow(-sharpness)
+    count = round(closed * len(usage))
+    return gain.index_fill(0, usage.topk(count).indices, 0).float()
+
+
+class SelectiveWrite(Method):
+    """AdamW whose steps are scaled, neuron by neuron, by how little earlier domains use it.
+
+    Usage of a neuron is the mean over the domains learned so far, and the text given to `protect`, of its Sokar score
+    (`gains_of`), measured on each when it was learned. Gains act on the optimizer's step, weight decay included, after
+    the division by the second moment: a gain on the gradient would be divided out again. Neurons are those of the MLPs;
+    what belongs to none has a gain of its own. Until there is anything to protect all is trained as by AdamW.
+
+    The account (`NeuronAccount`) has those neurons in use that hold 90 % of a learned domain's mean |activation|
+    (`capacity.neurons_holding`).
+
+    Args:
+        closed: share of the neurons that are hubs, in [0, 1).
+        sharpness: exponent, at least 0.
+        rest: gain of attention, embeddings, norms, head, in [0, 1]; 0: they are frozen.
+    """
+
+    name = "selective-write"
+    default_lr = 2e-3
+    protects = True
+    options = ("closed", "sharpness", "rest")
+
+    def __init__(self, closed: float = 0.1, sharpness: float = 1.0, rest: float = 0.0) -> None:
+        if not 0 <= closed < 1:
+            raise ValueError(
+                f"closed: expected a share of the neurons in [0, 1), got {closed}"
+                + (", which leaves none to train" if closed >= 1 else "")
+            )
+        if not 0 <= sharpness < float("inf"):
+            raise ValueError(f"sharpness: expected a number of at least 0, got {sharpness}")
+        if not 0 <= rest <= 1:
+            raise ValueError(f"rest: expected a gain in [0, 1], got {rest}")
+        self.closed, self.sharpness, self.rest = closed, sharpness, rest
+        self.masks: dict[str, RowMask | ColumnMask] = {}
+        self.account = NeuronAccount()
+        self._scores: dict[str, Tensor] = {}
+        self._texts = 0
+
+    def settings(self) -> dict[str, Any]:
+        return {"closed": self.closed, "sharpness": self.sharpness, "rest": self.rest}
+
+    def check(self, model: nn.Module) -> None:
+        self.account.check(model)
+        for mlp in find_mlps(model):
+            if round(self.closed * mlp.neurons) >= mlp.neurons:
+                raise ValueError(
+                    f"closed: {self.closed} of the {mlp.neurons} neurons of {mlp.name} are all of them, which leaves "
+                    "none to train; give a smaller share"
+                )
+
+    def protect(self, model: nn.Module, batches: Iterable[Batch]) -> None:
+        self.account.used = self._observe(model, batches)
+
+    @property
+    def usage(self) -> dict[str, Tensor]:
+        """MLP → (neurons,) float64, on the CPU; empty before anything was learned or protected."""
+        return {layer: total / self._texts for layer, total in self._scores.items()}
+
+    def before_domain(self, model: nn.Module, batches: Iterable[Batch]) -> nn.Module:
+        usage = self.usage
+        gains = {layer: gains_of(used, self.closed, self.sharpness) for layer, used in usage.items()}
+        everything = {mlp.name: torch.ones(mlp.neurons) for mlp in find_mlps(model)}
+        self.account.begin(self.name, model, batches, gains or everything)
+        self.masks = masks_of(model, gains) if gains else {}
+        frozen = bool(gains) and self.rest == 0
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(not frozen or name in self.masks)
+        return model
+
+    def make_optimizer(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
+        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        neurons = {"params": [(name, p) for name, p in trained if name in self.masks], "lr": lr}
+        rest = {"params": [(name, p) for name, p in trained if name not in self.masks]}
+        rest["lr"] = lr * self.rest if self.masks else lr
+        return SparseMaskedAdamW([g for g in (neurons, rest) if g["params"]], lr=lr, masks=self.masks)
+
+    def after_domain(self, model: nn.Module, batches: Iterable[Batch]) -> None:
+        self.account.end(self._observe(model, batches))
+
+    def record(self) -> dict[str, Any]:
+        return {"layers": self.account.layers}
+
+    def save(self, folder: Path) -> None:
+        self.account.save(folder)
+        storage.write(folder / _FILE, "usage", self._scores, texts=self._texts)
+
+    def restore(self, base: nn.Module, folders: Sequence[Path]) -> nn.Module:
+        self.account.load(folders[-1])
+        self._scores, facts = storage.read(folders[-1] / _FILE, "usage", "the method's save", "texts")
+        self._texts = facts["texts"]
+        return super().restore(base, folders)
+
+    def _observe(self, model: nn.Module, batches: Iterable[Batch]) -> dict[str, Tensor]:
+        """Count one more text; MLP → (neurons,) bool, the neurons that it uses."""
+        means = ActivationProbe(model, tokens="all").run(batches).mean()
+        for layer, mean in means.items():
+            score = mean / mean.mean() if mean.any() else mean
+            self._scores[layer] = self._scores.get(layer, 0) + score
+        self._texts += 1
+        return {layer: neurons_holding(mean) for layer, mean in means.items()}

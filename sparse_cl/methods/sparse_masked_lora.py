@@ -1,0 +1,114 @@
+"""Sparse masked fine-tuning in a side branch: LoRA adapters confined to the neurons most active on the new domain."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparse_cl.masks import ColumnMask, RowMask
+from sparse_cl.optim import SparseMaskedAdamW
+from sparse_cl.probes.parts import MLP, find_mlps
+
+from .base import Batch, Method
+from .lora import ALPHA, RANK, add_adapter
+from .neuron_account import NeuronAccount
+from .sparse_masked import check_fraction, chosen, most_active
+
+
+class SparseMaskedLoRA(Method):
+    """A fresh LoRA adapter each domain on the MLPs' matrices, zero outside the domain's top-K neurons.
+
+    ΔW = s B A of the layers into the neurons is zero outside the neurons' rows, as B's other rows are frozen at 0; that
+    of the layer out of them outside the neurons' columns, as A's other columns are. The adapter of the domain before is
+    merged into the weights first, so that its neurons keep what they learned unless they are chosen again. Neurons are
+    those of `SparseMasked`, and so is the account.
+
+    Args:
+        fraction: K over the neurons of a layer, in (0, 1].
+        rank, alpha: of the adapters; s = alpha / rank.
+    """
+
+    name = "sparse-masked-lora"
+    default_lr = 4e-3
+    options = ("fraction", "rank", "alpha")
+
+    def __init__(self, fraction: float = 0.1, rank: int = RANK, alpha: int = ALPHA) -> None:
+        check_fraction(fraction)
+        if rank < 1:
+            raise ValueError(f"rank: expected at least 1, got {rank}")
+        self.fraction, self.rank, self.alpha = fraction, rank, alpha
+        self.masks: dict[str, RowMask | ColumnMask] = {}
+        self.account = NeuronAccount()
+
+    def settings(self) -> dict[str, Any]:
+        return {"fraction": self.fraction, "rank": self.rank, "alpha": self.alpha}
+
+    def check(self, model: nn.Module) -> None:
+        self.account.check(model)
+
+    def before_domain(self, model: nn.Module, batches: Iterable[Batch]) -> nn.Module:
+        base = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+        opened = chosen(base, most_active(base, batches, self.fraction))
+        self.account.begin(self.name, base, batches, opened)
+        mlps = find_mlps(base)
+        targets = [name for mlp in mlps for name in (*mlp.into, mlp.out_name)]
+        adapted = add_adapter(base, self.rank, self.alpha, targets)
+        names = {parameter: name for name, parameter in adapted.named_parameters()}
+        self.masks = {}
+        for mlp in mlps:
+            self.masks |= _confine(mlp, adapted.base_model.model, opened[mlp.name], names)
+        return adapted
+
+    def make_optimizer(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
+        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        return SparseMaskedAdamW(trained, lr=lr, masks=self.masks)
+
+    def after_domain(self, model: nn.Module, batches: Iterable[Batch]) -> None:
+        weights = {weight: name for name, weight in self.account.weights.items()}
+        learned = {name: weight.detach() for name, weight in self.account.weights.items()}
+        for layer in model.modules():
+            if hasattr(layer, "get_delta_weight"):
+                name = weights[layer.get_base_layer().weight]
+                learned[name] = learned[name] + layer.get_delta_weight("default").detach()
+        self.account.end(self.account.opened, learned)
+
+    def record(self) -> dict[str, Any]:
+        return {"layers": self.account.layers}
+
+    def save(self, folder: Path) -> None:
+        self.account.save(folder)
+
+    def restore(self, base: nn.Module, folders: Sequence[Path]) -> nn.Module:
+        import peft
+
+        self.account.load(folders[-1])
+        model = base
+        for folder in folders[:-1]:
+            model = peft.PeftModel.from_pretrained(model, folder).merge_and_unload()
+        return peft.PeftModel.from_pretrained(model, folders[-1])
+
+
+@torch.no_grad()
+def _confine(
+    mlp: MLP, base: nn.Module, opened: Tensor, names: dict[nn.Parameter, str]
+) -> dict[str, RowMask | ColumnMask]:
+    """Makes the fresh adapters of an MLP zero outside the open neurons; the masks that keep them so.
+
+    Args:
+        mlp: as found before the adapters were added.
+        base: the model that now has them.
+        names: those of the parameters.
+    """
+    masks: dict[str, RowMask | ColumnMask] = {}
+    copies = 2 if mlp.layout.stacked else 1
+    for name in mlp.into:
+        b = base.get_submodule(name).lora_B["default"].weight
+        masks[names[b]] = RowMask(opened.repeat(copies).nonzero().flatten(), b.shape)
+    a = base.get_submodule(mlp.out_name).lora_A["default"].weight
+    a[:, ~opened.to(a.device)] = 0
+    masks[names[a]] = ColumnMask(opened.nonzero().flatten(), a.shape)
+    return masks
