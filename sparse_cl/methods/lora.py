@@ -16,8 +16,13 @@ RANK, ALPHA = 16, 32
 """Of the adapters of every method, unless it is given others."""
 
 
-def add_adapter(model: nn.Module, rank: int, alpha: int) -> nn.Module:
-    """The model with a fresh adapter on every linear layer but the head: a `peft.PeftModel`, the base frozen."""
+def add_adapter(
+    model: nn.Module, rank: int, alpha: int, target_modules: str | Sequence[str] = "all-linear"
+) -> nn.Module:
+    """The model with a fresh adapter on the named layers, or every linear one but the head: a `peft.PeftModel`.
+
+    The base is frozen.
+    """
     import peft
 
     return peft.get_peft_model(
@@ -25,7 +30,7 @@ def add_adapter(model: nn.Module, rank: int, alpha: int) -> nn.Module:
         peft.LoraConfig(
             r=rank,
             lora_alpha=alpha,
-            target_modules="all-linear",
+            target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
             fan_in_fan_out=any(type(module).__name__ == "Conv1D" for module in model.modules()),
             task_type="CAUSAL_LM",
         ),

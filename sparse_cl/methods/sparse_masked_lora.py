@@ -14,8 +14,9 @@ from sparse_cl.optim import SparseMaskedAdamW
 from sparse_cl.probes.parts import MLP, find_mlps
 
 from .base import Batch, Method
-from .lora import ALPHA, RANK, add_adapter
+from .lora import ALPHA, RANK, add_adapter, merged
 from .neuron_account import NeuronAccount
+from .options import check_at_least
 from .sparse_masked import check_fraction, chosen, most_active
 
 
@@ -38,9 +39,9 @@ class SparseMaskedLoRA(Method):
 
     def __init__(self, fraction: float = 0.1, rank: int = RANK, alpha: int = ALPHA) -> None:
         check_fraction(fraction)
-        if rank < 1:
-            raise ValueError(f"rank: expected at least 1, got {rank}")
-        self.fraction, self.rank, self.alpha = fraction, rank, alpha
+        self.fraction = fraction
+        self.rank = check_at_least("rank", rank, 1)
+        self.alpha = check_at_least("alpha", alpha, 1)
         self.masks: dict[str, RowMask | ColumnMask] = {}
         self.account = NeuronAccount()
 
@@ -51,7 +52,7 @@ class SparseMaskedLoRA(Method):
         self.account.check(model)
 
     def before_domain(self, model: nn.Module, batches: Iterable[Batch]) -> nn.Module:
-        base = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+        base = merged(model)
         opened = chosen(base, most_active(base, batches, self.fraction))
         self.account.begin(self.name, base, batches, opened)
         mlps = find_mlps(base)
