@@ -4,9 +4,17 @@ from __future__ import annotations
 
 from .adamw import AdamW
 from .base import Batch, Method
-from .lora import LoRA
+from .bounds import Joint, Single
+from .ewc import EWC
+from .freeze_lower import FreezeLower
+from .lora import LoRA, LoRAWeightDecay
+from .migu import MIGU
+from .mofo import MoFO
+from .o_lora import OLoRA
 from .orthogonal import Orthogonal, OrthogonalLoRA
 from .orthogonal_masked import OrthogonalMasked
+from .osf import OSF
+from .replay import Replay1, Replay5
 from .selective_write import SelectiveWrite
 from .sparse_masked import SparseMasked
 from .sparse_masked_lora import SparseMaskedLoRA
@@ -16,6 +24,17 @@ METHODS: dict[str, type[Method]] = {
     for method in (
         AdamW,
         LoRA,
+        LoRAWeightDecay,
+        FreezeLower,
+        EWC,
+        Replay1,
+        Replay5,
+        MoFO,
+        MIGU,
+        OLoRA,
+        OSF,
+        Single,
+        Joint,
         SparseMasked,
         SparseMaskedLoRA,
         SelectiveWrite,
@@ -27,15 +46,26 @@ METHODS: dict[str, type[Method]] = {
 """Every method by the name that `--method` takes."""
 
 __all__ = [
-    "METHODS",
     "AdamW",
     "Batch",
+    "EWC",
+    "FreezeLower",
+    "Joint",
     "LoRA",
+    "LoRAWeightDecay",
+    "METHODS",
+    "MIGU",
     "Method",
+    "MoFO",
+    "OLoRA",
+    "OSF",
     "Orthogonal",
     "OrthogonalLoRA",
     "OrthogonalMasked",
+    "Replay1",
+    "Replay5",
     "SelectiveWrite",
+    "Single",
     "SparseMasked",
     "SparseMaskedLoRA",
 ]

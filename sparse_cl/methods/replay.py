@@ -1,0 +1,64 @@
+"""Experience replay: some of the training examples are earlier domains'."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from .adamw import AdamW
+from .mixture import Mixture
+from .options import check_share
+
+
+class Replay(AdamW):
+    """AdamW, on training data of which a share is replaced by examples of all earlier domains.
+
+    The number of examples, and so the order in which they come, is that of every other method; the old ones stand at
+    places drawn from the seed. Earlier domains have equally many of them, to within one, and no example comes twice
+    before all of its domain have come. Unlike every other method here it keeps old data.
+
+    Args:
+        share: of a domain's examples that are old ones; from the second domain on at least one is.
+    """
+
+    options = ("share",)
+
+    def __init__(self, share: float) -> None:
+        self.share = check_share("share", share, one=False)
+
+    def settings(self) -> dict[str, Any]:
+        return {"share": self.share}
+
+    def training_data(self, number: int, datasets: Sequence[Dataset], seed: int) -> Dataset:
+        if number == 0:
+            return datasets[0]
+        length = len(datasets[number])
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+        places = torch.randperm(length, generator=generator)[: max(1, round(self.share * length))].tolist()
+        orders = [torch.randperm(len(old), generator=generator).tolist() for old in datasets[:number]]
+        picks = [(number, item) for item in range(length)]
+        for turn, place in enumerate(places):
+            times, old = divmod(turn, number)
+            picks[place] = (old, orders[old][times % len(orders[old])])
+        return Mixture(datasets, picks)
+
+
+class Replay1(Replay):
+    """Replay of 1 %."""
+
+    name = "replay-1"
+
+    def __init__(self, share: float = 0.01) -> None:
+        super().__init__(share)
+
+
+class Replay5(Replay):
+    """Replay of 5 %."""
+
+    name = "replay-5"
+
+    def __init__(self, share: float = 0.05) -> None:
+        super().__init__(share)
