@@ -5,6 +5,7 @@ from __future__ import annotations
 from .adamw import AdamW
 from .base import Batch, Method
 from .bounds import Joint, Single
+from .curvature import Curvature
 from .ewc import EWC
 from .freeze_lower import FreezeLower
 from .lora import LoRA, LoRAWeightDecay
@@ -18,6 +19,7 @@ from .replay import Replay1, Replay5
 from .selective_write import SelectiveWrite
 from .sparse_masked import SparseMasked
 from .sparse_masked_lora import SparseMaskedLoRA
+from .two_four import TwoFour
 
 METHODS: dict[str, type[Method]] = {
     method.name: method
@@ -41,6 +43,8 @@ METHODS: dict[str, type[Method]] = {
         Orthogonal,
         OrthogonalLoRA,
         OrthogonalMasked,
+        TwoFour,
+        Curvature,
     )
 }
 """Every method by the name that `--method` takes."""
@@ -48,6 +52,7 @@ METHODS: dict[str, type[Method]] = {
 __all__ = [
     "AdamW",
     "Batch",
+    "Curvature",
     "EWC",
     "FreezeLower",
     "Joint",
@@ -68,4 +73,5 @@ __all__ = [
     "Single",
     "SparseMasked",
     "SparseMaskedLoRA",
+    "TwoFour",
 ]

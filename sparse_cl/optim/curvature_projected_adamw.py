@@ -1,0 +1,176 @@
+"""AdamW whose updates keep out of the directions in which the loss of earlier domains is curved."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_cl.optim.projection import Projection
+from sparse_cl.optim.subspace_projected_adamw import SubspaceProjectedAdamW
+from sparse_cl.reference.precision import full_precision
+from sparse_cl.subspace.kronecker import Kronecker
+
+MODES = ("hard", "soft")
+
+#: λ_S λ_A / τ above which damping is 1 to float32's precision; keeps products of float32 factors finite.
+_HUGE = 1e18
+
+
+class CurvatureProjection(Projection):
+    """Removes or damps the coordinates C = Q_Sᵀ ΔW Q_A of an update in which λ_S λ_A is large.
+
+    "hard": those above τ are removed, so that what is left obeys tr(S ΔW A ΔWᵀ) = Σ λ_S λ_A C² <= τ ‖ΔW‖²_F.
+    "soft": each is multiplied by τ/(τ + λ_S λ_A), the gain of a step against a quadratic penalty of that curvature.
+
+    Args:
+        curvature: of the parameter; (m, 1) with diagonal rows for one that is no matrix.
+        threshold: τ >= 0, in the units of λ_S λ_A.
+        mode: "hard" or "soft".
+
+    It takes the eigenbases (4 (m² + n²) bytes) and, in a step, two matrices of the update's size. "hard" takes part in
+    products with the leading eigenvectors only.
+
+    Raises:
+        ValueError: a threshold below 0, or another mode.
+    """
+
+    def __init__(self, curvature: Kronecker, threshold: float, mode: str = "hard"):
+        if mode not in MODES:
+            raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
+        if not threshold >= 0:
+            raise ValueError(f"threshold: expected at least 0, got {threshold}")
+        self.curvature, self.threshold, self.mode = curvature, threshold, mode
+        rows, columns = curvature.row_values, curvature.column_values
+        least = float(rows.min() * columns.min())
+        self.free = least <= threshold if mode == "hard" else threshold > 0 or least == 0
+        self.any = curvature.above(threshold if mode == "hard" else 0.0)[1] > 0
+        # Coordinates that nothing is taken from need not be made.
+        most_rows, most_columns = rows.max(), columns.max()
+        bound = threshold if mode == "hard" else 0.0
+        kept = [len(rows), len(columns)]
+        if curvature.row_basis is not None:
+            kept[0] = int((rows * most_columns > bound).sum())
+        if curvature.column_basis is not None:
+            kept[1] = int((columns * most_rows > bound).sum())
+        self._row_basis = None if curvature.row_basis is None else curvature.row_basis[:, : kept[0]]
+        self._column_basis = None if curvature.column_basis is None else curvature.column_basis[:, : kept[1]]
+        # λ_S λ_A / τ in two factors of which one is at most 1, so that neither overflows in float32.
+        scale = most_columns / max(threshold, torch.finfo(torch.float64).tiny)
+        dtype = self._dtype()
+        # Where τ is 0 the scale is infinite, and so is each row's factor that is above 0.
+        self._rows = (rows[: kept[0]] * scale).nan_to_num(nan=0.0).clamp(max=_HUGE).to(dtype)
+        self._columns = (columns[: kept[1]] / most_columns.clamp(min=torch.finfo(torch.float64).tiny)).to(dtype)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.curvature.shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.curvature.row_values.device
+
+    def _dtype(self) -> torch.dtype:
+        bases = [b for b in (self.curvature.row_basis, self.curvature.column_basis) if b is not None]
+        return bases[0].dtype if bases else torch.float32
+
+    def protection(self) -> Tensor:
+        """What is taken from each of the leading coordinates, in [0, 1]; nothing is taken from the others."""
+        ratio = self._rows[:, None] * self._columns
+        return (ratio > 1).to(ratio.dtype) if self.mode == "hard" else ratio.div_(ratio + 1)
+
+    def used(self) -> float:
+        """Σ of what is taken from all coordinates: "hard", how many are removed; "soft", how many that amounts to."""
+        return float(self.protection().sum(dtype=torch.float64))
+
+    def share_inside(self, update: Tensor) -> float:
+        """Σ p C² / Σ C² of an update, p the `protection`: which share of its energy lies in protected directions."""
+        update = update.detach().reshape(self.shape).to(self.device, torch.float64)
+        total = float(update.square().sum())
+        if not total:
+            return 0.0
+        return float((self._leading(update).square() * self.protection()).sum()) / total
+
+    def apply_(self, update: Tensor) -> None:
+        """Takes out of an update, in place, what its protection says."""
+        matrix = update if update.shape == self.shape else update.view(self.shape)
+        with full_precision(update.device):
+            taken = self._leading(matrix).mul_(self.protection())
+            if self._row_basis is not None:
+                taken = self._row_basis @ taken
+            if self._column_basis is not None:
+                matrix.addmm_(taken, self._column_basis.mT, alpha=-1)
+            else:
+                matrix.sub_(taken)
+
+    def _leading(self, matrix: Tensor) -> Tensor:
+        coordinates = matrix
+        if self._row_basis is not None:
+            coordinates = self._row_basis.mT.to(matrix.dtype) @ coordinates
+        if self._column_basis is not None:
+            coordinates = coordinates @ self._column_basis.to(matrix.dtype)
+        return coordinates.clone() if coordinates is matrix else coordinates
+
+
+class CurvatureProjectedAdamW(SubspaceProjectedAdamW):
+    """AdamW whose whole update, weight decay included, passes a :class:`CurvatureProjection` (CDCL).
+
+    As there it is applied to the float32 master, after AdamW: AdamW divides entry by entry, and would turn a projected
+    gradient back.
+
+    Args:
+        params, lr, betas, eps, weight_decay, amsgrad, and further options: as :class:`SubspaceProjectedAdamW`.
+        memory: {parameter or its name: CurvatureProjection}; one that takes nothing leaves plain AdamW.
+        rest: what happens to parameters without a projection once there is any: ``"freeze"`` or ``"train"``.
+
+    Raises:
+        ValueError: as there; masks (what a mask leaves of an update has other coordinates); a projection for another
+            shape or device.
+    """
+
+    def __init__(
+        self, params, *arguments: Any, memory: Mapping[Tensor | str, CurvatureProjection] | None = None, **own
+    ):
+        if own.get("masks"):
+            raise ValueError(
+                "masks: what a mask leaves of an update lies in other directions; use SubspaceProjectedAdamW with "
+                "masks, or leave them out"
+            )
+        super().__init__(params, *arguments, memory=memory, **own)
+
+    def _resolve_memory(self, memory) -> dict[Tensor, CurvatureProjection]:
+        found = self._by_param(memory or {}, "memory", "CurvatureProjection")
+        for param, projection in found.items():
+            where = f"memory: parameter {self._name(param)}"
+            if not isinstance(projection, CurvatureProjection):
+                raise TypeError(f"{where}: expected a CurvatureProjection, got {type(projection).__name__}")
+            rows, columns = projection.shape
+            if (param.dim() == 2 and tuple(param.shape) != (rows, columns)) or param.numel() != rows * columns:
+                raise ValueError(
+                    f"{where} has shape {tuple(param.shape)}, but its curvature is for {projection.shape}; expected "
+                    "(m, n) for a matrix, (numel, 1) for anything else"
+                )
+            if projection.device != param.device:
+                raise ValueError(
+                    f"{where} is on {param.device}, but its curvature is on {projection.device}; make it there"
+                )
+        return found
+
+    def _take(self, subspaces: dict[Tensor, CurvatureProjection]) -> None:
+        self._subspaces = subspaces
+        self._projections = {param: projection for param, projection in subspaces.items() if projection.any}
+        for param, projection in self._projections.items():
+            if not projection.free and self._name(param) not in self._warned:
+                self._warned.add(self._name(param))
+                warnings.warn(
+                    f"parameter {self._name(param)}: all its directions are protected, so it is not updated any more",
+                    stacklevel=4,
+                )
+        self._group_plans = {}
+        self._seen = self._state_of_memory()
+
+    def _is_rest(self, param: Tensor) -> bool:
+        return param not in self._subspaces
