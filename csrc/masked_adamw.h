@@ -14,7 +14,8 @@ constexpr int64_t kBlock = 1024;     // weights of an element mask that share on
 constexpr int64_t kOffsetUnit = 64;  // layout.ALIGNMENT
 
 // One parameter. Sections of the state are offsets into it in units of kOffsetUnit bytes, 0 where absent; the step
-// counts (int32) lie at its start, then the ticket of the CUDA kernel, which is 0 between launches.
+// counts (int32) lie at its start, then the ticket of the CUDA kernel, which is 0 between launches. A compact gradient
+// holds the active entries alone, in the order of the state.
 struct Task {
   void* param;
   const void* grad;
@@ -27,6 +28,7 @@ struct Task {
   int16_t cohorts;
   Kind kind;
   Scope scope;
+  bool compact_grad;
 
   template <typename T>
   SPARSE_CL_HD T* at(uint32_t offset) const {

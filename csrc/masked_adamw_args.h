@@ -26,6 +26,7 @@ enum Field {
   kFieldSeed,
   kFieldNumel,
   kFieldInner,
+  kFieldCompactGrad,
   kFieldIndex,
   kFieldRanks,
   kFieldGain,
@@ -104,8 +105,20 @@ inline void check_row(const int64_t* field, const TensorView& param, size_t i) {
   const bool scope_fits = scope == static_cast<int64_t>(Scope::kShared) ||
                           scope == static_cast<int64_t>(Scope::kPerEntry) ||
                           (by_unit && scope == static_cast<int64_t>(Scope::kPerUnit));
-  STD_TORCH_CHECK(fits && units >= 0 && scope_fits && cohorts >= 1 && cohorts <= 256, "masked_adamw_: layout[", i,
-                  "]: not a row that StateLayout.row() makes");
+  const int64_t compact = field[kFieldCompactGrad];
+  const bool grad_fits = compact == 0 || (by_unit && compact == 1);
+  STD_TORCH_CHECK(fits && units >= 0 && scope_fits && grad_fits && cohorts >= 1 && cohorts <= 256,
+                  "masked_adamw_: layout[", i, "]: not a row that StateLayout.row() makes");
+}
+
+// Whether a gradient has the shape that a row of the layout tensor asks for.
+inline bool grad_shape_fits(const int64_t* field, const TensorView& param, const TensorView& grad) {
+  if (!field[kFieldCompactGrad]) return param.same_shape(grad);
+  if (grad.dim != param.dim) return false;
+  const int64_t cut = field[kFieldKind] == static_cast<int64_t>(Kind::kRows) ? 0 : 1;
+  for (int64_t d = 0; d < param.dim; ++d)
+    if (grad.sizes[d] != (d == cut ? field[kFieldUnits] : param.sizes[d])) return false;
+  return true;
 }
 
 inline Call make_call(const TensorList& params, const TensorList& grads, const TensorList& states,
@@ -126,7 +139,8 @@ inline Call make_call(const TensorList& params, const TensorList& grads, const T
   const TensorView first = params.view(0);
   for (size_t i = 0; i < params.size(); ++i, field += kFields) {
     const TensorView param = params.view(i), grad = grads.view(i), state = states.view(i);
-    STD_TORCH_CHECK(param.same_shape(grad), "masked_adamw_: grads[", i, "]: expected the shape of params[", i, "]");
+    STD_TORCH_CHECK(grad_shape_fits(field, param, grad), "masked_adamw_: grads[", i, "]: expected the ",
+                    field[kFieldCompactGrad] ? "compact " : "", "shape of params[", i, "]");
     STD_TORCH_CHECK(param.same_place(first) && param.same_place(grad) && param.same_place(state),
                     "masked_adamw_: params[", i, "], its gradient and its state: expected all on one device");
     const DType dtype = dtype_of(param, i);
@@ -144,6 +158,7 @@ inline Call make_call(const TensorList& params, const TensorList& grads, const T
     task.scope = static_cast<Scope>(field[kFieldScope]);
     task.seed = static_cast<uint32_t>(field[kFieldSeed]);
     check_row(field, param, i);
+    task.compact_grad = field[kFieldCompactGrad] == 1;
     int64_t entries = task.numel;
     if (task.kind == Kind::kRows) {
       task.inner = task.numel && param.sizes[0] ? task.numel / param.sizes[0] : 0;

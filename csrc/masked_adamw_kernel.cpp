@@ -179,7 +179,7 @@ struct Kernel {
   void rows(int64_t begin, int64_t end) const {
     for (int64_t r = begin; r < end; ++r) {
       const int64_t at = index[r] * task.inner, first = r * task.inner;
-      Span<P, G> s = span(param + at, grad + at, first, task.inner);
+      Span<P, G> s = span(param + at, grad + (task.compact_grad ? first : at), first, task.inner);
       s.cohort = entry_cohort(first);
       const int32_t c = task.scope == Scope::kPerUnit ? cohort[r] : 0;
       const T g = gain ? static_cast<T>(gain[r]) : T(1);
@@ -210,7 +210,7 @@ struct Kernel {
     int64_t begin = 0;
 #ifdef __AVX512F__
     if constexpr (std::is_same_v<P, float> && std::is_same_v<G, float> && !kMaster)
-      if (!at_cohort && !at_gain) {
+      if (!at_cohort && !at_gain && !task.compact_grad) {
         const Span<P, G> s = span(param + base, grad + base, first, size);
         begin = step_gathered(s.param, s.grad, position, s.exp_avg, s.exp_avg_sq, s.max_exp_avg_sq, size,
                               LaneUpdate(rule.hyper, rule.rates[0], rule.grad_factor));
@@ -218,11 +218,11 @@ struct Kernel {
 #endif
     P value[kBuffer];
     G slope[kBuffer];
-    for (int64_t i = begin; i < size; ++i) {
-      value[i] = param[base + position[i]];
-      slope[i] = grad[base + position[i]];
-    }
-    Span<P, G> s = span(value + begin, slope + begin, first + begin, size - begin);
+    for (int64_t i = begin; i < size; ++i) value[i] = param[base + position[i]];
+    if (!task.compact_grad)
+      for (int64_t i = begin; i < size; ++i) slope[i] = grad[base + position[i]];
+    const G* const gathered = task.compact_grad ? grad + first : slope;
+    Span<P, G> s = span(value + begin, gathered + begin, first + begin, size - begin);
     if (at_cohort) s.cohort = at_cohort + begin;
     if (at_gain) s.gain = at_gain + begin;
     step(s, 0, rule.rates[0]);

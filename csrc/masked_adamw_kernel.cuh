@@ -121,6 +121,7 @@ class Stepper {
         gain_(task.at<const float>(task.gain)),
         cohort_(task.at<const uint8_t>(task.cohort)),
         scope_(task.scope),
+        compact_grad_(task.compact_grad),
         seed_(task.seed),
         shrink_(static_cast<T>(lr * hyper.weight_decay)),
         grad_factor_(grad_factor) {}
@@ -143,7 +144,7 @@ class Stepper {
       master = load<kN>(master_ + entry);
     else
       param = load<kN>(param_ + spot.position);
-    const Pack<G, kN> grad = load<kN>(grad_ + spot.position);
+    const Pack<G, kN> grad = load<kN>(grad_ + (compact_grad_ ? entry : spot.position));
     Pack<T, kN> exp_avg = load<kN>(exp_avg_ + entry), exp_avg_sq = load<kN>(exp_avg_sq_ + entry);
     if (max_exp_avg_sq_) max_exp_avg_sq = load<kN>(max_exp_avg_sq_ + entry);
     const T gain = gain_of(spot.unit);
@@ -184,7 +185,7 @@ class Stepper {
           master[k] = master_[at];
         else
           param[k] = param_[position[k]];
-        grad[k] = grad_[position[k]];
+        grad[k] = grad_[compact_grad_ ? at : position[k]];
         exp_avg[k] = exp_avg_[at];
         exp_avg_sq[k] = exp_avg_sq_[at];
         if (max_exp_avg_sq_) max_exp_avg_sq[k] = max_exp_avg_sq_[at];
@@ -230,6 +231,7 @@ class Stepper {
   const float* gain_;
   const uint8_t* cohort_;
   Scope scope_;
+  bool compact_grad_;
   uint32_t seed_;
   T shrink_, grad_factor_;
 };

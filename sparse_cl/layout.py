@@ -47,7 +47,10 @@ _SECTIONS = (
 
 #: Columns of the int64 ``layout`` tensor of an op: one row a parameter. The rest are byte offsets; 0 means absent,
 #: since ``step`` always lies at 0. ``numel`` and ``inner`` let an op refuse a parameter whose shape has changed.
-FIELDS = ("kind", "units", "cohorts", "cohort_scope", "seed", "numel", "inner", *(f"{s}_offset" for s in _SECTIONS[1:]))
+FIELDS = (
+    *("kind", "units", "cohorts", "cohort_scope", "seed", "numel", "inner", "compact_grad"),
+    *(f"{s}_offset" for s in _SECTIONS[1:]),
+)
 
 
 def state_dtype(param_dtype: torch.dtype) -> torch.dtype:
@@ -68,6 +71,7 @@ class StateLayout:
         cohorts: number of distinct step counts.
         cohort_scope: ``SHARED``, ``PER_UNIT`` or ``PER_ENTRY``.
         seed: selects the random stream of stochastic rounding.
+        compact_grad: whether gradients come in the compact shape; for rows and columns only.
     """
 
     kind: int
@@ -80,6 +84,7 @@ class StateLayout:
     cohorts: int = 1
     cohort_scope: int = SHARED
     seed: int = 0
+    compact_grad: bool = False
 
     @property
     def numel(self) -> int:
@@ -103,6 +108,7 @@ class StateLayout:
         else:
             fits = self.kind in (DENSE, ELEMENTS) and self.units <= self.numel
         scopes = (SHARED, PER_UNIT, PER_ENTRY) if by_unit else (SHARED, PER_ENTRY)
+        fits = fits and (by_unit or not self.compact_grad)
         return fits and self.units >= 0 and 1 <= self.cohorts <= MAX_COHORTS and self.cohort_scope in scopes
 
     @property
@@ -115,6 +121,11 @@ class StateLayout:
         if self.kind == TWO_FOUR:
             return (self.shape[0], self.shape[1] // 2)
         return (self.units,) if self.kind == ELEMENTS else self.shape
+
+    @property
+    def grad_shape(self) -> tuple[int, ...]:
+        """Shape of a gradient."""
+        return self.compact_shape if self.compact_grad else self.shape
 
     @property
     def entries(self) -> int:
@@ -164,8 +175,8 @@ class StateLayout:
         """This layout as one row of an op's ``layout`` tensor; see :data:`FIELDS`."""
         sections = self.sections()
         offsets = [sections[s][0] if s in sections else 0 for s in _SECTIONS[1:]]
-        sizes = [self.numel, self.inner]
-        return [self.kind, self.units, self.cohorts, self.cohort_scope, self.seed, *sizes, *offsets]
+        facts = [self.numel, self.inner, int(self.compact_grad)]
+        return [self.kind, self.units, self.cohorts, self.cohort_scope, self.seed, *facts, *offsets]
 
     @classmethod
     def from_row(cls, row: Sequence[int], shape: Sequence[int], dtype: torch.dtype) -> StateLayout:
@@ -182,6 +193,7 @@ class StateLayout:
             cohorts=field["cohorts"],
             cohort_scope=field["cohort_scope"],
             seed=field["seed"],
+            compact_grad=field["compact_grad"] != 0,
         )
 
     def views(self, buffer: Tensor) -> dict[str, Tensor]:

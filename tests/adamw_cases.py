@@ -57,6 +57,7 @@ class Case:
     scope: int = SHARED
     strided: bool = False
     shift: int = 0
+    compact_grad: bool = False
 
 
 @dataclass
@@ -115,9 +116,12 @@ def make_problem(cases: Sequence[Case], device: torch.device | str = "cpu", seed
             cohorts=case.cohorts,
             cohort_scope=case.scope,
             seed=1000 + i,
+            compact_grad=case.compact_grad,
         )
         buffer, views = layout.allocate(torch.device("cpu"))
         _fill(layout, views, index, ranks, param, rng)
+        if case.compact_grad:
+            grad = grad.reshape(-1)[active_positions(layout, views, grad.device)].view(layout.compact_shape)
         problem.params.append(_place(param, case, device))
         problem.grads.append(_place(grad, case, device))
         problem.states.append(buffer.to(device))
@@ -239,7 +243,7 @@ def kinds(dtype: torch.dtype = torch.float32, **options) -> list[Case]:
     result = []
     for kind, of_kind in shapes.items():
         by_unit = kind in (ROWS, COLUMNS)
-        if options.get("gain") and not by_unit or options.get("scope") == PER_UNIT and not by_unit:
+        if not by_unit and (options.get("gain") or options.get("compact_grad") or options.get("scope") == PER_UNIT):
             continue
         result += [Case(kind=kind, shape=shape, dtype=dtype, **options) for shape in of_kind]
     return result
@@ -257,6 +261,8 @@ OPTIONS = {
     "full": dict(density=1.0),
     "strided": dict(strided=True),
     "misaligned": dict(shift=1),
+    "compact-gradient": dict(compact_grad=True),
+    "compact-gradient-gain": dict(compact_grad=True, gain=True, strided=True, cohorts=2, scope=PER_ENTRY),
 }
 
 SAME_DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16}

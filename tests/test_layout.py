@@ -47,6 +47,7 @@ def layouts(draw):
         cohorts=draw(st.integers(1, MAX_COHORTS)),
         cohort_scope=draw(st.sampled_from((SHARED, PER_UNIT, PER_ENTRY) if by_unit else (SHARED, PER_ENTRY))),
         seed=draw(st.integers(0, 2**31)),
+        compact_grad=by_unit and draw(st.booleans()),
     )
 
 

@@ -11,11 +11,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sparse_cl import ops
-from sparse_cl.layout import state_dtype
 from sparse_cl.masks import Mask
 from sparse_cl.optim.clip import clip_active_
+from sparse_cl.optim.leaf import owner_of, weight_of
+from sparse_cl.optim.names import by_param
 from sparse_cl.optim.options import check_options
-from sparse_cl.optim.plan import GroupPlan, Plan, facts_of, ids_of
+from sparse_cl.optim.plan import GroupPlan, LeafPlan, Plan, facts_of, fault_of, ids_of
 from sparse_cl.optim.state import ParameterState, carry_state, new_state, read_state
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -47,6 +48,9 @@ class SparseMaskedAdamW(Optimizer):
     of a parameter: ``step`` (int32), ``exp_avg``, ``exp_avg_sq``, where asked for ``max_exp_avg_sq`` and ``master``,
     each in the mask's compact shape: (k, *rest) for k rows, (m, k) for k columns, (m, n/2) for 2:4, (k,) for k
     elements; and the mask's index (``rows``, ``columns``, ``bits``, ``two_four_bits``).
+
+    The leaf of an :class:`~sparse_cl.nn.ActiveLinear` is stepped by that layer's mask and gain, and the values are
+    written into the layer's weight as well. The leaf itself is its ``master``, one tensor under two names.
 
     Raises:
         ValueError: a hyperparameter out of range, a mask that fits no parameter, a parameter given twice.
@@ -154,9 +158,12 @@ class SparseMaskedAdamW(Optimizer):
             # The op checks before it writes, but here an earlier call would already have stepped its parameters.
             for _, plan, grads in calls:
                 if facts_of(grads) != plan.facts:
-                    self._explain(plan.params, grads)
+                    self._explain(plan.own, grads)
         for group, plan, grads in calls:
             self._apply(group, plan, grads, grad_scale, found_inf)
+        for plan in self._group_plans.values():
+            for leaf in plan.leaves:
+                leaf.follow()
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -180,7 +187,8 @@ class SparseMaskedAdamW(Optimizer):
             for param, i, group in zip(own, ids, options, strict=False):
                 if given["state"].get(i):
                     try:
-                        captured[param] = read_state(param, given["state"][i], **self._options(param, group))
+                        options = self._options(param, group)
+                        captured[param] = read_state(weight_of(param), given["state"][i], **options)
                     except (ValueError, RuntimeError) as error:
                         raise ValueError(f"state of parameter {self._name(param)}: {error}") from error
             return {**given, "state": {k: v for k, v in given["state"].items() if k not in set(ids)}}
@@ -224,10 +232,10 @@ class SparseMaskedAdamW(Optimizer):
             raise ValueError(f"carry: expected 'intersection' or 'none', got {carry!r}")
         resolved = self._resolve(masks)
         for param in [p for group in self.param_groups for p in group["params"] if self.state.get(p)]:
-            packed, mask = self._pack(param), resolved.get(param)
+            packed, mask = self._pack(param), self._mask_of(param, resolved)
             if _same_mask(packed.mask, mask):
                 continue
-            carried = carry_state(param, packed, mask) if carry == "intersection" else None
+            carried = carry_state(weight_of(param), packed, mask) if carry == "intersection" else None
             if carried is None:
                 self.state.pop(param)
                 self._packed.pop(param, None)
@@ -248,7 +256,7 @@ class SparseMaskedAdamW(Optimizer):
         if not max_norm > 0:
             raise ValueError(f"max_norm: expected a number above 0, got {max_norm}")
         active = [
-            (p.grad, self._masks.get(p))
+            (p.grad, None if owner_of(p) is not None else self._masks.get(p))
             for group in self.param_groups
             for p in group["params"]
             if p.grad is not None and self._takes_part(p)
@@ -276,6 +284,7 @@ class SparseMaskedAdamW(Optimizer):
             or plan.with_grad != with_grad
             or plan.state_ids != ids_of(plan.state_dicts)
             or not shown.issuperset(plan.dict_ids)
+            or not all(leaf.holds() for leaf in plan.leaves)
         ):
             plan = self._make_plan(key, with_grad, group, grads)
             self._group_plans[number] = plan
@@ -288,21 +297,28 @@ class SparseMaskedAdamW(Optimizer):
                 continue
             if self._takes_part(param):
                 by_device.setdefault(param.device, []).append(i)
-        plans, dicts = [], []
+        plans, dicts, leaves = [], [], []
         for positions in chain(*(self._calls(group["params"], found) for found in by_device.values())):
-            params = [group["params"][i] for i in positions]
-            packed = [self._pack(p, **self._options(p, group)) for p in params]
+            own = [group["params"][i] for i in positions]
+            packed = [self._pack(p, **self._options(p, group)) for p in own]
             layout = torch.tensor([state.layout.row() for state in packed], dtype=torch.int64)
             plan_grads = [grads[i] for i in positions]
-            self._explain(params, plan_grads)
-            plans.append(Plan(params, positions, [state.buffer for state in packed], layout, facts_of(plan_grads)))
-            dicts += [self.state[p] for p in params]
-        return GroupPlan(key, with_grad, ids_of(dicts), dicts, list(map(id, dicts)), plans)
+            self._explain(own, plan_grads)
+            params, buffers = [weight_of(p) for p in own], [state.buffer for state in packed]
+            plans.append(Plan(own, params, positions, buffers, layout, facts_of(plan_grads)))
+            dicts += [self.state[p] for p in own]
+            leaves += [LeafPlan(p, w, s) for p, w, s in zip(own, params, packed, strict=True) if p is not w]
+        return GroupPlan(key, with_grad, ids_of(dicts), dicts, list(map(id, dicts)), plans, leaves)
 
     def _takes_part(self, param: Tensor) -> bool:
         """Whether a step changes any entry of ``param``, if it has a gradient."""
-        mask = self._masks.get(param)
+        mask = self._mask_of(param)
         return param.numel() > 0 and (mask is None or mask.numel > 0)
+
+    def _mask_of(self, param: Tensor, masks: Mapping[Tensor, Mask] | None = None) -> Mask | None:
+        """The mask of what a step of ``param`` writes: its layer's for a leaf, else the one in ``masks``."""
+        owner = owner_of(param)
+        return owner.mask if owner is not None else (self._masks if masks is None else masks).get(param)
 
     def _calls(self, params: list[Tensor], positions: list[int]) -> list[list[int]]:
         """Splits the positions in ``params`` of what is stepped on one device into calls of the op: here, one."""
@@ -339,28 +355,38 @@ class SparseMaskedAdamW(Optimizer):
                 _scalar_on(found_inf, device),
             )
         except RuntimeError as error:
-            self._explain(plan.params, grads, error)
+            self._explain(plan.own, grads, error)
             raise
 
     def _pack(self, param: Tensor, **options) -> ParameterState:
         """The state of ``param`` in one buffer: made if there is none, packed again if its tensors were replaced."""
         current, packed = self.state.get(param), self._packed.get(param)
         if not current:
-            packed = new_state(param, self._masks.get(param), **options)
+            leaf = None if owner_of(param) is None else param
+            packed = new_state(weight_of(param), self._mask_of(param), leaf, **options)
             self._set_state(param, packed)
             return packed
+        if packed is not None and packed.layout.compact_grad and owner_of(param) is None:
+            raise ValueError(
+                f"parameter {self._name(param)}: it was the leaf of an ActiveLinear that has been restored; make a new "
+                "optimizer"
+            )
         wanted = {k: options[k] for k in ("amsgrad", "master") if k in options}
         untouched = packed is not None and all(current.get(k) is v for k, v in packed.views.items())
         if untouched and all(getattr(packed.layout, k) == v for k, v in wanted.items()):
+            if self._is_master(param, packed) and param.data_ptr() != packed.views["master"].data_ptr():
+                packed.views["master"].copy_(param)
+                param.data = packed.views["master"]
             return packed
         if not options:
             options = {
                 "amsgrad": "max_exp_avg_sq" in current,
                 "master": "master" in current,
                 "seed": self._ordinal(param),
+                "compact_grad": owner_of(param) is not None,
             }
         try:
-            packed = read_state(param, current, **options)
+            packed = read_state(weight_of(param), current, **options)
         except ValueError as error:
             raise ValueError(f"state of parameter {self._name(param)}: {error}") from error
         self._set_state(param, packed)
@@ -369,13 +395,22 @@ class SparseMaskedAdamW(Optimizer):
     def _set_state(self, param: Tensor, packed: ParameterState) -> None:
         self._packed[param] = packed
         self.state[param] = dict(packed.views)
+        if self._is_master(param, packed):
+            param.data = packed.views["master"]
+
+    def _is_master(self, param: Tensor, packed: ParameterState) -> bool:
+        """Whether ``param`` is a leaf that is one tensor with the master of its state."""
+        return packed.is_leaf(param) and _same_mask(packed.mask, self._mask_of(param))
 
     def _options(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
+        owner = owner_of(param)
         narrow = param.dtype in (torch.bfloat16, torch.float16)
+        master = narrow and bool(group.get("master_weights", self.defaults["master_weights"]))
         return {
             "amsgrad": bool(group.get("amsgrad", False)),
-            "master": narrow and bool(group.get("master_weights", self.defaults["master_weights"])),
+            "master": master or (owner is not None and not narrow),
             "seed": self._ordinal(param),
+            "compact_grad": owner is not None,
         }
 
     def _ordinal(self, param: Tensor) -> int:
@@ -387,6 +422,17 @@ class SparseMaskedAdamW(Optimizer):
             for group in self.param_groups
             for p, name in zip(group["params"], group.get("param_names", ()), strict=False)
         }
+
+    def _by_identity(self) -> dict[int, Tensor]:
+        """Parameters by their identity; the weights of leaves stand for these."""
+        own = {id(p): p for group in self.param_groups for p in group["params"]}
+        return own | {id(weight_of(p)): p for p in own.values()}
+
+    def _by_name(self) -> dict[str, Tensor]:
+        """Parameters by name; the names of the weights of leaves stand for these."""
+        names = {name: p for p, name in self._names().items()}
+        leaves = {name: p for name, p in names.items() if weight_of(p) is not p}
+        return names | {name.removesuffix("active") + "weight": p for name, p in leaves.items()}
 
     def _name(self, param: Tensor) -> str:
         name = self._names().get(param)
@@ -401,6 +447,11 @@ class SparseMaskedAdamW(Optimizer):
     def _resolve(self, masks: Mapping[Tensor | str, Mask]) -> dict[Tensor, Mask]:
         resolved = self._by_param(masks, "masks", "Mask")
         for param, mask in resolved.items():
+            if owner_of(param) is not None:
+                raise ValueError(
+                    f"masks: parameter {self._name(param)} is of an ActiveLinear, which has a mask of its own; leave "
+                    "it out here"
+                )
             if not isinstance(mask, Mask):
                 raise TypeError(f"masks: parameter {self._name(param)}: expected a Mask, got {type(mask).__name__}")
             if mask.shape != param.shape:
@@ -412,37 +463,11 @@ class SparseMaskedAdamW(Optimizer):
 
     def _by_param(self, given: Mapping[Tensor | str, Any], argument: str, what: str) -> dict[Tensor, Any]:
         """``given`` with names replaced by the parameters that they stand for."""
-        if not isinstance(given, Mapping):
-            raise TypeError(f"{argument}: expected {{parameter or name: {what}}}, got {type(given).__name__}")
-        own = {id(p): p for group in self.param_groups for p in group["params"]}
-        by_name = {name: p for p, name in self._names().items()}
-        resolved: dict[Tensor, Any] = {}
-        for key, value in given.items():
-            if isinstance(key, str):
-                if not by_name:
-                    raise ValueError(
-                        f"{argument}: {key!r} is a name, but the parameters have none; pass "
-                        "model.named_parameters() as params, or use parameters as keys"
-                    )
-                if key not in by_name:
-                    raise ValueError(
-                        f"{argument}: no parameter is named {key!r}; the first names are {', '.join(list(by_name)[:3])}"
-                    )
-                param = by_name[key]
-            elif id(key) in own:
-                param = own[id(key)]
-            else:
-                raise ValueError(
-                    f"{argument}: a key is no parameter of this optimizer; expected parameters or their names"
-                )
-            if param in resolved:
-                raise ValueError(f"{argument}: parameter {self._name(param)} is given twice, by name and by itself")
-            resolved[param] = value
-        return resolved
+        return by_param(given, self._by_identity(), self._by_name(), argument, what)
 
     def _find_mismatch(self) -> str | None:
         for param, packed in self._packed.items():
-            mine, loaded = self._masks.get(param), packed.mask
+            mine, loaded = self._mask_of(param), packed.mask
             if not _same_mask(mine, loaded):
                 return (
                     f"parameter {self._name(param)}: its loaded state was made under {loaded or 'no mask'}, but "
@@ -461,19 +486,7 @@ class SparseMaskedAdamW(Optimizer):
     def _explain(self, params: list[Tensor], grads: list[Tensor], cause: RuntimeError | None = None) -> None:
         """Raises an error that names the parameter at fault, if one is."""
         for param, grad in zip(params, grads, strict=True):
-            shape, dtype, device = param.shape, param.dtype, param.device
-            packed = self._packed[param]
-            fault = None
-            if grad.shape != shape:
-                fault = f"its gradient has shape {tuple(grad.shape)}, expected {tuple(shape)}"
-            elif grad.device != device:
-                fault = f"its gradient is on {grad.device}, expected {device}"
-            elif grad.dtype not in (dtype, torch.float32):
-                fault = f"its gradient is {grad.dtype}, expected {dtype} or torch.float32"
-            elif packed.buffer.device != device:
-                fault = f"its state is on {packed.buffer.device}, expected {device}"
-            elif packed.layout.shape != shape or packed.layout.dtype != state_dtype(dtype):
-                fault = f"its state was made for shape {packed.layout.shape} and {packed.layout.dtype} moments"
+            fault = fault_of(weight_of(param), grad, self._packed[param])
             if fault:
                 raise ValueError(f"parameter {self._name(param)}: {fault}") from cause
 

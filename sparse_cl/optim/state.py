@@ -41,6 +41,10 @@ class ParameterState:
         # each view gets a storage of its own over the same memory, which it keeps alive.
         self.views = {name: from_dlpack(to_dlpack(view)) for name, view in self.views.items()}
 
+    def is_leaf(self, param: Tensor) -> bool:
+        """Whether ``param``, whose state this is, is a leaf that serves as the master."""
+        return self.layout.compact_grad and self.layout.master and param.dtype == self.layout.dtype
+
     @property
     def mask(self) -> Mask | None:
         return mask_of(self.layout, self.views)
@@ -58,15 +62,18 @@ def layout_for(param: Tensor, mask: Mask | None, **options) -> StateLayout:
     return StateLayout(DENSE, shape, math.prod(shape), state_dtype(param.dtype), **options)
 
 
-def new_state(param: Tensor, mask: Mask | None, **options) -> ParameterState:
-    """Zero moments, step count 0, and a master copy (option ``master``) of the active entries of ``param``."""
+def new_state(param: Tensor, mask: Mask | None, leaf: Tensor | None = None, **options) -> ParameterState:
+    """Zero moments, step count 0, and a master copy (option ``master``) of the active entries of ``param``.
+
+    Where there is a compact ``leaf``, the master is a copy of that.
+    """
     layout = layout_for(param, mask, **options)
     buffer, views = layout.allocate(param.device)
     if mask is not None:
         for name, section in mask.sections().items():
             views[name].copy_(section)
     if layout.master:
-        views["master"].copy_(compact(param, layout, views))
+        views["master"].copy_(compact(param, layout, views) if leaf is None else leaf)
     return ParameterState(layout, buffer, views)
 
 
@@ -125,7 +132,7 @@ def carry_state(param: Tensor, old: ParameterState, mask: Mask | None) -> Parame
     Returns None if no entry is active in both.
     """
     bare = replace(old.layout, cohorts=1, cohort_scope=SHARED)
-    options = {"amsgrad": bare.amsgrad, "master": bare.master, "seed": bare.seed}
+    options = {name: getattr(bare, name) for name in ("amsgrad", "master", "seed", "compact_grad")}
     target = layout_for(param, mask, **options)
     by_unit = old.layout.kind == target.kind and target.kind in (ROWS, COLUMNS) and old.layout.cohort_scope != PER_ENTRY
     if by_unit:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from itertools import chain
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from sparse_cl.layout import DENSE
 from sparse_cl.masks import Mask
+from sparse_cl.optim.leaf import weight_of
 from sparse_cl.optim.projection import Projection, make_projection
 from sparse_cl.optim.sparse_masked_adamw import Plan, SparseMaskedAdamW
 from sparse_cl.optim.state import ParameterState, compact, step_counts, write_compact
@@ -154,12 +154,12 @@ class SubspaceProjectedAdamW(SparseMaskedAdamW):
     def _take(self, subspaces: dict[Tensor, Subspace]) -> None:
         self._subspaces = {param: subspace for param, subspace in subspaces.items() if subspace.rank}
         self._projections = {
-            param: make_projection(subspace, self._masks.get(param)) for param, subspace in self._subspaces.items()
+            param: make_projection(subspace, self._mask_of(param)) for param, subspace in self._subspaces.items()
         }
         for param, projection in self._projections.items():
             if not projection.free and self._name(param) not in self._warned:
                 self._warned.add(self._name(param))
-                masked = " of its mask" if param in self._masks else ""
+                masked = "" if self._mask_of(param) is None else " of its mask"
                 warnings.warn(
                     f"parameter {self._name(param)}: earlier domains use all directions{masked} "
                     f"({self._subspaces[param].rank} of {self._subspaces[param].width}), so it is not updated any more",
@@ -188,9 +188,10 @@ class SubspaceProjectedAdamW(SparseMaskedAdamW):
                 subspace = value if isinstance(value, Subspace) else Subspace(value)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"{where}: {error}") from None
-            if param.dim() != 2 or subspace.width != param.shape[1]:
+            weight = weight_of(param)
+            if weight.dim() != 2 or subspace.width != weight.shape[1]:
                 raise ValueError(
-                    f"{where} has shape {tuple(param.shape)}, but its basis has width {subspace.width}; expected "
+                    f"{where} has shape {tuple(weight.shape)}, but its basis has width {subspace.width}; expected "
                     "(n, r) for a weight (m, n)"
                 )
             if subspace.device != param.device:
@@ -202,23 +203,24 @@ class SubspaceProjectedAdamW(SparseMaskedAdamW):
         return subspaces
 
     def _of_memory(self, memory: SubspaceMemory) -> dict[Tensor, Subspace | None]:
-        own = list(chain(*(group["params"] for group in self.param_groups)))
         if memory.is_bound:
-            found = {param: memory.subspace(param) for param in own if memory.tracks(param)}
+            # By the weight, since a leaf is its layer's parameter but not the memory's.
+            weights = {param: weight_of(param) for param in self._by_identity().values()}
+            found = {param: memory.subspace(w) for param, w in weights.items() if memory.tracks(w)}
             if not found:
                 raise ValueError(
                     f"memory: no parameter of this optimizer is tracked, not even {memory.names[0]!r}: it was made for "
                     "another model; call memory.bind(model), or build it from the model that is trained"
                 )
             return found
-        names = {name: param for param, name in self._names().items()}
+        names = self._by_name()
         if not names:
             raise ValueError(
                 "memory: it is bound to no model, and the parameters have no names; call memory.bind(model), or pass "
                 "model.named_parameters() as params"
             )
         for name in memory.names:
-            shape = tuple(names[name].shape) if name in names else None
+            shape = tuple(weight_of(names[name]).shape) if name in names else None
             if shape != memory.shape(name):
                 raise ValueError(
                     f"memory: it tracks {name!r} of shape {memory.shape(name)}, but this optimizer has "
@@ -250,11 +252,10 @@ class SubspaceProjectedAdamW(SparseMaskedAdamW):
         return [*([together] if together else []), *alone]
 
     def _apply(self, group, plan: Plan, grads, grad_scale, found_inf) -> None:
-        param = plan.params[0]
-        projection = self._projections.get(param)
+        param, projection = plan.params[0], self._projections.get(plan.own[0])
         if projection is None:
             return super()._apply(group, plan, grads, grad_scale, found_inf)
-        packed = self._packed[param]
+        packed = self._packed[plan.own[0]]
         old = _weights(param, packed).clone()
         super()._apply(group, plan, grads, grad_scale, found_inf)
         new = _weights(param, packed).sub_(old)

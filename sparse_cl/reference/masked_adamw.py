@@ -112,7 +112,8 @@ def masked_adamw_(
 
     Args:
         params: floating-point tensors of any shape.
-        grads: tensors of the same shapes, in the parameter's dtype or float32.
+        grads: tensors of the same shapes, or of the compact shape where ``layout`` says so, in the parameter's dtype
+            or float32.
         states: uint8 buffers laid out as :class:`~sparse_cl.layout.StateLayout` says.
         layout: int64, one row of ``layout.FIELDS`` a parameter, on the CPU.
         lr, lr_tensor: learning rate; the tensor (one element, on the parameters' device) wins if given.
@@ -155,7 +156,9 @@ def _check(params, grads, states, layout, scalars) -> list[StateLayout]:
     for i, (param, grad, state, row) in enumerate(zip(params, grads, states, layout.tolist(), strict=True)):
         where = StateLayout.from_row(row, param.shape, param.dtype)
         require(param.dtype.is_floating_point, f"params[{i}]: expected float32, bfloat16, float16 or float64")
-        require(grad.shape == param.shape, f"grads[{i}]: expected the shape of params[{i}]")
+        what = "compact shape" if where.compact_grad and where.is_valid() else "shape"
+        fits = grad.shape == (where.grad_shape if where.is_valid() else param.shape)
+        require(fits, f"grads[{i}]: expected the {what} of params[{i}]")
         require(
             params[0].device == param.device == grad.device == state.device,
             f"params[{i}], its gradient and its state: expected all on one device",
@@ -179,7 +182,7 @@ def _step_one(param, grad, where, view, lr, beta1, beta2, eps, weight_decay, max
     def compact(x: Tensor) -> Tensor:
         return x.reshape(where.shape) if positions is None else x.reshape(-1)[positions].view(where.compact_shape)
 
-    g = compact(grad).to(dtype)
+    g = (grad if where.compact_grad else compact(grad)).to(dtype)
     if grad_scale is not None:
         g = g / grad_scale.to(dtype)
     if maximize:

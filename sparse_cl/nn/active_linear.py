@@ -1,0 +1,191 @@
+"""A linear layer that learns some of its rows or columns."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from sparse_cl.layout import state_dtype
+from sparse_cl.masks import ColumnMask, Mask, RowMask
+from sparse_cl.optim.leaf import set_owner
+
+
+class _LinearOfActive(torch.autograd.Function):
+    """y = x Wᵀ + b of (t, n) inputs, with gradients for x and for ``active``.
+
+    ``active`` stands for ``rows`` of W; or, where these are None, for columns, whose part of x is ``columns_of_x``, an
+    argument of its own so that gradients of gradients pass through it.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, active, rows, columns_of_x):
+        kept = None
+        if ctx.needs_input_grad[3]:
+            kept = columns_of_x if rows is None else x
+        ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, kept, None if kept is None else rows)
+        ctx.leaf_dtype = active.dtype
+        return functional.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        weight, kept, rows = ctx.saved_tensors
+        grad_x = None if weight is None else grad.mm(weight)
+        grad_active = None
+        if kept is not None:
+            of_active = grad if rows is None else grad.index_select(1, rows)
+            grad_active = of_active.t().mm(kept).to(ctx.leaf_dtype)
+        return grad_x, None, None, grad_active, None, None
+
+
+class ActiveLinear(nn.Linear):
+    """An ``nn.Linear`` of which only some rows or columns of the weight learn.
+
+    The forward pass uses all of W. The backward pass gives the input's gradient in full, and the weight's gradient of
+    the active part only, to the leaf ``active``; the whole weight gradient never exists. ``weight`` and ``bias`` stay
+    parameters, frozen. With active columns only these of the input are kept for the backward pass.
+
+    :class:`~sparse_cl.SparseMaskedAdamW` and :class:`~sparse_cl.SubspaceProjectedAdamW` step the leaf and write the
+    rounded values into W in the same kernel, by the mask's gain if it has one; the leaf is then the master copy of the
+    active entries, so that there is no other. After a step of another optimizer call
+    :func:`~sparse_cl.nn.write_back`.
+
+    ``state_dict`` has the keys of an ``nn.Linear``. Loading one sets the leaf to the loaded weight; where the leaf
+    rounds to that already, it keeps its further digits. As with any model whose inputs need no gradient, reentrant
+    checkpointing reaches no layer unless they are made to (``model.enable_input_require_grads()``).
+
+    Args:
+        in_features, out_features, bias, device, dtype: as for ``nn.Linear``.
+        mask: the active rows or columns of the (out_features, in_features) weight.
+        leaf_dtype: dtype of the leaf: float32, float64 for a float64 weight, or the weight's. In half precision the
+            leaf is only where the gradient goes, and the optimizer keeps the master copy, or rounds stochastically.
+
+    Attributes:
+        active: the leaf, (k, in_features) for k rows, (out_features, k) for k columns.
+        mask: as given, on the weight's device.
+
+    Raises:
+        TypeError, ValueError: no row or column mask, one of another shape, one without entries, another leaf dtype.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        mask: RowMask | ColumnMask,
+        leaf_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype)
+        check_mask(mask, self.weight, "the weight")
+        if mask.numel == 0:
+            raise ValueError(f"mask: expected an active row or column, got {mask!r}; use nn.Linear, frozen")
+        self._begin(mask, leaf_dtype_for(self.weight, leaf_dtype, "the weight"))
+        self.frozen_by_activate = [name for name, _ in nn.Linear.named_parameters(self) if name != "active"]
+        for name in self.frozen_by_activate:
+            self.get_parameter(name).requires_grad_(False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight, bias = self.weight, self.bias
+        kind = input.device.type
+        if torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+            input, weight = _autocast(input, dtype), _autocast(weight, dtype)
+            bias = None if bias is None else _autocast(bias, dtype)
+        # Flat, since the output of a linear layer of more dimensions is a view, and the views that a Function returns
+        # may not be written to, as an activation in place does.
+        flat = input.reshape(-1, input.shape[-1])
+        rows = columns_of_x = None
+        if self._dim == 0:
+            rows = self._index
+        elif torch.is_grad_enabled() and self.active.requires_grad:
+            columns_of_x = flat.index_select(1, self._index)
+        output = _LinearOfActive.apply(flat, weight, bias, self.active, rows, columns_of_x)
+        return output.reshape(*input.shape[:-1], output.shape[-1])
+
+    @torch.no_grad()
+    def write_back(self) -> None:
+        """Writes the leaf, rounded, into the weight."""
+        self.weight.index_copy_(self._dim, self._index.long(), self.active.to(self.weight.dtype))
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Sets the leaf to the weight, where it does not round to that already."""
+        values = self.weight.index_select(self._dim, self._index)
+        changed = self.active.to(values.dtype) != values
+        self.active.copy_(torch.where(changed, values.to(self.active.dtype), self.active))
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, mask={self.mask!r}"
+
+    # A linear layer becomes one of these, and back, in place: whatever refers to the module goes on to.
+
+    def _begin(self, mask: RowMask | ColumnMask, leaf_dtype: torch.dtype) -> None:
+        self._place(mask)
+        values = self.weight.detach().index_select(self._dim, self._index)
+        self.active = nn.Parameter(values.to(leaf_dtype))
+        set_owner(self.active, self)
+
+    def _end(self) -> None:
+        self.write_back()
+        del self.active, self.mask, self._index, self._dim
+        self.__class__ = nn.Linear
+
+    def _place(self, mask: RowMask | ColumnMask) -> None:
+        self.mask = mask.to(self.weight.device)
+        self._index = self.mask.index
+        self._dim = 0 if isinstance(mask, RowMask) else 1
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self._place(self.mask)
+        set_owner(self.active, self)
+        return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        set_owner(self.active, self)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.pop(f"{prefix}active", None)
+
+    def _load_from_state_dict(self, state_dict, prefix, *arguments) -> None:
+        leaf = self._parameters.pop("active")
+        try:
+            super()._load_from_state_dict(state_dict, prefix, *arguments)
+        finally:
+            self._parameters["active"] = leaf
+        if f"{prefix}weight" in state_dict:
+            self.refresh()
+
+
+def check_mask(mask: Mask, weight: Tensor, name: str) -> None:
+    """Raises an error that names ``weight`` if it cannot be trained in part as ``mask`` says."""
+    if not isinstance(mask, RowMask | ColumnMask):
+        hint = "; use SparseMaskedAdamW(masks=...) for masks of single weights" if isinstance(mask, Mask) else ""
+        raise TypeError(f"{name}: expected a RowMask or a ColumnMask, got {type(mask).__name__}{hint}")
+    if mask.shape != weight.shape:
+        raise ValueError(f"{name} has shape {tuple(weight.shape)}, but its mask is for {tuple(mask.shape)}")
+
+
+def leaf_dtype_for(weight: Tensor, asked: torch.dtype | None, name: str) -> torch.dtype:
+    """The dtype of the leaf of ``weight``."""
+    allowed = {state_dtype(weight.dtype), weight.dtype}
+    if asked is None:
+        return state_dtype(weight.dtype)
+    if asked not in allowed:
+        raise ValueError(
+            f"leaf_dtype: {name} is {weight.dtype}, so expected {' or '.join(sorted(map(str, allowed)))}, got {asked}"
+        )
+    return asked
+
+
+def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """As autocast gives a tensor to ``nn.Linear``: float64 is left alone."""
+    return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor

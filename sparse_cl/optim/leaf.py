@@ -1,0 +1,48 @@
+"""Compact leaves: parameters that stand for the active rows or columns of a weight."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Protocol
+
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from sparse_cl.masks import ColumnMask, RowMask
+
+
+class Owner(Protocol):
+    """The module of a compact leaf.
+
+    Attributes:
+        weight: the whole weight, without a gradient of its own.
+        mask: which of its entries the leaf stands for; the leaf has the mask's compact shape.
+        active: the leaf.
+    """
+
+    weight: Tensor
+    mask: RowMask | ColumnMask
+    active: Tensor
+
+
+# Kept apart from the tensors, since an attribute of a parameter does not survive copies and would drag its module into
+# every pickle of it. Modules tell anew when they are copied or loaded.
+_OWNERS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def set_owner(leaf: Tensor, owner: Owner) -> None:
+    """Says that ``leaf`` stands for the active entries of ``owner.weight``, as long as it is ``owner.active``."""
+    _OWNERS[leaf] = weakref.ref(owner)
+
+
+def owner_of(param: Tensor) -> Owner | None:
+    """The module whose weight ``param`` stands for a part of; None for ordinary parameters."""
+    found = _OWNERS.get(param)
+    owner = None if found is None else found()
+    return owner if owner is not None and getattr(owner, "active", None) is param else None
+
+
+def weight_of(param: Tensor) -> Tensor:
+    """What a step of ``param`` writes: the weight that it stands for, or ``param`` itself."""
+    owner = owner_of(param)
+    return param if owner is None else owner.weight
