@@ -23,7 +23,8 @@ from tqdm.auto import tqdm
 
 from sparse_cl.four_domains.data import load_domains
 from sparse_cl.four_domains.experiment import load_model, quiet
-from sparse_cl.four_domains.report import text_table, write_json
+from sparse_cl.four_domains.files import write_json
+from sparse_cl.four_domains.report import text_table
 from sparse_cl.probes.activation import ActivationProbe
 from sparse_cl.probes.drift import drift
 from sparse_cl.probes.neurons import dormant, hubs

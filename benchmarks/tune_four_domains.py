@@ -65,10 +65,11 @@ def main() -> None:
                 methods=(method,),
                 lr={method: lr},
                 options=options,
+                split="validation",
             )
             domains = load_domains(settings.domains, settings.data, settings.seed)
             model, tokenizer = experiment.load_model(source)
-            base = base or score_all(model, tokenizer, domains, None, settings, split="validation")
+            base = base or score_all(model, tokenizer, domains, None, settings)
             progress = Progress([base])
             with tempfile.TemporaryDirectory() as folder:
                 run_sequence(
@@ -80,7 +81,6 @@ def main() -> None:
                     settings,
                     Path(folder),
                     progress,
-                    split="validation",
                 )
             R = matrix(progress.stages, "bits_per_byte")
             summary = summarize(R, lower_is_better=True)

@@ -85,7 +85,7 @@ def test_a_run_from_the_command_line(tiny_llama, tokenizer, data, tmp_path, caps
         ("adamw", 1e-3, 7),
         ("sparse-masked", 1e-2, 7),
     ]
-    assert "results.json, comparison.txt, R.png, curves.png\n" in captured.out
+    assert "results.json, costs.json, comparison.txt, R.png, capacity.png, curves.png\n" in captured.out
     assert main([*arguments, "--out", str(out)]) == 2
     assert "holds another run" in capsys.readouterr().err
 
@@ -113,7 +113,7 @@ def test_warnings_are_told_in_words_alone(tmp_path, capsys, monkeypatch):
 
     from sparse_cl.four_domains import experiment
 
-    def run(settings, out, finished):
+    def run(settings, out):
         warnings.warn("orthogonal: little survives", stacklevel=1)
         return []
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparse_cl.four_domains.metrics import FORMULAS, summarize
+from sparse_cl.four_domains.metrics import FORMULAS, intransigence, summarize
 
 # Rows: base, after 1, after 2, after 3. Columns: domains 1, 2, 3.
 R = [
@@ -28,9 +28,22 @@ def test_hand_computed_where_higher_is_better():
         "fwt": ((0.3 - 0.2) + (0.4 - 0.3)) / 2,
         "gain_lost": (0.4 + 0.3) / (0.7 + 0.7),
     }
-    assert {name: summary[name] for name in FORMULAS} == pytest.approx(expected)
+    assert {**expected, "intransigence": None}.keys() == FORMULAS.keys()
+    assert {name: summary[name] for name in expected} == pytest.approx(expected)
     assert summary["forgetting_by_domain"] == [pytest.approx(0.4), pytest.approx(0.3), None]
     assert summary["gain_lost_by_domain"] == [pytest.approx(0.4 / 0.7), pytest.approx(0.3 / 0.7), None]
+
+
+def test_intransigence_compares_with_models_of_one_domain_each():
+    single = [[0.1, 0.2, 0.3], [0.9, 0, 0], [0, 0.8, 0], [0, 0, 0.9]]
+    alone = (0.9 - 0.8) + (0.8 - 0.9) + (0.9 - 0.7)
+    assert summarize(R, single=single)["intransigence"] == pytest.approx(alone / 3)
+    assert summarize(R, lower_is_better=True, single=single)["intransigence"] == pytest.approx(-alone / 3)
+    assert summarize(R)["intransigence"] is None
+    single[2][1] = None
+    assert intransigence(R, single) == pytest.approx((0.1 + 0.2) / 2)
+    with pytest.raises(ValueError, match="as many domains; got 3 and 1"):
+        intransigence(R, [[0.1], [0.2]])
 
 
 def test_hand_computed_bits_per_byte():

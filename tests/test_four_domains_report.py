@@ -16,12 +16,16 @@ def run(method, records):
     summary = dict.fromkeys(("learning_accuracy", "acc", "learned", "forgetting", "bwt", "fwt", "gain_lost"), 0.5)
     return {
         "method": method,
+        "kind": "baseline" if method == "adamw" else "ours",
+        "protects": False,
         "domains": ["code", "math"],
-        "settings": {"lr": 1e-3},
+        "settings": {"lr": 1e-3, "split": "test", "autocast": None, "protect": None},
         "R": {"bits_per_byte": [[1.0, 1.0]] * 3},
         "R_reference": [None] * 3,
-        "summary": {"by_metric": {"bits_per_byte": summary}},
+        "drift": [None] * 3,
+        "summary": {**summary, "intransigence": None, "by_metric": {"bits_per_byte": summary}},
         "seconds": 1.0,
+        "step_seconds": None,
         "state_bytes": 0,
         "peak_memory_bytes": 0,
         "domain_records": [{"domain": name, **record} for name, record in zip(("code", "math"), records, strict=True)],

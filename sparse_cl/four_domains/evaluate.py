@@ -71,6 +71,25 @@ def text_bits_per_byte(model: nn.Module, tokenizer: Any, text: str, max_length: 
     return sum(response_nats(model, windows, batch_size)) / math.log(2) / total_bytes
 
 
+@torch.no_grad()
+def drift_nats(base: nn.Module, tuned: nn.Module, windows: Sequence[Sequence[int]], batch_size: int = 4) -> float:
+    """KL(base ‖ tuned) of the next token's distribution, in nats, mean over the tokens of a text.
+
+    Args:
+        base, tuned: of one vocabulary; both are evaluated as they are, in float32 from the logits on.
+        windows: ids; a token's context is what stands before it in its window.
+    """
+    total = torch.zeros((), dtype=torch.float64)
+    for batch in _batches(windows, batch_size):
+        by_model = []
+        for model in (base, tuned):
+            ids, mask = pad(batch, 0, next(model.parameters()).device)
+            by_model.append(model(input_ids=ids, attention_mask=mask).logits.float().log_softmax(-1)[mask.bool()])
+        p, q = by_model[0], by_model[1].to(by_model[0].device)
+        total += (p.exp() * (p - q)).sum(dtype=torch.float64).cpu()
+    return total.item() / sum(map(len, windows))
+
+
 def choice_continuations(record: dict) -> tuple[str, list[str]]:
     """What is given after the prompt, and the continuation of each choice, in the form of the record's response.
 
@@ -171,12 +190,14 @@ def evaluate_domain(
     max_length: int,
     max_records: int,
     split: str = "test",
+    metrics: Sequence[str] = METRICS,
     tick: Callable[[], object] = lambda: None,
 ) -> dict[str, float | None]:
-    """The scores of `METRICS` on one domain; None where it has no record of the kind.
+    """The scores of `METRICS` on one domain; None where it has no record of the kind, or is not asked for.
 
     Args:
         max_records: of each kind (test; eval with choices; eval with an answer), the first ones.
+        metrics: those that are asked for.
         split: "test", or "validation" to choose settings by (bits per byte only).
         tick: called after each score, to move a progress bar.
     """
@@ -192,6 +213,8 @@ def evaluate_domain(
             ("accuracy", accuracy, with_choices),
             ("exact_match", exact_match, with_answer),
         ):
+            if metric not in metrics:
+                continue
             if records:
                 scores[metric] = score(model, tokenizer, records, max_length)
             tick()

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import platform
+import sys
+import traceback
 import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -12,17 +17,21 @@ from typing import Any
 import accelerate
 import torch
 import transformers
+from accelerate.utils.memory import clear_device_cache
 from torch import nn
 from tqdm.auto import tqdm
 
 from . import embedded, figures
 from .data import DataError, load_domains
 from .embedded_model import embedded_model_folder
-from .evaluate import METRICS
-from .report import comparison, run_record, runs_with_capacity, write_json
-from .sequence import Progress, Scores, run_sequence, score_all
+from .files import is_disk_full, write_json
+from .protection import text_to_protect
+from .report import comparison, runs_with_capacity
+from .results import RESULTS, add_intransigence, completed, failed_record, read_runs, run_record, write_runs
+from .sequence import Progress, Scores, run_sequence, score_all, scores_in_all
 from .settings import Settings
 
+SETTINGS = "settings.json"
 REFERENCE_CHARACTERS = 32768
 """How much of the reference text is scored: its beginning."""
 
@@ -31,28 +40,45 @@ class FolderError(ValueError):
     """An output folder that cannot be used."""
 
 
-def check_folder(out: Path, settings: Settings, *, finished: bool = False) -> None:
-    """Whether `out` may be this run's folder: absent, empty, or with an unfinished run of equal settings.
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings with one level: those of a mapping under `name.key`."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
 
-    Args:
-        finished: whether a finished one will do too.
+
+def differences(held: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """Which settings differ, with both values, in words; empty where none does."""
+    held, wanted = _flat(held), _flat(wanted)
+
+    def value(settings: Mapping[str, Any], name: str) -> str:
+        return json.dumps(settings[name]) if name in settings else "not set"
+
+    return "; ".join(
+        f"{name}: {value(held, name)} there, {value(wanted, name)} now"
+        for name in sorted({*held, *wanted})
+        if value(held, name) != value(wanted, name)
+    )
+
+
+def check_folder(out: Path, settings: Settings) -> None:
+    """Whether `out` may be this run's folder: absent, empty, or with a run of equal settings, finished or not.
 
     Raises:
-        FolderError: it holds another run, a finished one, or files that are no run's.
+        FolderError: it holds another run, or files that are no run's.
     """
-    path = out / "settings.json"
+    path = out / SETTINGS
     if path.is_file():
-        held, wanted = json.loads(path.read_text(encoding="utf-8")), settings.to_json()
-        if held != wanted:
-            differing = sorted(key for key in {*held, *wanted} if held.get(key) != wanted.get(key))
-            raise FolderError(
-                f"{out} holds another run (it differs in {', '.join(differing)}). Give another --out, or delete it"
-            )
-        if (out / "results.json").is_file() and not finished:
-            raise FolderError(f"{out} holds this very run, finished. Give another --out, or delete it to run it again")
+        differing = differences(json.loads(path.read_text(encoding="utf-8")), settings.to_json())
+        if differing:
+            raise FolderError(f"{out} holds another run (it differs in {differing}). Give another --out, or delete it")
     elif out.exists() and not out.is_dir():
         raise FolderError(f"{out} is a file; --out must be a folder")
-    elif out.is_dir() and any(out.iterdir()):
+    elif out.is_dir() and any(path.name != SETTINGS + ".part" for path in out.iterdir()):
         raise FolderError(f"{out} is not empty and holds no run of sparse-cl. Give another --out")
 
 
@@ -110,21 +136,25 @@ def quiet() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def run(settings: Settings, out: Path, *, finished: bool = False) -> list[dict[str, Any]]:
-    """Run every method, write `results.json` and the pictures into `out`, and return the runs' records.
+def run(settings: Settings, out: Path) -> list[dict[str, Any]]:
+    """Run every method, write `results.json`, `costs.json` and the pictures into `out`, and return the runs' records.
 
-    Everything is checked before anything is written, so that bad input leaves no folder. A run that was interrupted
-    goes on after the last domain that was finished.
-
-    Args:
-        finished: a run that `out` holds finished is reported again, where it would be an error else.
+    Everything is checked before anything is written, so that bad input leaves no folder. A run that was stopped goes on
+    after the last domain that was trained and scored, and ends with the same bits in `results.json`. A run that is
+    finished is reported again. A method that fails is recorded as failed and the others go on; the next call with the
+    same settings tries it again.
 
     Raises:
-        FolderError, DataError, ValueError, OSError: bad input; the message says what to do.
+        FolderError, DataError, ValueError, OSError: bad input, or a disk that is full; the message says what to do.
     """
     quiet()
-    check_folder(out, settings, finished=finished)
+    check_folder(out, settings)
+    if (out / RESULTS).is_file():
+        runs = read_runs(out)
+        if len(completed(runs)) == len(runs):
+            return runs
     reference = _reference_text(settings)
+    protected = text_to_protect(settings.protect, settings.reference, reference, settings.max_length)
     domains = load_domains(settings.domains, settings.data, settings.seed)
     source = settings.model or str(embedded_model_folder())
     model, tokenizer = load_model(source)
@@ -133,44 +163,69 @@ def run(settings: Settings, out: Path, *, finished: bool = False) -> list[dict[s
     limit = getattr(model.config, "max_position_embeddings", settings.max_length)
     if settings.max_length > limit:
         raise ValueError(f"max_length {settings.max_length} exceeds the model's context of {limit} tokens")
+    for option, text in (("reference", reference), ("protect", protected)):
+        if text is not None and not len(tokenizer(text[:1024], add_special_tokens=False)["input_ids"]) > 1:
+            raise DataError(f"--{option}: the text is too short: fewer than 2 tokens")
 
     is_main = is_main_process()
     out.mkdir(parents=True, exist_ok=True)
     if is_main:
-        write_json(out / "settings.json", settings.to_json())
+        write_json(out / SETTINGS, settings.to_json())
     base_scores = _base_scores(model, tokenizer, domains, reference, settings, out)
+    del model
     runs = []
     for name in settings.methods:
-        method = settings.make_method(name)
         folder = out / name
         folder.mkdir(exist_ok=True)
         path = folder / "progress.json"
         progress = Progress([base_scores])
         if path.is_file():
             progress = Progress.from_json(json.loads(path.read_text(encoding="utf-8")))
-        if len(progress.stages) <= len(domains):
-            model = model if model is not None else load_model(source)[0]
-            run_sequence(
-                method,
-                model,
-                tokenizer,
-                domains,
-                reference,
-                settings,
-                folder,
-                progress,
-                lambda so_far, path=path: write_json(path, so_far.to_json()) if is_main else None,
-            )
-            model = None
-        runs.append(run_record(name, method.settings(), settings, progress, versions()))
+        method = settings.make_method(name)
+        record = functools.partial(run_record, name, method.settings(), settings, progress, versions())
+        try:
+            if len(progress.stages) <= len(domains):
+                run_sequence(
+                    method,
+                    load_model(source)[0],
+                    tokenizer,
+                    domains,
+                    reference,
+                    settings,
+                    folder,
+                    progress,
+                    lambda so_far, path=path: write_json(path, so_far.to_json()) if is_main else None,
+                    protected=protected,
+                    load_base=lambda: load_model(source)[0],
+                )
+            runs.append(record())
+        except Exception as error:
+            if is_disk_full(error):
+                raise OSError(
+                    f"the disk of {out} is full ({error}). Free some of it; the same command then goes on after the "
+                    "last domain that was finished"
+                ) from error
+            warnings.warn(f"{name} failed and is left out: {type(error).__name__}: {error}", stacklevel=2)
+            tqdm.write(traceback.format_exc(), file=sys.stderr)
+            runs.append(failed_record(name, method.settings(), settings, error, versions()))
+        clear_device_cache(garbage_collection=True)
+    add_intransigence(runs)
     if is_main:
-        figures.draw_matrices(runs, out / "R.png")
-        figures.draw_curves(runs, out / "curves.png")
-        if protecting := runs_with_capacity(runs):
-            figures.draw_capacity(protecting, out / "capacity.png")
+        draw_all(runs, out)
         (out / "comparison.txt").write_text(comparison(runs) + "\n", encoding="utf-8")
-        write_json(out / "results.json", {"runs": runs})
+        write_runs(out, runs)
     return runs
+
+
+def draw_all(runs: Sequence[dict[str, Any]], out: Path) -> None:
+    """The pictures of a run's folder."""
+    done = completed(runs)
+    if not done:
+        return
+    figures.draw_matrices(done, out / "R.png")
+    figures.draw_curves(done, out / "curves.png")
+    if protecting := runs_with_capacity(done):
+        figures.draw_capacity(protecting, out / "capacity.png")
 
 
 def _base_scores(
@@ -179,9 +234,11 @@ def _base_scores(
     path = out / "base.json"
     if path.is_file():
         return Scores(**json.loads(path.read_text(encoding="utf-8")))
-    total = len(domains) * len(METRICS) + (reference is not None)
+    total = scores_in_all(settings, len(domains), reference)
     with tqdm(total=total, desc="scoring the base model", mininterval=0.5) as bar:
         scores = score_all(model, tokenizer, domains, reference, settings, tick=bar.update)
+    if reference is not None:
+        scores = replace(scores, drift=0.0)
     if is_main_process():
         write_json(path, scores.to_json())
     return scores

@@ -169,7 +169,7 @@ def draw_capacity(runs: Sequence[dict[str, Any]], path: Path) -> None:
             for name in records[-1]["layers"]
         }
         capacity_bars(axis, [record["domain"] for record in records], used)
-        axis.set_ylabel("share of input directions", fontsize=8)
+        axis.set_ylabel("share of directions or neurons", fontsize=8)
         axis.set_title(run["method"], fontsize=9)
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), fontsize=8)

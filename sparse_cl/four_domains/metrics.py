@@ -5,8 +5,9 @@ the untouched base model. An entry is None where a domain has no such score (no 
 domain is left out of that metric's means.
 
 Scores may be of either sense. `acc` and `learning_accuracy` are in the score's own units. The differences (`bwt`,
-`forgetting`, `fwt`, `learned`) are turned so that their sign reads alike for both: positive forgetting is always
-"got worse", positive bwt, fwt and learned are always "got better".
+`forgetting`, `fwt`, `learned`, `intransigence`) are turned so that their sign reads alike for both: positive
+forgetting is always "got worse", positive bwt, fwt and learned are always "got better", positive intransigence is
+always "learned less than alone".
 """
 
 from __future__ import annotations
@@ -24,11 +25,13 @@ FORMULAS = {
     "bwt": "mean_{j<T} R[T][j] - R[j][j]",
     "fwt": "mean_{j>1} R[j-1][j] - R[0][j]",
     "gain_lost": "sum_{j<T} (R[j][j] - R[T][j]) / sum_{j<T} (R[j][j] - R[0][j])",
+    "intransigence": "mean_j R_single[j] - R[j][j]",
 }
 """What each number is. For a score of which lower is better, differences change sign and max is min.
 
 ACC, BWT, FWT: Lopez-Paz & Ranzato 2017 (GEM). Forgetting: Chaudhry et al. 2018, here with the base model among the
-earlier scores. Learning accuracy: Riemer et al. 2019.
+earlier scores. Learning accuracy: Riemer et al. 2019. Intransigence: Chaudhry et al. 2018, here against a model that
+was trained on domain j alone (method `single`), and the mean of all domains.
 """
 
 Matrix = Sequence[Sequence[float | None]]
@@ -77,9 +80,30 @@ def gain_lost_by_domain(R: Matrix, *, lower_is_better: bool = False) -> list[flo
     return result
 
 
-def summarize(R: Matrix, *, lower_is_better: bool = False) -> dict[str, Any]:
+def intransigence(R: Matrix, single: Matrix, *, lower_is_better: bool = False) -> float | None:
+    """mean_j R_single[j] − R[j][j]; None where no domain has both scores.
+
+    Args:
+        single: R of the bound that trains a model for each domain from the base; its diagonal counts.
+
+    Raises:
+        ValueError: of another number of domains.
+    """
+    domains = _check(R)
+    if _check(single) != domains:
+        raise ValueError(f"R and R_single must have as many domains; got {domains} and {len(single) - 1}")
+    sign = -1.0 if lower_is_better else 1.0
+    pairs = [(single[j + 1][j], R[j + 1][j]) for j in range(domains)]
+    return _mean([sign * (alone - learned) for alone, learned in pairs if None not in (alone, learned)])
+
+
+def summarize(R: Matrix, *, lower_is_better: bool = False, single: Matrix | None = None) -> dict[str, Any]:
     """The numbers of `FORMULAS` (None where none is defined: with one domain nothing can be forgotten), and
-    `forgetting_by_domain` and `gain_lost_by_domain`, lists of length T."""
+    `forgetting_by_domain` and `gain_lost_by_domain`, lists of length T.
+
+    Args:
+        single: see `intransigence`; None: it is not known.
+    """
     domains = _check(R)
     sign = -1.0 if lower_is_better else 1.0
     scored = [j for j in range(domains) if all(row[j] is not None for row in R)]
@@ -96,6 +120,7 @@ def summarize(R: Matrix, *, lower_is_better: bool = False) -> dict[str, Any]:
         "bwt": _mean([sign * (R[-1][j] - after[j]) for j in earlier]),
         "fwt": _mean([sign * (R[j][j] - R[0][j]) for j in scored if j > 0]),
         "gain_lost": lost / gained if gained > 0 else None,
+        "intransigence": None if single is None else intransigence(R, single, lower_is_better=lower_is_better),
         "forgetting_by_domain": forgotten,
         "gain_lost_by_domain": gain_lost_by_domain(R, lower_is_better=lower_is_better),
     }

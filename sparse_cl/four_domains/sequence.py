@@ -2,35 +2,43 @@
 
 from __future__ import annotations
 
+import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import torch
 import transformers
 from torch import nn
+from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from sparse_cl.methods import Method
 
 from .data import Domain
 from .encoding import EncodedRecords, pad
-from .evaluate import METRICS, evaluate_domain, text_bits_per_byte
+from .evaluate import drift_nats, evaluate_domain, text_bits_per_byte
+from .files import check_complete, complete
 from .memory import peak_memory_bytes, reset_peak_memory
+from .protection import Windows
 from .settings import Settings
 from .training import train
 
 PROBE_RECORDS = 128
 """Training records of a new domain that a method may look at before and after it."""
+DRIFT_WINDOWS = 16
+"""Windows of the reference text, its first ones, on which a model's distribution is compared with the base's."""
 
 
 class DomainBatches:
     """The first records of a domain as batches on a device; iterated over afresh each time."""
 
     def __init__(
-        self, encoded: EncodedRecords, batch_size: int, device: torch.device, records: int = PROBE_RECORDS
+        self, encoded: EncodedRecords | Windows, batch_size: int, device: torch.device, records: int = PROBE_RECORDS
     ) -> None:
         self.encoded, self.batch_size, self.device = encoded, batch_size, device
         self.records = min(records, len(encoded))
@@ -49,13 +57,24 @@ class DomainBatches:
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores after one stage: for each domain in order, a value of each of `METRICS`; and of the reference text."""
+    """Scores after one stage: for each domain in order, a value of each of `METRICS`; and of the reference text.
+
+    Attributes:
+        reference: bits per byte of the reference text; None: there is none.
+        drift: KL(base ‖ model) on the first `DRIFT_WINDOWS` windows of it, in nats a token.
+    """
 
     domains: list[dict[str, float | None]]
     reference: float | None
+    drift: float | None = None
 
     def to_json(self) -> dict[str, Any]:
-        return {"domains": self.domains, "reference": self.reference}
+        return dict(vars(self))
+
+
+def scores_in_all(settings: Settings, domains: int, reference: str | None) -> int:
+    """How often `score_all` ticks."""
+    return domains * len(settings.metrics) + 2 * (reference is not None)
 
 
 def score_all(
@@ -65,10 +84,16 @@ def score_all(
     reference: str | None,
     settings: Settings,
     *,
-    split: str = "test",
+    load_base: Callable[[], nn.Module] | None = None,
     tick: Callable[[], object] = lambda: None,
 ) -> Scores:
-    """Scores of the model on every domain and on the reference text; `tick` as in `evaluate_domain`."""
+    """Scores of the model on every domain and on the reference text.
+
+    Args:
+        load_base: a fresh base model, for the drift, which is None without it. It is loaded when it is needed and let
+            go: kept beside the model it would count in every method's memory.
+        tick: as in `evaluate_domain`.
+    """
     scores = [
         evaluate_domain(
             model,
@@ -76,16 +101,26 @@ def score_all(
             domain,
             max_length=settings.max_length,
             max_records=settings.eval_records,
-            split=split,
+            split=settings.split,
+            metrics=settings.metrics,
             tick=tick,
         )
         for domain in domains
     ]
-    text = None
+    text = drift = None
     if reference is not None:
-        text = text_bits_per_byte(model, tokenizer, reference, settings.max_length)
-        tick()
-    return Scores(scores, text)
+        was_training = model.training
+        model.eval()
+        try:
+            text = text_bits_per_byte(model, tokenizer, reference, settings.max_length)
+            tick()
+            if load_base is not None:
+                windows = Windows(tokenizer, reference, settings.max_length, DRIFT_WINDOWS)
+                drift = drift_nats(load_base().eval(), model, windows.windows)
+            tick()
+        finally:
+            model.train(was_training)
+    return Scores(scores, text, drift)
 
 
 def optimizer_state_bytes(optimizer: torch.optim.Optimizer) -> int:
@@ -104,11 +139,19 @@ def optimizer_state_bytes(optimizer: torch.optim.Optimizer) -> int:
 class Progress:
     """What a sequence has so far; `stages` starts with the base model's scores.
 
-    `domain_records` has, for each finished domain, its name and what the method reports on it (`Method.record`).
+    Attributes:
+        stages: Scores before the first domain and after each.
+        seconds: training and what the method does around it, scoring left out.
+        step_seconds: the median optimizer step of each trained domain; None: too few steps to say.
+        peak_memory_bytes: largest of any domain's training.
+        state_bytes: the optimizer's largest state.
+        losses: of training, as the Trainer logs them.
+        domain_records: for each trained domain, its name and what the method reports on it (`Method.record`).
     """
 
     stages: list[Scores]
     seconds: float = 0.0
+    step_seconds: list[float | None] = field(default_factory=list)
     peak_memory_bytes: int = 0
     state_bytes: int = 0
     losses: list[dict[str, Any]] | None = None
@@ -121,6 +164,14 @@ class Progress:
     def from_json(cls, data: dict[str, Any]) -> Progress:
         return cls(**{**data, "stages": [Scores(**stage) for stage in data["stages"]]})
 
+    def back_to(self, domains: Sequence[str]) -> None:
+        """Forget what came after these domains, the first ones of the sequence."""
+        self.stages = self.stages[: len(domains) + 1]
+        kept = [record["domain"] in domains for record in self.domain_records]
+        self.domain_records = [record for record, keep in zip(self.domain_records, kept, strict=True) if keep]
+        self.step_seconds = [seconds for seconds, keep in zip(self.step_seconds, kept, strict=True) if keep]
+        self.losses = [entry for entry in self.losses or [] if entry["domain"] in domains]
+
 
 def matrix(stages: Sequence[Scores], metric: str) -> list[list[float | None]]:
     """R of one metric, a row a stage."""
@@ -130,6 +181,92 @@ def matrix(stages: Sequence[Scores], metric: str) -> list[list[float | None]]:
 def stage_folder(folder: Path, number: int, domain: str) -> Path:
     """Where the model is saved after the `number`-th domain (from 1)."""
     return folder / f"{number}-{domain}"
+
+
+def finished_folders(folder: Path, domains: Sequence[str], steps: Sequence[int], progress: Progress) -> list[Path]:
+    """Folders of the finished domains that were trained, each checked to be whole.
+
+    Where one is absent `progress` goes back to before it: that domain and those after it are learned again.
+
+    Args:
+        folder: of the method.
+        domains: names, in order.
+        steps: of each domain; one of 0 steps has no folder.
+
+    Raises:
+        CheckpointError: a folder is there and not whole.
+    """
+    found = []
+    for number, (domain, count) in enumerate(zip(domains, steps, strict=True), 1):
+        path = stage_folder(folder, number, domain)
+        if number >= len(progress.stages) or not count:
+            continue
+        if not path.exists():
+            warnings.warn(f"{path} is absent; {folder.name} learns {domain} again", stacklevel=2)
+            progress.back_to(domains[: number - 1])
+            break
+        check_complete(path)
+        found.append(path)
+    return found
+
+
+class _Learner:
+    """Trains domain after domain; what each of them needs is held here."""
+
+    def __init__(
+        self, method: Method, datasets: Sequence[Dataset], tokenizer: Any, settings: Settings, folder: Path
+    ) -> None:
+        self.method, self.datasets, self.settings, self.folder = method, datasets, settings, folder
+        self.lr = settings.lr_of(method.name)
+        self.collator = transformers.DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100)
+
+    def learn(self, model: nn.Module, number: int, name: str, steps: int, progress: Progress, bar: tqdm) -> nn.Module:
+        """Train on the `number`-th domain (from 1), save, and bring all of `progress` but the scores up to date."""
+        method, settings = self.method, self.settings
+        batches = DomainBatches(self.datasets[number - 1], settings.batch_size, next(model.parameters()).device)
+        # An adapter is initialised here: it must not depend on what this process drew before.
+        transformers.set_seed(settings.seed)
+        model = method.before_domain(model, batches)
+        # Written aside and moved whole: a run that is killed leaves no half model in a domain's place.
+        building = self.folder / "unfinished"
+        processes = accelerate.PartialState()
+        if processes.is_main_process:
+            shutil.rmtree(building, ignore_errors=True)
+        processes.wait_for_everyone()
+        trainer = train(
+            model,
+            method.training_data(number - 1, self.datasets, settings.seed),
+            self.collator,
+            lambda m: method.make_optimizer(m, self.lr),
+            method.penalty,
+            folder=building,
+            steps=steps,
+            batch_size=settings.batch_size,
+            lr=self.lr,
+            seed=settings.seed,
+            bar=bar,
+            autocast=settings.autocast,
+        )
+        optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+        progress.state_bytes = max(progress.state_bytes, optimizer_state_bytes(optimizer))
+        method.after_domain(model, batches)
+        trainer.save_model()
+        # The Trainer pickles its arguments beside the weights; nothing here reads them, and pickles are unsafe.
+        (building / "training_args.bin").unlink(missing_ok=True)
+        # The Trainer may have made this state anew.
+        processes = accelerate.PartialState()
+        processes.wait_for_everyone()
+        if processes.is_main_process:
+            method.save(building)
+            complete(building, stage_folder(self.folder, number, name))
+        progress.domain_records.append({"domain": name, **method.record()})
+        progress.step_seconds.append(trainer.timer.median_seconds())
+        progress.losses = (progress.losses or []) + [
+            {"domain": name, "step": entry["step"], "loss": float(entry["loss"])}
+            for entry in trainer.state.log_history
+            if "loss" in entry
+        ]
+        return model
 
 
 def run_sequence(
@@ -143,72 +280,54 @@ def run_sequence(
     progress: Progress,
     on_stage: Callable[[Progress], None] = lambda progress: None,
     *,
-    split: str = "test",
+    protected: str | None = None,
+    load_base: Callable[[], nn.Module] | None = None,
 ) -> nn.Module:
     """Learn the domains that `progress` has not yet, and return the model.
+
+    A domain that was trained and not scored when the run ended is trained again: then the model that is scored is
+    the one that was trained, whatever a method's `restore` makes of it.
 
     Args:
         base: the untouched base model; it is trained in place.
         folder: of this method; the model after each domain is saved in `stage_folder`.
         progress: with the base's scores at least; it is brought up to date after each domain, then `on_stage` is
             called with it.
-        split: what is scored: "test", or "validation" to choose settings.
+        protected: text that the method is given to protect, if it protects.
+        load_base: see `score_all`.
+
+    Raises:
+        CheckpointError: the folder of a finished domain is not whole.
     """
+    steps = [method.steps(settings.steps, number, len(domains)) for number in range(len(domains))]
+    finished = finished_folders(folder, [domain.name for domain in domains], steps, progress)
     done = len(progress.stages) - 1
-    finished = [stage_folder(folder, number, domain.name) for number, domain in enumerate(domains[:done], 1)]
-    model = method.restore(base, finished) if finished else base
-    lr = settings.lr_of(method.name)
-    collator = transformers.DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100)
-    evaluations = len(domains) * len(METRICS) + (reference is not None)
-    reset_peak_memory()
-    total = (settings.steps + evaluations) * (len(domains) - done)
     datasets = [EncodedRecords(domain.train, tokenizer, settings.max_length) for domain in domains]
-    with tqdm(total=total, mininterval=0.5) as bar:
+    learner = _Learner(method, datasets, tokenizer, settings, folder)
+    if finished:
+        model = method.restore(base, finished)
+    else:
+        model = base
+        if protected is not None and method.protects:
+            transformers.set_seed(settings.seed)
+            windows = Windows(tokenizer, protected, settings.max_length)
+            method.protect(model, DomainBatches(windows, settings.batch_size, next(model.parameters()).device))
+    scoring = scores_in_all(settings, len(domains), reference)
+    with tqdm(total=sum(steps[done:]) + scoring * sum(map(bool, steps[done:])), mininterval=0.5) as bar:
         for number, domain in enumerate(domains[done:], done + 1):
-            steps = method.steps(settings.steps, number - 1, len(domains))
-            if not steps:
+            if not steps[number - 1]:
                 progress.stages.append(progress.stages[-1])
                 on_stage(progress)
                 continue
+            reset_peak_memory()
             start = time.perf_counter()
             bar.set_description(f"{method.name}: learning {domain.name} ({number}/{len(domains)})")
-            encoded = datasets[number - 1]
-            batches = DomainBatches(encoded, settings.batch_size, next(model.parameters()).device)
-            # An adapter is initialised here: it must not depend on what this process drew before.
-            transformers.set_seed(settings.seed)
-            model = method.before_domain(model, batches)
-            trainer = train(
-                model,
-                method.training_data(number - 1, datasets, settings.seed),
-                collator,
-                lambda m: method.make_optimizer(m, lr),
-                method.penalty,
-                folder=stage_folder(folder, number, domain.name),
-                steps=steps,
-                batch_size=settings.batch_size,
-                lr=lr,
-                seed=settings.seed,
-                bar=bar,
-            )
-            optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
-            progress.state_bytes = max(progress.state_bytes, optimizer_state_bytes(optimizer))
-            method.after_domain(model, batches)
-            trainer.save_model()
-            # The Trainer pickles its arguments beside the weights; nothing here reads them, and pickles are unsafe.
-            (Path(trainer.args.output_dir) / "training_args.bin").unlink(missing_ok=True)
-            if trainer.is_world_process_zero():
-                method.save(stage_folder(folder, number, domain.name))
-            progress.domain_records.append({"domain": domain.name, **method.record()})
-            progress.losses = (progress.losses or []) + [
-                {"domain": domain.name, "step": entry["step"], "loss": float(entry["loss"])}
-                for entry in trainer.state.log_history
-                if "loss" in entry
-            ]
+            model = learner.learn(model, number, domain.name, steps[number - 1], progress, bar)
             progress.seconds += time.perf_counter() - start
+            progress.peak_memory_bytes = max(progress.peak_memory_bytes, peak_memory_bytes())
             bar.set_description(f"{method.name}: scoring after {domain.name}")
             progress.stages.append(
-                score_all(model, tokenizer, domains, reference, settings, split=split, tick=bar.update)
+                score_all(model, tokenizer, domains, reference, settings, load_base=load_base, tick=bar.update)
             )
-            progress.peak_memory_bytes = max(progress.peak_memory_bytes, peak_memory_bytes())
             on_stage(progress)
     return model

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,6 +52,43 @@ class OwnOptimizerTrainer(transformers.Trainer):
         return super()._clip_grad_norm(model)
 
 
+class StepTimer(transformers.TrainerCallback):
+    """Times each optimizer step: forward, backward, clipping and update, without loading the batch.
+
+    On a GPU by events in its stream, which are read when training is over, so that no step waits.
+    """
+
+    WARM_UP = 2
+    """First steps that are left out: they allocate."""
+
+    def __init__(self) -> None:
+        self._marks: list[tuple[Any, Any]] = []
+        self._start: Any = None
+
+    @staticmethod
+    def _now() -> Any:
+        if not torch.cuda.is_available():
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._start = self._now()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._marks.append((self._start, self._now()))
+
+    def median_seconds(self) -> float | None:
+        """The median step in seconds; None where there were no more than `WARM_UP`."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+            seconds = [start.elapsed_time(end) / 1000 for start, end in self._marks[self.WARM_UP :]]
+        else:
+            seconds = [end - start for start, end in self._marks[self.WARM_UP :]]
+        return statistics.median(seconds) if seconds else None
+
+
 class _Bar(transformers.TrainerCallback):
     def __init__(self, bar: tqdm) -> None:
         self.bar = bar
@@ -75,9 +114,10 @@ def train(
     lr: float,
     seed: int,
     bar: tqdm,
+    autocast: str | None = None,
     **arguments: Any,
-) -> transformers.Trainer:
-    """Train `model` in place and return the Trainer, whose `state.log_history` has the losses.
+) -> OwnOptimizerTrainer:
+    """Train `model` in place and return the Trainer, whose `state.log_history` has the losses, `timer` the step time.
 
     The order of the data depends on `seed` and the data set's length alone, so it is the same for every method.
     The learning rate rises over the first tenth of the steps and falls linearly to 0; gradients are clipped to
@@ -92,6 +132,8 @@ def train(
         batch_size: per device.
         lr: peak learning rate; the optimizer must have been given the same.
         bar: moved by one for every step.
+        autocast: "bf16": forward and backward under autocast; the weights and the optimizer keep their dtype, and the
+            model is returned without autocast.
         arguments: further `transformers.TrainingArguments`, which go before those chosen here.
     """
     chosen = {
@@ -109,16 +151,24 @@ def train(
         "disable_tqdm": True,
         "remove_unused_columns": False,
         "dataloader_pin_memory": torch.cuda.is_available(),
+        "bf16": autocast == "bf16",
+        # transformers refuses autocast on the CPU unless it is told that the CPU is meant.
+        "use_cpu": autocast is not None and next(model.parameters()).device.type == "cpu",
     }
+    timer = StepTimer()
     trainer = OwnOptimizerTrainer(
         model=model,
         args=transformers.TrainingArguments(output_dir=str(folder), **{**chosen, **arguments}),
         train_dataset=dataset,
         data_collator=collator,
-        callbacks=[_Bar(bar)],
+        callbacks=[_Bar(bar), timer],
         make_optimizer=make_optimizer,
         penalty=penalty,
     )
     trainer.remove_callback(transformers.PrinterCallback)
+    trainer.timer = timer
     trainer.train()
+    if autocast:
+        # accelerate has put autocast into the model's forward, where it would stay for scoring and for probes.
+        trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     return trainer

@@ -88,7 +88,7 @@ def _plan(arguments: argparse.Namespace) -> None:
     )
     # transformers takes seconds to import: not for --help or a mistyped option.
     from sparse_cl.four_domains.experiment import quiet
-    from sparse_cl.four_domains.report import write_json
+    from sparse_cl.four_domains.files import write_json
 
     from .activations import weight_dtype
     from .cost import Workload, cost

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from sparse_cl import storage
 from sparse_cl.four_domains.data import load_domains
 from sparse_cl.four_domains.experiment import load_model, quiet
-from sparse_cl.four_domains.report import write_json
+from sparse_cl.four_domains.files import write_json
 from sparse_cl.four_domains.sequence import DomainBatches
 from sparse_cl.probes.activation import ActivationProbe
 from sparse_cl.probes.connectivity import connectivity

@@ -13,7 +13,7 @@ from sparse_cl import storage
 from sparse_cl.four_domains.data import Domain, load_domains
 from sparse_cl.four_domains.embedded_model import embedded_model_folder
 from sparse_cl.four_domains.experiment import load_model, quiet, versions
-from sparse_cl.four_domains.report import write_json
+from sparse_cl.four_domains.files import write_json
 
 from .batches import domain_batches
 from .html import write_report

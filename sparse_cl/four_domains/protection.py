@@ -1,0 +1,76 @@
+"""The text whose knowledge methods that protect are to keep (`--protect`)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from . import embedded
+from .data import DataError
+
+EMBEDDED = "embedded"
+WINDOWS = 128
+"""Windows of the text that a method is given."""
+_SEED, _LINES = 1, 4000
+_BYTES_A_TOKEN = 16
+"""More than a token of text has, so that reading this many is enough and a long file is not read whole."""
+
+
+class Windows(Dataset):
+    """A text in windows of tokens that do not overlap; items as those of `EncodedRecords`, every token a label.
+
+    Args:
+        tokenizer: of `transformers`.
+        max_length: tokens a window; what is left at the end is dropped, unless it is all there is.
+        windows: the most there are, from the beginning.
+
+    Raises:
+        ValueError: fewer than two tokens.
+    """
+
+    def __init__(self, tokenizer: Any, text: str, max_length: int, windows: int = WINDOWS) -> None:
+        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if len(ids) < 2:
+            raise ValueError(f"the text is too short: {len(ids)} tokens, need at least 2")
+        starts = range(0, max(1, len(ids) - max_length + 1), max_length)[:windows]
+        self.windows = [ids[start : start + max_length] for start in starts]
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        ids = self.windows[index]
+        return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": ids}
+
+
+def text_to_protect(path: str | None, reference: str | None, scored: str | None, max_length: int) -> str | None:
+    """The text to protect, or None where none is asked for.
+
+    Args:
+        path: a file of plain text, or "embedded": text of the embedded model's pretraining distribution, without the
+            lines of the embedded text that is scored.
+        reference: path of the text that is scored, if it is a file.
+        scored: the text that is scored.
+
+    Raises:
+        DataError: the file is the one that is scored, holds the same text, or cannot be read.
+    """
+    if path is None:
+        return None
+    if path == EMBEDDED:
+        held_out = set(embedded.reference_text().splitlines())
+        return "\n".join(line for line in embedded.reference_text(_SEED, _LINES).splitlines() if line not in held_out)
+    if reference is not None and Path(path).resolve() == Path(reference).resolve():
+        raise DataError(f"--protect {path}: this is the text that --reference scores; protect another one")
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read(WINDOWS * max_length * _BYTES_A_TOKEN)
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"--protect {path}: cannot be read as UTF-8 text: {error}") from error
+    if not text.strip():
+        raise DataError(f"--protect {path}: the file is empty")
+    if scored is not None and (text.startswith(scored) or scored.startswith(text)):
+        raise DataError(f"--protect {path}: it begins with the text that is scored; protect another one")
+    return text
