@@ -35,9 +35,9 @@ def gains_of(usage: Tensor, closed: float, sharpness: float) -> Tensor:
     Returns:
         (neurons,) float32 in [0, 1], falling with usage.
     """
-    gain = (1 + usage.double()).pow(-sharpness)
-    count = round(closed * len(usage))
-    return gain.index_fill(0, usage.topk(count).indices, 0).float()
+    # However sharp, no gain but a hub's is rounded to 0.
+    gain = (1 + usage.double()).pow(-sharpness).float().clamp(min=torch.finfo(torch.float32).tiny)
+    return gain.index_fill(0, usage.topk(round(closed * len(usage))).indices, 0)
 
 
 class SelectiveWrite(Method):
