@@ -8,6 +8,7 @@ import transformers
 from method_cases import domain, learn, weights
 
 from sparse_cl.methods import OrthogonalMasked, SparseMasked
+from sparse_cl.nn import restore
 
 
 @pytest.mark.parametrize("energy", [0.6, 0.8])
@@ -17,10 +18,8 @@ def test_updates_keep_out_of_old_directions_and_out_of_other_neurons(tiny_llama,
     bases = {name: method.memory.basis(name).double() for name in method.memory.names}
     before = weights(model)
     chosen = SparseMasked(fraction=0.5)
-    flags = [p.requires_grad for p in model.parameters()]
     chosen.before_domain(model, domain(1))
-    for p, flag in zip(model.parameters(), flags, strict=True):
-        p.requires_grad_(flag)
+    restore(model)
     model = learn(method, model, domain(1), steps=50)
     record = method.record()["layers"]
     moved = 0

@@ -5,6 +5,7 @@ import torch
 import transformers
 
 from sparse_cl.methods import SparseMasked
+from sparse_cl.nn import ActiveLinear
 from sparse_cl.probes.parts import find_mlps, is_transposed
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 50}
@@ -59,11 +60,18 @@ def test_training_changes_the_planted_neurons_and_nothing_else(model):
     method = SparseMasked(fraction=3 / 24)
     method.before_domain(model, BATCHES)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    active = [layer for layer in model.modules() if isinstance(layer, ActiveLinear)]
+    assert all(layer.weight.grad is None and not layer.weight.requires_grad for layer in active)
     optimizer = method.make_optimizer(model, lr=1e-2)
     for _ in range(3):
         model(**BATCHES[0]).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+    method.after_domain(model, BATCHES)
+    assert not any(isinstance(layer, ActiveLinear) for layer in model.modules())
+    linear = [layer for mlp in find_mlps(model) for layer in (*mlp.into.values(), mlp.out)]
+    biased = [layer for mlp in find_mlps(model) for layer in mlp.into.values() if layer.bias is not None]
+    assert {*active} == {layer for layer in linear if not is_transposed(layer) and layer not in biased}
     changed = {name: p.detach() != before[name] for name, p in model.named_parameters()}
 
     neurons = torch.zeros(24, dtype=torch.bool)

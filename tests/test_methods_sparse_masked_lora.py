@@ -8,6 +8,7 @@ import transformers
 from method_cases import domain, learn, logits, weights
 
 from sparse_cl.methods import SparseMasked, SparseMaskedLoRA
+from sparse_cl.nn import restore
 from sparse_cl.probes.parts import find_mlps, is_transposed
 
 GLU = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 300, "pad_token_id": 0}
@@ -28,10 +29,8 @@ def test_the_change_of_every_matrix_is_zero_outside_the_neurons_and_not_inside(f
         plain = model.merge_and_unload() if number else model
         before = weights(plain)
         mlps = find_mlps(plain)
-        flags = [p.requires_grad for p in plain.parameters()]
         reference.before_domain(plain, domain(number))
-        for p, flag in zip(plain.parameters(), flags, strict=True):
-            p.requires_grad_(flag)
+        restore(plain)
         model = learn(method, plain, domain(number))
         seen = logits(model, domain(number))
         opened = method.account.opened

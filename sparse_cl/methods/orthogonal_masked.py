@@ -10,12 +10,13 @@ import torch
 from torch import nn
 
 from sparse_cl.masks import ColumnMask, RowMask
+from sparse_cl.nn import restore
 from sparse_cl.optim import SubspaceProjectedAdamW
 
 from .base import Batch
 from .neuron_account import NeuronAccount
+from .neurons import check_fraction, chosen, masks_of, most_active, train_only, trained
 from .orthogonal import Orthogonal, _told_already
-from .sparse_masked import check_fraction, chosen, masks_of, most_active
 
 
 class OrthogonalMasked(Orthogonal):
@@ -54,20 +55,20 @@ class OrthogonalMasked(Orthogonal):
         super().check(model)
 
     def before_domain(self, model: nn.Module, batches: Iterable[Batch]) -> nn.Module:
+        restore(model)  # of a domain that was left half learned
         model = super().before_domain(model, batches)
         opened = chosen(model, most_active(model, batches, self.fraction))
         self.account.begin(self.name, model, batches, opened)
         self.masks = masks_of(model, opened)
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in self.masks)
+        train_only(model, self.masks)
         return model
 
     def make_optimizer(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
-        trained = [(name, p) for name, p in model.named_parameters() if name in self.masks]
         with _told_already():
-            return SubspaceProjectedAdamW(trained, lr=lr, masks=self.masks, memory=self.memory)
+            return SubspaceProjectedAdamW(**trained(model, self.masks), lr=lr, memory=self.memory)
 
     def after_domain(self, model: nn.Module, batches: Iterable[Batch]) -> None:
+        restore(model)
         self.account.end(self.account.opened)
         super().after_domain(model, batches)
 

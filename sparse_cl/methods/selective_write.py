@@ -18,7 +18,7 @@ from sparse_cl.probes.parts import find_mlps
 
 from .base import Batch, Method
 from .neuron_account import NeuronAccount
-from .sparse_masked import masks_of
+from .neurons import masks_of
 
 _FILE = "usage.safetensors"
 

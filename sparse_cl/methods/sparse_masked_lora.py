@@ -16,8 +16,8 @@ from sparse_cl.probes.parts import MLP, find_mlps
 from .base import Batch, Method
 from .lora import ALPHA, RANK, add_adapter, merged
 from .neuron_account import NeuronAccount
+from .neurons import check_fraction, chosen, most_active
 from .options import check_at_least
-from .sparse_masked import check_fraction, chosen, most_active
 
 
 class SparseMaskedLoRA(Method):

@@ -1,0 +1,84 @@
+"""Neurons as methods take them: chosen by their activation, as masks of weights, and trained alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparse_cl.masks import ColumnMask, RowMask
+from sparse_cl.nn import activate
+from sparse_cl.probes.activation import ActivationProbe
+from sparse_cl.probes.neuron_masks import neuron_count, neuron_masks, places, top_neurons
+from sparse_cl.probes.parts import find_mlps
+
+from .base import Batch
+
+
+def check_fraction(fraction: float) -> None:
+    """Errors as those of `neuron_count`."""
+    neuron_count(fraction, 1)
+
+
+def most_active(model: nn.Module, batches: Iterable[Batch], fraction: float) -> dict[str, Tensor]:
+    """MLP → its most active neurons (k,) int64, ascending, by mean |activation| over all tokens that are attended to.
+
+    Raises:
+        ValueError: as `ActivationProbe`, `stream` and `neuron_count`.
+    """
+    means = ActivationProbe(model, tokens="all").run(batches).mean()
+    return {layer: top_neurons(mean, fraction) for layer, mean in means.items()}
+
+
+def masks_of(model: nn.Module, gains: Mapping[str, Tensor]) -> dict[str, RowMask | ColumnMask]:
+    """Masks of the weights of neurons whose gain is above 0: parameter name → mask.
+
+    Args:
+        gains: MLP → (neurons,): bool for masks without gain.
+    """
+    masks: dict[str, RowMask | ColumnMask] = {}
+    for mlp in find_mlps(model):
+        gain = gains[mlp.name]
+        opened = gain.nonzero().flatten()
+        masks |= neuron_masks(places(mlp), opened, None if gain.dtype == torch.bool else gain[opened])
+    return masks
+
+
+def chosen(model: nn.Module, neurons: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """MLP → (neurons,) bool, true for the given indices."""
+    return {
+        mlp.name: torch.zeros(mlp.neurons, dtype=torch.bool).index_fill(0, neurons[mlp.name].cpu(), True)
+        for mlp in find_mlps(model)
+    }
+
+
+def train_only(model: nn.Module, masks: Mapping[str, RowMask | ColumnMask]) -> None:
+    """Freezes all but the masked entries, in place, until `sparse_cl.nn.restore`.
+
+    Linear layers without a masked bias compute the gradient of their masked entries alone (`ActiveLinear`). What else
+    is masked gets a whole one, and needs its mask in the optimizer (`trained`).
+    """
+    linear = {name: mask for name, mask in masks.items() if _can_be_active(model, name, masks)}
+    if linear:
+        activate(model, linear)
+    for name, parameter in model.named_parameters():
+        if name in linear or name not in masks:
+            parameter.requires_grad_(name.endswith(".active") and f"{name.removesuffix('.active')}.weight" in linear)
+        else:
+            parameter.requires_grad_(True)
+
+
+def trained(model: nn.Module, masks: Mapping[str, RowMask | ColumnMask]) -> dict[str, Any]:
+    """Arguments `params` and `masks` of an optimizer, after `train_only`."""
+    params = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    return {"params": params, "masks": {name: masks[name] for name, _ in params if name in masks}}
+
+
+def _can_be_active(model: nn.Module, name: str, masks: Mapping[str, Any]) -> bool:
+    """Whether a parameter is the weight of an ordinary linear layer whose bias, which would be frozen, has no mask."""
+    path, _, own = name.rpartition(".")
+    layer = model.get_submodule(path)
+    plain = type(layer) is nn.Linear and "forward" not in vars(layer)
+    return own == "weight" and plain and f"{path}.bias" not in masks
