@@ -100,9 +100,9 @@ class CurvatureProjection(Projection):
         with full_precision(update.device):
             taken = self._leading(matrix).mul_(self.protection())
             if self._row_basis is not None:
-                taken = self._row_basis @ taken
+                taken = self._row_basis.to(taken.dtype) @ taken
             if self._column_basis is not None:
-                matrix.addmm_(taken, self._column_basis.mT, alpha=-1)
+                matrix.addmm_(taken, self._column_basis.mT.to(taken.dtype), alpha=-1)
             else:
                 matrix.sub_(taken)
 

@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 
 #: Halvings of the bracket, in log scale, in which a threshold is looked for: it starts below 2^11 wide.
-_HALVINGS = 70
+_HALVINGS = 60
+
+#: How far below the last product that is to be above it a threshold stays, so that float32 can tell.
+_MARGIN = 1e-6
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ class Kronecker:
 
 
 def threshold_of(curvatures: Sequence[Kronecker], energy: float) -> float:
-    """The largest τ (to 1e-15) such that the products λ_S λ_A above τ have at least `energy` of their sum.
+    """The largest τ, to 1e-6, such that the products λ_S λ_A above τ have at least `energy` of their sum.
 
     A share of the curvature's mass has no scale, so that it means the same for every model and loss. For several
     parameters together it takes the directions that matter most wherever they are.
@@ -109,4 +112,4 @@ def threshold_of(curvatures: Sequence[Kronecker], energy: float) -> float:
             low = middle
         else:
             high = middle
-    return low
+    return low * (1 - _MARGIN)
