@@ -42,10 +42,7 @@ def losses(model, inputs, autocast=None, checkpointing=None, factor=1.0):
     """Accumulates the gradients of several batches."""
     for x in inputs:
         with torch.autocast("cpu", autocast, enabled=autocast is not None):
-            if checkpointing is None:
-                y = model(x)
-            else:
-                y = checkpoint(model, x, use_reentrant=checkpointing)
+            y = model(x) if checkpointing is None else checkpoint(model, x, use_reentrant=checkpointing)
             (y.float().square().mean() * factor).backward()
 
 
@@ -242,5 +239,5 @@ def test_moving_and_copying_take_the_leaf_along(tmp_path):
             changed = other[i].weight != before[f"{i}.weight"]
             assert torch.equal(changed, mask.to_dense())
             assert torch.equal(part(mask, other[i].weight), other[i].active)
-    for (name, value), (_, given) in zip(model.named_parameters(), active_mlp().named_parameters(), strict=True):
-        assert torch.equal(value, given), name
+    for (name, value), (_, untouched) in zip(model.named_parameters(), active_mlp().named_parameters(), strict=True):
+        assert torch.equal(value, untouched), name
