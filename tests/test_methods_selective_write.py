@@ -85,6 +85,7 @@ def test_what_belongs_to_no_neuron_has_its_own_gain(tiny_llama):
         torch.testing.assert_close(moved[0.25][name], scale * moved[1.0][name], rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:.*use all but:UserWarning")
 def test_usage_is_the_mean_over_the_protected_text_and_the_domains(tiny_llama):
     method, scores = SelectiveWrite(closed=0.25), []
     method.protect(tiny_llama, domain(3))
