@@ -86,7 +86,7 @@ def test_soft_lies_between_adamw_and_hard(tiny_llama):
     for method in (AdamW(), Curvature("soft", 0.3), Curvature("soft", 0.9), Curvature("hard", 0.9)):
         model = copy_of(tiny_llama)
         observer = Curvature("hard", 0.9)
-        observer._observe(model, domain(0))
+        observer.protect(model, domain(0))
         if isinstance(method, Curvature):
             method.protect(model, domain(0))
         before = weights(model)

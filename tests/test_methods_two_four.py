@@ -71,6 +71,7 @@ def test_of_equal_weights_the_first_are_locked(tiny_llama):
     assert torch.equal(dense.view(-1, 4), torch.tensor([True, True, False, False]).expand(dense.numel() // 4, 4))
 
 
+@pytest.mark.filterwarnings("ignore:two-four. the free track")
 @pytest.mark.parametrize("score", ["wanda", "fisher"])
 def test_the_locked_track_is_locked_and_computes_the_same_for_good(tiny_llama, score):
     method = TwoFour(score)
