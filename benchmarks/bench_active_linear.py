@@ -1,4 +1,4 @@
-"""A whole training step with ActiveLinear beside full AdamW, LoRA and SHiRA: time and memory, on the CPU or a GPU.
+"""A whole training step with ActiveLinear beside full AdamW, LoRA and SHiRA: time and memory, on the CPU.
 
     python benchmarks/bench_active_linear.py --json results.json
 
@@ -21,6 +21,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -47,16 +48,18 @@ class Shape:
     tokens: int = 256
 
 
-def llama(hidden: int, neurons: int, layers: int, heads: int, vocabulary: int) -> LlamaConfig:
+def llama(
+    hidden: int, neurons: int, layers: int, heads: int, vocabulary: int, key_heads: int | None = None, tied: bool = True
+) -> LlamaConfig:
     return LlamaConfig(
         hidden_size=hidden,
         intermediate_size=neurons,
         num_hidden_layers=layers,
         num_attention_heads=heads,
-        num_key_value_heads=heads,
+        num_key_value_heads=key_heads or heads,
         vocab_size=vocabulary,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
+        max_position_embeddings=4096,
+        tie_word_embeddings=tied,
     )
 
 
@@ -134,8 +137,10 @@ def trained_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def make_contenders(base: nn.Module, device: str = "cpu", autocast: bool = True) -> dict[str, Callable[[], Contender]]:
-    """Ways to make each contender from a copy of ``base``."""
+def make_contenders(
+    base: nn.Module, fresh: Callable[[], nn.Module], device: str = "cpu", autocast: bool = True
+) -> dict[str, Callable[[], Contender]]:
+    """Ways to make each contender from a model that ``fresh`` gives, of the shapes of ``base``."""
     from peft import LoraConfig, ShiraConfig, get_peft_model
 
     def contender(model: nn.Module, optimizer: type, **options) -> Contender:
@@ -149,15 +154,15 @@ def make_contenders(base: nn.Module, device: str = "cpu", autocast: bool = True)
     rank = rank_for(base, sum(mask.numel for mask in masks.values()))
 
     def ours() -> Contender:
-        model = copy.deepcopy(base)
+        model = fresh()
         activate(model, masks)
         return contender(model, SparseMaskedAdamW)
 
     def adapted(config) -> Contender:
-        return contender(get_peft_model(copy.deepcopy(base), config), torch.optim.AdamW, fused=True)
+        return contender(get_peft_model(fresh(), config), torch.optim.AdamW, fused=True)
 
     return {
-        "full AdamW": lambda: contender(copy.deepcopy(base), torch.optim.AdamW, fused=True),
+        "full AdamW": lambda: contender(fresh(), torch.optim.AdamW, fused=True),
         "LoRA": lambda: adapted(LoraConfig(r=rank, lora_alpha=rank, target_modules=MLP)),
         "ours": ours,
         "SHiRA": lambda: adapted(ShiraConfig(r=rank, target_modules=MLP)),
@@ -182,7 +187,7 @@ def compare(shape: Shape, seconds: float, now: Callable[[], float] = time.perf_c
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(shape.config, dtype=torch.float32)
     ids = torch.randint(shape.config.vocab_size, (shape.batch, shape.tokens))
-    contenders = {name: make() for name, make in make_contenders(base).items()}
+    contenders = {name: make() for name, make in make_contenders(base, partial(copy.deepcopy, base)).items()}
     result = {
         "parameters": sum(p.numel() for p in base.parameters()),
         "tokens": ids.numel(),

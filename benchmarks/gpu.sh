@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Builds for the GPU of this machine, runs every CUDA test, checks memory accesses and races, and times the kernels.
-# Writes logs, gpu.json, gpu_projector.json and gpu_probes.json to $OUT (default out/gpu). Each phase has a limit of its
-# own; all end within 9 minutes.
+# Writes logs, gpu.json, gpu_projector.json, gpu_probes.json and gpu_active_linear.json to $OUT (default out/gpu). Each
+# phase has a limit of its own; all end within 9 minutes.
 set -u
 cd "$(dirname "$0")/.."
 OUT=$(mkdir -p "${OUT:-out/gpu}" && cd "${OUT:-out/gpu}" && pwd)
@@ -39,14 +39,15 @@ export -f sanitize
 
 small='agrees and (fp32-plain or bf16-plain or bf16-misaligned or fp32-entry) or without_active'
 small="$small or orthonormal and (odd or duplicates or past_shared)"
-phase build 110 bash -c build
-phase tests 100 "$PYTHON" -m pytest -q -rs -p no:cacheprovider tests -k "cuda and not emulated and not cuda_build"
-phase benchmark 90 "$PYTHON" benchmarks/gpu_masked_adamw.py --out "$OUT/gpu.json"
-phase projector 70 "$PYTHON" benchmarks/gpu_orthonormalize.py --out "$OUT/gpu_projector.json"
-phase probes 50 "$PYTHON" benchmarks/gpu_probes.py --out "$OUT/gpu_probes.json"
-phase memcheck 60 bash -c "sanitize memcheck '$small'"
-phase racecheck 60 bash -c "sanitize racecheck '$small'"
+phase build 105 bash -c build
+phase tests 90 "$PYTHON" -m pytest -q -rs -p no:cacheprovider tests -k "cuda and not emulated and not cuda_build"
+phase benchmark 75 "$PYTHON" benchmarks/gpu_masked_adamw.py --out "$OUT/gpu.json"
+phase projector 60 "$PYTHON" benchmarks/gpu_orthonormalize.py --out "$OUT/gpu_projector.json"
+phase probes 45 "$PYTHON" benchmarks/gpu_probes.py --out "$OUT/gpu_probes.json"
+phase active 65 "$PYTHON" benchmarks/gpu_active_linear.py --out "$OUT/gpu_active_linear.json"
+phase memcheck 50 bash -c "sanitize memcheck '$small'"
+phase racecheck 50 bash -c "sanitize racecheck '$small'"
 
-sed -n '/^device:/,$p' "$OUT/benchmark.log" "$OUT/projector.log" "$OUT/probes.log"
+sed -n '/^device:/,$p' "$OUT/benchmark.log" "$OUT/projector.log" "$OUT/probes.log" "$OUT/active.log"
 printf '%s\n' "${summary[@]}" | tee "$OUT/summary.txt"
 exit $failed
