@@ -17,6 +17,7 @@ from .orthogonal_masked import OrthogonalMasked
 from .osf import OSF
 from .replay import Replay1, Replay5
 from .selective_write import SelectiveWrite
+from .soft_orthogonal import SoftOrthogonal
 from .sparse_masked import SparseMasked
 from .sparse_masked_lora import SparseMaskedLoRA
 from .two_four import TwoFour
@@ -43,6 +44,7 @@ METHODS: dict[str, type[Method]] = {
         Orthogonal,
         OrthogonalLoRA,
         OrthogonalMasked,
+        SoftOrthogonal,
         TwoFour,
         Curvature,
     )
@@ -71,6 +73,7 @@ __all__ = [
     "Replay5",
     "SelectiveWrite",
     "Single",
+    "SoftOrthogonal",
     "SparseMasked",
     "SparseMaskedLoRA",
     "TwoFour",

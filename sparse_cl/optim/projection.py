@@ -19,17 +19,39 @@ _DONE = 1e-13
 
 
 class Projection(ABC):
-    """Makes updates of one parameter orthogonal to a subspace.
+    """Takes out of the updates of one parameter what would reach into what is protected.
 
     Attributes:
         free: whether it leaves anything; if not, the parameter is not updated.
+        turn: orthogonal (n, n), or None. Where there is one, AdamW steps W Q with the gradient G Q, so that its
+            moments are those of the directions in the columns of Q, and `apply_` is given an update in these
+            coordinates.
     """
 
     free: bool
+    turn: Tensor | None = None
 
     @abstractmethod
     def apply_(self, update: Tensor) -> None:
-        """Projects an update in the mask's compact shape, in place."""
+        """Replaces an update, in the mask's compact shape, by what is left of it in the parameter's coordinates."""
+
+
+class WholeProjection(Projection):
+    """Of whole parameters, without a mask.
+
+    Attributes:
+        any: whether it takes anything; if not, the step is plain AdamW's.
+        expected: the shapes that it fits, in words.
+        device: where it is.
+    """
+
+    any: bool
+    expected: str
+    device: torch.device
+
+    @abstractmethod
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        """Whether it is for a parameter of this shape."""
 
 
 class RowsProjection(Projection):

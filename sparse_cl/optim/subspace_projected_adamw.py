@@ -16,6 +16,7 @@ from sparse_cl.optim.projection import Projection, make_projection
 from sparse_cl.optim.sparse_masked_adamw import Plan, SparseMaskedAdamW
 from sparse_cl.optim.state import ParameterState, compact, step_counts, write_compact
 from sparse_cl.reference import random_bits, stochastic_round
+from sparse_cl.reference.precision import full_precision
 from sparse_cl.subspace import Subspace, SubspaceMemory
 
 Bases = Mapping[Tensor | str, Subspace | Tensor]
@@ -256,9 +257,18 @@ class SubspaceProjectedAdamW(SparseMaskedAdamW):
         if projection is None:
             return super()._apply(group, plan, grads, grad_scale, found_inf)
         packed = self._packed[plan.own[0]]
-        old = _weights(param, packed).clone()
-        super()._apply(group, plan, grads, grad_scale, found_inf)
-        new = _weights(param, packed).sub_(old)
+        start = old = _weights(param, packed).clone()
+        if projection.turn is not None:
+            with full_precision(param.device):
+                start = old @ projection.turn
+                grads = [grads[0].to(old.dtype) @ projection.turn]
+            _weights(param, packed).copy_(start)
+        try:
+            super()._apply(group, plan, grads, grad_scale, found_inf)
+        except RuntimeError:
+            _weights(param, packed).copy_(old)
+            raise
+        new = _weights(param, packed).sub_(start)
         projection.apply_(new)
         _write(param, packed, new.add_(old))
 

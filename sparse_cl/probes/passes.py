@@ -44,7 +44,7 @@ class Watch:
 def stream(model: nn.Module, watches: Sequence[Watch], batches: Iterable[Batch], *, tokens: str = "answers") -> int:
     """Runs the model on every batch, in evaluation mode and without gradients, and returns how many tokens counted.
 
-    A language model computes no logits but each sequence's last: what is watched does not depend on them.
+    A language model computes no logits but each sequence's last, unless its head is watched.
 
     Raises:
         ValueError: no batch, or none with a token that counts; activations that are not finite; a watched module that
@@ -54,6 +54,8 @@ def stream(model: nn.Module, watches: Sequence[Watch], batches: Iterable[Batch],
         raise ValueError(f"tokens: expected one of {', '.join(TOKENS)}, got {tokens!r}")
     kept = number = sequences = 0
     rows = _Rows()
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    logits = any(watch.module is head for watch in watches)
     with ExitStack() as stack:
         stack.enter_context(evaluation(model))
         stack.enter_context(torch.no_grad())
@@ -62,7 +64,7 @@ def stream(model: nn.Module, watches: Sequence[Watch], batches: Iterable[Batch],
         for number, batch in enumerate(batches, 1):
             kept += rows.begin(batch, tokens, sequences)
             sequences += rows.entries
-            call(model, batch, logits=False)
+            call(model, batch, logits=logits)
             rows.finish(number, watches)
     if not kept:
         raise ValueError(
