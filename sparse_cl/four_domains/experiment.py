@@ -208,7 +208,8 @@ def run(settings: Settings, out: Path) -> list[dict[str, Any]]:
             warnings.warn(f"{name} failed and is left out: {type(error).__name__}: {error}", stacklevel=2)
             tqdm.write(traceback.format_exc(), file=sys.stderr)
             runs.append(failed_record(name, method.settings(), settings, error, versions()))
-        clear_device_cache(garbage_collection=True)
+            # What the method held is not to be in the way of the next.
+            clear_device_cache(garbage_collection=True)
     add_intransigence(runs)
     if is_main:
         draw_all(runs, out)

@@ -21,13 +21,22 @@ Penalty = Callable[[nn.Module], torch.Tensor | None]
 class OwnOptimizerTrainer(transformers.Trainer):
     """A Trainer whose optimizer is `make_optimizer(model)`, and to whose loss `penalty(model)` is added.
 
+    With `autocast` "bf16" forward and loss run under autocast, the penalty does not. TrainingArguments(bf16=True) would
+    put autocast into the model's own forward: there it stays for scoring and probes, and once it is taken out,
+    accelerate leaves it out of every later training of the model.
+
     `create_optimizer` is overridden, rather than an optimizer passed in, because FSDP allows only this.
     """
 
     def __init__(
-        self, *args: Any, make_optimizer: MakeOptimizer, penalty: Penalty = lambda model: None, **kwargs: Any
+        self,
+        *args: Any,
+        make_optimizer: MakeOptimizer,
+        penalty: Penalty = lambda model: None,
+        autocast: str | None = None,
+        **kwargs: Any,
     ) -> None:
-        self.make_optimizer, self.penalty = make_optimizer, penalty
+        self.make_optimizer, self.penalty, self.autocast = make_optimizer, penalty, autocast
         super().__init__(*args, **kwargs)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -36,7 +45,8 @@ class OwnOptimizerTrainer(transformers.Trainer):
         return self.optimizer
 
     def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
-        result = super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
+        with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.autocast == "bf16"):
+            result = super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
         penalty = self.penalty(self.accelerator.unwrap_model(model))
         if penalty is None:
             return result
@@ -151,9 +161,6 @@ def train(
         "disable_tqdm": True,
         "remove_unused_columns": False,
         "dataloader_pin_memory": torch.cuda.is_available(),
-        "bf16": autocast == "bf16",
-        # transformers refuses autocast on the CPU unless it is told that the CPU is meant.
-        "use_cpu": autocast is not None and next(model.parameters()).device.type == "cpu",
     }
     timer = StepTimer()
     trainer = OwnOptimizerTrainer(
@@ -164,11 +171,9 @@ def train(
         callbacks=[_Bar(bar), timer],
         make_optimizer=make_optimizer,
         penalty=penalty,
+        autocast=autocast,
     )
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.timer = timer
     trainer.train()
-    if autocast:
-        # accelerate has put autocast into the model's forward, where it would stay for scoring and for probes.
-        trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
     return trainer
