@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from sparse_cl import storage
-from sparse_cl.optim.curvature_projected_adamw import MODES, CurvatureProjectedAdamW, CurvatureProjection
+from sparse_cl.optim.curvature_projection import MODES, CurvatureProjection
+from sparse_cl.optim.projected_adamw import ProjectedAdamW
 from sparse_cl.probes.capacity import scarcity
 from sparse_cl.probes.curvature import CurvatureProbe
 from sparse_cl.probes.gradients import GradientProbe, watched_layers
@@ -104,7 +105,7 @@ class Curvature(Method):
         return model
 
     def make_optimizer(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
-        return CurvatureProjectedAdamW(model.named_parameters(), lr=lr, memory=self.projections)
+        return ProjectedAdamW(model.named_parameters(), lr=lr, projections=self.projections)
 
     def after_domain(self, model: nn.Module, batches: Iterable[Batch]) -> None:
         for name, before in self._before.items():

@@ -1,16 +1,13 @@
-"""AdamW whose updates keep out of the directions in which the loss of earlier domains is curved."""
+"""The projection out of the directions in which the loss of earlier domains is curved."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping
-from typing import Any
+import math
 
 import torch
 from torch import Tensor
 
-from sparse_cl.optim.projection import Projection
-from sparse_cl.optim.subspace_projected_adamw import SubspaceProjectedAdamW
+from sparse_cl.optim.projection import WholeProjection
 from sparse_cl.reference.precision import full_precision
 from sparse_cl.subspace.kronecker import Kronecker
 
@@ -20,7 +17,7 @@ MODES = ("hard", "soft")
 _HUGE = 1e18
 
 
-class CurvatureProjection(Projection):
+class CurvatureProjection(WholeProjection):
     """Removes or damps the coordinates C = Q_Sᵀ ΔW Q_A of an update in which λ_S λ_A is large.
 
     "hard": those above τ are removed, so that what is left obeys tr(S ΔW A ΔWᵀ) = Σ λ_S λ_A C² <= τ ‖ΔW‖²_F.
@@ -70,6 +67,13 @@ class CurvatureProjection(Projection):
         return self.curvature.shape
 
     @property
+    def expected(self) -> str:
+        return f"{self.shape}, or for what is no matrix (numel, 1)"
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        return tuple(shape) == self.shape or (len(shape) != 2 and math.prod(shape) == math.prod(self.shape))
+
+    @property
     def device(self) -> torch.device:
         return self.curvature.row_values.device
 
@@ -113,64 +117,3 @@ class CurvatureProjection(Projection):
         if self._column_basis is not None:
             coordinates = coordinates @ self._column_basis.to(matrix.dtype)
         return coordinates.clone() if coordinates is matrix else coordinates
-
-
-class CurvatureProjectedAdamW(SubspaceProjectedAdamW):
-    """AdamW whose whole update, weight decay included, passes a :class:`CurvatureProjection` (CDCL).
-
-    As there it is applied to the float32 master, after AdamW: AdamW divides entry by entry, and would turn a projected
-    gradient back.
-
-    Args:
-        params, lr, betas, eps, weight_decay, amsgrad, and further options: as :class:`SubspaceProjectedAdamW`.
-        memory: {parameter or its name: CurvatureProjection}; one that takes nothing leaves plain AdamW.
-        rest: what happens to parameters without a projection once there is any: ``"freeze"`` or ``"train"``.
-
-    Raises:
-        ValueError: as there; masks (what a mask leaves of an update has other coordinates); a projection for another
-            shape or device.
-    """
-
-    def __init__(
-        self, params, *arguments: Any, memory: Mapping[Tensor | str, CurvatureProjection] | None = None, **own
-    ):
-        if own.get("masks"):
-            raise ValueError(
-                "masks: what a mask leaves of an update lies in other directions; use SubspaceProjectedAdamW with "
-                "masks, or leave them out"
-            )
-        super().__init__(params, *arguments, memory=memory, **own)
-
-    def _resolve_memory(self, memory) -> dict[Tensor, CurvatureProjection]:
-        found = self._by_param(memory or {}, "memory", "CurvatureProjection")
-        for param, projection in found.items():
-            where = f"memory: parameter {self._name(param)}"
-            if not isinstance(projection, CurvatureProjection):
-                raise TypeError(f"{where}: expected a CurvatureProjection, got {type(projection).__name__}")
-            rows, columns = projection.shape
-            if (param.dim() == 2 and tuple(param.shape) != (rows, columns)) or param.numel() != rows * columns:
-                raise ValueError(
-                    f"{where} has shape {tuple(param.shape)}, but its curvature is for {projection.shape}; expected "
-                    "(m, n) for a matrix, (numel, 1) for anything else"
-                )
-            if projection.device != param.device:
-                raise ValueError(
-                    f"{where} is on {param.device}, but its curvature is on {projection.device}; make it there"
-                )
-        return found
-
-    def _take(self, subspaces: dict[Tensor, CurvatureProjection]) -> None:
-        self._subspaces = subspaces
-        self._projections = {param: projection for param, projection in subspaces.items() if projection.any}
-        for param, projection in self._projections.items():
-            if not projection.free and self._name(param) not in self._warned:
-                self._warned.add(self._name(param))
-                warnings.warn(
-                    f"parameter {self._name(param)}: all its directions are protected, so it is not updated any more",
-                    stacklevel=4,
-                )
-        self._group_plans = {}
-        self._seen = self._state_of_memory()
-
-    def _is_rest(self, param: Tensor) -> bool:
-        return param not in self._subspaces

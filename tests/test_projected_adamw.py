@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from sparse_cl.masks import RowMask
 from sparse_cl.optim import SparseMaskedAdamW
-from sparse_cl.optim.curvature_projected_adamw import CurvatureProjectedAdamW, CurvatureProjection
+from sparse_cl.optim.curvature_projection import CurvatureProjection
+from sparse_cl.optim.projected_adamw import ProjectedAdamW
 from sparse_cl.subspace.kronecker import Kronecker, threshold_of
 
 SHAPES = st.tuples(st.integers(1, 9), st.integers(1, 9))
@@ -127,8 +128,8 @@ def test_the_leak_of_fifty_steps(dtype):
     threshold = threshold_of([curvature], 0.9)
     weight = torch.nn.Parameter(random(24, 16, seed=5, dtype=dtype))
     before = weight.detach().double()
-    optimizer = CurvatureProjectedAdamW(
-        [weight], lr=1e-2, weight_decay=0.5, memory={weight: CurvatureProjection(curvature, threshold)}
+    optimizer = ProjectedAdamW(
+        [weight], lr=1e-2, weight_decay=0.5, projections={weight: CurvatureProjection(curvature, threshold)}
     )
     stepped(optimizer, [weight], 50)
     master = weight.detach() if dtype == torch.float32 else optimizer.state[weight]["master"]
@@ -147,7 +148,7 @@ def test_each_step_is_adamw_s_projected(mode):
     curvature = Kronecker.of(moment(6, 1), moment(5, 2), torch.float64)
     projection = CurvatureProjection(curvature, threshold_of([curvature], 0.8), mode)
     weight, plain = (torch.nn.Parameter(random(6, 5, seed=5)) for _ in range(2))
-    ours = CurvatureProjectedAdamW([weight], lr=1e-2, weight_decay=0.3, memory={weight: projection})
+    ours = ProjectedAdamW([weight], lr=1e-2, weight_decay=0.3, projections={weight: projection})
     theirs = torch.optim.AdamW([plain], lr=1e-2, weight_decay=0.3)
     for step in range(5):
         old = weight.detach().clone()
@@ -163,7 +164,7 @@ def test_each_step_is_adamw_s_projected(mode):
 def test_no_curvature_is_plain_adamw():
     flat = CurvatureProjection(Kronecker.of(torch.zeros(6, 6), moment(5, 2)), 0.0)
     params = [torch.nn.Parameter(random(6, 5, dtype=torch.float32)) for _ in range(2)]
-    stepped(CurvatureProjectedAdamW([params[0]], memory={params[0]: flat}), params[:1], 5)
+    stepped(ProjectedAdamW([params[0]], projections={params[0]: flat}), params[:1], 5)
     stepped(SparseMaskedAdamW([params[1]]), params[1:], 5)
     assert torch.equal(*params)
 
@@ -174,7 +175,7 @@ def test_the_rest(rest):
     projection = CurvatureProjection(curvature, threshold_of([curvature], 0.5))
     named = {name: torch.nn.Parameter(random(*shape)) for name, shape in (("a", (6, 5)), ("b", (6, 5)), ("c", (6,)))}
     before = copy.deepcopy(named)
-    optimizer = CurvatureProjectedAdamW(list(named.items()), memory={"a": projection}, rest=rest)
+    optimizer = ProjectedAdamW(list(named.items()), projections={"a": projection}, rest=rest)
     stepped(optimizer, list(named.values()), 2)
     moved = {name for name in named if not torch.equal(named[name], before[name])}
     assert moved == ({"a"} if rest == "freeze" else {"a", "b", "c"})
@@ -183,7 +184,7 @@ def test_the_rest(rest):
 def test_a_copied_optimizer_goes_on_alike():
     curvature = Kronecker.of(moment(6, 1), moment(5, 2))
     weight = torch.nn.Parameter(random(6, 5, dtype=torch.float32))
-    optimizer = CurvatureProjectedAdamW([weight], memory={weight: CurvatureProjection(curvature, 1e-3, "soft")})
+    optimizer = ProjectedAdamW([weight], projections={weight: CurvatureProjection(curvature, 1e-3, "soft")})
     stepped(optimizer, [weight], 3)
     other = copy.deepcopy(optimizer)
     (copied,) = other.param_groups[0]["params"]
@@ -197,7 +198,7 @@ def test_a_layer_without_room_is_named():
     weight = torch.nn.Parameter(random(3, 3))
     full = CurvatureProjection(Kronecker.of(torch.eye(3), torch.eye(3)), 0.5)
     with pytest.warns(UserWarning, match="parameter 'w': all its directions are protected"):
-        optimizer = CurvatureProjectedAdamW([("w", weight)], memory={"w": full})
+        optimizer = ProjectedAdamW([("w", weight)], projections={"w": full})
     before = weight.detach().clone()
     stepped(optimizer, [weight], 1)
     assert torch.equal(before, weight)
@@ -208,17 +209,19 @@ def test_what_does_not_fit():
     good = CurvatureProjection(Kronecker.of(moment(6, 1), moment(5, 2)), 0.1)
     turned = CurvatureProjection(Kronecker.of(moment(5, 1), moment(6, 2)), 0.1)
     with pytest.raises(
-        ValueError, match=r"memory: parameter 'w' has shape \(6, 5\), but its curvature is for \(5, 6\)"
+        ValueError, match=r"projections: parameter 'w' has shape \(6, 5\), but its projection is for \(5, 6\)"
     ):
-        CurvatureProjectedAdamW([("w", weight)], memory={"w": turned})
-    with pytest.raises(TypeError, match="memory: parameter 'w': expected a CurvatureProjection, got Kronecker"):
-        CurvatureProjectedAdamW([("w", weight)], memory={"w": good.curvature})
-    with pytest.raises(ValueError, match="memory: no parameter is named 'v'"):
-        CurvatureProjectedAdamW([("w", weight)], memory={"v": good})
+        ProjectedAdamW([("w", weight)], projections={"w": turned})
+    with pytest.raises(
+        TypeError, match="projections: parameter 'w': expected a Damping or CurvatureProjection, got Kronecker"
+    ):
+        ProjectedAdamW([("w", weight)], projections={"w": good.curvature})
+    with pytest.raises(ValueError, match="projections: no parameter is named 'v'"):
+        ProjectedAdamW([("w", weight)], projections={"v": good})
     with pytest.raises(ValueError, match="masks: what a mask leaves"):
-        CurvatureProjectedAdamW([("w", weight)], memory={"w": good}, masks={"w": RowMask([0], (6, 5))})
-    optimizer = CurvatureProjectedAdamW([("w", weight)], memory={"w": good})
-    with pytest.raises(ValueError, match="its curvature is for"):
+        ProjectedAdamW([("w", weight)], projections={"w": good}, masks={"w": RowMask([0], (6, 5))})
+    optimizer = ProjectedAdamW([("w", weight)], projections={"w": good})
+    with pytest.raises(ValueError, match="its projection is for"):
         optimizer.set_memory({"w": turned})
     assert optimizer.memory == {"w": good}
 
