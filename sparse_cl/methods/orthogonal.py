@@ -48,6 +48,7 @@ class SubspaceMethod(Method):
     as the learning rates of the other methods are. Real text wants others: inputs spread over more directions there.
     """
 
+    protects = True
     options = ("energy", "source", "max_rank")
 
     def __init__(self, energy: float, source: str, max_rank: int | None) -> None:
@@ -74,6 +75,11 @@ class SubspaceMethod(Method):
                     "a model of torch.nn.Linear layers. Run another method, or another model"
                 )
         self._new_memory(model)
+
+    def protect(self, model: nn.Module, batches: Iterable[Batch]) -> None:
+        self._remember(model, self._new_memory(model))
+        self._observe(model, batches)
+        self.memory.consolidate()
 
     def record(self) -> dict[str, Any]:
         return {"layers": self._layers}

@@ -33,34 +33,43 @@ class SoftOrthogonal(Method):
     With A = Σ_domains E[x xᵀ] = Q diag(λ) Qᵀ of a layer's inputs, its update is AdamW(G Q) diag(c) Qᵀ with
     c_j = 1/(1 + (λ_j/τ)^p): hard projection (GPM, Saha et al. 2021; Adam-NSCL, Wang et al. 2021) is p → ∞ and AdamW in
     the ordinary coordinates. That earlier knowledge may be reused in part is the idea of SGP (Saha & Roy 2023).
-    Embeddings learn too: the rows of tokens that earlier domains use are damped, r_v = 1/(1 + V f_v) with f_v the
-    token's share of the text summed over domains and V the vocabulary; and a head, tied or not, is damped as any layer,
-    by its inputs. In the first domain, with nothing to protect, all this is AdamW.
+    Embeddings learn too: the rows of tokens that earlier domains use are damped, r_v = 1/(1 + f_v/s) with f_v the
+    token's share of the text summed over domains; and a head, tied or not, is damped as any layer, by its inputs. In
+    the first domain, with nothing to protect, all this is AdamW.
 
     Args:
         energy: τ of a layer is the eigenvalue at which the larger ones have this share of Σ λ, in (0, 1].
+        head_energy: the same of the head.
         sharpness: p > 0.
+        frequency: s, in units of the share that a token would have if all had the same.
         rest: gain of norms, biases and whatever else has no inputs to go by, in [0, 1]; 0 freezes them.
         text_weight: what the text given to `protect` counts beside a domain's.
     """
 
     name = "soft-orthogonal"
     protects = True
-    options = ("energy", "sharpness", "rest", "text_weight")
+    options = ("energy", "head_energy", "sharpness", "frequency", "rest", "text_weight")
     default_lr = 3e-3
 
     def __init__(
-        self, energy: float = 0.95, sharpness: float = 2.0, rest: float = 0.1, text_weight: float = 1.0
+        self,
+        energy: float = 0.95,
+        head_energy: float = 0.8,
+        sharpness: float = 2.0,
+        frequency: float = 10.0,
+        rest: float = 1.0,
+        text_weight: float = 1.0,
     ) -> None:
-        if not 0 < energy <= 1:
-            raise ValueError(f"energy: expected a share in (0, 1], got {energy}")
-        if not sharpness > 0:
-            raise ValueError(f"sharpness: expected a power above 0, got {sharpness}")
+        for name, share in (("energy", energy), ("head_energy", head_energy)):
+            if not 0 < share <= 1:
+                raise ValueError(f"{name}: expected a share in (0, 1], got {share}")
+        for name, positive in (("sharpness", sharpness), ("frequency", frequency), ("text_weight", text_weight)):
+            if not positive > 0:
+                raise ValueError(f"{name}: expected a number above 0, got {positive}")
         if not 0 <= rest <= 1:
             raise ValueError(f"rest: expected a gain in [0, 1], got {rest}")
-        if not text_weight > 0:
-            raise ValueError(f"text_weight: expected a number above 0, got {text_weight}")
-        self.energy, self.sharpness, self.rest, self.text_weight = energy, sharpness, rest, text_weight
+        self.energy, self.head_energy, self.sharpness = energy, head_energy, sharpness
+        self.frequency, self.rest, self.text_weight = frequency, rest, text_weight
         self.moments: dict[str, Tensor] = {}
         """Σ_domains E[x xᵀ], float32, on the CPU, by the first layer that reads this input; and under "tokens", (V,),
         Σ_domains of each token's share."""
@@ -155,15 +164,19 @@ class SoftOrthogonal(Method):
         self._set_dampings(model)
 
     def _set_dampings(self, model: nn.Module) -> None:
+        inputs, head = self._inputs(model), self._head(model)
         turns = {
-            name: self._turn(moment, model.get_parameter(f"{name}.weight"))
+            name: self._turn(
+                moment, model.get_submodule(name).weight, self.energy if name in inputs else self.head_energy
+            )
             for name, moment in self.moments.items()
             if name != _TOKENS
         }
-        self.dampings = {f"{name}.weight": Damping(*turns[key]) for name, key in self._inputs(model).items()}
+        self.dampings = {f"{name}.weight": Damping(*turns[key]) for name, key in inputs.items()}
         parameters = {id(parameter): name for name, parameter in model.named_parameters()}
-        embedding, head = model.get_input_embeddings().weight, self._head(model)
-        rows = 1 / (1 + len(self.moments[_TOKENS]) * self.moments[_TOKENS].to(embedding.device))
+        embedding = model.get_input_embeddings().weight
+        shares = self.moments[_TOKENS].to(embedding.device) * len(embedding)
+        rows = 1 / (1 + shares / self.frequency)
         if head and head[1].weight is embedding:
             self.dampings[parameters[id(embedding)]] = Damping(*turns[head[0]], rows)
         else:
@@ -180,13 +193,13 @@ class SoftOrthogonal(Method):
             if name not in self.dampings and parameter.dim():
                 yield name, parameter
 
-    def _turn(self, moment: Tensor, parameter: Tensor) -> tuple[Tensor, Tensor]:
+    def _turn(self, moment: Tensor, parameter: Tensor, energy: float) -> tuple[Tensor, Tensor]:
         """Q and c of a layer's inputs, where its weight is."""
         dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
         values, vectors = torch.linalg.eigh(moment.to(parameter.device, torch.float64))
         values = values.clamp(min=0)
         descending = values.flip(0)
-        enough = int((descending.cumsum(0) < self.energy * values.sum()).sum())
+        enough = int((descending.cumsum(0) < energy * values.sum()).sum())
         threshold = descending[min(enough, len(values) - 1)].clamp(min=torch.finfo(torch.float64).tiny)
         gains = 1 / (1 + (values / threshold) ** self.sharpness)
         return vectors.to(dtype), gains.to(dtype)
