@@ -40,7 +40,7 @@ def test_a_dormant_neuron_takes_the_whole_step_and_the_average_one_less():
 
 
 def test_hubs_stay_bit_for_bit_and_steps_are_those_of_adamw_times_the_gain(tiny_llama):
-    method = SelectiveWrite(closed=0.25, sharpness=2.0)
+    method = SelectiveWrite(closed=0.25, sharpness=2.0, rest=0.0)
     model = learn(method, tiny_llama, domain(0))
     assert method.masks == {}, "in the first domain there is nothing to protect"
     usage = dormant(ActivationProbe(model, tokens="all").run(domain(0))).scores["all data"]

@@ -62,7 +62,7 @@ class SelectiveWrite(Method):
     protects = True
     options = ("closed", "sharpness", "rest")
 
-    def __init__(self, closed: float = 0.1, sharpness: float = 1.0, rest: float = 0.0) -> None:
+    def __init__(self, closed: float = 0.3, sharpness: float = 3.0, rest: float = 0.1) -> None:
         if not 0 <= closed < 1:
             raise ValueError(
                 f"closed: expected a share of the neurons in [0, 1), got {closed}"
