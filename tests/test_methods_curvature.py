@@ -35,7 +35,7 @@ def share_above(change, factors, threshold):
 
 
 def test_the_factors_of_two_domains_and_of_a_protected_text_are_summed(tiny_llama):
-    method, model, sums = Curvature(energy=0.5), tiny_llama, {}
+    method, model, sums = Curvature("hard", energy=0.5, rest="freeze"), tiny_llama, {}
     for number in range(3):
         if number == 0:
             method.protect(model, domain(0))
@@ -54,7 +54,7 @@ def test_the_factors_of_two_domains_and_of_a_protected_text_are_summed(tiny_llam
 
 @pytest.mark.parametrize("scope", ["layer", "model"])
 def test_a_new_domain_keeps_out_of_curved_directions(tiny_llama, scope):
-    method = Curvature(energy=0.8, scope=scope)
+    method = Curvature("hard", energy=0.8, scope=scope, rest="freeze")
     model = learn(method, tiny_llama, domain(0), lr=LR)
     factors, thresholds = dict(method.factors), {name: p.threshold for name, p in method.projections.items()}
     assert (len(set(thresholds.values())) == 1) == (scope == "model")
@@ -83,9 +83,14 @@ def test_a_new_domain_keeps_out_of_curved_directions(tiny_llama, scope):
 def test_soft_lies_between_adamw_and_hard(tiny_llama):
     """In the curved directions: less is moved the smaller the threshold, and no more than by AdamW."""
     moved = []
-    for method in (AdamW(), Curvature("soft", 0.3), Curvature("soft", 0.9), Curvature("hard", 0.9)):
+    for method in (
+        AdamW(),
+        Curvature("soft", 0.3, rest="freeze"),
+        Curvature("soft", 0.9, rest="freeze"),
+        Curvature("hard", 0.9, rest="freeze"),
+    ):
         model = copy_of(tiny_llama)
-        observer = Curvature("hard", 0.9)
+        observer = Curvature("hard", 0.9, rest="freeze")
         observer.protect(model, domain(0))
         if isinstance(method, Curvature):
             method.protect(model, domain(0))
@@ -139,7 +144,7 @@ def test_damped_embeddings_and_norms(tiny_llama):
 
 
 def test_what_is_reported_is_what_happened(tiny_llama):
-    method = Curvature(energy=0.8)
+    method = Curvature("hard", energy=0.8, rest="freeze")
     model = learn(method, tiny_llama, domain(0), lr=LR)
     first = method.record()["layers"]
     factors, thresholds = dict(method.factors), {name: p.threshold for name, p in method.projections.items()}
@@ -161,7 +166,7 @@ def test_what_is_reported_is_what_happened(tiny_llama):
         assert second[name]["used"] == now.sum()
 
 
-@pytest.mark.parametrize("settings", [{}, {"mode": "soft", "scope": "model", "rest": "damp"}])
+@pytest.mark.parametrize("settings", [{"mode": "hard", "rest": "freeze"}, {"scope": "model"}])
 def test_a_resumed_run_goes_on_with_the_same_bits(tiny_llama, tmp_path, settings):
     base, method, model = copy_of(tiny_llama), Curvature(**settings), tiny_llama
     folders = [tmp_path / str(number) for number in range(2)]
@@ -187,7 +192,7 @@ def test_weights_that_are_transposed():
     torch.manual_seed(0)
     config = transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=300)
     model = transformers.AutoModelForCausalLM.from_config(config)
-    method = Curvature(energy=0.8)
+    method = Curvature("hard", energy=0.8, rest="freeze")
     method.check(model)
     model = learn(method, model, domain(0), lr=LR)
     name = "transformer.h.0.mlp.c_fc.weight"
@@ -223,7 +228,7 @@ def test_a_model_in_which_nothing_is_curved(tiny_llama):
 
 
 def test_little_that_survives_is_told(tiny_llama):
-    method = Curvature(energy=0.9999)
+    method = Curvature("hard", energy=0.9999)
     model = learn(method, tiny_llama, domain(0), lr=LR)
     with pytest.warns(UserWarning, match=r"curvature: less than 10% .* in \d+ of 14 layers"):
         method.before_domain(model, domain(0))

@@ -48,6 +48,9 @@ class Curvature(Method):
             mode, by the Fisher's diagonal, and for a matrix by its rows' diagonal times the second moment of what its
             rows' gradients are (for an embedding: tokens × directions).
         samples: labels drawn for each token.
+
+    The defaults had the best mean score, and learned most, of four settings on the validation part of real text: two
+    domains, 25 steps each, one seed.
     """
 
     name = "curvature"
@@ -57,10 +60,10 @@ class Curvature(Method):
 
     def __init__(
         self,
-        mode: str = "hard",
+        mode: str = "soft",
         energy: float = 0.9,
         scope: str = "layer",
-        rest: str = "freeze",
+        rest: str = "damp",
         samples: int = 1,
     ) -> None:
         for option, value, allowed in (
