@@ -37,7 +37,7 @@ OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
     "orthogonal": ({"energy": 0.9}, {"energy": 0.98}),
     "orthogonal-lora": ({"energy": 0.9}, {"energy": 0.95}),
     "orthogonal-masked": ({"energy": 0.9}, {"energy": 0.98}),
-    "soft-orthogonal": ({"energy": 0.9}, {"energy": 0.97}),
+    "elastic": ({"strength": 100.0}, {"strength": 400.0}),
     "curvature": ({"mode": "soft"}, {"rest": "damp"}),
     "two-four": ({"score": "fisher"},),
 }

@@ -6,6 +6,7 @@ from .adamw import AdamW
 from .base import Batch, Method
 from .bounds import Joint, Single
 from .curvature import Curvature
+from .elastic import Elastic
 from .ewc import EWC
 from .freeze_lower import FreezeLower
 from .lora import LoRA, LoRAWeightDecay
@@ -17,7 +18,6 @@ from .orthogonal_masked import OrthogonalMasked
 from .osf import OSF
 from .replay import Replay1, Replay5
 from .selective_write import SelectiveWrite
-from .soft_orthogonal import SoftOrthogonal
 from .sparse_masked import SparseMasked
 from .sparse_masked_lora import SparseMaskedLoRA
 from .two_four import TwoFour
@@ -44,7 +44,7 @@ METHODS: dict[str, type[Method]] = {
         Orthogonal,
         OrthogonalLoRA,
         OrthogonalMasked,
-        SoftOrthogonal,
+        Elastic,
         TwoFour,
         Curvature,
     )
@@ -56,6 +56,7 @@ __all__ = [
     "Batch",
     "Curvature",
     "EWC",
+    "Elastic",
     "FreezeLower",
     "Joint",
     "LoRA",
@@ -73,7 +74,6 @@ __all__ = [
     "Replay5",
     "SelectiveWrite",
     "Single",
-    "SoftOrthogonal",
     "SparseMasked",
     "SparseMaskedLoRA",
     "TwoFour",

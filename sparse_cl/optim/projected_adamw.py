@@ -20,7 +20,7 @@ class ProjectedAdamW(SubspaceProjectedAdamW):
 
     Args:
         params, lr, betas, eps, weight_decay, amsgrad, and further options: as :class:`SubspaceProjectedAdamW`.
-        projections: {parameter or its name: projection}, such as ``Damping`` or ``CurvatureProjection``; one that takes
+        projections: {parameter or its name: projection}, ``ElasticPull`` or ``CurvatureProjection``; one that takes
             nothing leaves plain AdamW.
         rest: what happens to parameters without a projection once there is any: ``"freeze"`` or ``"train"``.
 
@@ -44,7 +44,9 @@ class ProjectedAdamW(SubspaceProjectedAdamW):
         for param, projection in found.items():
             where = f"projections: parameter {self._name(param)}"
             if not isinstance(projection, WholeProjection):
-                raise TypeError(f"{where}: expected a Damping or CurvatureProjection, got {type(projection).__name__}")
+                raise TypeError(
+                    f"{where}: expected an ElasticPull or CurvatureProjection, got {type(projection).__name__}"
+                )
             if not projection.fits(tuple(param.shape)):
                 raise ValueError(
                     f"{where} has shape {tuple(param.shape)}, but its projection is for {projection.expected}"
@@ -76,6 +78,9 @@ class ProjectedAdamW(SubspaceProjectedAdamW):
                 )
         self._group_plans = {}
         self._seen = self._state_of_memory()
+
+    def _pull(self, projection, update, start, lr, found_inf) -> None:
+        projection.pull_(update, start, lr, found_inf)
 
     def _is_rest(self, param: Tensor) -> bool:
         return param not in self._subspaces

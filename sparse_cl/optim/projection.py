@@ -37,7 +37,7 @@ class Projection(ABC):
 
 
 class WholeProjection(Projection):
-    """Of whole parameters, without a mask.
+    """Of whole parameters, without a mask; it may pull the parameter itself besides.
 
     Attributes:
         any: whether it takes anything; if not, the step is plain AdamW's.
@@ -48,6 +48,14 @@ class WholeProjection(Projection):
     any: bool
     expected: str
     device: torch.device
+
+    def pull_(self, update: Tensor, start: Tensor, lr: float | Tensor, skipped: Tensor | None) -> None:
+        """Adds to an update, in AdamW's coordinates, what pulls the parameter itself somewhere.
+
+        Args:
+            start: the parameter before the update.
+            skipped: a scalar, not 0 where AdamW skipped the step for a gradient that was not finite; None: it did not.
+        """
 
     @abstractmethod
     def fits(self, shape: tuple[int, ...]) -> bool:

@@ -269,8 +269,12 @@ class SubspaceProjectedAdamW(SparseMaskedAdamW):
             _weights(param, packed).copy_(old)
             raise
         new = _weights(param, packed).sub_(start)
+        self._pull(projection, new, start, group["lr"], found_inf)
         projection.apply_(new)
         _write(param, packed, new.add_(old))
+
+    def _pull(self, projection: Projection, update: Tensor, start: Tensor, lr, found_inf: Tensor | None) -> None:
+        """What a projection adds to an update before it is turned back: here nothing."""
 
 
 def _weights(param: Tensor, packed: ParameterState) -> Tensor:

@@ -1,0 +1,93 @@
+"""The pull of a parameter towards where it was, direction by direction."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from sparse_cl.optim.projection import WholeProjection
+from sparse_cl.reference.precision import full_precision
+
+
+class ElasticPull(WholeProjection):
+    """Pulls a parameter W (m, n) back to an anchor W₀, the harder in a direction, the more that direction matters.
+
+    AdamW runs in the coordinates Z = W Q (as SOAP runs Adam in the eigenbasis of Shampoo's preconditioner, Vyas et al.
+    2024), and each step ends with the proximal step of ½ Σ_ij (r_i + c_j) (Z - W₀ Q)²_ij, decoupled from the moments
+    as AdamW decouples weight decay, and stable for any strength:
+
+        Z ← W₀ Q + (Z - W₀ Q) / (1 + lr (r_i + c_j))
+
+    With c the eigenvalues of E[x xᵀ] of a layer's inputs and Q their eigenvectors this is a quadratic penalty on what
+    the layer computes for these inputs; EWC (Kirkpatrick et al. 2017) penalizes single weights instead, and by the
+    gradient. Where a new domain insists, a direction gives way; where there is only noise, it goes back.
+
+    Args:
+        anchor: W₀ (m, n), or (n,); copied.
+        basis: Q (n, n), orthonormal columns; None: the parameter's own coordinates.
+        columns: c (n,), at least 0; None: zeros.
+        rows: r (m,), at least 0; None: zeros.
+
+    It takes the anchor and the basis, 4 n (m + n) bytes, and three products of the gradient's shape a step.
+
+    Raises:
+        ValueError: strengths below 0 or of another length than the anchor's, a basis of another width.
+    """
+
+    def __init__(
+        self,
+        anchor: Tensor,
+        basis: Tensor | None = None,
+        columns: Tensor | None = None,
+        rows: Tensor | None = None,
+    ):
+        shape = tuple(anchor.shape)
+        if rows is not None and anchor.dim() != 2:
+            raise ValueError(f"rows: expected none for an anchor of shape {shape}; give columns")
+        for name, strengths, size in (("columns", columns, shape[-1]), ("rows", rows, shape[0])):
+            if strengths is not None and (strengths.shape != (size,) or not bool((strengths >= 0).all())):
+                raise ValueError(
+                    f"{name}: expected ({size},) strengths of at least 0 for an anchor of shape {shape}, got "
+                    f"{tuple(strengths.shape)}, the least of them {float(strengths.min()):g}"
+                )
+        if basis is not None and tuple(basis.shape) != (shape[-1], shape[-1]):
+            raise ValueError(f"basis: expected ({shape[-1]}, {shape[-1]}), got {tuple(basis.shape)}")
+        dtype = torch.float64 if anchor.dtype == torch.float64 else torch.float32
+        self.turn = None if basis is None else basis.to(dtype)
+        self.shape, self.device, self.expected = shape, anchor.device, str(shape)
+        given = [strengths for strengths in (columns, rows) if strengths is not None]
+        self.columns = None if columns is None else columns.to(dtype)
+        self.rows = None if rows is None else rows.to(dtype)[:, None]
+        self.any, self.free = any(bool((strengths > 0).any()) for strengths in given), True
+        self._anchor = self._turned(anchor.detach().to(dtype, copy=True))
+
+    def fits(self, shape: tuple[int, ...]) -> bool:
+        return tuple(shape) == self.shape
+
+    def pull_(self, update: Tensor, start: Tensor, lr: float | Tensor, skipped: Tensor | None) -> None:
+        moved = start + update - self._anchor
+        back = moved.mul_(self.held(lr).to(moved.dtype))
+        # Where a step is skipped the pull is, too.
+        update.sub_(back if skipped is None else back.mul_(skipped == 0))
+
+    def held(self, lr: float | Tensor) -> Tensor:
+        """lr κ / (1 + lr κ), κ = r_i + c_j: which part of its way from the anchor a step takes back; (m, n) or less."""
+        strengths = sum(part for part in (self.columns, self.rows) if part is not None)
+        return 1 - 1 / (1 + lr * strengths)
+
+    def apply_(self, update: Tensor) -> None:
+        if self.turn is not None:
+            with full_precision(update.device):
+                update.copy_(update @ self.turn.mT)
+
+    def share_held(self, matrix: Tensor, lr: float) -> float:
+        """Σ h C² / Σ C² of a gradient or a change, C its coordinates and h what a step takes back (`held`)."""
+        energies = self._turned(matrix.detach().to(self.device, self._anchor.dtype)).double().square()
+        total = float(energies.sum())
+        return float((energies * self.held(lr)).sum()) / total if total else 0.0
+
+    def _turned(self, matrix: Tensor) -> Tensor:
+        if self.turn is None:
+            return matrix
+        with full_precision(matrix.device):
+            return matrix @ self.turn
