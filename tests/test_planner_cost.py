@@ -112,7 +112,7 @@ def test_what_does_not_fit_says_what_to_do(large):
     assert batch.devices is None
     assert "activations and logits of one batch alone take" in batch.fits and "--batch-size" in batch.fits
     protected = cost("orthogonal", large, Workload(), find_device("a100"))
-    assert protected.devices is None and "a memory of subspaces is not spread over several" in protected.fits
+    assert protected.devices is None and "bases of directions are not spread over several" in protected.fits
     tight = cost("adamw", large, Workload(batch_size=1), find_device("a100", memory=8))
     assert tight.devices is not None and tight.devices > 16
 

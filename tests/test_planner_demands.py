@@ -69,7 +69,10 @@ def test_bytes_are_those_of_the_optimizer_after_a_step(name, tied, dtype):
     planned = demand(name, shape_of_config(config(tied=tied), "llama", dtype))
     assert planned.state_bytes == optimizer_state_bytes(optimizer)
     assert planned.gradient_bytes == gradients
-    assert planned.weight_bytes == sum(p.nbytes for p in model.parameters())
+    # The leaves of active layers are in the optimizer's state, as masters.
+    weights = [p for n, p in model.named_parameters() if not n.endswith(".active")]
+    weights += [b for n, b in model.named_buffers() if "_osf_" in n]
+    assert planned.weight_bytes == sum(w.nbytes for w in weights)
 
 
 def test_state_of_a_model_with_biases_and_transposed_layers():
@@ -97,7 +100,7 @@ def test_flops_are_those_that_torch_counts(name, layers):
     assert tokens * (planned.forward + attention_flops(shape, LENGTH)) == pytest.approx(
         forward.get_total_flops(), rel=0.02
     )
-    total = tokens * train_flops(shape, planned, LENGTH, checkpointing=False)
+    total = tokens * train_flops(shape, planned, LENGTH, checkpointing=False) + planned.step_flops
     assert total == pytest.approx(forward.get_total_flops() + backward.get_total_flops(), rel=0.02)
 
 
@@ -113,13 +116,14 @@ def test_flops_with_checkpointing_are_those_that_torch_counts():
 
 
 def saved_bytes(model, precision):
-    """Bytes of all storages that a forward pass keeps for the backward pass, weights left out."""
+    """Bytes of all storages that a forward pass keeps for the backward pass; weights and indices left out."""
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     kept = {}
 
     def pack(tensor):
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own and not any(tensor.shape == p.shape for p in model.parameters()):
+        other = storage.data_ptr() not in own and tensor.is_floating_point()
+        if other and not any(tensor.shape == p.shape for p in model.parameters()):
             kept[storage.data_ptr()] = storage
         return tensor
 
@@ -134,9 +138,15 @@ def saved_bytes(model, precision):
 
 
 @pytest.mark.parametrize(
-    ("precision", "tolerance"), [("fp32", 0.0), ("bf16", 0.0), ("mixed", 0.1)], ids=lambda value: str(value)
+    ("name", "precision", "tolerance"),
+    [
+        (name, precision, tolerance)
+        for name in ("adamw", "lora", "sparse-masked", "sparse-masked-lora", "orthogonal")
+        for precision, tolerance in (("fp32", 0.0), ("bf16", 0.0), ("mixed", 0.1))
+    ]
+    # Of its factors, which depend on no token, those are counted here that have another shape than all weights.
+    + [("osf", "fp32", 0.02), ("osf", "bf16", 0.02)],
 )
-@pytest.mark.parametrize("name", ["adamw", "lora", "sparse-masked", "orthogonal"])
 def test_activations_are_what_autograd_keeps(name, precision, tolerance):
     measured = []
     for layers in (2, 3):  # the difference is one block without what surrounds them
@@ -145,6 +155,37 @@ def test_activations_are_what_autograd_keeps(name, precision, tolerance):
     shape = shape_of_config(config(3), "llama", weight_dtype(precision))
     planned = BATCH * LENGTH * block_bytes(shape.blocks[1], demand(name, shape), precision)
     assert planned == pytest.approx(measured[1] - measured[0], rel=tolerance)
+
+
+KEPT = {
+    "ewc": lambda method: [t for _, rest, fisher in method._springs for t in (rest, fisher)],
+    "o-lora": lambda method: list(method._old.values()),
+    "elastic": lambda method: [t for pull in method._pulls.values() for t in (pull.turn, pull._anchor)],
+    "curvature": lambda method: [
+        basis for p in method.projections.values() for basis in (p.curvature.row_basis, p.curvature.column_basis)
+    ],
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_what_protects_is_as_large_and_turns_as_much_as_planned(name):
+    of = config()
+    method, model = prepared(name, of)
+    method.after_domain(model, [batch()])
+    model = method.before_domain(model, [batch()]).train()
+    kept = {t.data_ptr(): t.nbytes for t in KEPT[name](method) if t is not None}
+    planned = demand(name, shape_of_config(of, "llama", torch.float32))
+    assert planned.kept_bytes + planned.kept_bytes_a_domain == sum(kept.values())
+
+    optimizer = method.make_optimizer(model, 1e-3)
+    loss, penalty = model(**batch()).loss, method.penalty(model)
+    (loss if penalty is None else loss + penalty).backward()
+    with FlopCounterMode(display=False) as counted:
+        optimizer.step()
+    if name == "curvature":  # as if every direction had curvature
+        assert 0 < counted.get_total_flops() <= planned.turning_flops
+    else:
+        assert counted.get_total_flops() == planned.turning_flops
 
 
 @pytest.mark.parametrize(("wide", "max_rank"), [(32, 3), (32, 30), (1100, 3)])
@@ -173,7 +214,7 @@ def test_unknown_methods_and_refused_options():
     shape = shape_of_config(config(), "llama", torch.float32)
     with pytest.raises(ValueError, match="unknown method 'sgd': expected adamw, lora"):
         demand("sgd", shape)
-    with pytest.raises(ValueError, match="fraction of active neurons"):
+    with pytest.raises(ValueError, match="fraction: expected a share of the neurons"):
         demand("sparse-masked", shape, fraction=2.0)
     transposed = shape_of_config(transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=50), "gpt2")
     with pytest.raises(ValueError, match="orthogonal needs a model of torch.nn.Linear"):

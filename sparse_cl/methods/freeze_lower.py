@@ -36,9 +36,13 @@ class FreezeLower(AdamW):
     def check(self, model: nn.Module) -> None:
         find_blocks(model)
 
-    def before_domain(self, model: nn.Module, batches: Iterable[Batch]) -> nn.Module:
+    def frozen(self, model: nn.Module) -> list[nn.Module]:
+        """The modules that stay as they are."""
         blocks = [block.module for block in find_blocks(model)]
         embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-        for module in (*blocks[: int(self.frozen_share * len(blocks))], *embeddings):
+        return [*blocks[: int(self.frozen_share * len(blocks))], *embeddings]
+
+    def before_domain(self, model: nn.Module, batches: Iterable[Batch]) -> nn.Module:
+        for module in self.frozen(model):
             module.requires_grad_(False)
         return model

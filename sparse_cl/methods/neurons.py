@@ -60,7 +60,7 @@ def train_only(model: nn.Module, masks: Mapping[str, RowMask | ColumnMask]) -> N
     Linear layers without a masked bias compute the gradient of their masked entries alone (`ActiveLinear`). What else
     is masked gets a whole one, and needs its mask in the optimizer (`trained`).
     """
-    linear = {name: mask for name, mask in masks.items() if _can_be_active(model, name, masks)}
+    linear = {name: mask for name, mask in masks.items() if can_be_active(model, name, masks)}
     if linear:
         activate(model, linear)
     for name, parameter in model.named_parameters():
@@ -76,7 +76,7 @@ def trained(model: nn.Module, masks: Mapping[str, RowMask | ColumnMask]) -> dict
     return {"params": params, "masks": {name: masks[name] for name, _ in params if name in masks}}
 
 
-def _can_be_active(model: nn.Module, name: str, masks: Mapping[str, Any]) -> bool:
+def can_be_active(model: nn.Module, name: str, masks: Mapping[str, Any]) -> bool:
     """Whether a parameter is the weight of an ordinary linear layer whose bias, which would be frozen, has no mask."""
     path, _, own = name.rpartition(".")
     layer = model.get_submodule(path)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from .demands import WIDE, Demand
+from .demand import WIDE, Demand
 from .shapes import BlockShape, ModelShape
 
 PRECISIONS = ("bf16", "mixed", "fp32")
@@ -20,7 +20,7 @@ fp32: all in float32."""
 FORMULA = (
     "bytes a token and block: norms 2·4·h, normalized 2·e·h (trained norms), inputs of trained layers 2·e·h, "
     "attention e·(2·q + 2·k) + 4·heads, MLP e·4·f (gated) or e·2·f; h width, q and k queries and keys, f neurons, "
-    "e bytes of an activation; adapters keep a float32 copy of each layer's input"
+    "e bytes of an activation; LoRA keeps a float32 copy of each adapted layer's input"
 )
 
 
@@ -44,21 +44,20 @@ def block_bytes(block: BlockShape, demand: Demand, precision: str) -> int:
     kept += e * (2 * q + 2 * block.keys) + WIDE * block.heads
     # The activation function's input and, where there is a gate, what it multiplies with.
     kept += e * f * (3 if block.gated else 1)
-    if demand.adapters and precision == "bf16":
-        # PEFT's adapters are float32: every layer turns its input into a float32 copy of its own.
-        layers = (*block.attention_into, block.attention_out, *block.mlp_into, block.mlp_out)
-        kept += WIDE * sum(layer.inputs for layer in layers)
+    layers = (*block.attention_into, block.attention_out, *block.mlp_into, block.mlp_out)
+    adapted = [layer for layer in layers if layer.name in demand.adapters]
+    if adapted and demand.wide_adapters and precision == "bf16":
+        # PEFT's LoRA is float32: every layer turns its input into a float32 copy of its own.
+        kept += WIDE * sum(layer.inputs for layer in adapted)
     else:
         own_copies = precision == "mixed"  # autocast narrows an input anew for every layer that takes it
         if demand.trained_attention:
             kept += e * h * (len(block.attention_into) if own_copies else 1)
         if demand.trained_mlp:
             kept += e * h * (len(block.mlp_into) if own_copies else 1)
-        kept += e * f  # input of the layer out of the neurons
-    if demand.adapters:
-        layers = len(block.attention_into) + len(block.mlp_into) + 2
-        kept += layers * demand.adapters * (WIDE if precision != "mixed" else 2)
-    return kept
+        kept += round(e * f * demand.neurons_kept)  # input of the layer out of the neurons
+    inside = WIDE if precision == "fp32" or (precision == "bf16" and demand.wide_adapters) else 2
+    return kept + inside * sum(demand.adapters[layer.name] for layer in adapted)
 
 
 def activation_bytes(shape: ModelShape, demand: Demand, precision: str, tokens: int, checkpointing: bool) -> int:
@@ -67,11 +66,11 @@ def activation_bytes(shape: ModelShape, demand: Demand, precision: str, tokens: 
     Args:
         checkpointing: of whole blocks: each keeps its input, and one at a time is computed again with all it keeps.
     """
-    blocks = [block_bytes(block, demand, precision) for block in shape.blocks]
+    blocks = [block_bytes(block, demand, precision) for block in shape.blocks[demand.frozen_blocks :]]
     if not checkpointing:
         return tokens * sum(blocks)
     residual = 2 if precision == "bf16" else WIDE
-    return tokens * (residual * sum(block.width for block in shape.blocks) + max(blocks))
+    return tokens * (residual * sum(block.width for block in shape.blocks[demand.frozen_blocks :]) + max(blocks))
 
 
 def logit_bytes(shape: ModelShape, precision: str, tokens: int) -> int:

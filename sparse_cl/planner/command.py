@@ -40,7 +40,12 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     parser.add_argument(
         "--tokens", type=_count, default=20e6, metavar="N", help="trained on in a domain: 20000000 or 20M (the default)"
     )
-    parser.add_argument("--method", default="all", metavar="NAME[,NAME…]|all", help="(default: %(default)s)")
+    parser.add_argument(
+        "--method",
+        default="all",
+        metavar="NAME[,NAME…]|all|ours|baselines|bounds",
+        help=f"of {', '.join(METHODS)} (default: %(default)s)",
+    )
     parser.add_argument(
         "--gpu", default="h100", metavar="NAME", help=f"{', '.join(DEVICES)} or {CUSTOM} (default: %(default)s)"
     )
@@ -89,6 +94,7 @@ def _plan(arguments: argparse.Namespace) -> None:
     # transformers takes seconds to import: not for --help or a mistyped option.
     from sparse_cl.four_domains.experiment import quiet
     from sparse_cl.four_domains.files import write_json
+    from sparse_cl.four_domains.settings import methods_named
 
     from .activations import weight_dtype
     from .cost import Workload, cost
@@ -97,7 +103,7 @@ def _plan(arguments: argparse.Namespace) -> None:
 
     quiet()
     options = {name: getattr(arguments, name) for name in ("rank", "fraction", "max_rank")}
-    methods = tuple(METHODS) if arguments.method == "all" else names(arguments.method)
+    methods = methods_named(names(arguments.method))
     work = Workload(
         domains=arguments.domains,
         tokens=arguments.tokens,

@@ -9,9 +9,13 @@ from typing import Any
 from sparse_cl.subspace.memory import EXACT_WIDTH
 
 from .activations import PRECISIONS, activation_bytes, logit_bytes
-from .demands import WIDE, Demand, demand
+from .demand import WIDE, Demand
+from .demands import demand
 from .devices import USABLE, Device
 from .shapes import ModelShape
+
+_LISTS = ("tracked", "projected", "adapters")
+"""What of a demand goes layer by layer; a record leaves it out."""
 
 MOST_DEVICES = 1024
 """More are not looked for when the state is spread over devices."""
@@ -79,7 +83,8 @@ class Memory:
 
     Attributes:
         weights: adapters included; with precision "mixed" their bfloat16 copies too.
-        bases: of the used directions after the last domain. moments: of what is observed of a domain at its end.
+        bases: of the used directions after the last domain. kept: what else the method keeps in the last domain.
+        moments: of what is observed of a domain at its end.
         temporary: of the optimizer's step.
     """
 
@@ -89,13 +94,14 @@ class Memory:
     activations: int
     logits: int
     bases: int
+    kept: int
     moments: int
     temporary: int
 
     @property
     def phases(self) -> dict[str, int]:
         """Bytes at the three moments when most is held: gradients grow in the backward pass as activations go."""
-        held = self.weights + self.state + self.bases
+        held = self.weights + self.state + self.bases + self.kept
         return {
             "start of the backward pass": held + self.activations + self.logits,
             "optimizer's step": held + self.gradients + self.temporary,
@@ -112,8 +118,8 @@ class Cost:
     """What one method costs.
 
     Attributes:
-        token_flops: of training, a token, projections left out; recomputation counted.
-        projection_flops: of a step, mean over the domains.
+        token_flops: of training, a token; recomputation counted.
+        step_flops: of a step, beside its tokens. projection_flops: of a step, in float32, mean over the domains.
         step_seconds: of one step on one device that reaches the assumed share of its peak.
         devices: that must share weights, gradients and state; None: no number does.
         fits: a sentence on that.
@@ -125,6 +131,7 @@ class Cost:
     demand: Demand
     memory: Memory
     token_flops: float
+    step_flops: float
     projection_flops: float
     step_seconds: float
     steps: int
@@ -138,7 +145,7 @@ class Cost:
     probe_dollars: float
 
     def to_json(self) -> dict[str, Any]:
-        asked = {name: value for name, value in asdict(self.demand).items() if name not in ("tracked", "projected")}
+        asked = {name: value for name, value in asdict(self.demand).items() if name not in _LISTS}
         memory = {**asdict(self.memory), "phases": self.memory.phases, "peak": self.memory.peak}
         return {**asdict(self), "demand": asked, "memory": memory}
 
@@ -164,7 +171,7 @@ def cost(method: str, shape: ModelShape, work: Workload, device: Device, **optio
     rate = device.utilization * (device.flops_fp32 if work.precision == "fp32" else device.flops)
     # Projections are float32 products in every precision: the bound on their leak needs it.
     projecting = projection / (device.utilization * device.flops_fp32)
-    seconds = work.step_tokens * token / rate + projecting + asked.step_bytes / device.bandwidth
+    seconds = (work.step_tokens * token + asked.step_flops) / rate + projecting + asked.step_bytes / device.bandwidth
     steps = work.domains * math.ceil(work.tokens / work.step_tokens)
     devices, fits = _devices(shape, asked, memory, device)
     device_hours = steps * seconds / 3600
@@ -177,6 +184,7 @@ def cost(method: str, shape: ModelShape, work: Workload, device: Device, **optio
         asked,
         memory,
         token,
+        asked.step_flops,
         projection,
         seconds,
         steps,
@@ -219,11 +227,13 @@ def _rank(width: int, asked: Demand, work: Workload, domains: int) -> int:
 
 
 def _projection_flops(asked: Demand, work: Workload) -> float:
-    total = 0
+    total = (work.domains - 1) * asked.turning_flops
     for before in range(work.domains):
-        for rows, width in asked.projected:
-            rank = _rank(width, asked, work, before)
-            total += 4 * rows * width * min(rank, width - rank)  # the smaller of basis and complement is what is kept
+        for update in asked.projected:
+            # A mask's columns see as many directions of the basis as there are, up to their own number.
+            rank = min(update.width, _rank(update.inputs, asked, work, before))
+            # The smaller of basis and complement is what is kept.
+            total += 4 * update.rows * update.width * min(rank, update.width - rank)
     return total / work.domains
 
 
@@ -245,10 +255,11 @@ def _memory(shape: ModelShape, asked: Demand, work: Workload) -> Memory:
         asked.weight_bytes + (2 * shape.multiplied if work.precision == "mixed" else 0),
         asked.gradient_bytes,
         asked.state_bytes,
-        activation_bytes(shape, asked, work.precision, tokens, work.checkpointing),
+        activation_bytes(shape, asked, work.precision, tokens, work.checkpointing) + asked.forward_bytes,
         logit_bytes(shape, work.precision, tokens),
         bases,
-        moments + sum(tests.values()),
+        (work.domains > 1) * asked.kept_bytes + (work.domains - 1) * asked.kept_bytes_a_domain,
+        moments + sum(tests.values()) + asked.observed_bytes,
         asked.temporary_bytes,
     )
 
@@ -268,10 +279,10 @@ def _devices(shape: ModelShape, asked: Demand, memory: Memory, device: Device) -
         )
     if not asked.shardable:
         return None, (
-            f"does not fit one device ({memory.peak / 1e9:.1f} of {room / 1e9:.1f} GB), and a memory of subspaces is "
+            f"does not fit one device ({memory.peak / 1e9:.1f} of {room / 1e9:.1f} GB), and bases of directions are "
             "not spread over several; take a smaller --max-rank or --batch-size, --checkpointing, or a larger device"
         )
-    held = memory.weights + memory.state
+    held = memory.weights + memory.state + memory.kept
     for count in (2**power for power in range(1, MOST_DEVICES.bit_length())):
         step = (held + memory.gradients + memory.temporary) / count
         if whole + max(held / count + batch, step) <= room:

@@ -11,6 +11,8 @@ from .cost import Cost, Workload
 from .devices import USABLE, Device
 from .shapes import ModelShape
 
+_COLUMNS = 6
+"""Methods side by side: more are wider than a terminal."""
 _MEMORY = {
     "weights": "weights",
     "gradients": "gradients",
@@ -19,6 +21,7 @@ _MEMORY = {
     "activations": "activations",
     "logits": "logits and loss",
     "bases": "bases of used directions",
+    "kept": "else kept by the method",
     "moments": "moments while observing",
     "peak": "peak",
 }
@@ -36,8 +39,10 @@ def plan_text(shape: ModelShape, work: Workload, device: Device, costs: Sequence
     flops = [
         ["forward, a token", *(f"{cost.demand.forward / 1e9:.4g}" for cost in costs)],
         ["forward and backward, a token", *(f"{cost.token_flops / 1e9:.4g}" for cost in costs)],
-        ["projections, a step", *(f"{cost.projection_flops / 1e9:.4g}" for cost in costs)],
+        ["projections of updates, a step", *(f"{cost.projection_flops / 1e9:.4g}" for cost in costs)],
     ]
+    if any(cost.step_flops for cost in costs):
+        flops.append(["projections of gradients, a step", *(f"{cost.step_flops / 1e9:.4g}" for cost in costs)])
     time = [
         ["seconds a step", *(f"{cost.step_seconds:.3g}" for cost in costs)],
         ["steps", *(str(cost.steps) for cost in costs)],
@@ -53,12 +58,20 @@ def plan_text(shape: ModelShape, work: Workload, device: Device, costs: Sequence
     return "\n\n".join(
         [
             _assumptions(shape, work, device, costs),
-            f"Memory in GB (1e9 bytes) on one device of {device.memory / 1e9:.0f} GB\n"
-            + text_table(("", *methods), memory),
-            "GFLOPs of matrix products\n" + text_table(("", *methods), flops),
-            f"Time and money on {device.name}\n" + text_table(("", *methods), time),
+            f"Memory in GB (1e9 bytes) on one device of {device.memory / 1e9:.0f} GB\n" + _tables(methods, memory),
+            "GFLOPs of matrix products\n" + _tables(methods, flops),
+            f"Time and money on {device.name}\n" + _tables(methods, time),
             "\n".join(notes),
         ]
+    )
+
+
+def _tables(methods: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Tables of at most `_COLUMNS` methods each, under one another."""
+    starts = range(0, len(methods), _COLUMNS)
+    return "\n\n".join(
+        text_table(("", *methods[i : i + _COLUMNS]), [[row[0], *row[1 + i : 1 + i + _COLUMNS]] for row in rows])
+        for i in starts
     )
 
 
