@@ -22,6 +22,7 @@ from sparse_cl.probes.sampled_gradients import sampled_gradients
 from sparse_cl.subspace.kronecker import Kronecker, threshold_of
 
 from .base import Batch, Method
+from .options import check_share
 
 _FILE = "curvature.safetensors"
 _GRADIENT_BATCHES = 4
@@ -73,8 +74,7 @@ class Curvature(Method):
         ):
             if value not in allowed:
                 raise ValueError(f"{option}: expected {' or '.join(map(repr, allowed))}, got {value!r}")
-        if not 0 < energy <= 1:
-            raise ValueError(f"energy: expected a share in (0, 1], got {energy}")
+        check_share("energy", energy)
         if samples < 1:
             raise ValueError(f"samples: expected at least 1 label a token, got {samples}")
         self.mode, self.energy, self.scope, self.rest, self.samples = mode, energy, scope, rest, samples

@@ -20,7 +20,7 @@ from sparse_cl.probes.inputs import InputProbe
 from sparse_cl.probes.parts import find_blocks, is_transposed
 
 from .base import Batch, Method
-from .options import check_at_least
+from .options import check_above_zero, check_at_least
 
 _FILE = "usage.safetensors"
 _TOKENS = "tokens"
@@ -56,9 +56,7 @@ class Elastic(Method):
     def __init__(self, strength: float = 100.0, token_strength: float = 0.05, text_weight: float = 1.0) -> None:
         self.strength = check_at_least("strength", strength, 0)
         self.token_strength = check_at_least("token_strength", token_strength, 0)
-        if not text_weight > 0:
-            raise ValueError(f"text_weight: expected a number above 0, got {text_weight}")
-        self.text_weight = text_weight
+        self.text_weight = check_above_zero("text_weight", text_weight)
         self.moments: dict[str, Tensor] = {}
         """By the first layer that reads an input Σ E[x xᵀ] over texts, and under "tokens" (V,) Σ of each token's share
         of them, a text times `text_weight`; float32, on the CPU."""

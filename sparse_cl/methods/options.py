@@ -16,6 +16,17 @@ def check_share(name: str, value: float, *, one: bool = True) -> float:
     return value
 
 
+def check_above_zero(name: str, value: float) -> float:
+    """`value`, if it is a finite number above 0.
+
+    Raises:
+        ValueError: it is not; `name` is the argument's.
+    """
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name}: expected a number above 0, got {value}")
+    return value
+
+
 def check_at_least(name: str, value: float, least: float) -> float:
     """`value`, if it is a finite number of at least `least`.
 
