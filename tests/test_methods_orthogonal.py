@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import method_cases
 import peft
 import pytest
 import torch
 import transformers
+from method_cases import copy_of, domain, same, weights
 
 from sparse_cl.methods import Orthogonal, OrthogonalLoRA
 from sparse_cl.probes.capacity import scarcity
@@ -14,28 +16,8 @@ METHODS = (Orthogonal, OrthogonalLoRA)
 LR = {Orthogonal: 1e-3, OrthogonalLoRA: 1e-2}
 
 
-def domain(seed, count=5):
-    """Batches of two sequences over a seventh of the vocabulary; the second is padded at its end."""
-    generator = torch.Generator().manual_seed(seed)
-    mask = torch.tensor([[1] * 8, [1] * 5 + [0] * 3])
-    batches = []
-    for _ in range(count):
-        ids = torch.randint(40 * seed, 40 * seed + 40, (2, 8), generator=generator) * mask
-        batches.append({"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)})
-    return batches
-
-
-def learn(method, model, batches, steps=10):
-    """One domain of a method's life; the model after it, and the weights of its base before."""
-    model = method.before_domain(model, batches)
-    optimizer = method.make_optimizer(model, LR[type(method)])
-    model.train()
-    for step in range(steps):
-        model(**batches[step % len(batches)]).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    method.after_domain(model, batches)
-    return model
+def learn(method, model, batches, steps=10, **own):
+    return method_cases.learn(method, model, batches, LR[type(method)], steps, **own)
 
 
 def merged(model):
@@ -66,6 +48,16 @@ def leading_directions(rows, energy):
     _, s, vh = torch.linalg.svd(rows.double(), full_matrices=False)
     explained = s.square().cumsum(0) / s.square().sum()
     return vh[: int((explained < energy).sum()) + 1].T
+
+
+def inputs_of(model, layer, batches):
+    """What enters a layer (its name may have a prefix) for all tokens that are not padding, (tokens, n)."""
+    seen = []
+    (module,) = (m for n, m in model.named_modules() if n.endswith(layer))
+    handle = module.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    method_cases.logits(model, batches)
+    handle.remove()
+    return torch.cat([x[batch["attention_mask"].bool()] for x, batch in zip(seen, batches, strict=True)])
 
 
 def assert_same_span(found, expected):
@@ -100,20 +92,47 @@ def test_the_first_domain_trains_everything(tiny_llama):
 
 
 @pytest.mark.parametrize("kind", METHODS)
+def test_a_protected_text_s_directions_are_taken_before_the_first_domain(tiny_llama, kind):
+    method, text = kind(energy=0.8), domain(2)
+    method.protect(tiny_llama, text)
+    for name in ("model.layers.0.self_attn.q_proj.weight", "model.layers.1.mlp.down_proj.weight"):
+        rows = inputs_of(tiny_llama, name.removesuffix(".weight"), text)
+        assert_same_span(method.memory.basis(name), leading_directions(rows, 0.8))
+    bases, before = {name: method.memory.basis(name) for name in method.memory.names}, merged(tiny_llama)
+    model = learn(method, tiny_llama, domain(0))
+    after = merged(model)
+    assert len(bases) == 14
+    for name, layer in method.record()["layers"].items():
+        change = after[name] - before[name]
+        assert change.norm() > 1e-3
+        assert share_inside(change, bases[name]) <= 1e-6
+        assert layer["leak"] <= 1e-6
+        assert layer["surviving"] < 1
+        assert layer["used"] >= bases[name].shape[1]
+    rest = set(before) - set(bases)
+    assert rest and all(torch.equal(before[name], after[name]) for name in rest)
+
+
+@pytest.mark.parametrize("kind", METHODS)
+def test_a_resumed_run_that_protects_a_text_goes_on_with_the_same_bits(tiny_llama, tmp_path, kind):
+    base, method, model = copy_of(tiny_llama), kind(energy=0.6), tiny_llama
+    method.protect(model, domain(2))
+    folders = [tmp_path / str(number) for number in range(2)]
+    for number, folder in enumerate(folders):
+        model = learn(method, model, domain(number), steps=4, folder=folder)
+    model = learn(method, model, domain(3), steps=4)
+    other = kind(energy=0.6)
+    resumed = learn(other, other.restore(base, folders), domain(3), steps=4)
+    assert same(weights(model), weights(resumed))
+    assert method.record() == other.record()
+
+
+@pytest.mark.parametrize("kind", METHODS)
 def test_the_basis_is_that_of_the_inputs_of_all_tokens_that_are_not_padding(tiny_llama, kind):
     method, batches = kind(energy=0.8), domain(0)
     model = learn(method, tiny_llama, batches)
     name = "model.layers.1.mlp.down_proj.weight"
-    seen = []
-    (layer,) = (m for n, m in model.named_modules() if n.endswith("layers.1.mlp.down_proj"))
-    handle = layer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    model.eval()
-    with torch.no_grad():
-        for batch in batches:
-            model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-    handle.remove()
-    mask = batches[0]["attention_mask"].bool()
-    rows = torch.cat([x[mask] for x in seen])
+    rows = inputs_of(model, name.removesuffix(".weight"), batches)
     assert_same_span(method.memory.basis(name), leading_directions(rows, 0.8))
 
 

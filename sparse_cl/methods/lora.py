@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .base import Batch, Method
 from .options import check_at_least
@@ -40,6 +40,30 @@ def add_adapter(
 def merged(model: nn.Module) -> nn.Module:
     """The model without adapters: what one holds is added to the weights."""
     return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+
+
+def merged_weights(model: nn.Module, weights: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+    """The weights as they would be with the adapter's part added, by name; the model stays as it is.
+
+    Args:
+        weights: of the base model, adapted or not.
+    """
+    learned = {name: weight.detach() for name, weight in weights.items()}
+    names = {weight: name for name, weight in weights.items()}
+    for layer in model.modules():
+        if hasattr(layer, "get_delta_weight") and (name := names.get(layer.get_base_layer().weight)):
+            learned[name] = learned[name] + layer.get_delta_weight("default").detach()
+    return learned
+
+
+def with_adapters(base: nn.Module, folders: Sequence[Path]) -> nn.Module:
+    """`base` with the adapters that were saved: all but the last are merged, in order."""
+    import peft
+
+    model = base
+    for folder in folders:
+        model = peft.PeftModel.from_pretrained(merged(model), folder)
+    return model
 
 
 class LoRA(Method):

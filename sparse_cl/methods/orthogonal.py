@@ -19,7 +19,8 @@ from sparse_cl.probes.parts import is_transposed
 from sparse_cl.subspace import Subspace, SubspaceMemory
 
 from .base import Batch, Method
-from .lora import ALPHA, RANK, add_adapter
+from .lora import ALPHA, RANK, add_adapter, merged, merged_weights, with_adapters
+from .options import check_share
 
 _FILE = "memory.safetensors"
 _GRADIENT_BATCHES = 4
@@ -52,8 +53,7 @@ class SubspaceMethod(Method):
     options = ("energy", "source", "max_rank")
 
     def __init__(self, energy: float, source: str, max_rank: int | None) -> None:
-        if not 0 < energy <= 1:
-            raise ValueError(f"energy: expected a share in (0, 1], got {energy}")
+        check_share("energy", energy)
         if source not in ("inputs", "gradients"):
             raise ValueError(f"source: expected 'inputs' or 'gradients', got {source!r}")
         if max_rank is not None and max_rank < 1:
@@ -232,7 +232,7 @@ class OrthogonalLoRA(SubspaceMethod):
         return {**super().settings(), "rank": self.rank, "alpha": self.alpha}
 
     def before_domain(self, model: nn.Module, batches: Iterable[Batch]) -> nn.Module:
-        base = model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+        base = merged(model)
         self._begin(base, batches)
         adapted = add_adapter(base, self.rank, self.alpha)
         with _told_already():
@@ -245,18 +245,9 @@ class OrthogonalLoRA(SubspaceMethod):
             return SubspaceProjectedAdamW(trained, lr=lr, memory=self._subspaces)
 
     def after_domain(self, model: nn.Module, batches: Iterable[Batch]) -> None:
-        merged = {name: weight.detach() for name, weight in self._weights.items()}
-        names = {weight: name for name, weight in self._weights.items()}
-        for layer in model.modules():
-            if hasattr(layer, "get_delta_weight") and (name := names.get(layer.get_base_layer().weight)):
-                merged[name] = merged[name] + layer.get_delta_weight("default")
-        self._end(model, merged, batches)
+        self._end(model, merged_weights(model, self._weights), batches)
 
     def restore(self, base: nn.Module, folders: Sequence[Path]) -> nn.Module:
-        import peft
-
-        model = base
-        for folder in folders[:-1]:
-            model = peft.PeftModel.from_pretrained(model, folder).merge_and_unload()
+        model = merged(with_adapters(base, folders[:-1]))
         self._load(model, folders[-1])
-        return peft.PeftModel.from_pretrained(model, folders[-1])
+        return with_adapters(model, folders[-1:])

@@ -14,7 +14,7 @@ from sparse_cl.optim import SparseMaskedAdamW
 from sparse_cl.probes.parts import MLP, find_mlps
 
 from .base import Batch, Method
-from .lora import ALPHA, RANK, add_adapter, merged
+from .lora import ALPHA, RANK, add_adapter, merged, merged_weights, with_adapters
 from .neuron_account import NeuronAccount
 from .neurons import check_fraction, chosen, most_active
 from .options import check_at_least
@@ -69,13 +69,7 @@ class SparseMaskedLoRA(Method):
         return SparseMaskedAdamW(trained, lr=lr, masks=self.masks)
 
     def after_domain(self, model: nn.Module, batches: Iterable[Batch]) -> None:
-        weights = {weight: name for name, weight in self.account.weights.items()}
-        learned = {name: weight.detach() for name, weight in self.account.weights.items()}
-        for layer in model.modules():
-            if hasattr(layer, "get_delta_weight"):
-                name = weights[layer.get_base_layer().weight]
-                learned[name] = learned[name] + layer.get_delta_weight("default").detach()
-        self.account.end(self.account.opened, learned)
+        self.account.end(self.account.opened, merged_weights(model, self.account.weights))
 
     def record(self) -> dict[str, Any]:
         return {"layers": self.account.layers}
@@ -84,13 +78,8 @@ class SparseMaskedLoRA(Method):
         self.account.save(folder)
 
     def restore(self, base: nn.Module, folders: Sequence[Path]) -> nn.Module:
-        import peft
-
         self.account.load(folders[-1])
-        model = base
-        for folder in folders[:-1]:
-            model = peft.PeftModel.from_pretrained(model, folder).merge_and_unload()
-        return peft.PeftModel.from_pretrained(model, folders[-1])
+        return with_adapters(base, folders)
 
 
 @torch.no_grad()

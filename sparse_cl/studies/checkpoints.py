@@ -10,6 +10,7 @@ from torch import nn
 from sparse_cl.four_domains.experiment import load_model
 from sparse_cl.four_domains.sequence import Progress
 from sparse_cl.methods import METHODS
+from sparse_cl.methods.lora import merged
 
 
 def load_checkpoint(path: str, base: nn.Module) -> nn.Module:
@@ -36,13 +37,13 @@ def load_checkpoint(path: str, base: nn.Module) -> nn.Module:
                 f"{finished[0].parent}: its folder is called by no method ({', '.join(METHODS)}), so how to load it is "
                 "not known; give it the name that sparse-cl run gave it, or the folder of one domain's model"
             )
-        return _merged(METHODS[method]().restore(base, finished))
+        return merged(METHODS[method]().restore(base, finished))
     if (folder / "progress.json").is_file():
         raise ValueError(f"{path}: no domain was finished there; let sparse-cl run go on, or give another checkpoint")
     if (folder / "adapter_config.json").is_file():
         import peft
 
-        return _merged(peft.PeftModel.from_pretrained(base, folder))
+        return merged(peft.PeftModel.from_pretrained(base, folder))
     device = next(base.parameters()).device
     return load_model(path)[0].to(device, base.dtype)
 
@@ -55,7 +56,3 @@ def _finished(folder: Path) -> list[Path]:
     progress = Progress.from_json(json.loads(path.read_text(encoding="utf-8")))
     numbers = range(1, len(progress.stages))  # the first stage is the base model
     return [stage for number in numbers for stage in sorted(folder.glob(f"{number}-*"))]
-
-
-def _merged(model: nn.Module) -> nn.Module:
-    return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
