@@ -74,3 +74,13 @@ def logits(model, batches):
         return torch.stack(
             [model(input_ids=b["input_ids"], attention_mask=b["attention_mask"]).logits for b in batches]
         )
+
+
+def inputs_of(model, layer, batches):
+    """What enters a layer (its name may have a prefix) for all tokens that are not padding, (tokens, n)."""
+    seen = []
+    (module,) = (m for n, m in model.named_modules() if n.endswith(layer))
+    handle = module.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
+    logits(model, batches)
+    handle.remove()
+    return torch.cat([x[batch["attention_mask"].bool()] for x, batch in zip(seen, batches, strict=True)])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from method_cases import copy_of, domain, learn, logits, same, weights
+from method_cases import copy_of, domain, inputs_of, learn, same, weights
 
 from sparse_cl.methods import AdamW, Elastic
 from sparse_cl.optim import SparseMaskedAdamW
@@ -27,20 +27,11 @@ def input_of(layer):
 
 def moments_by_hand(model, batches):
     """Mean x xᵀ of every layer's input, and the share of each token, over what is not padding; float64."""
-    seen = {name: [] for name in [*LAYERS, "lm_head"]}
-    handles = [
-        model.get_submodule(name).register_forward_pre_hook(lambda m, args, name=name: seen[name].append(args[0]))
-        for name in seen
-    ]
-    logits(model, batches)
-    for handle in handles:
-        handle.remove()
-    kept = [batch["attention_mask"].bool() for batch in batches]
     found = {}
-    for name, inputs in seen.items():
-        rows = torch.cat([x[mask] for x, mask in zip(inputs, kept, strict=True)]).double()
+    for name in [*LAYERS, "lm_head"]:
+        rows = inputs_of(model, name, batches).double()
         found[name] = sum(torch.outer(row, row) for row in rows) / len(rows)
-    ids = torch.cat([batch["input_ids"][mask] for batch, mask in zip(batches, kept, strict=True)]).tolist()
+    ids = torch.cat([batch["input_ids"][batch["attention_mask"].bool()] for batch in batches]).tolist()
     shares = torch.tensor([ids.count(v) / len(ids) for v in range(model.config.vocab_size)], dtype=torch.float64)
     return found, shares
 
@@ -54,7 +45,7 @@ def untied(model):
 
 def strength_by_hand(method, layer, texts):
     """κ as a matrix, of which q_jᵀ κ q_j is the pull of direction j: strength · texts · A n / tr A."""
-    moment = method.moments[input_of(layer)].double()
+    moment = method.usage.moments[input_of(layer)].double()
     return method.strength * texts * moment * len(moment) / moment.trace()
 
 
@@ -69,10 +60,10 @@ def test_what_is_remembered_is_each_text_s_mean_over_its_tokens(tiny_llama):
         found, shares = moments_by_hand(model, domain(number, count=2 * number if number else 5))
         inputs = {name: inputs[name] + weight * moment for name, moment in found.items()}
         tokens = tokens + weight * shares
-    assert set(method.moments) == {*INPUTS, "tokens"}
-    torch.testing.assert_close(method.moments["tokens"].double(), tokens, rtol=1e-6, atol=0)
+    assert set(method.usage.moments) == {*INPUTS, "tokens"}
+    torch.testing.assert_close(method.usage.moments["tokens"].double(), tokens, rtol=1e-6, atol=0)
     for name, moment in inputs.items():
-        ours = method.moments[input_of(name)].double()
+        ours = method.usage.moments[input_of(name)].double()
         torch.testing.assert_close(ours, moment, rtol=1e-4, atol=1e-6 * float(moment.abs().max()))
 
 
@@ -95,7 +86,7 @@ def test_pulls_are_as_strong_as_the_inputs_and_tokens_are_used(tiny_llama, tied)
             (turn * pull.columns.double()) @ turn.mT, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max())
         )
     rows = pulls[EMBEDDING].rows.double().flatten()
-    shares = method.moments["tokens"].double()
+    shares = method.usage.moments["tokens"].double()
     torch.testing.assert_close(rows, 30.0 * 0.2 * len(shares) * shares, rtol=1e-5, atol=0)
     assert (rows == 0).sum() > 100, "of tokens that no text has"
     assert (pulls[EMBEDDING].columns is not None) == tied
@@ -149,7 +140,7 @@ def test_the_stronger_the_less_outputs_for_earlier_inputs_change(tiny_llama):
     for strength in (0.0, 10.0, 1000.0):
         method, model = Elastic(strength=strength), copy_of(tiny_llama)
         model = learn(method, model, domain(0), lr=LR)
-        moments = {name: method.moments[input_of(name)].double() for name in LAYERS}
+        moments = {name: method.usage.moments[input_of(name)].double() for name in LAYERS}
         before = weights(model)
         after = weights(learn(method, model, domain(1), lr=LR, steps=10))
         changes.append(0.0)
@@ -194,7 +185,7 @@ def test_a_resumed_run_goes_on_with_the_same_bits(tiny_llama, tmp_path, settings
     resumed = learn(other, other.restore(base, folders), domain(2), lr=LR)
     assert same(weights(model), weights(resumed))
     assert method.record() == other.record()
-    assert same(method.moments, other.moments)
+    assert same(method.usage.moments, other.usage.moments)
 
 
 def test_a_damaged_file(tiny_llama, tmp_path):
@@ -216,7 +207,7 @@ def share_used(matrix, moment, texts):
 def test_what_is_reported_is_what_happened(tiny_llama):
     method = Elastic()
     model = learn(method, tiny_llama, domain(0), lr=LR)
-    first, moments, before = method.record()["layers"], dict(method.moments), weights(model)
+    first, moments, before = method.record()["layers"], dict(method.usage.moments), weights(model)
     plain, batches = copy_of(model), domain(1, count=6)
     for batch in batches[:4]:
         plain(**batch).loss.backward()
@@ -232,7 +223,7 @@ def test_what_is_reported_is_what_happened(tiny_llama):
         assert second[name]["surviving"] == pytest.approx(1 - share_used(gradient, moment, 1)[0], abs=1e-4)
         change = after[weight].double() - before[weight].double()
         assert second[name]["leak"] == pytest.approx(share_used(change, moment, 1)[0], rel=1e-3)
-        assert second[name]["used"] == round(share_used(change, method.moments[input_of(name)], 2)[1])
+        assert second[name]["used"] == round(share_used(change, method.usage.moments[input_of(name)], 2)[1])
 
 
 def test_measuring_changes_no_mode_no_flag_and_no_gradient(tiny_llama):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from method_cases import copy_of, domain, learn, same, weights
+from method_cases import copy_of, domain, inputs_of, learn, same, weights
 
 from sparse_cl.methods import METHODS
 from sparse_cl.methods.neuron_account import NeuronAccount
@@ -89,16 +89,7 @@ def test_the_account_equals_a_recount_from_scratch(tiny_llama, name):
 
 def holding(method, model, mlp, batches):
     """The fewest neurons with 90 % of the mean |activation| of all tokens, from the inputs of down_proj."""
-    seen = []
-    layer = model.get_submodule(f"{mlp}.down_proj")
-    handle = layer.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach().double()))
-    model.eval()
-    with torch.no_grad():
-        for batch in batches:
-            model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-    handle.remove()
-    mask = batches[0]["attention_mask"].bool()
-    mean = torch.cat([x[mask] for x in seen]).abs().mean(0)
+    mean = inputs_of(model, f"{mlp}.down_proj", batches).double().abs().mean(0)
     found, total = torch.zeros(24, dtype=torch.bool), 0.0
     for neuron in mean.argsort(descending=True).tolist():
         if total >= 0.9 * float(mean.sum()):

@@ -7,7 +7,7 @@ import peft
 import pytest
 import torch
 import transformers
-from method_cases import copy_of, domain, same, weights
+from method_cases import copy_of, domain, inputs_of, same, weights
 
 from sparse_cl.methods import Orthogonal, OrthogonalLoRA
 from sparse_cl.probes.capacity import scarcity
@@ -48,16 +48,6 @@ def leading_directions(rows, energy):
     _, s, vh = torch.linalg.svd(rows.double(), full_matrices=False)
     explained = s.square().cumsum(0) / s.square().sum()
     return vh[: int((explained < energy).sum()) + 1].T
-
-
-def inputs_of(model, layer, batches):
-    """What enters a layer (its name may have a prefix) for all tokens that are not padding, (tokens, n)."""
-    seen = []
-    (module,) = (m for n, m in model.named_modules() if n.endswith(layer))
-    handle = module.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    method_cases.logits(model, batches)
-    handle.remove()
-    return torch.cat([x[batch["attention_mask"].bool()] for x, batch in zip(seen, batches, strict=True)])
 
 
 def assert_same_span(found, expected):
