@@ -37,7 +37,8 @@ OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
     "orthogonal": ({"energy": 0.9}, {"energy": 0.98}),
     "orthogonal-lora": ({"energy": 0.9}, {"energy": 0.95}),
     "orthogonal-masked": ({"energy": 0.9}, {"energy": 0.98}),
-    "elastic": ({"strength": 100.0}, {"strength": 400.0}),
+    "elastic": ({"strength": 50.0}, {"strength": 200.0}),
+    "elastic-lora": ({"strength": 50.0}, {"strength": 200.0}),
     "curvature": ({"mode": "soft"}, {"rest": "damp"}),
     "two-four": ({"score": "fisher"},),
 }

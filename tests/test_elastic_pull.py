@@ -123,16 +123,6 @@ def test_a_vector_is_pulled_by_entry():
     torch.testing.assert_close(weight.detach(), expected[0], rtol=1e-12, atol=0)
 
 
-def test_the_share_that_is_held():
-    turn, columns, rows, matrix = basis(N), strengths(N), strengths(M, 1), random(M, N)
-    kappa = 0.01 * (rows[:, None] + columns)
-    energies = (matrix @ turn).square()
-    expected = float((energies * kappa / (1 + kappa)).sum() / energies.sum())
-    pull = ElasticPull(torch.zeros(M, N, dtype=torch.float64), turn, columns, rows)
-    assert pull.share_held(matrix, 0.01) == pytest.approx(expected, rel=1e-12)
-    assert pull.share_held(torch.zeros(M, N), 0.01) == 0.0
-
-
 def test_what_is_not_finite_in_a_scaled_gradient_changes_nothing():
     weight = torch.nn.Parameter(random(M, N, dtype=torch.float32))
     pull = ElasticPull(weight, basis(N), strengths(N))

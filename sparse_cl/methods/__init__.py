@@ -6,7 +6,7 @@ from .adamw import AdamW
 from .base import Batch, Method
 from .bounds import Joint, Single
 from .curvature import Curvature
-from .elastic import Elastic
+from .elastic import Elastic, ElasticLoRA
 from .ewc import EWC
 from .freeze_lower import FreezeLower
 from .lora import LoRA, LoRAWeightDecay
@@ -45,6 +45,7 @@ METHODS: dict[str, type[Method]] = {
         OrthogonalLoRA,
         OrthogonalMasked,
         Elastic,
+        ElasticLoRA,
         TwoFour,
         Curvature,
     )
@@ -57,6 +58,7 @@ __all__ = [
     "Curvature",
     "EWC",
     "Elastic",
+    "ElasticLoRA",
     "FreezeLower",
     "Joint",
     "LoRA",

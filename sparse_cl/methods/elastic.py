@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
-from itertools import islice
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +14,14 @@ from sparse_cl import storage
 from sparse_cl.optim.elastic_pull import ElasticPull
 from sparse_cl.optim.projected_adamw import ProjectedAdamW
 from sparse_cl.probes.capacity import scarcity
-from sparse_cl.probes.gradients import GradientProbe
-from sparse_cl.probes.inputs import InputProbe
-from sparse_cl.probes.parts import find_blocks, is_transposed
+from sparse_cl.probes.parts import is_transposed
 
 from .base import Batch, Method
+from .input_usage import InputUsage
+from .lora import ALPHA, RANK, add_adapter, merged, merged_weights, with_adapters
 from .options import check_above_zero, check_at_least
 
 _FILE = "usage.safetensors"
-_TOKENS = "tokens"
-_GRADIENT_BATCHES = 4
-"""Batches whose mean gradient is asked how much of it is free; more change the answer little."""
 
 
 class Elastic(Method):
@@ -33,13 +29,13 @@ class Elastic(Method):
 
     With A = Σ E[x xᵀ] of a layer's inputs, summed over the earlier domains, and A = Q diag(λ) Qᵀ, AdamW runs in the
     coordinates W Q, and each step ends with the proximal step of the penalty ½ Σ κ_j ‖(W - W₀) q_j‖², W₀ the weights
-    when the domain began, κ_j = strength · λ_j / μ and μ the mean λ of one domain (see `ElasticPull`). That is a
-    quadratic penalty on how much the layer's outputs for earlier inputs change: EWC (Kirkpatrick et al. 2017) with the
-    input half of a Kronecker-factored Fisher (Ritter, Botev & Barber 2018), where hard projection (GPM, Saha et al.
-    2021) closes some directions and leaves the others free. Embeddings learn too: the row of token v is pulled back by
-    strength · token_strength · V f_v, f_v its share of the text, summed over the earlier domains, and V the vocabulary;
-    a head, tied or not, as any layer by its inputs. Norms and biases are free. With nothing to protect, in a first
-    domain, all this is AdamW.
+    when the domain began, κ_j = strength · λ_j / μ and μ the mean λ of one domain (see `ElasticPull`, `InputUsage`).
+    That is a quadratic penalty on how much the layer's outputs for earlier inputs change: EWC (Kirkpatrick et al. 2017)
+    with the input half of a Kronecker-factored Fisher (Ritter, Botev & Barber 2018), where hard projection (GPM, Saha
+    et al. 2021) closes some directions and leaves the others free. Embeddings learn too: the row of token v is pulled
+    back by strength · token_strength · V f_v, f_v its share of the text, summed over the earlier domains, and V the
+    vocabulary; a head, tied or not, as any layer by its inputs. Norms and biases are free. With nothing to protect, in
+    a first domain, all this is AdamW.
 
     Args:
         strength: of the pull that one domain adds, in units of 1/lr: in each step a direction of mean use goes back by
@@ -57,10 +53,7 @@ class Elastic(Method):
         self.strength = check_at_least("strength", strength, 0)
         self.token_strength = check_at_least("token_strength", token_strength, 0)
         self.text_weight = check_above_zero("text_weight", text_weight)
-        self.moments: dict[str, Tensor] = {}
-        """By the first layer that reads an input Σ E[x xᵀ] over texts, and under "tokens" (V,) Σ of each token's share
-        of them, a text times `text_weight`; float32, on the CPU."""
-        self._bases: dict[str, tuple[Tensor, Tensor]] = {}  # Q, and λ / μ
+        self.usage: InputUsage | None = None
         self._pulls: dict[str, ElasticPull] = {}
         self._before: dict[str, Tensor] = {}
         self._layers: dict[str, dict[str, Any]] = {}
@@ -69,97 +62,79 @@ class Elastic(Method):
         return {option: getattr(self, option) for option in self.options}
 
     def check(self, model: nn.Module) -> None:
-        for name in self._inputs(model):
-            if is_transposed(layer := model.get_submodule(name)):
+        for name, layer in InputUsage(model).modules.items():
+            if is_transposed(layer):
                 raise ValueError(
                     f"{name} is a {type(layer).__name__}, of whose inputs {self.name} has no account; it needs a model "
                     "of torch.nn.Linear layers. Run curvature, which takes these"
                 )
 
     def protect(self, model: nn.Module, batches: Iterable[Batch]) -> None:
-        self._observe(model, batches, self.text_weight)
+        self.usage = InputUsage(model)
+        self.usage.observe(model, batches, self.text_weight)
 
     def before_domain(self, model: nn.Module, batches: Iterable[Batch]) -> nn.Module:
-        inputs = self._inputs(model)
-        self._layers = {name: {"surviving": 1.0, "leak": None} for name in inputs}
-        self._before, self._pulls = {}, {}
-        if not self.moments:
-            return model
-        self._pulls = self._make_pulls(model)
-        gradients = GradientProbe(model, {name: model.get_submodule(name) for name in inputs})
-        for name, gradient in gradients.run(islice(batches, _GRADIENT_BATCHES)).layers.items():
-            self._layers[name]["surviving"] = 1.0 - self._share_held(name, gradient)
-        if message := scarcity(self._layers):
-            warnings.warn(f"{self.name}: {message}", stacklevel=2)
-        self._before = {name: _weight(model, name).detach().to("cpu", copy=True) for name in inputs}
+        self._begin(model, batches)
+        self._pulls = self._make_pulls(model) if self.usage.moments else {}
         return model
 
     def make_optimizer(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
-        return ProjectedAdamW(model.named_parameters(), lr=lr, projections=self._pulls, rest="train")
+        trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        return ProjectedAdamW(trained, lr=lr, projections=self._pulls, rest="train")
 
     def after_domain(self, model: nn.Module, batches: Iterable[Batch]) -> None:
-        for name, before in self._before.items():
-            self._layers[name]["leak"] = self._share_held(name, _weight(model, name).detach().cpu() - before)
-        self._before, self._pulls = {}, {}
-        self._observe(model, batches)
-        for name, key in self._inputs(model).items():
-            use = self._bases[key][1]
-            used = round(float((use / (1 + use)).sum(dtype=torch.float64)))
-            self._layers[name] |= {"width": len(use), "used": used, "free": len(use) - used}
+        self._pulls = {}
+        self._end(model, self.usage.weights(), batches)
 
     def record(self) -> dict[str, Any]:
-        """As of every method; a direction counts as used by h = (λ/μ)/(1 + λ/μ), between 0 and 1, whatever the
-        learning rate and the strength are, and so does the energy of gradients and changes in it."""
+        """As of every method; see `InputUsage` for what counts as used."""
         return {"layers": self._layers}
 
     def save(self, folder: Path) -> None:
-        storage.write(folder / _FILE, "usage", self.moments)
+        storage.write(folder / _FILE, "usage", self.usage.moments)
 
     def restore(self, base: nn.Module, folders: Sequence[Path]) -> nn.Module:
         model = super().restore(base, folders)
-        self.moments, _ = storage.read(folders[-1] / _FILE, "usage", f"a run of the method {self.name}")
-        self._set_bases(model)
+        self._load(model, folders[-1])
         return model
 
-    def _inputs(self, model: nn.Module) -> dict[str, str]:
-        """Linear layers of the blocks → the first layer that reads the same input."""
-        found = {}
-        for block in find_blocks(model):
-            for part in (block.attention, block.mlp):
-                found |= dict.fromkeys(part.into, next(iter(part.into))) | {part.out_name: part.out_name}
-        return found
+    def _begin(self, base: nn.Module, batches: Iterable[Batch]) -> None:
+        """Measure, before a domain is learned, what of its gradient is free."""
+        if self.usage is None:
+            self.usage = InputUsage(base)
+        self._layers = {name: {"surviving": 1.0, "leak": None} for name in self.usage.modules}
+        self._before = {}
+        if not self.usage.moments:
+            return
+        for name, share in self.usage.surviving(base, batches).items():
+            self._layers[name]["surviving"] = share
+        if message := scarcity(self._layers):
+            warnings.warn(f"{self.name}: {message}", stacklevel=3)
+        self._before = {name: weight.detach().to("cpu", copy=True) for name, weight in self.usage.weights().items()}
 
-    def _observe(self, model: nn.Module, batches: Iterable[Batch], weight: float = 1.0) -> None:
-        """Add what a text puts into the layers, as the model is now: each text counts alike, however long it is."""
-        names = list(dict.fromkeys(self._inputs(model).values())) + _head_names(model)
-        seen = InputProbe(model, {name: model.get_submodule(name) for name in names}, tokens="all").run(batches)
-        found = {name: sum(half.moment for half in halves).cpu() / seen.tokens for name, halves in seen.halves.items()}
-        tokens = torch.zeros(model.get_input_embeddings().num_embeddings, dtype=torch.float64)
-        for batch in batches:
-            kept = batch["input_ids"][batch["attention_mask"].bool()]
-            tokens += torch.bincount(kept.cpu(), minlength=len(tokens))
-        found[_TOKENS] = (tokens / tokens.sum()).float()
-        for name, moment in found.items():
-            self.moments[name] = weight * moment + self.moments.get(name, 0.0)
-        self._set_bases(model)
+    def _end(self, model: nn.Module, learned: Mapping[str, Tensor], batches: Iterable[Batch]) -> None:
+        """Measure where a domain's change went, then remember what it uses.
 
-    def _set_bases(self, model: nn.Module) -> None:
-        self._bases = {}
-        texts = float(self.moments[_TOKENS].sum(dtype=torch.float64))
-        for name, moment in self.moments.items():
-            if name != _TOKENS:
-                weight = _weight(model, name)
-                values, vectors = torch.linalg.eigh(moment.to(weight.device, torch.float64))
-                values = values.clamp(min=0)
-                dtype = torch.promote_types(weight.dtype, torch.float32)
-                self._bases[name] = vectors.to(dtype), (values * texts / values.mean()).to(dtype)
+        Args:
+            model: what was trained, adapter and all.
+            learned: the weights of the blocks' layers as the next domain will find them.
+        """
+        for name, before in self._before.items():
+            self._layers[name]["leak"] = self.usage.share_taken(name, learned[name].detach().cpu() - before)
+        self._before = {}
+        self.usage.observe(model, batches)
+        for name, layer in self._layers.items():
+            layer |= self.usage.account(name)
+
+    def _load(self, base: nn.Module, folder: Path) -> None:
+        self.usage = InputUsage(base)
+        self.usage.take(storage.read(folder / _FILE, "usage", f"a run of the method {self.name}")[0])
 
     def _make_pulls(self, model: nn.Module) -> dict[str, ElasticPull]:
         """Of all parameters that have any, by name, with their present values as anchors."""
-        bases = {id(_weight(model, name)): self._bases[key] for name, key in self._inputs(model).items()}
-        bases |= {id(_weight(model, name)): self._bases[name] for name in _head_names(model)}
-        embedding = model.get_input_embeddings().weight
-        shares = self.moments[_TOKENS].to(embedding.device)
+        layers = self.usage.modules | self.usage.heads
+        bases = {id(layer.weight): self.usage.bases[name] for name, layer in layers.items()}
+        embedding, shares = self.usage.embedding.weight, self.usage.token_shares()
         rows = self.strength * self.token_strength * len(shares) * shares
         pulls = {}
         for name, parameter in model.named_parameters():
@@ -169,16 +144,54 @@ class Elastic(Method):
                 pulls[name] = ElasticPull(parameter, basis, columns, rows if parameter is embedding else None)
         return pulls
 
-    def _share_held(self, name: str, matrix: Tensor) -> float:
-        pull = self._pulls[f"{name}.weight"]
-        return pull.share_held(matrix, 1 / self.strength) if self.strength else 0.0
 
+class ElasticLoRA(Elastic):
+    """A fresh LoRA adapter each domain whose A is pulled to 0 in directions that earlier domains use.
 
-def _weight(model: nn.Module, name: str) -> nn.Parameter:
-    return model.get_submodule(name).weight
+    The adapter of the domain before is merged. ΔW = s B A reaches an old input x through A x alone, so the pull of
+    `Elastic` is on A, with 0 as its anchor; B is free. A starts as PEFT draws it, each direction divided by 1 + u_j
+    (see `InputUsage`). Embeddings, head, norms and biases stay as they are.
 
+    Args:
+        strength, text_weight: as of `Elastic`.
+        rank, alpha: of the adapters; s = alpha / rank.
+    """
 
-def _head_names(model: nn.Module) -> list[str]:
-    """The name of the module that makes the logits, if it is a linear layer."""
-    head = model.get_output_embeddings()
-    return [name for name, module in model.named_modules() if module is head and isinstance(module, nn.Linear)]
+    name = "elastic-lora"
+    options = ("strength", "text_weight", "rank", "alpha")
+    default_lr = 4e-3
+
+    def __init__(self, strength: float = 100.0, text_weight: float = 1.0, rank: int = RANK, alpha: int = ALPHA) -> None:
+        super().__init__(strength, text_weight=text_weight)
+        self.rank = check_at_least("rank", rank, 1)
+        self.alpha = check_at_least("alpha", alpha, 1)
+
+    def before_domain(self, model: nn.Module, batches: Iterable[Batch]) -> nn.Module:
+        base = merged(model)
+        self._begin(base, batches)
+        adapted = add_adapter(base, self.rank, self.alpha)
+        self._pulls = self._confine(adapted) if self.usage.moments else {}
+        return adapted
+
+    def after_domain(self, model: nn.Module, batches: Iterable[Batch]) -> None:
+        self._pulls = {}
+        self._end(model, merged_weights(model, self.usage.weights()), batches)
+
+    def restore(self, base: nn.Module, folders: Sequence[Path]) -> nn.Module:
+        model = merged(with_adapters(base, folders[:-1]))
+        self._load(model, folders[-1])
+        return with_adapters(model, folders[-1:])
+
+    @torch.no_grad()
+    def _confine(self, adapted: nn.Module) -> dict[str, ElasticPull]:
+        """Start each A anew outside what is used, and the pulls of them by name."""
+        layers = {id(layer): name for name, layer in self.usage.modules.items()}
+        names = {id(parameter): name for name, parameter in adapted.named_parameters()}
+        pulls = {}
+        for module in adapted.modules():
+            if hasattr(module, "lora_A") and (layer := layers.get(id(module.get_base_layer()))):
+                a = module.lora_A["default"].weight
+                basis, use = (part.to(a.dtype) for part in self.usage.bases[layer])
+                a.copy_((a @ basis / (1 + use)) @ basis.mT)
+                pulls[names[id(a)]] = ElasticPull(torch.zeros_like(a), basis, self.strength * use)
+        return pulls

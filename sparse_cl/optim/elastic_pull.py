@@ -80,12 +80,6 @@ class ElasticPull(WholeProjection):
             with full_precision(update.device):
                 update.copy_(update @ self.turn.mT)
 
-    def share_held(self, matrix: Tensor, lr: float) -> float:
-        """Σ h C² / Σ C² of a gradient or a change, C its coordinates and h what a step takes back (`held`)."""
-        energies = self._turned(matrix.detach().to(self.device, self._anchor.dtype)).double().square()
-        total = float(energies.sum())
-        return float((energies * self.held(lr)).sum()) / total if total else 0.0
-
     def _turned(self, matrix: Tensor) -> Tensor:
         if self.turn is None:
             return matrix

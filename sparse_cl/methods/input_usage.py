@@ -1,0 +1,111 @@
+"""What earlier domains put into the layers of a model, and how much of each direction they use."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparse_cl.probes.gradients import GradientProbe
+from sparse_cl.probes.inputs import InputProbe
+from sparse_cl.probes.parts import find_blocks
+
+from .base import Batch
+
+_TOKENS = "tokens"
+_GRADIENT_BATCHES = 4
+"""Batches whose mean gradient is asked how much of it is free; more change the answer little."""
+
+
+class InputUsage:
+    """Second moments of layers' inputs, and the shares of tokens, summed over texts; each text counts alike.
+
+    A direction q_j, an eigenvector of A = Σ E[x xᵀ], is used u_j = λ_j / μ, μ the mean λ of one text, and of all there
+    is to it u_j / (1 + u_j) counts as taken: the account of capacity needs no threshold then.
+
+    Args:
+        base: the model without adapters; its layers are known by themselves, whatever wraps them later.
+
+    Attributes:
+        modules: linear layers of the blocks, by name.
+        heads: the layer that makes the logits, by name, if it is a linear one.
+        moments: by the first layer that reads an input Σ E[x xᵀ], and under "tokens" (V,) Σ of each token's share;
+            float32, on the CPU.
+        bases: by layer Q (n, n) and u (n,), where its weight is.
+    """
+
+    def __init__(self, base: nn.Module):
+        self.modules: dict[str, nn.Module] = {}
+        self._readers: dict[str, str] = {}
+        for block in find_blocks(base):
+            for part in (block.attention, block.mlp):
+                self.modules |= {**part.into, part.out_name: part.out}
+                self._readers |= {**dict.fromkeys(part.into, next(iter(part.into))), part.out_name: part.out_name}
+        output = base.get_output_embeddings()
+        self.heads = {
+            name: module for name, module in base.named_modules() if module is output and isinstance(module, nn.Linear)
+        }
+        self._readers |= {name: name for name in self.heads}
+        self.embedding = base.get_input_embeddings()
+        self.moments: dict[str, Tensor] = {}
+        self.bases: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def weights(self) -> dict[str, nn.Parameter]:
+        """Of the blocks' layers, by the layer's name."""
+        return {name: module.weight for name, module in self.modules.items()}
+
+    def observe(self, model: nn.Module, batches: Iterable[Batch], weight: float = 1.0) -> None:
+        """Adds a text, times `weight`, as the model is now.
+
+        Args:
+            model: the base, or what wraps it.
+        """
+        layers = self.modules | self.heads
+        first = {name: layers[name] for name in dict.fromkeys(self._readers.values())}
+        seen = InputProbe(model, first, tokens="all").run(batches)
+        found = {name: sum(half.moment for half in halves).cpu() / seen.tokens for name, halves in seen.halves.items()}
+        tokens = torch.zeros(self.embedding.num_embeddings, dtype=torch.float64)
+        for batch in batches:
+            kept = batch["input_ids"][batch["attention_mask"].bool()]
+            tokens += torch.bincount(kept.cpu(), minlength=len(tokens))
+        found[_TOKENS] = (tokens / tokens.sum()).float()
+        self.take({name: weight * moment + self.moments.get(name, 0.0) for name, moment in found.items()})
+
+    def take(self, moments: Mapping[str, Tensor]) -> None:
+        """Takes all moments, as `observe` left them."""
+        self.moments, found = dict(moments), {}
+        texts = float(self.moments[_TOKENS].sum(dtype=torch.float64))
+        layers = self.modules | self.heads
+        for name, moment in self.moments.items():
+            if name != _TOKENS:
+                weight = layers[name].weight
+                values, vectors = torch.linalg.eigh(moment.to(weight.device, torch.float64))
+                values = values.clamp(min=0)
+                dtype = torch.promote_types(weight.dtype, torch.float32)
+                found[name] = vectors.to(dtype), (values * texts / values.mean()).to(dtype)
+        self.bases = {name: found[reader] for name, reader in self._readers.items()}
+
+    def token_shares(self) -> Tensor:
+        """(V,), summed over texts, where the embedding is."""
+        return self.moments[_TOKENS].to(self.embedding.weight.device)
+
+    def share_taken(self, name: str, matrix: Tensor) -> float:
+        """Share of the energy of a gradient or a change (m, n) of a layer that is in what earlier domains use."""
+        basis, use = (part.double() for part in self.bases[name])
+        energies = (matrix.to(basis.device, torch.float64) @ basis).square().sum(0)
+        total = float(energies.sum())
+        return float(energies @ (use / (1 + use))) / total if total else 0.0
+
+    def surviving(self, model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
+        """By layer of the blocks, the share of a new domain's mean gradient that is outside."""
+        gradients = GradientProbe(model, self.modules).run(islice(batches, _GRADIENT_BATCHES)).layers
+        return {name: 1.0 - self.share_taken(name, gradient) for name, gradient in gradients.items()}
+
+    def account(self, name: str) -> dict[str, Any]:
+        """`width`, `used` and `free` of a layer's input directions, see `sparse_cl.probes.capacity.Layers`."""
+        use = self.bases[name][1]
+        used = round(float((use / (1 + use)).sum(dtype=torch.float64)))
+        return {"width": len(use), "used": used, "free": len(use) - used}
