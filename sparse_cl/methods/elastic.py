@@ -49,7 +49,7 @@ class Elastic(Method):
     options = ("strength", "token_strength", "text_weight")
     default_lr = 2e-3
 
-    def __init__(self, strength: float = 100.0, token_strength: float = 0.05, text_weight: float = 1.0) -> None:
+    def __init__(self, strength: float = 100.0, token_strength: float = 0.05, text_weight: float = 0.2) -> None:
         self.strength = check_at_least("strength", strength, 0)
         self.token_strength = check_at_least("token_strength", token_strength, 0)
         self.text_weight = check_above_zero("text_weight", text_weight)
@@ -161,7 +161,7 @@ class ElasticLoRA(Elastic):
     options = ("strength", "text_weight", "rank", "alpha")
     default_lr = 4e-3
 
-    def __init__(self, strength: float = 100.0, text_weight: float = 1.0, rank: int = RANK, alpha: int = ALPHA) -> None:
+    def __init__(self, strength: float = 100.0, text_weight: float = 0.2, rank: int = RANK, alpha: int = ALPHA) -> None:
         super().__init__(strength, text_weight=text_weight)
         self.rank = check_at_least("rank", rank, 1)
         self.alpha = check_at_least("alpha", alpha, 1)
