@@ -160,11 +160,17 @@ def test_activations_are_what_autograd_keeps(name, precision, tolerance):
 KEPT = {
     "ewc": lambda method: [t for _, rest, fisher in method._springs for t in (rest, fisher)],
     "o-lora": lambda method: list(method._old.values()),
-    "elastic": lambda method: [t for pull in method._pulls.values() for t in (pull.turn, pull._anchor)],
+    "elastic": lambda method: [
+        *(basis for basis, _ in method.usage.bases.values()),
+        *(pull._anchor for pull in method._pulls.values()),
+    ],
     "curvature": lambda method: [
         basis for p in method.projections.values() for basis in (p.curvature.row_basis, p.curvature.column_basis)
     ],
 }
+
+
+KEPT["elastic-lora"] = KEPT["elastic"]
 
 
 @pytest.mark.parametrize("name", KEPT)

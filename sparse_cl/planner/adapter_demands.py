@@ -12,7 +12,7 @@ from sparse_cl.methods.lora import RANK
 from sparse_cl.probes.neuron_masks import neuron_count
 
 from .demand import WIDE, Demand, Projected, projecting, states, torch_adamw_state, traffic, unreached_by_masks
-from .dense_demands import tracked
+from .dense_demands import input_bases, tracked
 from .shapes import Matrix, ModelShape
 
 
@@ -30,16 +30,21 @@ def o_lora(shape: ModelShape, settings: dict[str, Any]) -> Demand:
     return lora(shape, settings, kept_bytes_a_domain=WIDE * settings["rank"] * inputs)
 
 
+def elastic_lora(shape: ModelShape, settings: dict[str, Any]) -> Demand:
+    rank, adapted = settings["rank"], _adapted(shape)
+    return Demand(
+        **_own_step(shape, settings, temporaries=5),
+        turning_flops=3 * 2 * rank * sum(matrix.inputs**2 for matrix in adapted),
+        kept_bytes=WIDE * (input_bases(shape) + rank * sum(matrix.inputs for matrix in adapted)),
+        observed_bytes=2 * WIDE * input_bases(shape),
+        shardable=False,
+    )
+
+
 def orthogonal_lora(shape: ModelShape, settings: dict[str, Any]) -> Demand:
     rank, adapted = settings["rank"], _adapted(shape)
-    common = _adapters(shape, settings, adapted)
-    entries = common["gradient_bytes"] // WIDE
     return Demand(
-        **common,
-        # A dense state is two moments and an int32 count; float32 adapters need no master.
-        state_bytes=2 * WIDE * entries + 4 * 2 * len(adapted),
-        step_bytes=traffic(entries, WIDE, master=False) + projecting(rank * matrix.inputs for matrix in adapted),
-        temporary_bytes=WIDE * rank * max(matrix.inputs for matrix in adapted),
+        **_own_step(shape, settings, temporaries=1),
         projected=tuple(Projected(rank, matrix.inputs, matrix.inputs) for matrix in adapted),
         tracked=tracked(shape),
         shardable=False,
@@ -115,6 +120,24 @@ def osf(shape: ModelShape, settings: dict[str, Any]) -> Demand:
 
 def _adapted(shape: ModelShape) -> list[Matrix]:
     return [matrix for matrix in shape.matrices if matrix.name != shape.head]
+
+
+def _own_step(shape: ModelShape, settings: dict[str, Any], temporaries: int) -> dict[str, Any]:
+    """Adapters that our optimizers step, with A projected.
+
+    Args:
+        temporaries: matrices of an A's size that a step holds.
+    """
+    rank, adapted = settings["rank"], _adapted(shape)
+    common = _adapters(shape, settings, adapted)
+    entries = common["gradient_bytes"] // WIDE
+    return {
+        **common,
+        # A dense state is two moments and an int32 count; float32 adapters need no master.
+        "state_bytes": 2 * WIDE * entries + 4 * 2 * len(adapted),
+        "step_bytes": traffic(entries, WIDE, master=False) + projecting(rank * matrix.inputs for matrix in adapted),
+        "temporary_bytes": temporaries * WIDE * rank * max(matrix.inputs for matrix in adapted),
+    }
 
 
 def _adapters(shape: ModelShape, settings: dict[str, Any], adapted: Sequence[Matrix]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from sparse_cl.methods import METHODS
 
-from .adapter_demands import lora, o_lora, orthogonal_lora, osf, sparse_masked_lora
+from .adapter_demands import elastic_lora, lora, o_lora, orthogonal_lora, osf, sparse_masked_lora
 from .demand import Demand
 from .dense_demands import adamw, curvature, dense, elastic, ewc, freeze_lower, migu, mofo, orthogonal
 from .neuron_demands import orthogonal_masked, sparse_masked
@@ -51,6 +51,7 @@ _DEMANDS: dict[str, Callable[[ModelShape, dict[str, Any]], Demand]] = {
     "orthogonal-lora": orthogonal_lora,
     "orthogonal-masked": orthogonal_masked,
     "elastic": elastic,
+    "elastic-lora": elastic_lora,
     "two-four": dense,
     "curvature": curvature,
 }

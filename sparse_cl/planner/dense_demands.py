@@ -117,8 +117,6 @@ def elastic(shape: ModelShape, settings: dict[str, Any]) -> Demand:
     """Weight, gradient and update of each layer are turned by the eigenbasis of its inputs, which layers share."""
     head = next(matrix for matrix in shape.matrices if matrix.name == shape.head)
     turned = [*block_matrices(shape), head]
-    widths = [width for block in shape.blocks for width in _inputs_of(block)] + [head.inputs]
-    bases = sum(width**2 for width in widths)
     tied = shape.model.get_output_embeddings().weight is shape.model.get_input_embeddings().weight
     anchors = sum(matrix.size for matrix in turned) + (not tied) * shape.model.get_input_embeddings().weight.numel()
     return dense(
@@ -128,10 +126,18 @@ def elastic(shape: ModelShape, settings: dict[str, Any]) -> Demand:
         # The old weight, the turned one, the turned gradient, and the way from the anchor with what is taken back.
         temporary_bytes=5 * WIDE * max(matrix.size for matrix in turned),
         turning_flops=3 * 2 * sum(matrix.size * matrix.inputs for matrix in turned),
-        kept_bytes=WIDE * (bases + anchors),
-        observed_bytes=2 * WIDE * bases,
+        kept_bytes=WIDE * (input_bases(shape) + anchors),
+        observed_bytes=2 * WIDE * input_bases(shape),
         shardable=False,
     )
+
+
+def input_bases(shape: ModelShape) -> int:
+    """Entries of an eigenbasis of each distinct input of a linear layer, the head's too."""
+    head = next(matrix for matrix in shape.matrices if matrix.name == shape.head)
+    inputs = [matrices[0] for block in shape.blocks for matrices in (block.attention_into, block.mlp_into)]
+    inputs += [matrix for block in shape.blocks for matrix in (block.attention_out, block.mlp_out)]
+    return sum(matrix.inputs**2 for matrix in (*inputs, head))
 
 
 def curvature(shape: ModelShape, settings: dict[str, Any]) -> Demand:
@@ -174,8 +180,3 @@ def block_matrices(shape: ModelShape) -> list[Matrix]:
 def _layers_of(shape: ModelShape, blocks: int) -> int:
     """How many of `block_matrices` belong to so many blocks."""
     return sum(len(block.attention_into) + len(block.mlp_into) + 2 for block in shape.blocks[:blocks])
-
-
-def _inputs_of(block: Any) -> tuple[int, int, int, int]:
-    """Widths of the distinct inputs of a block's layers."""
-    return (block.attention_into[0].inputs, block.attention_out.inputs, block.mlp_into[0].inputs, block.mlp_out.inputs)
