@@ -13,7 +13,7 @@ CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh tests/cuda_emulation/
 
 demo: $(VENV)/.built
 	rm -rf out/demo
-	$(BIN)/sparse-cl run --method all --steps 100 --out out/demo
+	$(BIN)/sparse-cl run --method adamw,lora,elastic --steps 100 --out out/demo
 
 test: lint
 	$(BIN)/python -m pytest
