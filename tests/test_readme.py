@@ -3,7 +3,10 @@
 import re
 from pathlib import Path
 
+import pytest
 import torch
+import transformers
+from method_cases import domain
 
 README = Path(__file__).parent.parent / "README.md"
 SNIPPETS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
@@ -37,6 +40,35 @@ def test_the_trainer(tmp_path, monkeypatch, tiny_llama):
         active = names["masks"][name].to_dense() if name in names["masks"] else torch.zeros(param.shape).bool()
         assert torch.equal(param[~active], start[name][~active]), name
         assert not active.any() or (param[active] != start[name][active]).float().mean() > 0.9, name
+
+
+def test_active_layers_in_the_trainer(tmp_path, monkeypatch, tiny_llama):
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    ids = torch.randint(0, 64, (64, 16))
+    names = {
+        "model": tiny_llama,
+        "train_dataset": [{"input_ids": row, "labels": row} for row in ids],
+        "Trainer": transformers.Trainer,
+        "TrainingArguments": transformers.TrainingArguments,
+    }
+    start = {n: p.detach().clone() for n, p in tiny_llama.named_parameters()}
+    exec(next(s for s in SNIPPETS if "activate(model" in s), names)
+    assert {type(module) for module in tiny_llama.modules() if isinstance(module, torch.nn.Linear)} == {torch.nn.Linear}
+    for name, param in tiny_llama.named_parameters():
+        active = names["masks"][name].to_dense() if name in names["masks"] else torch.zeros(param.shape).bool()
+        assert torch.equal(param[~active], start[name][~active]), name
+        assert not active.any() or (param[active] != start[name][active]).float().mean() > 0.9, name
+
+
+def test_a_method_in_a_loop_of_one_s_own(tiny_llama):
+    batches = domain(0)
+    names = {"model": tiny_llama, "batches": batches}
+    before = sum(tiny_llama(**batch).loss.item() for batch in batches)
+    exec(next(s for s in SNIPPETS if "before_domain(" in s), names)
+    assert names["model"] is tiny_llama
+    assert sum(tiny_llama(**batch).loss.item() for batch in batches) < before
+    assert names["method"].usage.moments["tokens"].sum() == pytest.approx(2.2)  # two domains, and the text at a fifth
 
 
 def test_the_memory_and_the_adapter(tmp_path, monkeypatch):
