@@ -126,10 +126,32 @@ def test_bad_input_says_what_is_wrong():
     assert not model._forward_hooks
 
 
+class Pooled(nn.Module):
+    """A classifier of sequences: its score reads each one's last token alone."""
+
+    def __init__(self, body):
+        super().__init__()
+        self.body, self.score = body.model, nn.Linear(16, 2)
+
+    def forward(self, **inputs):
+        return self.score(self.body(**inputs).last_hidden_state[:, -1])
+
+
 def test_no_token_that_counts_is_an_error_and_pooled_rows_are_too(tiny_llama):
     unlabelled = batch([3], [0])
     with pytest.raises(ValueError, match=r"got 1 without any \(tokens='answers'\)"):
         stream(tiny_llama, [], [unlabelled])
-    watch = Watch("head", tiny_llama.lm_head, "output", lambda rows, sequences: None)
-    with pytest.raises(ValueError, match="head has 1 rows for the 3 tokens"):
-        stream(tiny_llama, [watch], [batch([3], [1])])
+    model = Pooled(tiny_llama)
+    watch = Watch("score", model.score, "output", lambda rows, sequences: None)
+    with pytest.raises(ValueError, match="score has 1 rows for the 3 tokens"):
+        stream(model, [watch], [batch([3], [1])])
+
+
+def test_a_head_that_is_watched_sees_every_token(tiny_llama):
+    seen = []
+    watch = Watch("head", tiny_llama.lm_head, "output", lambda rows, sequences: seen.append(rows))
+    given = batch([3], [1])
+    stream(tiny_llama, [watch], [given], tokens="all")
+    with torch.no_grad():
+        expected = tiny_llama(**{name: part for name, part in given.items() if name != "labels"}).logits
+    assert torch.equal(torch.cat(seen), expected[0])
