@@ -95,5 +95,8 @@ def test_weights_of_transposed_layers_are_masked_by_outputs_too():
     optimizer.mask_gradients()
     layer = model.get_submodule(name)
     assert torch.equal(layer.weight.grad.any(0), kept)
-    assert torch.equal(layer.bias.grad != 0, kept)
+    # Attention does not change with the keys' bias, whose gradient is what rounding leaves.
+    keys = torch.arange(48) // 16 == 1
+    assert torch.equal((layer.bias.grad != 0)[~keys], kept[~keys])
+    assert not layer.bias.grad[~kept].any()
     method.after_domain(model, batches)
