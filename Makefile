@@ -16,7 +16,7 @@ demo: $(VENV)/.built
 	$(BIN)/sparse-cl run --method adamw,lora,elastic --steps 100 --out out/demo
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 lint: $(VENV)/.tools
 	$(BIN)/ruff check .

@@ -52,7 +52,7 @@ def test_the_comparison_has_capacity_least_surviving_and_largest_leak():
     ]
     assert lines[header + 2].split() == ["orthogonal", "0.200", "0.550", "0.040", "3.0e-09"]
     assert lines[header + 3] == (
-        "Warning: orthogonal, before math: less than 10% of the new domain's gradient survives the projection in "
+        "Warning: orthogonal, before math: less than 10% of the new domain's gradient survives in "
         "1 of 2 layers; the least, 4.00%, in a"
     )
     assert lines[header + 4] == ""

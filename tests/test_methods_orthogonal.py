@@ -221,7 +221,7 @@ def test_a_layer_in_which_little_survives_is_named(tiny_llama, kind):
 def test_scarcity_counts_and_names_the_least():
     layers = {name: {"surviving": share} for name, share in (("a", 0.05), ("b", 0.5), ("c", 0.02), ("d", 0.1))}
     assert scarcity(layers) == (
-        "less than 10% of the new domain's gradient survives the projection in 2 of 4 layers; the least, 2.00%, in c"
+        "less than 10% of the new domain's gradient survives in 2 of 4 layers; the least, 2.00%, in c"
     )
     assert scarcity({"b": layers["b"], "d": layers["d"]}) is None
 

@@ -50,9 +50,9 @@ def run_record(
     of the reference text at each stage and `drift` KL(base ‖ model) there, nats a token. `domain_records` has an
     entry a trained domain: its name under `domain`, and what the method reports on it; those that keep an account of
     capacity give under `layers` what `sparse_cl.probes.capacity.Layers` says. `protects`: whether a text was given to
-    protect and the method did. `state_bytes`: the optimizer's largest state. What `CLOCKED` names goes to costs.json:
-    `seconds`, training without scoring; `step_seconds`, the median optimizer step, null where there were too few;
-    `peak_memory_bytes`, of training.
+    protect and the method did. `state_bytes`: the largest state of optimizer and method. What `CLOCKED` names goes to
+    costs.json: `seconds`, training without scoring; `step_seconds`, the median optimizer step, null where there were
+    too few; `peak_memory_bytes`, of training.
     """
     R = {metric: matrix(progress.stages, metric) for metric in METRICS}
     R = {metric: rows for metric, rows in R.items() if any(value is not None for value in rows[0])}

@@ -26,6 +26,7 @@ from .files import check_complete, complete
 from .memory import peak_memory_bytes, reset_peak_memory
 from .protection import Windows
 from .settings import Settings
+from .state import state_bytes
 from .training import train
 
 PROBE_RECORDS = 128
@@ -123,18 +124,6 @@ def score_all(
     return Scores(scores, text, drift)
 
 
-def optimizer_state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of an optimizer's state tensors (moments, master weights, counts)."""
-    if hasattr(optimizer, "state_bytes"):
-        return optimizer.state_bytes()
-    return sum(
-        value.numel() * value.element_size()
-        for state in optimizer.state.values()
-        for value in state.values()
-        if isinstance(value, torch.Tensor)
-    )
-
-
 @dataclass
 class Progress:
     """What a sequence has so far; `stages` starts with the base model's scores.
@@ -144,7 +133,7 @@ class Progress:
         seconds: training and what the method does around it, scoring left out.
         step_seconds: the median optimizer step of each trained domain; None: too few steps to say.
         peak_memory_bytes: largest of any domain's training.
-        state_bytes: the optimizer's largest state.
+        state_bytes: the largest state of the optimizer and the method, see `state_bytes`.
         losses: of training, as the Trainer logs them.
         domain_records: for each trained domain, its name and what the method reports on it (`Method.record`).
     """
@@ -248,7 +237,7 @@ class _Learner:
             autocast=settings.autocast,
         )
         optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
-        progress.state_bytes = max(progress.state_bytes, optimizer_state_bytes(optimizer))
+        progress.state_bytes = max(progress.state_bytes, state_bytes(method, optimizer))
         method.after_domain(model, batches)
         trainer.save_model()
         # The Trainer pickles its arguments beside the weights; nothing here reads them, and pickles are unsafe.

@@ -34,7 +34,7 @@ class Outcome:
 COSTS = {
     "step_seconds": "time of a step",
     "peak_memory_bytes": "peak memory",
-    "state_bytes": "optimizer state",
+    "state_bytes": "state kept beside the model",
 }
 
 

@@ -34,7 +34,7 @@ def scarcity(layers: Layers) -> str | None:
         return None
     worst = min(scarce, key=lambda name: layers[name]["surviving"])
     return (
-        f"less than {SCARCE:.0%} of the new domain's gradient survives the projection in {len(scarce)} of "
+        f"less than {SCARCE:.0%} of the new domain's gradient survives in {len(scarce)} of "
         f"{len(layers)} layers; the least, {layers[worst]['surviving']:.2%}, in {worst}"
     )
 
