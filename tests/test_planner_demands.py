@@ -10,7 +10,7 @@ import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
 from sparse_cl import SubspaceMemory
-from sparse_cl.four_domains.sequence import optimizer_state_bytes
+from sparse_cl.four_domains.state import optimizer_state_bytes
 from sparse_cl.methods import METHODS
 from sparse_cl.planner.activations import block_bytes, weight_dtype
 from sparse_cl.planner.cost import Workload, attention_flops, cost, train_flops

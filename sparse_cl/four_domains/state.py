@@ -15,15 +15,16 @@ MEASURING = "_before"
 
 
 def state_bytes(method: Method, optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of an optimizer's state tensors (moments, masters, counts), and of the tensors that the method holds.
+    """Bytes of an optimizer's state (moments, masters, counts), and of the tensors that the method holds.
 
     The model's parameters do not count, nor do gradients, nor copies of weights that are held to measure the leak.
     """
     held = {(tensor.device, tensor.untyped_storage().data_ptr()): tensor for tensor in _tensors(method, set())}
-    return _of_optimizer(optimizer) + sum(tensor.untyped_storage().nbytes() for tensor in held.values())
+    return optimizer_state_bytes(optimizer) + sum(tensor.untyped_storage().nbytes() for tensor in held.values())
 
 
-def _of_optimizer(optimizer: torch.optim.Optimizer) -> int:
+def optimizer_state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of an optimizer's state tensors alone."""
     if hasattr(optimizer, "state_bytes"):
         return optimizer.state_bytes()
     return sum(
