@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparse_cl.four_domains.metrics import FORMULAS, intransigence, summarize
+from sparse_cl.four_domains.metrics import FORMULAS, intransigence, of_separate_models, summarize
 
 # Rows: base, after 1, after 2, after 3. Columns: domains 1, 2, 3.
 R = [
@@ -110,3 +110,12 @@ def test_forgetting_is_never_less_than_the_loss_since_learning(matrix):
             summary["learning_accuracy"] + summary["bwt"] * (len(matrix) - 2) / (len(matrix) - 1), abs=1e-9
         )
     assert all(value is None or math.isfinite(value) for value in (summary[name] for name in FORMULAS))
+
+
+def test_separate_models_forget_nothing():
+    R = [[0.1, 0.2], [0.9, 0.0], [0.3, 0.8]]
+    summary = of_separate_models(summarize(R))
+    assert summary["acc"] == summary["learning_accuracy"] == pytest.approx(0.85)
+    assert summary["learned"] == pytest.approx(0.7)
+    assert [summary[name] for name in ("forgetting", "bwt", "fwt", "gain_lost")] == [None] * 4
+    assert summary["forgetting_by_domain"] == summary["gain_lost_by_domain"] == [None, None]

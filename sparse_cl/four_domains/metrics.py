@@ -97,6 +97,16 @@ def intransigence(R: Matrix, single: Matrix, *, lower_is_better: bool = False) -
     return _mean([sign * (alone - learned) for alone, learned in pairs if None not in (alone, learned)])
 
 
+def of_separate_models(summary: dict[str, Any]) -> dict[str, Any]:
+    """A summary of R whose rows are models of their own: `acc` is that of each on its domain, and nothing is
+    forgotten or passed on (None)."""
+    between = {name: None for name in ("forgetting", "bwt", "fwt", "gain_lost")}
+    domains = dict.fromkeys(
+        ("forgetting_by_domain", "gain_lost_by_domain"), [None] * len(summary["gain_lost_by_domain"])
+    )
+    return {**summary, **between, **domains, "acc": summary["learning_accuracy"]}
+
+
 def summarize(R: Matrix, *, lower_is_better: bool = False, single: Matrix | None = None) -> dict[str, Any]:
     """The numbers of `FORMULAS` (None where none is defined: with one domain nothing can be forgotten), and
     `forgetting_by_domain` and `gain_lost_by_domain`, lists of length T.

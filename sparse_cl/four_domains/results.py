@@ -12,7 +12,7 @@ from sparse_cl.methods import METHODS
 
 from .evaluate import METRICS
 from .files import write_json
-from .metrics import LOWER_IS_BETTER, intransigence, summarize
+from .metrics import LOWER_IS_BETTER, intransigence, of_separate_models, summarize
 from .sequence import Progress, matrix
 from .settings import Settings
 
@@ -57,6 +57,8 @@ def run_record(
     R = {metric: matrix(progress.stages, metric) for metric in METRICS}
     R = {metric: rows for metric, rows in R.items() if any(value is not None for value in rows[0])}
     by_metric = {metric: summarize(rows, lower_is_better=metric in LOWER_IS_BETTER) for metric, rows in R.items()}
+    if METHODS[method].separate:
+        by_metric = {metric: of_separate_models(summary) for metric, summary in by_metric.items()}
     steps = [seconds for seconds in progress.step_seconds if seconds is not None]
     return {
         **_header(method, method_settings, settings, versions),

@@ -29,11 +29,13 @@ class Method(ABC):
         kind: "ours", "baseline" (another's continual-learning method) or "bound" (no continual learner: it shows what
             could be reached).
         protects: whether `protect` does anything.
+        separate: whether each domain ends with a model of its own, so that nothing is forgotten.
     """
 
     name: str
     kind: Literal["ours", "baseline", "bound"] = "ours"
     protects: bool = False
+    separate: bool = False
     options: tuple[str, ...] = ()
     default_lr: float
 

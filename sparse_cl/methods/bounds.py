@@ -22,6 +22,7 @@ class Single(AdamW):
 
     name = "single"
     kind = "bound"
+    separate = True
 
     def __init__(self) -> None:
         self._base: dict[str, Tensor] | None = None
