@@ -248,12 +248,14 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file to write")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=80, help="for each shape")
+    parser.add_argument("--batch-size", type=int, help="sequences of 256 tokens (default: 16 and 4)")
     parser.add_argument("--shape", choices=["base-5m", "100 M"], action="append", help="all unless given")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     results = {"threads": arguments.threads, "torch": torch.__version__, "fraction": FRACTION}
     for name, shape in cpu_shapes().items():
         if not arguments.shape or name in arguments.shape:
+            shape.batch = arguments.batch_size or shape.batch
             results[name] = compare(shape, arguments.seconds)
             show(name, results[name])
     if arguments.json:
