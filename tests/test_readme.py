@@ -12,6 +12,20 @@ README = Path(__file__).parent.parent / "README.md"
 SNIPPETS = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
 
 
+def readers_names(model):
+    """What a snippet takes for granted."""
+    torch.manual_seed(0)
+    ids = torch.randint(0, 64, (64, 16))
+    return {"model": model, "train_dataset": [{"input_ids": row, "labels": row} for row in ids]}
+
+
+def changed_where_masked(names, start):
+    for name, param in names["model"].named_parameters():
+        active = names["masks"][name].to_dense() if name in names["masks"] else torch.zeros(param.shape).bool()
+        assert torch.equal(param[~active], start[name][~active]), name
+        assert not active.any() or (param[active] != start[name][active]).float().mean() > 0.9, name
+
+
 def test_the_plain_loop(capsys):
     snippet = next(s for s in SNIPPETS if "optimizer.clip_grad_norm_" in s)
     before, after = snippet.split("for _ in range(10):")
@@ -27,38 +41,21 @@ def test_the_plain_loop(capsys):
 
 def test_the_trainer(tmp_path, monkeypatch, tiny_llama):
     monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
-    ids = torch.randint(0, 64, (64, 16))
-    names = {
-        "model": tiny_llama,
-        "train_dataset": [{"input_ids": row, "labels": row} for row in ids],
-    }
+    names = readers_names(tiny_llama)
     start = {n: p.detach().clone() for n, p in names["model"].named_parameters()}
     exec(next(s for s in SNIPPETS if "Trainer(" in s), names)
     assert names["trainer"].state.global_step == 10
-    for name, param in names["model"].named_parameters():
-        active = names["masks"][name].to_dense() if name in names["masks"] else torch.zeros(param.shape).bool()
-        assert torch.equal(param[~active], start[name][~active]), name
-        assert not active.any() or (param[active] != start[name][active]).float().mean() > 0.9, name
+    changed_where_masked(names, start)
 
 
 def test_active_layers_in_the_trainer(tmp_path, monkeypatch, tiny_llama):
     monkeypatch.chdir(tmp_path)
-    torch.manual_seed(0)
-    ids = torch.randint(0, 64, (64, 16))
-    names = {
-        "model": tiny_llama,
-        "train_dataset": [{"input_ids": row, "labels": row} for row in ids],
-        "Trainer": transformers.Trainer,
-        "TrainingArguments": transformers.TrainingArguments,
-    }
+    names = readers_names(tiny_llama)
+    names |= {"Trainer": transformers.Trainer, "TrainingArguments": transformers.TrainingArguments}
     start = {n: p.detach().clone() for n, p in tiny_llama.named_parameters()}
     exec(next(s for s in SNIPPETS if "activate(model" in s), names)
     assert {type(module) for module in tiny_llama.modules() if isinstance(module, torch.nn.Linear)} == {torch.nn.Linear}
-    for name, param in tiny_llama.named_parameters():
-        active = names["masks"][name].to_dense() if name in names["masks"] else torch.zeros(param.shape).bool()
-        assert torch.equal(param[~active], start[name][~active]), name
-        assert not active.any() or (param[active] != start[name][active]).float().mean() > 0.9, name
+    changed_where_masked(names, start)
 
 
 def test_a_method_in_a_loop_of_one_s_own(tiny_llama):
@@ -100,7 +97,4 @@ def test_the_probe(tiny_llama):
     start = {n: p.detach().clone() for n, p in tiny_llama.named_parameters()}
     names["optimizer"].step()
     assert len(names["masks"]) == 6
-    for name, param in tiny_llama.named_parameters():
-        active = names["masks"][name].to_dense() if name in names["masks"] else torch.zeros(param.shape).bool()
-        assert torch.equal(param[~active], start[name][~active]), name
-        assert not active.any() or (param[active] != start[name][active]).float().mean() > 0.9, name
+    changed_where_masked(names, start)

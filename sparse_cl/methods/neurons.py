@@ -15,6 +15,7 @@ from sparse_cl.probes.neuron_masks import neuron_count, neuron_masks, places, to
 from sparse_cl.probes.parts import find_mlps
 
 from .base import Batch
+from .neuron_account import NeuronAccount
 
 
 def check_fraction(fraction: float) -> None:
@@ -68,6 +69,21 @@ def train_only(model: nn.Module, masks: Mapping[str, RowMask | ColumnMask]) -> N
             parameter.requires_grad_(name.endswith(".active") and f"{name.removesuffix('.active')}.weight" in linear)
         else:
             parameter.requires_grad_(True)
+
+
+def train_most_active(
+    method: str, model: nn.Module, batches: Iterable[Batch], fraction: float, account: NeuronAccount
+) -> dict[str, RowMask | ColumnMask]:
+    """Begins a domain: chooses its neurons, notes them in the account, and freezes all else; the masks.
+
+    Args:
+        method: its name, for warnings.
+    """
+    opened = chosen(model, most_active(model, batches, fraction))
+    account.begin(method, model, batches, opened)
+    masks = masks_of(model, opened)
+    train_only(model, masks)
+    return masks
 
 
 def trained(model: nn.Module, masks: Mapping[str, RowMask | ColumnMask]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ _GRADIENT_BATCHES = 4
 
 
 @contextmanager
-def _told_already() -> Iterator[None]:
+def told_already() -> Iterator[None]:
     """Without a warning for each layer that has no room: how many have little, and which least, was said before."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*(no free direction left|not updated any more)")
@@ -194,7 +194,7 @@ class Orthogonal(SubspaceMethod):
         return model
 
     def make_optimizer(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
-        with _told_already():
+        with told_already():
             return SubspaceProjectedAdamW(model.named_parameters(), lr=lr, memory=self.memory)
 
     def after_domain(self, model: nn.Module, batches: Iterable[Batch]) -> None:
@@ -235,13 +235,13 @@ class OrthogonalLoRA(SubspaceMethod):
         base = merged(model)
         self._begin(base, batches)
         adapted = add_adapter(base, self.rank, self.alpha)
-        with _told_already():
+        with told_already():
             self._subspaces = orthogonal_lora(adapted, self.memory)
         return adapted
 
     def make_optimizer(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        with _told_already():
+        with told_already():
             return SubspaceProjectedAdamW(trained, lr=lr, memory=self._subspaces)
 
     def after_domain(self, model: nn.Module, batches: Iterable[Batch]) -> None:

@@ -15,8 +15,8 @@ from sparse_cl.optim import SubspaceProjectedAdamW
 
 from .base import Batch
 from .neuron_account import NeuronAccount
-from .neurons import check_fraction, chosen, masks_of, most_active, train_only, trained
-from .orthogonal import Orthogonal, _told_already
+from .neurons import check_fraction, train_most_active, trained
+from .orthogonal import Orthogonal, told_already
 
 
 class OrthogonalMasked(Orthogonal):
@@ -57,14 +57,11 @@ class OrthogonalMasked(Orthogonal):
     def before_domain(self, model: nn.Module, batches: Iterable[Batch]) -> nn.Module:
         restore(model)  # of a domain that was left half learned
         model = super().before_domain(model, batches)
-        opened = chosen(model, most_active(model, batches, self.fraction))
-        self.account.begin(self.name, model, batches, opened)
-        self.masks = masks_of(model, opened)
-        train_only(model, self.masks)
+        self.masks = train_most_active(self.name, model, batches, self.fraction, self.account)
         return model
 
     def make_optimizer(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
-        with _told_already():
+        with told_already():
             return SubspaceProjectedAdamW(**trained(model, self.masks), lr=lr, memory=self.memory)
 
     def after_domain(self, model: nn.Module, batches: Iterable[Batch]) -> None:

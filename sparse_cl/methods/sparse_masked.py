@@ -15,7 +15,7 @@ from sparse_cl.optim import SparseMaskedAdamW
 
 from .base import Batch, Method
 from .neuron_account import NeuronAccount
-from .neurons import check_fraction, chosen, masks_of, most_active, train_only, trained
+from .neurons import check_fraction, train_most_active, trained
 
 
 class SparseMasked(Method):
@@ -47,10 +47,7 @@ class SparseMasked(Method):
 
     def before_domain(self, model: nn.Module, batches: Iterable[Batch]) -> nn.Module:
         restore(model)  # of a domain that was left half learned
-        opened = chosen(model, most_active(model, batches, self.fraction))
-        self.account.begin(self.name, model, batches, opened)
-        self.masks = masks_of(model, opened)
-        train_only(model, self.masks)
+        self.masks = train_most_active(self.name, model, batches, self.fraction, self.account)
         return model
 
     def make_optimizer(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:

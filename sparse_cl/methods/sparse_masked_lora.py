@@ -13,14 +13,14 @@ from sparse_cl.masks import ColumnMask, RowMask
 from sparse_cl.optim import SparseMaskedAdamW
 from sparse_cl.probes.parts import MLP, find_mlps
 
-from .base import Batch, Method
+from .base import Batch
 from .lora import ALPHA, RANK, add_adapter, merged, merged_weights, with_adapters
-from .neuron_account import NeuronAccount
-from .neurons import check_fraction, chosen, most_active
+from .neurons import chosen, most_active
 from .options import check_at_least
+from .sparse_masked import SparseMasked
 
 
-class SparseMaskedLoRA(Method):
+class SparseMaskedLoRA(SparseMasked):
     """A fresh LoRA adapter each domain on the MLPs' matrices, zero outside the domain's top-K neurons.
 
     ΔW = s B A of the layers into the neurons is zero outside the neurons' rows, as B's other rows are frozen at 0; that
@@ -38,18 +38,12 @@ class SparseMaskedLoRA(Method):
     options = ("fraction", "rank", "alpha")
 
     def __init__(self, fraction: float = 0.1, rank: int = RANK, alpha: int = ALPHA) -> None:
-        check_fraction(fraction)
-        self.fraction = fraction
+        super().__init__(fraction)
         self.rank = check_at_least("rank", rank, 1)
         self.alpha = check_at_least("alpha", alpha, 1)
-        self.masks: dict[str, RowMask | ColumnMask] = {}
-        self.account = NeuronAccount()
 
     def settings(self) -> dict[str, Any]:
-        return {"fraction": self.fraction, "rank": self.rank, "alpha": self.alpha}
-
-    def check(self, model: nn.Module) -> None:
-        self.account.check(model)
+        return {**super().settings(), "rank": self.rank, "alpha": self.alpha}
 
     def before_domain(self, model: nn.Module, batches: Iterable[Batch]) -> nn.Module:
         base = merged(model)
@@ -70,12 +64,6 @@ class SparseMaskedLoRA(Method):
 
     def after_domain(self, model: nn.Module, batches: Iterable[Batch]) -> None:
         self.account.end(self.account.opened, merged_weights(model, self.account.weights))
-
-    def record(self) -> dict[str, Any]:
-        return {"layers": self.account.layers}
-
-    def save(self, folder: Path) -> None:
-        self.account.save(folder)
 
     def restore(self, base: nn.Module, folders: Sequence[Path]) -> nn.Module:
         self.account.load(folders[-1])
