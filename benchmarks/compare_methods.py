@@ -3,10 +3,12 @@
     python benchmarks/compare_methods.py tune --model DIR --data DIR --reference FILE --out DIR
     python benchmarks/compare_methods.py test --model DIR --data DIR --reference FILE --out DIR
 
-`tune` tries for each method the learning rates of one grid around the middle one, then two other values of its main
-option at the best rate, and takes what has the lowest mean bits per byte after the last domain, on records held out of
-training. `test` runs what was chosen with other seeds on the test records, in the given order and in reverse;
-`sparse-cl compare OUT/test` compares. Both run several processes of one thread, and go on where they were stopped.
+`tune` tries each method four times: with three learning rates of one grid, then with the next rate if the best lay at
+an edge, and else with another value of its main option; and takes what has the lowest mean bits per byte after the
+last domain, on records held out of training. `test` runs what was chosen with other seeds on the test records, in the
+given order and in reverse; `sparse-cl compare OUT/test` compares. With `--protect FILE` both do so for the named
+methods with that text protected, beside what they did without. Both run several processes of one thread, and go on
+where they were stopped.
 """
 
 from __future__ import annotations
@@ -21,28 +23,28 @@ from typing import Any
 
 GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 FIRST = (3e-4, 1e-3, 3e-3)
-"""Tried of the grid in any case; while the best lies at an edge, so is the next beyond it."""
-OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
-    "lora": ({"rank": 8}, {"rank": 32}),
-    "lora-wd": ({"weight_decay": 0.1}, {"weight_decay": 1.0}),
-    "freeze-lower": ({"frozen_share": 0.25}, {"frozen_share": 0.75}),
-    "ewc": ({"ewc_lambda": 10.0}, {"ewc_lambda": 1000.0}),
-    "mofo": ({"fraction": 0.05}, {"fraction": 0.2}),
-    "migu": ({"quantile": 0.5}, {"quantile": 0.9}),
-    "o-lora": ({"lambda_1": 0.005}, {"lambda_1": 0.05}),
-    "osf": ({"effective_rank": 0.3}, {"effective_rank": 0.7}),
-    "sparse-masked": ({"fraction": 0.05}, {"fraction": 0.3}),
-    "sparse-masked-lora": ({"fraction": 0.05}, {"fraction": 0.3}),
-    "selective-write": ({"closed": 0.1}, {"closed": 0.5}),
-    "orthogonal": ({"energy": 0.9}, {"energy": 0.98}),
-    "orthogonal-lora": ({"energy": 0.9}, {"energy": 0.95}),
-    "orthogonal-masked": ({"energy": 0.9}, {"energy": 0.98}),
-    "elastic": ({"strength": 50.0}, {"strength": 200.0}),
-    "elastic-lora": ({"strength": 50.0}, {"strength": 200.0}),
-    "curvature": ({"mode": "soft"}, {"rest": "damp"}),
-    "two-four": ({"score": "fisher"},),
+"""Tried of the grid in any case."""
+OPTIONS: dict[str, dict[str, Any]] = {
+    "lora": {"rank": 8},
+    "lora-wd": {"weight_decay": 1.0},
+    "freeze-lower": {"frozen_share": 0.75},
+    "ewc": {"ewc_lambda": 1000.0},
+    "mofo": {"fraction": 0.05},
+    "migu": {"quantile": 0.9},
+    "o-lora": {"lambda_1": 5.0},
+    "osf": {"effective_rank": 0.7},
+    "sparse-masked": {"fraction": 0.05},
+    "sparse-masked-lora": {"fraction": 0.05},
+    "selective-write": {"closed": 0.5},
+    "orthogonal": {"energy": 0.9},
+    "orthogonal-lora": {"energy": 0.9},
+    "orthogonal-masked": {"energy": 0.9},
+    "elastic": {"strength": 50.0},
+    "elastic-lora": {"strength": 50.0},
+    "curvature": {"mode": "hard"},
+    "two-four": {"score": "fisher"},
 }
-"""Values of each method's main option that are tried beside its default; methods without one have the rates alone."""
+"""Another value of each method's main option; methods without one have the rates alone."""
 TUNING_SEED, SEEDS, ORDERS = 100, (0, 1, 2), ("given", "reverse")
 
 Choice = dict[str, Any]
@@ -63,6 +65,11 @@ def learn(settings: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
     return runs
 
 
+def run_name(method: str, protect: str | None) -> str:
+    """What a method is called in the names of files, with a protected text or without."""
+    return method if protect is None else f"{method}-protected"
+
+
 def ended_at(common: dict[str, Any], method: str, choice: Choice, out: Path) -> float:
     """Mean bits per byte after the last domain, on validation; a run that failed is worse than any."""
     words = [f"{name}={value}" for name, value in choice["options"].items()]
@@ -77,7 +84,7 @@ def ended_at(common: dict[str, Any], method: str, choice: Choice, out: Path) -> 
             "metrics": ("bits_per_byte",),
             "reference": None,
         },
-        out / "tune" / "-".join([method, f"{choice['lr']:g}", *words]),
+        out / "tune" / "-".join([run_name(method, common["protect"]), f"{choice['lr']:g}", *words]),
     )
     return float("inf") if record.get("failed") else record["summary"]["acc"]
 
@@ -92,17 +99,22 @@ def tune(common: dict[str, Any], method: str, out: Path) -> dict[str, Any]:
 
     for rate in FIRST:
         attempt(rate, {})
-    while True:
-        best = min(tried, key=lambda pair: pair[0])[1]["lr"]
-        place, rates = GRID.index(best), sorted(choice["lr"] for _, choice in tried)
-        beyond = {rates[0]: place - 1, rates[-1]: place + 1}.get(best)
-        if beyond is None or not 0 <= beyond < len(GRID):
-            break
-        attempt(GRID[beyond], {})
-    for options in OPTIONS.get(method, ()):
-        attempt(best, options)
+    best = min(tried, key=lambda pair: pair[0])[1]["lr"]
+    place = GRID.index(best)
+    if best == FIRST[0]:
+        attempt(GRID[place - 1], {})
+    elif best == FIRST[-1]:
+        attempt(GRID[place + 1], {})
+    elif method in OPTIONS:
+        attempt(best, OPTIONS[method])
     score, choice = min(tried, key=lambda pair: pair[0])
-    return {"method": method, **choice, "acc": score, "tried": [{"acc": acc, **choice} for acc, choice in tried]}
+    return {
+        "method": method,
+        "protect": common["protect"],
+        **choice,
+        "acc": score,
+        "tried": [{"acc": acc, **choice} for acc, choice in tried],
+    }
 
 
 def test(common: dict[str, Any], chosen: list[dict[str, Any]], order: str, seed: int, out: Path) -> None:
@@ -118,7 +130,7 @@ def test(common: dict[str, Any], chosen: list[dict[str, Any]], order: str, seed:
             "seed": seed,
             "metrics": ("bits_per_byte", "accuracy"),
         },
-        out / "test" / f"{order}-seed{seed}",
+        out / "test" / run_name(f"{order}-seed{seed}", common["protect"]),
     )
 
 
@@ -129,19 +141,22 @@ def main() -> None:
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--method", default="all", help="names, or all, ours, baselines, bounds (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=50, help="a domain (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--eval-records", type=int, default=48)
+    parser.add_argument("--protect", help="text that the methods protect")
+    parser.add_argument("--orders", default=",".join(ORDERS), help="of test (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=30, help="a domain (default: %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--eval-records", type=int, default=32)
     parser.add_argument("--jobs", type=int, default=2, help="processes (default: %(default)s)")
     arguments = parser.parse_args()
     from sparse_cl.four_domains.settings import methods_named
 
-    common = {name: getattr(arguments, name) for name in ("model", "data", "reference", "steps")}
+    common = {name: getattr(arguments, name) for name in ("model", "data", "reference", "protect", "steps")}
     common |= {name: getattr(arguments, name) for name in ("batch_size", "eval_records")}
     common |= {"autocast": "bf16", "domains": ("code", "math", "medical", "general")}
     folder = arguments.out / "tuned"
     folder.mkdir(parents=True, exist_ok=True)
-    files = {name: folder / f"{name}.json" for name in methods_named(arguments.method.split(","))}
+    names = methods_named(arguments.method.split(","))
+    files = {name: folder / f"{run_name(name, arguments.protect)}.json" for name in names}
     with ProcessPoolExecutor(arguments.jobs, multiprocessing.get_context("spawn")) as pool:
         if arguments.stage == "tune":
             missing = [name for name, path in files.items() if not path.is_file()]
@@ -152,7 +167,7 @@ def main() -> None:
                 print(f"{result['method']}: lr {result['lr']:g} {result['options']} -> {result['acc']:.3f}", flush=True)
         else:
             chosen = [json.loads(path.read_text()) for path in files.values()]
-            tasks = [(order, seed) for order in ORDERS for seed in SEEDS]
+            tasks = [(order, seed) for order in arguments.orders.split(",") for seed in SEEDS]
             for done in as_completed([pool.submit(test, common, chosen, *task, arguments.out) for task in tasks]):
                 done.result()
 

@@ -30,12 +30,13 @@ def response_nats(model: nn.Module, examples: Sequence[Example], batch_size: int
     nats = [0.0] * len(examples)
     for indices in _batches(order, batch_size):
         ids, mask = pad([examples[i].input_ids for i in indices], 0, device)
-        logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
-        losses = nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+        logits = model(input_ids=ids, attention_mask=mask).logits
         for row, i in enumerate(indices):
             # The first id of all has no prediction: without a prompt or a BOS it goes unscored.
-            first = max(examples[i].response_start - 1, 0)
-            nats[i] = losses[row, first : examples[i].response_end - 1].double().sum().item()
+            first, end = max(examples[i].response_start, 1), examples[i].response_end
+            predictions = logits[row, first - 1 : end - 1].float()
+            losses = nn.functional.cross_entropy(predictions, ids[row, first:end], reduction="none")
+            nats[i] = losses.double().sum().item()
     return nats
 
 
