@@ -5,10 +5,11 @@
 
 `tune` tries each method four times: with three learning rates of one grid, then with the next rate if the best lay at
 an edge, and else with another value of its main option; and takes what has the lowest mean bits per byte after the
-last domain, on records held out of training. `test` runs what was chosen with other seeds on the test records, in the
-given order and in reverse; `sparse-cl compare OUT/test` compares. With `--protect FILE` both do so for the named
-methods with that text protected, beside what they did without. Both run several processes of one thread, and go on
-where they were stopped.
+last domain, on records held out of training; with `--by learned` what learned most, for methods that others are to be
+measured against at full learning. `test` runs what was chosen with other seeds on the test records, in the given order
+and in reverse; `sparse-cl compare OUT/test` compares. With `--protect FILE` both do so for the named methods with that
+text protected; such runs stand beside those without. Both run several processes of one thread, and go on where they
+were stopped.
 """
 
 from __future__ import annotations
@@ -46,9 +47,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 """Another value of each method's main option; methods without one have the rates alone."""
 TUNING_SEED, SEEDS, ORDERS = 100, (0, 1, 2), ("given", "reverse")
+LOWEST = {"acc": lambda summary: summary["acc"], "learned": lambda summary: -summary["learned"]}
+"""What settings are chosen by → a number of a run's summary, the lower the better."""
 
 Choice = dict[str, Any]
-"""`lr`, and `options` of the method."""
+"""`lr` and `options` of the method, and once tried the `scores`."""
 
 
 def learn(settings: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
@@ -65,13 +68,13 @@ def learn(settings: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
     return runs
 
 
-def run_name(method: str, protect: str | None) -> str:
-    """What a method is called in the names of files, with a protected text or without."""
-    return method if protect is None else f"{method}-protected"
+def run_name(name: str, common: dict[str, Any], by: str) -> str:
+    """A method or a run in the names of files."""
+    return name + ("-protected" if common["protect"] else "") + ("" if by == "acc" else f"-by-{by}")
 
 
-def ended_at(common: dict[str, Any], method: str, choice: Choice, out: Path) -> float:
-    """Mean bits per byte after the last domain, on validation; a run that failed is worse than any."""
+def attempt(common: dict[str, Any], method: str, choice: Choice, out: Path) -> dict[str, Any] | None:
+    """Scores on validation; None: the run failed."""
     words = [f"{name}={value}" for name, value in choice["options"].items()]
     (record,) = learn(
         {
@@ -84,40 +87,36 @@ def ended_at(common: dict[str, Any], method: str, choice: Choice, out: Path) -> 
             "metrics": ("bits_per_byte",),
             "reference": None,
         },
-        out / "tune" / "-".join([run_name(method, common["protect"]), f"{choice['lr']:g}", *words]),
+        out / "tune" / "-".join([run_name(method, common, "acc"), f"{choice['lr']:g}", *words]),
     )
-    return float("inf") if record.get("failed") else record["summary"]["acc"]
+    return None if record.get("failed") else record["summary"]
 
 
-def tune(common: dict[str, Any], method: str, out: Path) -> dict[str, Any]:
+def tune(common: dict[str, Any], method: str, by: str, out: Path) -> dict[str, Any]:
     """What was tried of a method, and what was best."""
-    tried: list[tuple[float, Choice]] = []
+    tried: list[Choice] = []
 
-    def attempt(rate: float, options: dict[str, Any]) -> None:
+    def score(choice: Choice) -> float:
+        return float("inf") if choice["scores"] is None else LOWEST[by](choice["scores"])
+
+    def add(rate: float, options: dict[str, Any]) -> None:
         choice = {"lr": rate, "options": options}
-        tried.append((ended_at(common, method, choice, out), choice))
+        tried.append({**choice, "scores": attempt(common, method, choice, out)})
 
     for rate in FIRST:
-        attempt(rate, {})
-    best = min(tried, key=lambda pair: pair[0])[1]["lr"]
+        add(rate, {})
+    best = min(tried, key=score)["lr"]
     place = GRID.index(best)
     if best == FIRST[0]:
-        attempt(GRID[place - 1], {})
+        add(GRID[place - 1], {})
     elif best == FIRST[-1]:
-        attempt(GRID[place + 1], {})
+        add(GRID[place + 1], {})
     elif method in OPTIONS:
-        attempt(best, OPTIONS[method])
-    score, choice = min(tried, key=lambda pair: pair[0])
-    return {
-        "method": method,
-        "protect": common["protect"],
-        **choice,
-        "acc": score,
-        "tried": [{"acc": acc, **choice} for acc, choice in tried],
-    }
+        add(best, OPTIONS[method])
+    return {"method": method, "protect": common["protect"], "by": by, **min(tried, key=score), "tried": tried}
 
 
-def test(common: dict[str, Any], chosen: list[dict[str, Any]], order: str, seed: int, out: Path) -> None:
+def test(common: dict[str, Any], chosen: list[dict[str, Any]], by: str, order: str, seed: int, out: Path) -> None:
     """All methods as they were chosen, in one order with one seed."""
     domains = common["domains"] if order == "given" else tuple(reversed(common["domains"]))
     learn(
@@ -130,7 +129,7 @@ def test(common: dict[str, Any], chosen: list[dict[str, Any]], order: str, seed:
             "seed": seed,
             "metrics": ("bits_per_byte", "accuracy"),
         },
-        out / "test" / run_name(f"{order}-seed{seed}", common["protect"]),
+        out / "test" / run_name(f"{order}-seed{seed}", common, by),
     )
 
 
@@ -142,6 +141,7 @@ def main() -> None:
     parser.add_argument("--out", required=True, type=Path)
     parser.add_argument("--method", default="all", help="names, or all, ours, baselines, bounds (default: %(default)s)")
     parser.add_argument("--protect", help="text that the methods protect")
+    parser.add_argument("--by", choices=tuple(LOWEST), default="acc", help="what is best (default: %(default)s)")
     parser.add_argument("--orders", default=",".join(ORDERS), help="of test (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=30, help="a domain (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=4)
@@ -156,19 +156,20 @@ def main() -> None:
     folder = arguments.out / "tuned"
     folder.mkdir(parents=True, exist_ok=True)
     names = methods_named(arguments.method.split(","))
-    files = {name: folder / f"{run_name(name, arguments.protect)}.json" for name in names}
+    files = {name: folder / f"{run_name(name, common, arguments.by)}.json" for name in names}
     with ProcessPoolExecutor(arguments.jobs, multiprocessing.get_context("spawn")) as pool:
         if arguments.stage == "tune":
             missing = [name for name, path in files.items() if not path.is_file()]
-            waiting = [pool.submit(tune, common, name, arguments.out) for name in missing]
+            waiting = [pool.submit(tune, common, name, arguments.by, arguments.out) for name in missing]
             for done in as_completed(waiting):
                 result = done.result()
                 files[result["method"]].write_text(json.dumps(result, indent=1) + "\n")
-                print(f"{result['method']}: lr {result['lr']:g} {result['options']} -> {result['acc']:.3f}", flush=True)
+                print(result["method"], f"{result['lr']:g}", result["options"], result["scores"], flush=True)
         else:
             chosen = [json.loads(path.read_text()) for path in files.values()]
             tasks = [(order, seed) for order in arguments.orders.split(",") for seed in SEEDS]
-            for done in as_completed([pool.submit(test, common, chosen, *task, arguments.out) for task in tasks]):
+            waiting = [pool.submit(test, common, chosen, arguments.by, *task, arguments.out) for task in tasks]
+            for done in as_completed(waiting):
                 done.result()
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 STYLES = {"ours": ("o", "-", "full"), "baseline": ("s", "--", "none"), "bound": ("^", ":", "full")}
-"""Kind → marker, line and filling: the kinds can be told apart without colours."""
+"""Kind → marker, line and filling: the kinds can be told apart without colours, and each has all of them."""
 
 
 def lines_of(rows: Sequence[Row]) -> list[list[Row]]:
@@ -49,14 +49,18 @@ def draw_pareto(compared: Comparison, path: Path) -> None:
 def _draw(axis: Axes, compared: Comparison, section: str) -> None:
     from matplotlib import colormaps
 
-    colours = colormaps["tab20"]
-    for number, group in enumerate(lines_of(compared.rows)):
+    colours = [*colormaps["tab10"].colors, "black"]
+    used = dict.fromkeys(STYLES, 0)
+    for group in lines_of(compared.rows):
+        kind = group[0].kind
+        colour = colours[used[kind] % len(colours)]
+        used[kind] += 1
         points = [(row, *(compared.get(row, section, name) for name in ("learned", "forgetting"))) for row in group]
         points = [point for point in points if None not in point]
         if not points:
             continue
         rows, learned, forgotten = zip(*points, strict=True)
-        marker, line, fill = STYLES[rows[0].kind]
+        marker, line, fill = STYLES[kind]
         label = " ".join(word for word in rows[0].name.split() if not word.startswith("lr="))
         axis.errorbar(
             [x.mean for x in learned],
@@ -66,8 +70,8 @@ def _draw(axis: Axes, compared: Comparison, section: str) -> None:
             marker=marker,
             linestyle=line,
             fillstyle=fill,
-            color=colours(number % 20),
-            label=f"{label} ({rows[0].kind})",
+            color=colour,
+            label=f"{label} ({kind})",
             markersize=6,
             linewidth=1,
             elinewidth=0.7,
