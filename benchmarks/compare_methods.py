@@ -143,6 +143,7 @@ def main() -> None:
     parser.add_argument("--protect", help="text that the methods protect")
     parser.add_argument("--by", choices=tuple(LOWEST), default="acc", help="what is best (default: %(default)s)")
     parser.add_argument("--orders", default=",".join(ORDERS), help="of test (default: %(default)s)")
+    parser.add_argument("--seeds", default=",".join(map(str, SEEDS)), help="of test (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=30, help="a domain (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--eval-records", type=int, default=32)
@@ -167,7 +168,8 @@ def main() -> None:
                 print(result["method"], f"{result['lr']:g}", result["options"], result["scores"], flush=True)
         else:
             chosen = [json.loads(path.read_text()) for path in files.values()]
-            tasks = [(order, seed) for order in arguments.orders.split(",") for seed in SEEDS]
+            seeds = [int(seed) for seed in arguments.seeds.split(",")]
+            tasks = [(order, seed) for order in arguments.orders.split(",") for seed in seeds]
             waiting = [pool.submit(test, common, chosen, arguments.by, *task, arguments.out) for task in tasks]
             for done in as_completed(waiting):
                 done.result()
