@@ -99,6 +99,47 @@ def test_pulls_are_as_strong_as_the_inputs_and_tokens_are_used(tiny_llama, tied)
         assert update.abs().max() <= 1e-6
 
 
+@pytest.mark.parametrize("max_width", [0, 16])
+def test_of_wide_inputs_each_feature_counts_by_itself(tiny_llama, max_width):
+    """The MLPs' outputs read 24 features, all else 16: as with full moments, of which the diagonal alone is taken."""
+    full, method = Elastic(strength=30.0, text_weight=0.5), Elastic(30.0, text_weight=0.5, max_width=max_width)
+    wide = [name for name in [*LAYERS, "lm_head"] if max_width == 0 or "down_proj" in name]
+    pulls = []
+    for each in (full, method):
+        model = copy_of(tiny_llama)
+        each.protect(model, domain(2))
+        each.before_domain(model, domain(0))
+        each.after_domain(model, domain(0))
+        each.before_domain(model, domain(1))
+        pulls.append(each.make_optimizer(model, LR).memory)
+    assert set(method.usage.moments) == set(full.usage.moments)
+    for name in wide:
+        diagonal = full.usage.moments[input_of(name)].diagonal()
+        torch.testing.assert_close(method.usage.moments[input_of(name)], diagonal, rtol=1e-5, atol=0)
+    assert set(pulls[0]) == set(pulls[1])
+    for name, pull in pulls[1].items():
+        layer = "lm_head" if name == EMBEDDING else name.removesuffix(".weight")
+        if layer in wide:
+            expected = strength_by_hand(full, layer, texts=1.5).diagonal()
+            assert pull.turn is None
+            torch.testing.assert_close(pull.columns.double(), expected, rtol=1e-4, atol=0)
+        else:
+            assert torch.equal(pull.turn, pulls[0][name].turn)
+            assert torch.equal(pull.columns, pulls[0][name].columns)
+
+
+def test_accounts_of_wide_inputs_are_those_of_their_features(tiny_llama):
+    method, layer = Elastic(max_width=16), "model.layers.0.mlp.down_proj"
+    model = learn(method, tiny_llama, domain(0), lr=LR)
+    use = (method.usage.moments[layer] / method.usage.moments[layer].mean()).double()
+    before = weights(model)
+    after = weights(learn(method, model, domain(1), lr=LR))
+    energies = (after[f"{layer}.weight"] - before[f"{layer}.weight"]).double().square().sum(0)
+    leak = float((energies * use / (1 + use)).sum() / energies.sum())
+    assert method.record()["layers"][layer]["leak"] == pytest.approx(leak, rel=1e-4)
+    assert method.record()["layers"][layer]["width"] == 24
+
+
 def furthest(steps, betas=(0.9, 0.999)):
     """The most |m̂|/√v̂ can be after so many steps, whatever the gradients were (Cauchy-Schwarz)."""
     most = 0.0
@@ -172,7 +213,9 @@ def test_the_first_domain_and_a_strength_of_zero_are_adamw(tiny_llama):
                 torch.testing.assert_close(p, torchs[name], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize(("settings", "text"), [({}, False), ({"strength": 10.0, "text_weight": 2.0}, True)])
+@pytest.mark.parametrize(
+    ("settings", "text"), [({"max_width": 16}, False), ({"strength": 10.0, "text_weight": 2.0}, True)]
+)
 def test_a_resumed_run_goes_on_with_the_same_bits(tiny_llama, tmp_path, settings, text):
     base, method, model = copy_of(tiny_llama), Elastic(**settings), tiny_llama
     if text:
@@ -248,6 +291,7 @@ def test_measuring_changes_no_mode_no_flag_and_no_gradient(tiny_llama):
         ({"token_strength": float("nan")}, "token_strength: expected a number of at least 0, got nan"),
         ({"text_weight": 0.0}, "text_weight: expected a number above 0, got 0.0"),
         ({"text_weight": float("inf")}, "text_weight: expected a number above 0, got inf"),
+        ({"max_width": -1}, "max_width: expected a number of at least 0, got -1"),
     ],
 )
 def test_settings_out_of_range(arguments, message):
@@ -256,7 +300,7 @@ def test_settings_out_of_range(arguments, message):
 
 
 def test_settings_are_recorded():
-    given = {"strength": 3.0, "token_strength": 0.5, "text_weight": 2.0}
+    given = {"strength": 3.0, "token_strength": 0.5, "text_weight": 2.0, "max_width": 99}
     assert Elastic(**given).settings() == given
 
 

@@ -42,13 +42,13 @@ def batch():
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
 
 
-def prepared(name, of, dtype=torch.float32, attention="eager"):
+def prepared(name, of, dtype=torch.float32, attention="eager", **options):
     """A method on a real model of this configuration, ready to learn its first domain, and the model to train."""
     of = copy.deepcopy(of)
     of._attn_implementation = attention
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(of, dtype=dtype)
-    method = METHODS[name]()
+    method = METHODS[name](**options)
     return method, method.before_domain(model, [batch()]).train()
 
 
@@ -173,14 +173,19 @@ KEPT = {
 KEPT["elastic-lora"] = KEPT["elastic"]
 
 
-@pytest.mark.parametrize("name", KEPT)
-def test_what_protects_is_as_large_and_turns_as_much_as_planned(name):
+@pytest.mark.parametrize(
+    ("name", "options"),
+    # Wider than the stream, narrower than the MLP.
+    [*((name, {}) for name in KEPT), ("elastic", {"max_width": 40}), ("elastic-lora", {"max_width": 40})],
+)
+def test_what_protects_is_as_large_and_turns_as_much_as_planned(name, options):
     of = config()
-    method, model = prepared(name, of)
+    assert of.hidden_size <= 40 < of.intermediate_size
+    method, model = prepared(name, of, **options)
     method.after_domain(model, [batch()])
     model = method.before_domain(model, [batch()]).train()
     kept = {t.data_ptr(): t.nbytes for t in KEPT[name](method) if t is not None}
-    planned = demand(name, shape_of_config(of, "llama", torch.float32))
+    planned = demand(name, shape_of_config(of, "llama", torch.float32), **options)
     assert planned.kept_bytes + planned.kept_bytes_a_domain == sum(kept.values())
 
     optimizer = method.make_optimizer(model, 1e-3)

@@ -21,6 +21,8 @@ from .input_usage import InputUsage
 from .lora import ALPHA, RANK, add_adapter, merged, merged_weights, with_adapters
 from .options import check_above_zero, check_at_least
 
+MAX_WIDTH = 8192
+"""Inputs of layers up to this width have n × n moments and bases, 256 MiB each; wider ones an entry a feature."""
 _FILE = "usage.safetensors"
 
 
@@ -42,17 +44,25 @@ class Elastic(Method):
             lr · strength / (1 + lr · strength) of its way.
         token_strength: of that of embeddings beside that of layers.
         text_weight: what the text given to `protect` adds beside a domain.
+        max_width: of a layer with more inputs the q_j are the inputs themselves, as an n × n basis would be too large.
     """
 
     name = "elastic"
     protects = True
-    options = ("strength", "token_strength", "text_weight")
+    options = ("strength", "token_strength", "text_weight", "max_width")
     default_lr = 2e-3
 
-    def __init__(self, strength: float = 100.0, token_strength: float = 0.05, text_weight: float = 0.2) -> None:
+    def __init__(
+        self,
+        strength: float = 100.0,
+        token_strength: float = 0.05,
+        text_weight: float = 0.2,
+        max_width: int = MAX_WIDTH,
+    ) -> None:
         self.strength = check_at_least("strength", strength, 0)
         self.token_strength = check_at_least("token_strength", token_strength, 0)
         self.text_weight = check_above_zero("text_weight", text_weight)
+        self.max_width = check_at_least("max_width", max_width, 0)
         self.usage: InputUsage | None = None
         self._pulls: dict[str, ElasticPull] = {}
         self._before: dict[str, Tensor] = {}
@@ -62,7 +72,7 @@ class Elastic(Method):
         return {option: getattr(self, option) for option in self.options}
 
     def check(self, model: nn.Module) -> None:
-        for name, layer in InputUsage(model).modules.items():
+        for name, layer in InputUsage(model, self.max_width).modules.items():
             if is_transposed(layer):
                 raise ValueError(
                     f"{name} is a {type(layer).__name__}, of whose inputs {self.name} has no account; it needs a model "
@@ -70,7 +80,7 @@ class Elastic(Method):
                 )
 
     def protect(self, model: nn.Module, batches: Iterable[Batch]) -> None:
-        self.usage = InputUsage(model)
+        self.usage = InputUsage(model, self.max_width)
         self.usage.observe(model, batches, self.text_weight)
 
     def before_domain(self, model: nn.Module, batches: Iterable[Batch]) -> nn.Module:
@@ -101,7 +111,7 @@ class Elastic(Method):
     def _begin(self, base: nn.Module, batches: Iterable[Batch]) -> None:
         """Measure, before a domain is learned, what of its gradient is free."""
         if self.usage is None:
-            self.usage = InputUsage(base)
+            self.usage = InputUsage(base, self.max_width)
         self._layers = {name: {"surviving": 1.0, "leak": None} for name in self.usage.modules}
         self._before = {}
         if not self.usage.moments:
@@ -127,7 +137,7 @@ class Elastic(Method):
             layer |= self.usage.account(name)
 
     def _load(self, base: nn.Module, folder: Path) -> None:
-        self.usage = InputUsage(base)
+        self.usage = InputUsage(base, self.max_width)
         self.usage.take(storage.read(folder / _FILE, "usage", f"a run of the method {self.name}")[0])
 
     def _make_pulls(self, model: nn.Module) -> dict[str, ElasticPull]:
@@ -139,7 +149,7 @@ class Elastic(Method):
         pulls = {}
         for name, parameter in model.named_parameters():
             basis, use = bases.get(id(parameter), (None, None))
-            if basis is not None or parameter is embedding:
+            if use is not None or parameter is embedding:
                 columns = None if use is None else self.strength * use
                 pulls[name] = ElasticPull(parameter, basis, columns, rows if parameter is embedding else None)
         return pulls
@@ -153,16 +163,23 @@ class ElasticLoRA(Elastic):
     (see `InputUsage`). Embeddings, head, norms and biases stay as they are.
 
     Args:
-        strength, text_weight: as of `Elastic`.
+        strength, text_weight, max_width: as of `Elastic`.
         rank, alpha: of the adapters; s = alpha / rank.
     """
 
     name = "elastic-lora"
-    options = ("strength", "text_weight", "rank", "alpha")
+    options = ("strength", "text_weight", "max_width", "rank", "alpha")
     default_lr = 4e-3
 
-    def __init__(self, strength: float = 100.0, text_weight: float = 0.2, rank: int = RANK, alpha: int = ALPHA) -> None:
-        super().__init__(strength, text_weight=text_weight)
+    def __init__(
+        self,
+        strength: float = 100.0,
+        text_weight: float = 0.2,
+        max_width: int = MAX_WIDTH,
+        rank: int = RANK,
+        alpha: int = ALPHA,
+    ) -> None:
+        super().__init__(strength, text_weight=text_weight, max_width=max_width)
         self.rank = check_at_least("rank", rank, 1)
         self.alpha = check_at_least("alpha", alpha, 1)
 
@@ -191,7 +208,12 @@ class ElasticLoRA(Elastic):
         for module in adapted.modules():
             if hasattr(module, "lora_A") and (layer := layers.get(id(module.get_base_layer()))):
                 a = module.lora_A["default"].weight
-                basis, use = (part.to(a.dtype) for part in self.usage.bases[layer])
-                a.copy_((a @ basis / (1 + use)) @ basis.mT)
+                basis, use = self.usage.bases[layer]
+                use = use.to(a.dtype)
+                if basis is None:
+                    a.div_(1 + use)
+                else:
+                    basis = basis.to(a.dtype)
+                    a.copy_((a @ basis / (1 + use)) @ basis.mT)
                 pulls[names[id(a)]] = ElasticPull(torch.zeros_like(a), basis, self.strength * use)
         return pulls

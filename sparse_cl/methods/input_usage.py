@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from sparse_cl.probes.gradients import GradientProbe
-from sparse_cl.probes.inputs import InputProbe
-from sparse_cl.probes.parts import find_blocks
+from sparse_cl.probes.inputs import InputProbe, energy_watches
+from sparse_cl.probes.parts import find_blocks, shape_of
+from sparse_cl.probes.passes import stream
 
 from .base import Batch
 
@@ -24,20 +25,23 @@ class InputUsage:
     """Second moments of layers' inputs, and the shares of tokens, summed over texts; each text counts alike.
 
     A direction q_j, an eigenvector of A = Σ E[x xᵀ], is used u_j = λ_j / μ, μ the mean λ of one text, and of all there
-    is to it u_j / (1 + u_j) counts as taken: the account of capacity needs no threshold then.
+    is to it u_j / (1 + u_j) counts as taken: the account of capacity needs no threshold then. Of an input with more
+    than `max_width` features the diagonal of A alone is kept, and the features themselves are the directions.
 
     Args:
         base: the model without adapters; its layers are known by themselves, whatever wraps them later.
+        max_width: the most features of an input of which n × n numbers are kept.
 
     Attributes:
         modules: linear layers of the blocks, by name.
         heads: the layer that makes the logits, by name, if it is a linear one.
-        moments: by the first layer that reads an input Σ E[x xᵀ], and under "tokens" (V,) Σ of each token's share;
-            float32, on the CPU.
-        bases: by layer Q (n, n) and u (n,), where its weight is.
+        moments: by the first layer that reads an input Σ E[x xᵀ], (n, n) or its diagonal (n,), and under "tokens" (V,)
+            Σ of each token's share; float32, on the CPU.
+        bases: by layer Q (n, n), or None for the features themselves, and u (n,), where its weight is.
     """
 
-    def __init__(self, base: nn.Module):
+    def __init__(self, base: nn.Module, max_width: int):
+        self.max_width = max_width
         self.modules: dict[str, nn.Module] = {}
         self._readers: dict[str, str] = {}
         for block in find_blocks(base):
@@ -51,7 +55,7 @@ class InputUsage:
         self._readers |= {name: name for name in self.heads}
         self.embedding = base.get_input_embeddings()
         self.moments: dict[str, Tensor] = {}
-        self.bases: dict[str, tuple[Tensor, Tensor]] = {}
+        self.bases: dict[str, tuple[Tensor | None, Tensor]] = {}
 
     def weights(self) -> dict[str, nn.Parameter]:
         """Of the blocks' layers, by the layer's name."""
@@ -65,8 +69,14 @@ class InputUsage:
         """
         layers = self.modules | self.heads
         first = {name: layers[name] for name in dict.fromkeys(self._readers.values())}
-        seen = InputProbe(model, first, tokens="all").run(batches)
-        found = {name: sum(half.moment for half in halves).cpu() / seen.tokens for name, halves in seen.halves.items()}
+        wide = {name: layer for name, layer in first.items() if shape_of(layer)[1] > self.max_width}
+        narrow = {name: layer for name, layer in first.items() if name not in wide}
+        watches, totals = energy_watches(wide)
+        probe = InputProbe(model, narrow, tokens="all") if narrow else None
+        seen = stream(model, [*watches, *(probe.watches() if probe else ())], batches, tokens="all")
+        if probe:
+            totals |= {name: sum(half.moment for half in halves) for name, halves in probe.result().halves.items()}
+        found = {name: total.cpu() / seen for name, total in totals.items()}
         tokens = torch.zeros(self.embedding.num_embeddings, dtype=torch.float64)
         for batch in batches:
             kept = batch["input_ids"][batch["attention_mask"].bool()]
@@ -82,10 +92,12 @@ class InputUsage:
         for name, moment in self.moments.items():
             if name != _TOKENS:
                 weight = layers[name].weight
-                values, vectors = torch.linalg.eigh(moment.to(weight.device, torch.float64))
-                values = values.clamp(min=0)
+                values, vectors = moment.to(weight.device, torch.float64), None
                 dtype = torch.promote_types(weight.dtype, torch.float32)
-                found[name] = vectors.to(dtype), (values * texts / values.mean()).to(dtype)
+                if values.dim() == 2:
+                    values, vectors = torch.linalg.eigh(values)
+                    values, vectors = values.clamp(min=0), vectors.to(dtype)
+                found[name] = vectors, (values * texts / values.mean()).to(dtype)
         self.bases = {name: found[reader] for name, reader in self._readers.items()}
 
     def token_shares(self) -> Tensor:
@@ -94,8 +106,9 @@ class InputUsage:
 
     def share_taken(self, name: str, matrix: Tensor) -> float:
         """Share of the energy of a gradient or a change (m, n) of a layer that is in what earlier domains use."""
-        basis, use = (part.double() for part in self.bases[name])
-        energies = (matrix.to(basis.device, torch.float64) @ basis).square().sum(0)
+        basis, use = self.bases[name]
+        matrix, use = matrix.to(use.device, torch.float64), use.double()
+        energies = (matrix if basis is None else matrix @ basis.double()).square().sum(0)
         total = float(energies.sum())
         return float(energies @ (use / (1 + use))) / total if total else 0.0
 

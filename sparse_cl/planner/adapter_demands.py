@@ -32,11 +32,13 @@ def o_lora(shape: ModelShape, settings: dict[str, Any]) -> Demand:
 
 def elastic_lora(shape: ModelShape, settings: dict[str, Any]) -> Demand:
     rank, adapted = settings["rank"], _adapted(shape)
+    bases = input_bases(shape, settings["max_width"])
+    turned = (matrix.inputs for matrix in adapted if matrix.inputs <= settings["max_width"])
     return Demand(
         **_own_step(shape, settings, temporaries=5),
-        turning_flops=3 * 2 * rank * sum(matrix.inputs**2 for matrix in adapted),
-        kept_bytes=WIDE * (input_bases(shape) + rank * sum(matrix.inputs for matrix in adapted)),
-        observed_bytes=2 * WIDE * input_bases(shape),
+        turning_flops=3 * 2 * rank * sum(inputs**2 for inputs in turned),
+        kept_bytes=WIDE * (bases + rank * sum(matrix.inputs for matrix in adapted)),
+        observed_bytes=2 * WIDE * bases,
         shardable=False,
     )
 

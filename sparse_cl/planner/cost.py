@@ -278,9 +278,10 @@ def _devices(shape: ModelShape, asked: Demand, memory: Memory, device: Device) -
             "take a smaller --batch-size or --length, or --checkpointing"
         )
     if not asked.shardable:
+        rank = "--max-rank or " if "max_rank" in asked.settings else ""
         return None, (
             f"does not fit one device ({memory.peak / 1e9:.1f} of {room / 1e9:.1f} GB), and bases of directions are "
-            "not spread over several; take a smaller --max-rank or --batch-size, --checkpointing, or a larger device"
+            f"not spread over several; take a smaller {rank}--batch-size, --checkpointing, or a larger device"
         )
     held = memory.weights + memory.state + memory.kept
     for count in (2**power for power in range(1, MOST_DEVICES.bit_length())):

@@ -116,28 +116,29 @@ def orthogonal(shape: ModelShape, settings: dict[str, Any]) -> Demand:
 def elastic(shape: ModelShape, settings: dict[str, Any]) -> Demand:
     """Weight, gradient and update of each layer are turned by the eigenbasis of its inputs, which layers share."""
     head = next(matrix for matrix in shape.matrices if matrix.name == shape.head)
-    turned = [*block_matrices(shape), head]
+    pulled, widest = [*block_matrices(shape), head], settings["max_width"]
+    turned = [matrix for matrix in pulled if matrix.inputs <= widest]
     tied = shape.model.get_output_embeddings().weight is shape.model.get_input_embeddings().weight
-    anchors = sum(matrix.size for matrix in turned) + (not tied) * shape.model.get_input_embeddings().weight.numel()
+    anchors = sum(matrix.size for matrix in pulled) + (not tied) * shape.model.get_input_embeddings().weight.numel()
     return dense(
         shape,
         settings,
         step_bytes=dense(shape, settings).step_bytes + projecting(matrix.size for matrix in turned),
         # The old weight, the turned one, the turned gradient, and the way from the anchor with what is taken back.
-        temporary_bytes=5 * WIDE * max(matrix.size for matrix in turned),
+        temporary_bytes=5 * WIDE * max(matrix.size for matrix in pulled),
         turning_flops=3 * 2 * sum(matrix.size * matrix.inputs for matrix in turned),
-        kept_bytes=WIDE * (input_bases(shape) + anchors),
-        observed_bytes=2 * WIDE * input_bases(shape),
+        kept_bytes=WIDE * (input_bases(shape, widest) + anchors),
+        observed_bytes=2 * WIDE * input_bases(shape, widest),
         shardable=False,
     )
 
 
-def input_bases(shape: ModelShape) -> int:
-    """Entries of an eigenbasis of each distinct input of a linear layer, the head's too."""
+def input_bases(shape: ModelShape, widest: int) -> int:
+    """Entries of an eigenbasis of each distinct input of a linear layer, the head's too, that is no wider."""
     head = next(matrix for matrix in shape.matrices if matrix.name == shape.head)
     inputs = [matrices[0] for block in shape.blocks for matrices in (block.attention_into, block.mlp_into)]
     inputs += [matrix for block in shape.blocks for matrix in (block.attention_out, block.mlp_out)]
-    return sum(matrix.inputs**2 for matrix in (*inputs, head))
+    return sum(matrix.inputs**2 for matrix in (*inputs, head) if matrix.inputs <= widest)
 
 
 def curvature(shape: ModelShape, settings: dict[str, Any]) -> Demand:

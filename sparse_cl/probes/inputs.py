@@ -28,6 +28,21 @@ class InputMoments:
     tokens: int
 
 
+def energy_watches(modules: Mapping[str, nn.Module]) -> tuple[list[Watch], dict[str, Tensor]]:
+    """What `stream` needs to add up Σ x_j² of what enters modules; and where it does: name → (n,), once it has run."""
+    energies: dict[str, Tensor] = {}
+
+    def see(name: str):
+        def add(rows: Tensor, sequences: Tensor) -> None:
+            wide = rows if rows.dtype == torch.float64 else rows.float()
+            total = wide.square().sum(0)
+            energies[name] = energies[name].add_(total) if name in energies else total
+
+        return add
+
+    return [Watch(name, module, "input", see(name)) for name, module in modules.items()], energies
+
+
 class InputProbe:
     """Streams the second moments of what enters the linear layers: 8 n² bytes for an input of n features.
 

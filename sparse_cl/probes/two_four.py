@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from sparse_cl.masks import TwoFourMask
 from sparse_cl.probes.fisher import diagonal_fisher
 from sparse_cl.probes.gradients import watched_layers
+from sparse_cl.probes.inputs import energy_watches
 from sparse_cl.probes.parts import is_transposed
-from sparse_cl.probes.passes import Batch, Watch, stream
+from sparse_cl.probes.passes import Batch, stream
 
 SCORES = ("wanda", "fisher")
 
@@ -121,19 +122,9 @@ def _compressed(weight: Tensor, name: str) -> Tensor:
 
 def _input_norms(model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Batch]) -> dict[str, Tensor]:
     """‖x_j‖₂ of each layer's inputs, (n,)."""
-    squares: dict[str, Tensor] = {}
-
-    def see(name: str):
-        def add(rows: Tensor, sequences: Tensor) -> None:
-            wide = rows if rows.dtype == torch.float64 else rows.float()
-            total = wide.square().sum(0)
-            squares[name] = squares[name].add_(total) if name in squares else total
-
-        return add
-
-    watches = [Watch(name, layer, "input", see(name)) for name, layer in layers.items()]
+    watches, energies = energy_watches(layers)
     stream(model, watches, batches, tokens="text")
-    return {name: total.sqrt() for name, total in squares.items()}
+    return {name: total.sqrt() for name, total in energies.items()}
 
 
 def _best_two(scores: Tensor) -> TwoFourMask:
