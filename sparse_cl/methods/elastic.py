@@ -163,7 +163,8 @@ class ElasticLoRA(Elastic):
     (see `InputUsage`). Embeddings, head, norms and biases stay as they are.
 
     Args:
-        strength, text_weight, max_width: as of `Elastic`.
+        strength: as of `Elastic`; adapters want a weaker pull, as their rates are larger and B gives them a scale.
+        text_weight, max_width: as of `Elastic`.
         rank, alpha: of the adapters; s = alpha / rank.
     """
 
@@ -173,7 +174,7 @@ class ElasticLoRA(Elastic):
 
     def __init__(
         self,
-        strength: float = 100.0,
+        strength: float = 10.0,
         text_weight: float = 0.2,
         max_width: int = MAX_WIDTH,
         rank: int = RANK,
