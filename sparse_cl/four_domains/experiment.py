@@ -14,7 +14,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import accelerate
 import torch
 import transformers
 from accelerate.utils.memory import clear_device_cache
@@ -25,6 +24,7 @@ from . import embedded, figures
 from .data import DataError, load_domains
 from .embedded_model import embedded_model_folder
 from .files import is_disk_full, write_json
+from .processes import check_processes, processes
 from .protection import text_to_protect
 from .report import comparison, runs_with_capacity
 from .results import RESULTS, add_intransigence, completed, failed_record, read_runs, run_record, write_runs
@@ -88,7 +88,7 @@ def load_model(source: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Modu
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-    return model.to(accelerate.PartialState().device), tokenizer
+    return model.to(processes().device), tokenizer
 
 
 def versions() -> dict[str, str]:
@@ -126,7 +126,7 @@ def _reference_text(settings: Settings) -> str | None:
 
 def is_main_process() -> bool:
     """Whether this is the one process, of those of a distributed run, that writes and prints."""
-    return accelerate.PartialState().is_main_process
+    return processes().is_main_process
 
 
 def quiet() -> None:
@@ -148,6 +148,7 @@ def run(settings: Settings, out: Path) -> list[dict[str, Any]]:
         FolderError, DataError, ValueError, OSError: bad input, or a disk that is full; the message says what to do.
     """
     quiet()
+    check_processes()
     check_folder(out, settings)
     if (out / RESULTS).is_file():
         runs = read_runs(out)
@@ -167,6 +168,8 @@ def run(settings: Settings, out: Path) -> list[dict[str, Any]]:
         if text is not None and not len(tokenizer(text[:1024], add_special_tokens=False)["input_ids"]) > 1:
             raise DataError(f"--{option}: the text is too short: fewer than 2 tokens")
 
+    # A process that is late would find the folder of one that is early, half written.
+    processes().wait_for_everyone()
     is_main = is_main_process()
     out.mkdir(parents=True, exist_ok=True)
     if is_main:

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import accelerate
 import torch
 import transformers
 from torch import nn
@@ -24,6 +23,7 @@ from .encoding import EncodedRecords, pad
 from .evaluate import drift_nats, evaluate_domain, text_bits_per_byte
 from .files import check_complete, complete
 from .memory import peak_memory_bytes, reset_peak_memory
+from .processes import processes
 from .protection import Windows
 from .settings import Settings
 from .state import state_bytes
@@ -218,10 +218,9 @@ class _Learner:
         model = method.before_domain(model, batches)
         # Written aside and moved whole: a run that is killed leaves no half model in a domain's place.
         building = self.folder / "unfinished"
-        processes = accelerate.PartialState()
-        if processes.is_main_process:
+        if processes().is_main_process:
             shutil.rmtree(building, ignore_errors=True)
-        processes.wait_for_everyone()
+        processes().wait_for_everyone()
         trainer = train(
             model,
             method.training_data(number - 1, self.datasets, settings.seed),
@@ -242,10 +241,8 @@ class _Learner:
         trainer.save_model()
         # The Trainer pickles its arguments beside the weights; nothing here reads them, and pickles are unsafe.
         (building / "training_args.bin").unlink(missing_ok=True)
-        # The Trainer may have made this state anew.
-        processes = accelerate.PartialState()
-        processes.wait_for_everyone()
-        if processes.is_main_process:
+        processes().wait_for_everyone()
+        if processes().is_main_process:
             method.save(building)
             complete(building, stage_folder(self.folder, number, name))
         progress.domain_records.append({"domain": name, **method.record()})
