@@ -165,7 +165,8 @@ def main() -> None:
             for done in as_completed(waiting):
                 result = done.result()
                 files[result["method"]].write_text(json.dumps(result, indent=1) + "\n")
-                print(result["method"], f"{result['lr']:g}", result["options"], result["scores"], flush=True)
+                acc = "failed" if result["scores"] is None else f"{result['scores']['acc']:.3f}"
+                print(f"{result['method']}: lr {result['lr']:g} {result['options']}, ACC {acc}", flush=True)
         else:
             chosen = [json.loads(path.read_text()) for path in files.values()]
             seeds = [int(seed) for seed in arguments.seeds.split(",")]
