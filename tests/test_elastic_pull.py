@@ -123,6 +123,31 @@ def test_a_vector_is_pulled_by_entry():
     torch.testing.assert_close(weight.detach(), expected[0], rtol=1e-12, atol=0)
 
 
+@pytest.fixture
+def products():
+    """Sets the precision of float32 products, for the test alone."""
+    before = torch.get_float32_matmul_precision()
+    yield torch.set_float32_matmul_precision
+    torch.set_float32_matmul_precision(before)
+
+
+def test_products_in_low_precision_change_little_of_the_way(products):
+    """What the caller allows is used: bfloat16 where the CPU multiplies it. Weights far larger than their changes."""
+    m, n, steps, ways = 64, 96, 30, []
+    gradients = [random(m, n, seed=10 + i) for i in range(steps)]
+    weight = 100 * random(m, n, seed=2)
+    expected = by_hand(weight, gradients, basis(n), strengths(n, most=50.0), torch.zeros(m), lr=1e-2, decay=0.1)
+    for precision in ("highest", "medium"):
+        products(precision)
+        ours = torch.nn.Parameter(weight.float())
+        pull = ElasticPull(ours, basis(n), strengths(n, most=50.0))
+        stepped(ProjectedAdamW([ours], lr=1e-2, weight_decay=0.1, projections={ours: pull}), [ours], gradients)
+        ways.append(ours.detach().double() - weight)
+    way = expected - weight
+    assert (ways[0] - way).norm() <= 1e-4 * way.norm()
+    assert (ways[1] - way).norm() <= 2e-2 * way.norm()
+
+
 def test_what_is_not_finite_in_a_scaled_gradient_changes_nothing():
     weight = torch.nn.Parameter(random(M, N, dtype=torch.float32))
     pull = ElasticPull(weight, basis(N), strengths(N))

@@ -162,7 +162,7 @@ KEPT = {
     "o-lora": lambda method: list(method._old.values()),
     "elastic": lambda method: [
         *(basis for basis, _ in method.usage.bases.values()),
-        *(pull._anchor for pull in method._pulls.values()),
+        *(pull.anchor for pull in method._pulls.values()),
     ],
     "curvature": lambda method: [
         basis for p in method.projections.values() for basis in (p.curvature.row_basis, p.curvature.column_basis)

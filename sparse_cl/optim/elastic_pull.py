@@ -6,17 +6,16 @@ import torch
 from torch import Tensor
 
 from sparse_cl.optim.projection import WholeProjection
-from sparse_cl.reference.precision import full_precision
 
 
 class ElasticPull(WholeProjection):
     """Pulls a parameter W (m, n) back to an anchor W₀, the harder in a direction, the more that direction matters.
 
-    AdamW runs in the coordinates Z = W Q (as SOAP runs Adam in the eigenbasis of Shampoo's preconditioner, Vyas et al.
-    2024), and each step ends with the proximal step of ½ Σ_ij (r_i + c_j) (Z - W₀ Q)²_ij, decoupled from the moments
-    as AdamW decouples weight decay, and stable for any strength:
+    AdamW runs in the coordinates D = (W - W₀) Q (as SOAP runs Adam in the eigenbasis of Shampoo's preconditioner, Vyas
+    et al. 2024), and each step ends with the proximal step of ½ Σ_ij (r_i + c_j) D²_ij, decoupled from the moments as
+    AdamW decouples weight decay, and stable for any strength:
 
-        Z ← W₀ Q + (Z - W₀ Q) / (1 + lr (r_i + c_j))
+        D ← D / (1 + lr (r_i + c_j))
 
     With c the eigenvalues of E[x xᵀ] of a layer's inputs and Q their eigenvectors this is a quadratic penalty on what
     the layer computes for these inputs; EWC (Kirkpatrick et al. 2017) penalizes single weights instead, and by the
@@ -28,7 +27,8 @@ class ElasticPull(WholeProjection):
         columns: c (n,), at least 0; None: zeros.
         rows: r (m,), at least 0; None: zeros.
 
-    It takes the anchor and the basis, 4 n (m + n) bytes, and three products of the gradient's shape a step.
+    It takes the anchor and the basis, 4 n (m + n) bytes, and three products of the gradient's shape a step, in the
+    precision that the caller allows float32 products (`torch.set_float32_matmul_precision`).
 
     Raises:
         ValueError: strengths below 0 or of another length than the anchor's, a basis of another width.
@@ -59,13 +59,15 @@ class ElasticPull(WholeProjection):
         self.columns = None if columns is None else columns.to(dtype)
         self.rows = None if rows is None else rows.to(dtype)[:, None]
         self.any, self.free = any(bool((strengths > 0).any()) for strengths in given), True
-        self._anchor = self._turned(anchor.detach().to(dtype, copy=True))
+        self.anchor = anchor.detach().to(dtype, copy=True)
 
     def fits(self, shape: tuple[int, ...]) -> bool:
         return tuple(shape) == self.shape
 
     def pull_(self, update: Tensor, start: Tensor, lr: float | Tensor, skipped: Tensor | None) -> None:
-        moved = start + update - self._anchor
+        moved = start + update
+        if self.turn is None:
+            moved.sub_(self.anchor)
         back = moved.mul_(self.held(lr).to(moved.dtype))
         # Where a step is skipped the pull is, too.
         update.sub_(back if skipped is None else back.mul_(skipped == 0))
@@ -75,13 +77,11 @@ class ElasticPull(WholeProjection):
         strengths = sum(part for part in (self.columns, self.rows) if part is not None)
         return 1 - 1 / (1 + lr * strengths)
 
+    def turned(self, weights: Tensor) -> Tensor:
+        with torch.autocast(weights.device.type, enabled=False):
+            return (weights - self.anchor) @ self.turn
+
     def apply_(self, update: Tensor) -> None:
         if self.turn is not None:
-            with full_precision(update.device):
+            with torch.autocast(update.device.type, enabled=False):
                 update.copy_(update @ self.turn.mT)
-
-    def _turned(self, matrix: Tensor) -> Tensor:
-        if self.turn is None:
-            return matrix
-        with full_precision(matrix.device):
-            return matrix @ self.turn

@@ -23,13 +23,17 @@ class Projection(ABC):
 
     Attributes:
         free: whether it leaves anything; if not, the parameter is not updated.
-        turn: orthogonal (n, n), or None. Where there is one, AdamW steps W Q with the gradient G Q, so that its
-            moments are those of the directions in the columns of Q, and `apply_` is given an update in these
-            coordinates.
+        turn: orthogonal (n, n), or None. Where there is one, AdamW steps `turned` of the weights, which weight decay
+            has left, with the gradient G Q, so that its moments are those of the directions in the columns of Q, and
+            `apply_` is given an update in these coordinates.
     """
 
     free: bool
     turn: Tensor | None = None
+
+    def turned(self, weights: Tensor) -> Tensor:
+        """(W - W₀) Q, W₀ the projection's own: only differences are turned, which bears products in low precision."""
+        raise NotImplementedError
 
     @abstractmethod
     def apply_(self, update: Tensor) -> None:
@@ -53,7 +57,7 @@ class WholeProjection(Projection):
         """Adds to an update, in AdamW's coordinates, what pulls the parameter itself somewhere.
 
         Args:
-            start: the parameter before the update.
+            start: the parameter before the update, `turned` where there is a turn.
             skipped: a scalar, not 0 where AdamW skipped the step for a gradient that was not finite; None: it did not.
         """
 

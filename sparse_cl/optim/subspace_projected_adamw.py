@@ -16,7 +16,6 @@ from sparse_cl.optim.projection import Projection, make_projection
 from sparse_cl.optim.sparse_masked_adamw import Plan, SparseMaskedAdamW
 from sparse_cl.optim.state import ParameterState, compact, step_counts, write_compact
 from sparse_cl.reference import random_bits, stochastic_round
-from sparse_cl.reference.precision import full_precision
 from sparse_cl.subspace import Subspace, SubspaceMemory
 
 Bases = Mapping[Tensor | str, Subspace | Tensor]
@@ -258,9 +257,11 @@ class SubspaceProjectedAdamW(SparseMaskedAdamW):
             return super()._apply(group, plan, grads, grad_scale, found_inf)
         packed = self._packed[plan.own[0]]
         start = old = _weights(param, packed).clone()
+        fade = None
         if projection.turn is not None:
-            with full_precision(param.device):
-                start = old @ projection.turn
+            group, fade = {**group, "weight_decay": 0.0}, _fade(group, found_inf)
+            start = projection.turned(old * fade)
+            with torch.autocast(param.device.type, enabled=False):
                 grads = [grads[0].to(old.dtype) @ projection.turn]
             _weights(param, packed).copy_(start)
         try:
@@ -271,10 +272,16 @@ class SubspaceProjectedAdamW(SparseMaskedAdamW):
         new = _weights(param, packed).sub_(start)
         self._pull(projection, new, start, group["lr"], found_inf)
         projection.apply_(new)
-        _write(param, packed, new.add_(old))
+        _write(param, packed, new.add_(old if fade is None else old.mul_(fade)))
 
     def _pull(self, projection: Projection, update: Tensor, start: Tensor, lr, found_inf: Tensor | None) -> None:
         """What a projection adds to an update before it is turned back: here nothing."""
+
+
+def _fade(group: dict[str, Any], found_inf: Tensor | None) -> Tensor | float:
+    """What weight decay leaves of a parameter in a step: all, if the step is skipped."""
+    fade = 1 - group["lr"] * group["weight_decay"]
+    return fade if found_inf is None else torch.where(found_inf == 0, fade, 1.0)
 
 
 def _weights(param: Tensor, packed: ParameterState) -> Tensor:
