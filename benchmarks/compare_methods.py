@@ -7,9 +7,9 @@
 an edge, and else with another value of its main option; and takes what has the lowest mean bits per byte after the
 last domain, on records held out of training; with `--by learned` what learned most, for methods that others are to be
 measured against at full learning. `test` runs what was chosen with other seeds on the test records, in the given order
-and in reverse; `sparse-cl compare OUT/test` compares. With `--protect FILE` both do so for the named methods with that
-text protected; such runs stand beside those without. Both run several processes of one thread, and go on where they
-were stopped.
+and in reverse; `sparse-cl compare OUT/test` compares. With `--protect FILE` that text is protected: `tune` then tries
+weights of it with the settings that were chosen without, and takes the largest whose score is within 1 % of the best;
+such runs stand beside those without. Both run several processes of one thread, and go on where they were stopped.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "two-four": {"score": "fisher"},
 }
 """Another value of each method's main option; methods without one have the rates alone."""
+TEXT_WEIGHTS = (0.2, 1.0, 3.0)
 TUNING_SEED, SEEDS, ORDERS = 100, (0, 1, 2), ("given", "reverse")
 LOWEST = {"acc": lambda summary: summary["acc"], "learned": lambda summary: -summary["learned"]}
 """What settings are chosen by → a number of a run's summary, the lower the better."""
@@ -116,6 +117,18 @@ def tune(common: dict[str, Any], method: str, by: str, out: Path) -> dict[str, A
     return {"method": method, "protect": common["protect"], "by": by, **min(tried, key=score), "tried": tried}
 
 
+def tune_protected(common: dict[str, Any], method: str, chosen: Choice, out: Path) -> dict[str, Any]:
+    """How much a text can weigh beside a domain with what was `chosen` without it, at little cost."""
+    tried = []
+    for weight in TEXT_WEIGHTS:
+        choice = {"lr": chosen["lr"], "options": {**chosen["options"], "text_weight": weight}}
+        tried.append({**choice, "scores": attempt(common, method, choice, out)})
+    able = [choice for choice in tried if choice["scores"] is not None]
+    least = min(choice["scores"]["acc"] for choice in able)
+    heaviest = [choice for choice in able if choice["scores"]["acc"] <= 1.01 * least][-1]
+    return {"method": method, "protect": common["protect"], "by": "text_weight", **heaviest, "tried": tried}
+
+
 def test(common: dict[str, Any], chosen: list[dict[str, Any]], by: str, order: str, seed: int, out: Path) -> None:
     """All methods as they were chosen, in one order with one seed."""
     domains = common["domains"] if order == "given" else tuple(reversed(common["domains"]))
@@ -161,7 +174,11 @@ def main() -> None:
     with ProcessPoolExecutor(arguments.jobs, multiprocessing.get_context("spawn")) as pool:
         if arguments.stage == "tune":
             missing = [name for name, path in files.items() if not path.is_file()]
-            waiting = [pool.submit(tune, common, name, arguments.by, arguments.out) for name in missing]
+            if arguments.protect:
+                chosen = {name: json.loads((folder / f"{name}.json").read_text()) for name in missing}
+                waiting = [pool.submit(tune_protected, common, name, chosen[name], arguments.out) for name in missing]
+            else:
+                waiting = [pool.submit(tune, common, name, arguments.by, arguments.out) for name in missing]
             for done in as_completed(waiting):
                 result = done.result()
                 files[result["method"]].write_text(json.dumps(result, indent=1) + "\n")
