@@ -78,6 +78,8 @@ class ElasticPull(WholeProjection):
         return 1 - 1 / (1 + lr * strengths)
 
     def turned(self, weights: Tensor) -> Tensor:
+        if self.turn is None:
+            return weights
         with torch.autocast(weights.device.type, enabled=False):
             return (weights - self.anchor) @ self.turn
 

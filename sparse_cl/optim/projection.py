@@ -32,8 +32,11 @@ class Projection(ABC):
     turn: Tensor | None = None
 
     def turned(self, weights: Tensor) -> Tensor:
-        """(W - W₀) Q, W₀ the projection's own: only differences are turned, which bears products in low precision."""
-        raise NotImplementedError
+        """(W - W₀) Q, W₀ the projection's own: only differences are turned, which bears products in low precision.
+
+        Here, without a turn, the weights as they are.
+        """
+        return weights
 
     @abstractmethod
     def apply_(self, update: Tensor) -> None:
