@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 
 import torch
 import transformers
@@ -74,6 +75,16 @@ def logits(model, batches):
         return torch.stack(
             [model(input_ids=b["input_ids"], attention_mask=b["attention_mask"]).logits for b in batches]
         )
+
+
+def gradients_of(model, batches):
+    """Of all parameters by name, (2 batches, …): the gradient of the model's own loss on each sequence of `domain`."""
+    found = []
+    for batch, row in itertools.product(batches, range(2)):
+        other = copy_of(model)
+        other(**{name: part[row : row + 1] for name, part in batch.items()}).loss.backward()
+        found.append({name: p.grad for name, p in other.named_parameters()})
+    return {name: torch.stack([each[name] for each in found]) for name in found[0]}
 
 
 def inputs_of(model, layer, batches):

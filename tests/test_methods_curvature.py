@@ -5,11 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from method_cases import copy_of, domain, learn, same, weights
+from method_cases import copy_of, domain, gradients_of, learn, same, weights
 
 from sparse_cl.methods import AdamW, Curvature
 from sparse_cl.probes.curvature import CurvatureProbe
-from sparse_cl.probes.gradients import GradientProbe
 from sparse_cl.probes.sampled_gradients import sampled_gradients
 
 LR = 3e-3
@@ -31,7 +30,7 @@ def products(rows, columns):
 def share_above(change, factors, threshold):
     values, q, k = products(*factors)
     coordinates = (q.mT @ change.double() @ k).square()
-    return float(coordinates[values > threshold].sum() / coordinates.sum())
+    return float(coordinates[..., values > threshold].sum() / coordinates.sum())
 
 
 def test_the_factors_of_two_domains_and_of_a_protected_text_are_summed(tiny_llama):
@@ -149,7 +148,7 @@ def test_what_is_reported_is_what_happened(tiny_llama):
     first = method.record()["layers"]
     factors, thresholds = dict(method.factors), {name: p.threshold for name, p in method.projections.items()}
     before = weights(model)
-    gradients = GradientProbe(model).run(domain(1)[:4]).layers
+    gradients = gradients_of(model, domain(1)[:4])
     model = learn(method, model, domain(1), lr=LR)
     second = method.record()["layers"]
     assert set(first) == set(second) == set(factors)
@@ -158,7 +157,7 @@ def test_what_is_reported_is_what_happened(tiny_llama):
         used = int((values > thresholds[name]).sum())
         width = values.numel()
         assert first[name] == {"surviving": 1.0, "leak": None, "width": width, "used": used, "free": width - used}
-        inside = share_above(gradients[name.removesuffix(".weight")], pair, thresholds[name])
+        inside = share_above(gradients[name], pair, thresholds[name])
         assert second[name]["surviving"] == pytest.approx(1 - inside, abs=1e-5)
         change = model.get_parameter(name).detach() - before[name]
         assert second[name]["leak"] == pytest.approx(share_above(change, pair, thresholds[name]), rel=0.2, abs=1e-12)

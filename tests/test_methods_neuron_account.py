@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from method_cases import copy_of, domain, inputs_of, learn, same, weights
+from method_cases import copy_of, domain, gradients_of, inputs_of, learn, same, weights
 
 from sparse_cl.methods import METHODS
 from sparse_cl.methods.neuron_account import NeuronAccount
@@ -57,13 +57,9 @@ def test_the_account_equals_a_recount_from_scratch(tiny_llama, name):
         if other is None:
             other = type(tiny_llama)(tiny_llama.config).eval()
             other.load_state_dict({**other.state_dict(), **before})
-        energies = {mlp: torch.zeros(24, dtype=torch.float64) for mlp in MLPS}
-        for batch in batches[:4]:
-            other.zero_grad()
-            other(**batch).loss.backward()
-            gradients = {n: p.grad for n, p in other.named_parameters()}
-            for mlp in MLPS:
-                energies[mlp] += by_neuron(gradients, mlp)
+        gradients = gradients_of(other, batches[:4])
+        each = [{name: g[number] for name, g in gradients.items()} for number in range(8)]
+        energies = {mlp: sum(by_neuron(one, mlp) for one in each) for mlp in MLPS}
         model = learn(method, model, batches)
         after = base_weights(model)
         record = method.record()["layers"]

@@ -7,7 +7,7 @@ import peft
 import pytest
 import torch
 import transformers
-from method_cases import copy_of, domain, inputs_of, same, weights
+from method_cases import copy_of, domain, gradients_of, inputs_of, same, weights
 
 from sparse_cl.methods import Orthogonal, OrthogonalLoRA
 from sparse_cl.probes.capacity import scarcity
@@ -153,9 +153,7 @@ def test_what_is_reported_is_what_happened(tiny_llama, kind):
     plain = transformers.LlamaForCausalLM(tiny_llama.config).eval()
     plain.load_state_dict({**plain.state_dict(), **before})
     batches = domain(1, count=6)
-    for batch in batches[:4]:
-        plain(**batch).loss.backward()
-    gradients = {name: plain.get_parameter(name).grad for name in bases}
+    gradients = {name: gradients_of(plain, batches[:4])[name].flatten(0, 1) for name in bases}
 
     model = learn(method, model, batches)
     after = merged(model)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers
-from method_cases import copy_of, domain, learn, logits, same, weights
+from method_cases import copy_of, domain, gradients_of, learn, logits, same, weights
 
 from sparse_cl.masks import TwoFourMask
 from sparse_cl.methods import TwoFour
 from sparse_cl.probes.fisher import diagonal_fisher
-from sparse_cl.probes.gradients import GradientProbe
 from sparse_cl.probes.two_four import only_two_four, two_four_masks
 
 LR = 3e-3
@@ -143,14 +142,14 @@ def test_the_capacity_account_is_that_of_a_recount(tiny_llama):
     method = TwoFour()
     model = learn(method, tiny_llama, domain(0), lr=LR)
     first = method.record()["layers"]
-    gradients = GradientProbe(model).run(domain(1)[:4]).layers
+    gradients = gradients_of(model, domain(1)[:4])
     learn(method, model, domain(1), lr=LR)
     second = method.record()["layers"]
     assert set(first) == set(second) == set(method.locked)
     for name, mask in method.locked.items():
-        dense, gradient = mask.to_dense(), gradients[name.removesuffix(".weight")].double()
+        dense, gradient = mask.to_dense(), gradients[name].double()
         counts = {"width": dense.numel(), "used": int(dense.sum()), "free": int((~dense).sum())}
-        surviving = float(gradient[~dense].square().sum() / gradient.square().sum())
+        surviving = float(gradient[:, ~dense].square().sum() / gradient.square().sum())
         assert first[name] == {"surviving": 1.0, "leak": None, **counts}
         assert second[name] == {"surviving": pytest.approx(surviving, rel=1e-6), "leak": 0.0, **counts}
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +15,16 @@ from sparse_cl.optim.curvature_projection import MODES, CurvatureProjection
 from sparse_cl.optim.projected_adamw import ProjectedAdamW
 from sparse_cl.probes.capacity import scarcity
 from sparse_cl.probes.curvature import CurvatureProbe
-from sparse_cl.probes.gradients import GradientProbe, watched_layers
+from sparse_cl.probes.gradients import watched_layers
 from sparse_cl.probes.parts import is_transposed
 from sparse_cl.probes.sampled_gradients import sampled_gradients
 from sparse_cl.subspace.kronecker import Kronecker, threshold_of
 
 from .base import Batch, Method
 from .options import check_share
+from .surviving import surviving_shares
 
 _FILE = "curvature.safetensors"
-_GRADIENT_BATCHES = 4
-"""Batches whose mean gradient is asked how much of it survives; more change the answer little."""
 
 Factors = tuple[Tensor, Tensor]
 """S and A of a parameter (rows first), each a matrix or a diagonal, summed over domains; float32, on the CPU."""
@@ -98,10 +96,12 @@ class Curvature(Method):
         self._before = {}
         if not self.projections:
             return model
-        gradients = GradientProbe(model).run(islice(batches, _GRADIENT_BATCHES)).layers
-        for name, (layer, transposed) in weights.items():
-            gradient = gradients[layer].mT if transposed else gradients[layer]
-            self._layers[name]["surviving"] = 1.0 - self.projections[name].share_inside(gradient)
+        parameters = {name: model.get_parameter(name) for name in weights}
+        shares = surviving_shares(
+            model, parameters, batches, lambda name, gradient: self.projections[name].share_inside(gradient)
+        )
+        for name, share in shares.items():
+            self._layers[name]["surviving"] = share
         if message := scarcity(self._layers):
             warnings.warn(f"{self.name}: {message}", stacklevel=2)
         self._before = {name: model.get_parameter(name).detach().to("cpu", copy=True) for name in weights}

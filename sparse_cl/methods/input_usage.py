@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparse_cl.probes.gradients import GradientProbe
 from sparse_cl.probes.inputs import InputProbe, energy_watches
 from sparse_cl.probes.parts import find_blocks, shape_of
 from sparse_cl.probes.passes import stream
 
 from .base import Batch
+from .surviving import surviving_shares
 
 _TOKENS = "tokens"
-_GRADIENT_BATCHES = 4
-"""Batches whose mean gradient is asked how much of it is free; more change the answer little."""
 
 
 class InputUsage:
@@ -107,15 +104,14 @@ class InputUsage:
     def share_taken(self, name: str, matrix: Tensor) -> float:
         """Share of the energy of a gradient or a change (m, n) of a layer that is in what earlier domains use."""
         basis, use = self.bases[name]
-        matrix, use = matrix.to(use.device, torch.float64), use.double()
-        energies = (matrix if basis is None else matrix @ basis.double()).square().sum(0)
-        total = float(energies.sum())
+        matrix = matrix.to(use.device, use.dtype)
+        energies = (matrix if basis is None else matrix @ basis).square().sum(0, dtype=torch.float64)
+        total, use = float(energies.sum()), use.double()
         return float(energies @ (use / (1 + use))) / total if total else 0.0
 
     def surviving(self, model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
-        """By layer of the blocks, the share of a new domain's mean gradient that is outside."""
-        gradients = GradientProbe(model, self.modules).run(islice(batches, _GRADIENT_BATCHES)).layers
-        return {name: 1.0 - self.share_taken(name, gradient) for name, gradient in gradients.items()}
+        """By layer of the blocks, the share of a new domain's gradient that is outside, see `surviving_shares`."""
+        return surviving_shares(model, self.weights(), batches, self.share_taken)
 
     def account(self, name: str) -> dict[str, Any]:
         """`width`, `used` and `free` of a layer's input directions, see `sparse_cl.probes.capacity.Layers`."""

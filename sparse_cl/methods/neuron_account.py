@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from itertools import islice
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +14,11 @@ from sparse_cl import storage
 from sparse_cl.probes.capacity import SCARCE, scarcity
 from sparse_cl.probes.neuron_masks import Place, places
 from sparse_cl.probes.parts import find_mlps
-from sparse_cl.probes.passes import evaluation
 
 from .base import Batch
+from .surviving import each_gradient
 
 _FILE = "neurons.safetensors"
-_GRADIENT_BATCHES = 4
-"""Batches whose gradients are asked how much of them survives; more change the answer little."""
 
 
 class NeuronAccount:
@@ -33,7 +29,7 @@ class NeuronAccount:
     - `width`: its neurons;
     - `surviving`: the share of the energy of the domain's gradient, before it is learned, that the gains let through:
       Σ_j gain_j² ‖G_j‖² / Σ_j ‖G_j‖², where G_j is that of all weights and biases of neuron j, and ‖G_j‖² is summed
-      over the first batches;
+      over halves of the first batches;
     - `leak`: the share of the energy of the MLP's change over the domain that is in closed neurons; None: none is
       closed;
     - `used`, `free`: neurons in use once the domain is learned, and the others.
@@ -134,7 +130,7 @@ class NeuronAccount:
         )
 
     def _gradient_energies(self, model: nn.Module, batches: Iterable[Batch]) -> dict[str, Tensor]:
-        """MLP → (neurons,) float64, on the CPU. One gradient at a time is held, and none is left."""
+        """MLP → (neurons,) float64, on the CPU."""
         owner = {place.parameter: (layer, place) for layer, where in self._where.items() for place in where}
         sums = {
             layer: torch.zeros(
@@ -143,36 +139,9 @@ class NeuronAccount:
             for layer, where in self._where.items()
         }
 
-        def count(name: str, weight: Tensor) -> None:
+        def count(name: str, gradient: Tensor) -> None:
             layer, place = owner[name]
-            sums[layer] += place.energies(weight.grad)
-            weight.grad = None
+            sums[layer] += place.energies(gradient)
 
-        with _gradients_of(model, list(self._weights.values())), evaluation(model):
-            handles = [
-                weight.register_post_accumulate_grad_hook(lambda w, name=name: count(name, w))
-                for name, weight in self._weights.items()
-            ]
-            try:
-                for batch in islice(batches, _GRADIENT_BATCHES):
-                    model(**batch).loss.backward()
-            finally:
-                for handle in handles:
-                    handle.remove()
+        each_gradient(model, self._weights, batches, count)
         return {layer: total.cpu() for layer, total in sums.items()}
-
-
-@contextmanager
-def _gradients_of(model: nn.Module, weights: list[nn.Parameter]) -> Iterator[None]:
-    """Gradients for these and for nothing else; every flag and gradient is put back."""
-    state = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    asked = {id(weight) for weight in weights}
-    try:
-        for p, _, _ in state:
-            p.grad = None
-            p.requires_grad_(id(p) in asked)
-        yield
-    finally:
-        for p, flag, grad in state:
-            p.requires_grad_(flag)
-            p.grad = grad

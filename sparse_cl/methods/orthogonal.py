@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,9 @@ from sparse_cl.subspace import Subspace, SubspaceMemory
 from .base import Batch, Method
 from .lora import ALPHA, RANK, add_adapter, merged, merged_weights, with_adapters
 from .options import check_share
+from .surviving import surviving_shares
 
 _FILE = "memory.safetensors"
-_GRADIENT_BATCHES = 4
-"""Batches whose mean gradient is asked how much of it survives; more change the answer little."""
 
 
 @contextmanager
@@ -115,11 +113,8 @@ class SubspaceMethod(Method):
         self._before = {}
         if not self.memory.domains:
             return
-        with self._tracked_gradients(base):
-            for batch in islice(batches, _GRADIENT_BATCHES):
-                base(**batch).loss.backward()
-            for name, share in self.memory.surviving().items():
-                self._layers[name]["surviving"] = share
+        for name, share in surviving_shares(base, self._weights, batches, self.memory.share_inside).items():
+            self._layers[name]["surviving"] = share
         self._before = {name: weight.detach().to("cpu", copy=True) for name, weight in self._weights.items()}
         if message := scarcity(self._layers):
             warnings.warn(f"{self.name}: {message}", stacklevel=3)

@@ -14,15 +14,15 @@ from torch import Tensor, nn
 
 from sparse_cl.masks import TwoFourMask, load_masks, save_masks
 from sparse_cl.optim import SparseMaskedAdamW
-from sparse_cl.probes.gradients import GradientProbe
 from sparse_cl.probes.losses import mean_loss
 from sparse_cl.probes.two_four import SCORES, only_two_four, two_four_layers, two_four_masks
 
 from .base import Batch, Method
+from .surviving import surviving_shares
 
 _FILE, _SHARING = "locked.safetensors", "free_track.json"
 _BATCHES = 4
-"""Batches of which losses and the surviving gradient are measured."""
+"""Batches of which losses are measured."""
 
 
 class TwoFour(Method):
@@ -82,9 +82,9 @@ class TwoFour(Method):
                 f"{'s' if self.sharing > 1 else ''} already, and nothing protects what they wrote there",
                 stacklevel=2,
             )
-        gradients = GradientProbe(model).run(islice(batches, _BATCHES)).layers
-        for name, layer in self._record["layers"].items():
-            layer["surviving"] = 1.0 - self._share_locked(name, gradients[name.removesuffix(".weight")])
+        parameters = {name: module.weight for name, module in weights.items()}
+        for name, share in surviving_shares(model, parameters, batches, self._share_locked).items():
+            self._record["layers"][name]["surviving"] = share
         self._before = {name: module.weight.detach().to("cpu", copy=True) for name, module in weights.items()}
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in self.locked)

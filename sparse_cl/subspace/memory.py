@@ -240,6 +240,20 @@ class SubspaceMemory:
         return result
 
     @torch.no_grad()
+    def share_inside(self, name: str, rows: Tensor) -> float:
+        """‖R U Uᵀ‖²_F / ‖R‖²_F of any matrix (…, width) of a weight's rows, such as a gradient or a change; 0 of zeros.
+
+        Raises:
+            ValueError: a weight that the memory does not track, or rows of another width.
+        """
+        if name not in self._layers:
+            raise ValueError(f"name: expected a weight that the memory tracks, one of its names, got {name!r}")
+        layer = self._layers[name]
+        if rows.shape[-1] != layer.width:
+            raise ValueError(f"rows: expected (…, {layer.width}) for {name!r}, got {tuple(rows.shape)}")
+        return self._share_inside(layer, rows)
+
+    @torch.no_grad()
     def leak(
         self, before: nn.Module | Mapping[str, Tensor], after: nn.Module | Mapping[str, Tensor]
     ) -> dict[str, float]:
