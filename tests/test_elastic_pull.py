@@ -189,3 +189,27 @@ def test_what_does_not_fit():
     with pytest.raises(ValueError, match="bfloat16 without a master"):
         pull = ElasticPull(weight, basis(N), torch.ones(N))
         ProjectedAdamW([("w", weight)], projections={"w": pull}, master_weights=False)
+
+
+@pytest.mark.parametrize("error", [MemoryError, KeyboardInterrupt, RuntimeError])
+@pytest.mark.parametrize("where", ["turned", "pull_", "apply_"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_that_breaks_off_leaves_the_weights(monkeypatch, where, error, dtype):
+    weight = torch.nn.Parameter(random(M, N, dtype=dtype))
+    pull = ElasticPull(weight, basis(N), strengths(N))
+    optimizer = ProjectedAdamW([weight], lr=1e-2, weight_decay=0.1, projections={weight: pull})
+    stepped(optimizer, [weight], [random(M, N, seed=1)] * 3)
+    before = weight.detach().clone()
+    master = optimizer.state[weight]["master"].clone() if dtype == torch.bfloat16 else None
+
+    def broken(*arguments):
+        raise error("cut short")
+
+    with monkeypatch.context() as patch, pytest.raises(error, match="cut short"):
+        patch.setattr(pull, where, broken)
+        stepped(optimizer, [weight], [random(M, N, seed=2)])
+    assert torch.equal(weight.detach(), before)
+    if master is not None:
+        assert torch.equal(optimizer.state[weight]["master"], master)
+    stepped(optimizer, [weight], [random(M, N, seed=3)])
+    assert 0 < (weight.detach() - before).abs().max() < 0.1

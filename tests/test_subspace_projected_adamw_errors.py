@@ -5,7 +5,7 @@ import torch
 from subspace_cases import orthogonal
 from torch import nn
 
-from sparse_cl import Subspace, SubspaceMemory, SubspaceProjectedAdamW
+from sparse_cl import ColumnMask, RowMask, Subspace, SubspaceMemory, SubspaceProjectedAdamW
 
 GOOD = orthogonal(8)[:, :3].float()
 
@@ -89,3 +89,35 @@ def test_arguments():
         SubspaceProjectedAdamW(model().parameters(), lr=-1.0)
     with pytest.raises(ValueError, match="fused=True is not supported"):
         SubspaceProjectedAdamW(model().parameters(), fused=True)
+
+
+MASKS = {
+    "all": lambda shape: None,
+    "rows": lambda shape: RowMask([1, 4], shape),
+    "columns": lambda shape: ColumnMask([0, 2, 3, 6, 7], shape),
+}
+
+
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_that_breaks_off_leaves_the_weights(monkeypatch, kind, dtype):
+    mine = model().to(dtype)
+    weight = mine[0].weight
+    mask = MASKS[kind](tuple(weight.shape))
+    masks = None if mask is None else {"0.weight": mask}
+    opt = SubspaceProjectedAdamW(mine.named_parameters(), memory={"0.weight": GOOD}, masks=masks)
+    for number in range(3):
+        weight.grad = torch.full_like(weight, number + 1.0)
+        opt.step()
+    before, projection = weight.detach().clone(), opt._projections[weight]
+
+    def broken(update):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(projection, "apply_", broken)
+        opt.step()
+    assert torch.equal(weight.detach(), before)
+    opt.step()
+    change = weight.detach().float() - before.float()
+    assert 0 < change.abs().max() < 0.1

@@ -258,21 +258,24 @@ class SubspaceProjectedAdamW(SparseMaskedAdamW):
         packed = self._packed[plan.own[0]]
         start = old = _weights(param, packed).clone()
         fade = None
-        if projection.turn is not None:
-            group, fade = {**group, "weight_decay": 0.0}, _fade(group, found_inf)
-            start = projection.turned(old * fade)
-            with torch.autocast(param.device.type, enabled=False):
-                grads = [grads[0].to(old.dtype) @ projection.turn]
-            _weights(param, packed).copy_(start)
         try:
+            if projection.turn is not None:
+                group, fade = {**group, "weight_decay": 0.0}, _fade(group, found_inf)
+                start = projection.turned(old * fade)
+                with torch.autocast(param.device.type, enabled=False):
+                    grads = [grads[0].to(old.dtype) @ projection.turn]
+                _weights(param, packed).copy_(start)
             super()._apply(group, plan, grads, grad_scale, found_inf)
-        except RuntimeError:
-            _weights(param, packed).copy_(old)
+            new = _weights(param, packed).sub_(start)
+            self._pull(projection, new, start, group["lr"], found_inf)
+            projection.apply_(new)
+            _write(param, packed, new.add_(old if fade is None else torch.mul(old, fade, out=start)))
+        except BaseException:
+            # Until the last line the weights hold coordinates or an update: out of memory or Ctrl-C would leave those.
+            if "master" in packed.views:
+                packed.views["master"].copy_(old)
+            write_compact(param, packed.layout, packed.views, old.to(param.dtype))
             raise
-        new = _weights(param, packed).sub_(start)
-        self._pull(projection, new, start, group["lr"], found_inf)
-        projection.apply_(new)
-        _write(param, packed, new.add_(old if fade is None else old.mul_(fade)))
 
     def _pull(self, projection: Projection, update: Tensor, start: Tensor, lr, found_inf: Tensor | None) -> None:
         """What a projection adds to an update before it is turned back: here nothing."""
