@@ -72,6 +72,7 @@ def test_the_first_domain_is_adamw_s_and_no_hook_is_left_behind(tiny_llama):
     learn(method, tiny_llama, domain(0))
     learn(AdamW(), plain, domain(0))
     assert same(weights(tiny_llama), weights(plain))
+    method.make_optimizer(tiny_llama, lr=1e-2)  # of a domain that is left half learned
     learn(method, tiny_llama, domain(1))
     learn(AdamW(), plain, domain(1))
     assert not same(weights(tiny_llama), weights(plain))

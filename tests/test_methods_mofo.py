@@ -69,3 +69,23 @@ def test_moments_are_float32_and_all_of_them_are_kept(dtype):
     torch.testing.assert_close(state["exp_avg"], 0.1 * p.grad.float())
     assert state["exp_avg_sq"].dtype == torch.float32
     assert int((p != 1).sum()) == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_state_dict_is_gone_on_from_with_the_same_bits(dtype):
+    def stepped(p, optimizer, seeds):
+        for seed in seeds:
+            p.grad = torch.randn(4, 8, generator=torch.Generator().manual_seed(seed)).to(dtype)
+            optimizer.step()
+
+    p = torch.nn.Parameter(torch.ones(4, 8, dtype=dtype))
+    optimizer = MoFOAdamW([p], lr=0.1, fraction=0.2)
+    stepped(p, optimizer, range(3))
+    q = torch.nn.Parameter(p.detach().clone())
+    other = MoFOAdamW([q], lr=0.1, fraction=0.2)
+    other.load_state_dict(optimizer.state_dict())
+    assert other.state[q]["exp_avg"].dtype == torch.float32
+    assert other.state[q]["exp_avg"] is not optimizer.state[p]["exp_avg"]
+    stepped(p, optimizer, range(3, 6))
+    stepped(q, other, range(3, 6))
+    assert torch.equal(p, q)

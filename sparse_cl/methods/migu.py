@@ -123,11 +123,15 @@ class MIGU(AdamW):
     def make_optimizer(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
         if not self.domains:
             return super().make_optimizer(model, lr)
+        self._stop_watching()  # of a domain that was left half learned
         self._magnitudes = OutputMagnitudes(model, linear_layers(model))
         return MIGUAdamW(model.parameters(), lr, magnitudes=self._magnitudes, quantile=self.quantile)
 
     def after_domain(self, model: nn.Module, batches: Iterable[Batch]) -> None:
         self.domains += 1
+        self._stop_watching()
+
+    def _stop_watching(self) -> None:
         if self._magnitudes is not None:
             self._magnitudes.remove()
             self._magnitudes = None

@@ -39,6 +39,15 @@ class MoFOAdamW(Optimizer):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "fraction": fraction}
         super().__init__(params, defaults)
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        # torch casts to the parameter's dtype what is no step count.
+        saved = (number for group in state_dict["param_groups"] for number in group["params"])
+        for number, p in zip(saved, (p for group in self.param_groups for p in group["params"]), strict=True):
+            for name in ("exp_avg", "exp_avg_sq"):
+                if name in state_dict["state"].get(number, {}):
+                    self.state[p][name] = state_dict["state"][number][name].to(p.device, copy=True)
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         loss = None
