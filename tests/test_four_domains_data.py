@@ -29,6 +29,12 @@ def folder(tmp_path):
         ('{"prompt": 3, "response": "r"}', r"bad.jsonl:3: `prompt` must be a string, got int"),
         ('{"prompt": "p", "response": ""}', r"bad.jsonl:3: `response` is empty"),
         ('{"prompt": "p", "response": "r", "choices": ["a"], "answer_index": 1}', r"bad.jsonl:3: .*`answer_index`"),
+        (
+            '{"prompt": "p", "response": "r", "choices": ["a"], "answer_index": 0}',
+            r"jsonl:3: .* needs its `answer`",
+        ),
+        ('{"prompt": "p", "response": "r", "choices": ["a", 2], "answer_index": 0}', "jsonl:3: .* got 2 at 1"),
+        ('{"prompt": "p", "response": "r", "choices": ["", "b"], "answer_index": 1}', "jsonl:3: .* got '' at 0"),
     ],
 )
 def test_a_bad_line_is_named_with_its_number(tmp_path, line, message):

@@ -49,6 +49,11 @@ def check_record(record: object, where: str, *, for_eval: bool) -> dict:
                 f"{where}: a record with `choices` needs a list and an `answer_index` into it, "
                 f"got choices={choices!r}, answer_index={index!r}"
             )
+        for number, choice in enumerate(choices):
+            if not isinstance(choice, str) or not choice:
+                raise DataError(f"{where}: `choices` must be strings that are not empty, got {choice!r} at {number}")
+        if record.get("answer") in (None, ""):
+            raise DataError(f"{where}: a record with `choices` needs its `answer` too, as it stands in the response")
     return record
 
 
