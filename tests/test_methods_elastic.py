@@ -305,3 +305,35 @@ def test_transposed_weights_are_refused(tiny_llama):
     with pytest.raises(ValueError, match=r"transformer\.h\.0\.attn\.c_attn is a Conv1D.*elastic has no account"):
         Elastic().check(transformers.AutoModelForCausalLM.from_config(config))
     Elastic().check(tiny_llama)
+
+
+@pytest.mark.parametrize("frozen", [EMBEDDING, "model.layers.0."])
+def test_what_the_caller_froze_stays_and_the_rest_learns_on(tiny_llama, frozen):
+    method, model = Elastic(), untied(tiny_llama)
+    for name, p in model.named_parameters():
+        p.requires_grad_(not name.startswith(frozen))
+    method.protect(model, domain(2))
+    before = weights(model)
+    for number in range(2):
+        model = learn(method, model, domain(number), lr=LR)
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name]) == name.startswith(frozen), name
+        assert p.requires_grad != name.startswith(frozen)
+
+
+def test_batches_that_can_be_read_only_once_are_refused(tiny_llama):
+    method = Elastic()
+    with pytest.raises(ValueError, match="batches: they were empty the second time"):
+        method.protect(tiny_llama, iter(domain(0)))
+    assert not method.usage.moments
+
+
+def test_an_input_that_is_always_zero_has_no_used_direction(tiny_llama):
+    method = Elastic()
+    with torch.no_grad():
+        tiny_llama.model.layers[0].mlp.up_proj.weight.zero_()
+    method.protect(tiny_llama, domain(0))
+    basis, use = method.usage.bases["model.layers.0.mlp.down_proj"]
+    assert torch.equal(use, torch.zeros(24)) and bool(basis.isfinite().all())
+    learn(method, tiny_llama, domain(1), lr=LR)
+    assert all(bool(p.isfinite().all()) for p in tiny_llama.parameters())

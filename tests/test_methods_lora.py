@@ -5,6 +5,7 @@ import torch
 from method_cases import copy_of, domain, learn, same, weights
 
 from sparse_cl.methods import LoRA, LoRAWeightDecay
+from sparse_cl.methods.lora import MergedWeights, merged
 
 
 @pytest.mark.parametrize(("method", "decay"), [(LoRA, 0.01), (LoRAWeightDecay, 0.3)])
@@ -29,3 +30,18 @@ def test_decay_alone_tells_them_apart(tiny_llama):
     assert same(weights(first), weights(second))
     third = learn(LoRA(rank=4), copy_of(tiny_llama), domain(0))
     assert not same(weights(first), weights(third))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merged_weights_are_those_that_merging_leaves(tiny_llama, dtype):
+    model = tiny_llama.to(dtype)
+    base = {name: p for name, p in model.named_parameters() if "proj" in name}
+    adapted = learn(LoRA(rank=4), model, domain(0))
+    learned = MergedWeights(adapted, base)
+    found = {name: learned[name].clone() for name in learned}
+    before = {name: p.detach().clone() for name, p in base.items()}
+    after = merged(adapted)
+    assert len(learned) == len(base) == 14
+    for name, weight in found.items():
+        assert torch.equal(weight, after.get_parameter(name))
+        assert not torch.equal(weight, before[name])

@@ -131,3 +131,17 @@ def test_settings_out_of_range(arguments, message):
 def test_a_share_that_rounds_to_all_neurons_is_refused_before_anything_runs(tiny_llama):
     with pytest.raises(ValueError, match=r"closed: 0.99 of the 24 neurons of model.layers.0.mlp are all of them"):
         SelectiveWrite(closed=0.99).check(tiny_llama)
+
+
+@pytest.mark.parametrize("rest", [0.0, 0.5])
+def test_what_was_frozen_stays_so_and_the_rest_is_open_afterwards(tiny_llama, rest):
+    method, name = SelectiveWrite(rest=rest), "model.layers.0.mlp.up_proj.weight"
+    frozen = {name, "model.norm.weight"}
+    for parameter in frozen:
+        tiny_llama.get_parameter(parameter).requires_grad_(False)
+    before = weights(tiny_llama)
+    for number in range(2):
+        learn(method, tiny_llama, domain(number))
+        assert {n for n, p in tiny_llama.named_parameters() if not p.requires_grad} == frozen
+    after = weights(tiny_llama)
+    assert {n for n in after if torch.equal(after[n], before[n])} == frozen

@@ -57,6 +57,8 @@ def plant(model):
 
 def test_training_changes_the_planted_neurons_and_nothing_else(model):
     plant(model)
+    frozen = next(iter(dict(model.named_parameters())))
+    model.get_parameter(frozen).requires_grad_(False)
     method = SparseMasked(fraction=3 / 24)
     method.before_domain(model, BATCHES)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -69,6 +71,7 @@ def test_training_changes_the_planted_neurons_and_nothing_else(model):
         optimizer.zero_grad()
     method.after_domain(model, BATCHES)
     assert not any(isinstance(layer, ActiveLinear) for layer in model.modules())
+    assert [name for name, p in model.named_parameters() if not p.requires_grad] == [frozen]
     linear = [layer for mlp in find_mlps(model) for layer in (*mlp.into.values(), mlp.out)]
     biased = [layer for mlp in find_mlps(model) for layer in mlp.into.values() if layer.bias is not None]
     assert {*active} == {layer for layer in linear if not is_transposed(layer) and layer not in biased}

@@ -55,7 +55,7 @@ class Method(ABC):
 
         Args:
             model: the base model.
-            batches: of the text, as those of a domain; every token is a label.
+            batches: of the text, as those of a domain; every token is a label. They are iterated over more than once.
         """
         raise ValueError(f"{self.name} protects no text; leave --protect out, or run a method that does")
 
@@ -110,7 +110,10 @@ class Method(ABC):
         """The model as it was after the last finished domain, and the method's own memory of those finished.
 
         Args:
-            base: the untouched base model.
+            base: the untouched base model, which this may make into the model that it returns.
             folders: one for each finished domain, in order: what `save_pretrained` and `save` wrote. At least one.
         """
-        return type(base).from_pretrained(folders[-1], dtype=base.dtype).to(base.device)
+        # Into the model that is there: a second one would take its room on the device for the rest of the run.
+        saved = type(base).from_pretrained(folders[-1], dtype=base.dtype)
+        base.load_state_dict(saved.state_dict())
+        return base

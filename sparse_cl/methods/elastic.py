@@ -18,7 +18,7 @@ from sparse_cl.probes.parts import is_transposed
 
 from .base import Batch, Method
 from .input_usage import InputUsage
-from .lora import ALPHA, RANK, add_adapter, merged, merged_weights, with_adapters
+from .lora import ALPHA, RANK, MergedWeights, add_adapter, merged, with_adapters
 from .options import check_above_zero, check_at_least
 
 MAX_WIDTH = 8192
@@ -141,13 +141,15 @@ class Elastic(Method):
         self.usage.take(storage.read(folder / _FILE, "usage", f"a run of the method {self.name}")[0])
 
     def _make_pulls(self, model: nn.Module) -> dict[str, ElasticPull]:
-        """Of all parameters that have any, by name, with their present values as anchors."""
+        """Of all trained parameters that have any, by name, with their present values as anchors."""
         layers = self.usage.modules | self.usage.heads
         bases = {id(layer.weight): self.usage.bases[name] for name, layer in layers.items()}
         embedding, shares = self.usage.embedding.weight, self.usage.token_shares()
         rows = self.strength * self.token_strength * len(shares) * shares
         pulls = {}
         for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                continue
             basis, use = bases.get(id(parameter), (None, None))
             if use is not None or parameter is embedding:
                 columns = None if use is None else self.strength * use
@@ -193,7 +195,7 @@ class ElasticLoRA(Elastic):
 
     def after_domain(self, model: nn.Module, batches: Iterable[Batch]) -> None:
         self._pulls = {}
-        self._end(model, merged_weights(model, self.usage.weights()), batches)
+        self._end(model, MergedWeights(model, self.usage.weights()), batches)
 
     def restore(self, base: nn.Module, folders: Sequence[Path]) -> nn.Module:
         model = merged(with_adapters(base, folders[:-1]))

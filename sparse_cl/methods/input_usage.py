@@ -68,18 +68,32 @@ class InputUsage:
         first = {name: layers[name] for name in dict.fromkeys(self._readers.values())}
         wide = {name: layer for name, layer in first.items() if shape_of(layer)[1] > self.max_width}
         narrow = {name: layer for name, layer in first.items() if name not in wide}
-        watches, totals = energy_watches(wide)
-        probe = InputProbe(model, narrow, tokens="all") if narrow else None
-        seen = stream(model, [*watches, *(probe.watches() if probe else ())], batches, tokens="all")
-        if probe:
-            totals |= {name: sum(half.moment for half in halves) for name, halves in probe.result().halves.items()}
-        found = {name: total.cpu() / seen for name, total in totals.items()}
-        tokens = torch.zeros(self.embedding.num_embeddings, dtype=torch.float64)
+        found, tokens = self._moments(model, batches, wide, narrow), torch.zeros(self.embedding.num_embeddings)
+        tokens = tokens.double()
         for batch in batches:
             kept = batch["input_ids"][batch["attention_mask"].bool()]
             tokens += torch.bincount(kept.cpu(), minlength=len(tokens))
+        if not tokens.any():
+            raise ValueError("batches: they were empty the second time; give what can be iterated over more than once")
         found[_TOKENS] = (tokens / tokens.sum()).float()
         self.take({name: weight * moment + self.moments.get(name, 0.0) for name, moment in found.items()})
+
+    @staticmethod
+    def _moments(
+        model: nn.Module, batches: Iterable[Batch], wide: Mapping[str, nn.Module], narrow: Mapping[str, nn.Module]
+    ) -> dict[str, Tensor]:
+        """Means a token, on the CPU: of wide layers' inputs (n,), of narrow ones' (n, n).
+
+        What was summed on the device is gone when this returns; nothing there is as large as it.
+        """
+        watches, totals = energy_watches(wide)
+        probe = InputProbe(model, narrow, tokens="all") if narrow else None
+        seen = stream(model, [*watches, *(probe.watches() if probe else ())], batches, tokens="all")
+        found = {name: total.cpu() / seen for name, total in totals.items()}
+        if probe:
+            for name, halves in probe.result().halves.items():
+                found[name] = sum(half.moment for half in halves).cpu() / seen
+        return found
 
     def take(self, moments: Mapping[str, Tensor]) -> None:
         """Takes all moments, as `observe` left them."""
@@ -94,7 +108,9 @@ class InputUsage:
                 if values.dim() == 2:
                     values, vectors = torch.linalg.eigh(values)
                     values, vectors = values.clamp(min=0), vectors.to(dtype)
-                found[name] = vectors, (values * texts / values.mean()).to(dtype)
+                mean = values.mean()
+                # An input that is always zero has no direction that is used.
+                found[name] = vectors, (values * (texts / mean) if mean > 0 else values).to(dtype)
         self.bases = {name: found[reader] for name, reader in self._readers.items()}
 
     def token_shares(self) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,18 +42,33 @@ def merged(model: nn.Module) -> nn.Module:
     return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
 
 
-def merged_weights(model: nn.Module, weights: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
+class MergedWeights(Mapping):
     """The weights as they would be with the adapter's part added, by name; the model stays as it is.
+
+    Each is made when it is asked for, as all together are as large as the model. Half-precision weights are rounded, as
+    they are when an adapter is merged.
 
     Args:
         weights: of the base model, adapted or not.
     """
-    learned = {name: weight.detach() for name, weight in weights.items()}
-    names = {weight: name for name, weight in weights.items()}
-    for layer in model.modules():
-        if hasattr(layer, "get_delta_weight") and (name := names.get(layer.get_base_layer().weight)):
-            learned[name] = learned[name] + layer.get_delta_weight("default").detach()
-    return learned
+
+    def __init__(self, model: nn.Module, weights: Mapping[str, nn.Parameter]) -> None:
+        self._weights = weights
+        adapted = (layer for layer in model.modules() if hasattr(layer, "get_delta_weight"))
+        self._layers = {layer.get_base_layer().weight: layer for layer in adapted}
+
+    def __getitem__(self, name: str) -> Tensor:
+        weight = self._weights[name]
+        layer = self._layers.get(weight)
+        if layer is None:
+            return weight.detach()
+        return (weight + layer.get_delta_weight("default")).detach().to(weight.dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
 
 
 def with_adapters(base: nn.Module, folders: Sequence[Path]) -> nn.Module:

@@ -56,19 +56,19 @@ def chosen(model: nn.Module, neurons: Mapping[str, Tensor]) -> dict[str, Tensor]
 
 
 def train_only(model: nn.Module, masks: Mapping[str, RowMask | ColumnMask]) -> None:
-    """Freezes all but the masked entries, in place, until `sparse_cl.nn.restore`.
+    """Freezes all but the masked entries, in place, until `sparse_cl.nn.restore`; what was frozen stays so.
 
     Linear layers without a masked bias compute the gradient of their masked entries alone (`ActiveLinear`). What else
     is masked gets a whole one, and needs its mask in the optimizer (`trained`).
     """
-    linear = {name: mask for name, mask in masks.items() if can_be_active(model, name, masks)}
+    opened = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    linear = {name: masks[name] for name in opened if name in masks and can_be_active(model, name, masks)}
     if linear:
         activate(model, linear)
-    for name, parameter in model.named_parameters():
-        if name in linear or name not in masks:
-            parameter.requires_grad_(name.endswith(".active") and f"{name.removesuffix('.active')}.weight" in linear)
-        else:
-            parameter.requires_grad_(True)
+    else:
+        model.frozen_by_activate = opened
+    for name in opened:
+        model.get_parameter(name).requires_grad_(name in masks and name not in linear)
 
 
 def train_most_active(

@@ -18,7 +18,7 @@ from sparse_cl.probes.parts import is_transposed
 from sparse_cl.subspace import Subspace, SubspaceMemory
 
 from .base import Batch, Method
-from .lora import ALPHA, RANK, add_adapter, merged, merged_weights, with_adapters
+from .lora import ALPHA, RANK, MergedWeights, add_adapter, merged, with_adapters
 from .options import check_share
 from .surviving import surviving_shares
 
@@ -240,7 +240,7 @@ class OrthogonalLoRA(SubspaceMethod):
             return SubspaceProjectedAdamW(trained, lr=lr, memory=self._subspaces)
 
     def after_domain(self, model: nn.Module, batches: Iterable[Batch]) -> None:
-        self._end(model, merged_weights(model, self._weights), batches)
+        self._end(model, MergedWeights(model, self._weights), batches)
 
     def restore(self, base: nn.Module, folders: Sequence[Path]) -> nn.Module:
         model = merged(with_adapters(base, folders[:-1]))

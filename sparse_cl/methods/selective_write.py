@@ -77,6 +77,7 @@ class SelectiveWrite(Method):
         self.account = NeuronAccount()
         self._scores: dict[str, Tensor] = {}
         self._texts = 0
+        self._frozen: list[nn.Parameter] = []
 
     def settings(self) -> dict[str, Any]:
         return {"closed": self.closed, "sharpness": self.sharpness, "rest": self.rest}
@@ -105,18 +106,19 @@ class SelectiveWrite(Method):
         self.account.begin(self.name, model, batches, gains or everything)
         self.masks = masks_of(model, gains) if gains else {}
         frozen = bool(gains) and self.rest == 0
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(not frozen or name in self.masks)
+        self._freeze([p for name, p in model.named_parameters() if frozen and name not in self.masks])
         return model
 
     def make_optimizer(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        neurons = {"params": [(name, p) for name, p in trained if name in self.masks], "lr": lr}
-        rest = {"params": [(name, p) for name, p in trained if name not in self.masks]}
+        masks = {name: self.masks[name] for name, _ in trained if name in self.masks}
+        neurons = {"params": [(name, p) for name, p in trained if name in masks], "lr": lr}
+        rest = {"params": [(name, p) for name, p in trained if name not in masks]}
         rest["lr"] = lr * self.rest if self.masks else lr
-        return SparseMaskedAdamW([g for g in (neurons, rest) if g["params"]], lr=lr, masks=self.masks)
+        return SparseMaskedAdamW([g for g in (neurons, rest) if g["params"]], lr=lr, masks=masks)
 
     def after_domain(self, model: nn.Module, batches: Iterable[Batch]) -> None:
+        self._freeze([])
         self.account.end(self._observe(model, batches))
 
     def record(self) -> dict[str, Any]:
@@ -131,6 +133,14 @@ class SelectiveWrite(Method):
         self._scores, facts = storage.read(folders[-1] / _FILE, "usage", "the method's save", "texts")
         self._texts = facts["texts"]
         return super().restore(base, folders)
+
+    def _freeze(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Freezes these for a domain, and opens again what was frozen for the last one."""
+        for parameter in self._frozen:
+            parameter.requires_grad_(True)
+        self._frozen = [parameter for parameter in parameters if parameter.requires_grad]
+        for parameter in self._frozen:
+            parameter.requires_grad_(False)
 
     def _observe(self, model: nn.Module, batches: Iterable[Batch]) -> dict[str, Tensor]:
         """Count one more text; MLP → (neurons,) bool, the neurons that it uses."""

@@ -14,7 +14,7 @@ from sparse_cl.optim import SparseMaskedAdamW
 from sparse_cl.probes.parts import MLP, find_mlps
 
 from .base import Batch
-from .lora import ALPHA, RANK, add_adapter, merged, merged_weights, with_adapters
+from .lora import ALPHA, RANK, MergedWeights, add_adapter, merged, with_adapters
 from .neurons import chosen, most_active
 from .options import check_at_least
 from .sparse_masked import SparseMasked
@@ -63,7 +63,7 @@ class SparseMaskedLoRA(SparseMasked):
         return SparseMaskedAdamW(trained, lr=lr, masks=self.masks)
 
     def after_domain(self, model: nn.Module, batches: Iterable[Batch]) -> None:
-        self.account.end(self.account.opened, merged_weights(model, self.account.weights))
+        self.account.end(self.account.opened, MergedWeights(model, self.account.weights))
 
     def restore(self, base: nn.Module, folders: Sequence[Path]) -> nn.Module:
         self.account.load(folders[-1])
