@@ -110,7 +110,7 @@ class InputUsage:
                     values, vectors = values.clamp(min=0), vectors.to(dtype)
                 mean = values.mean()
                 # An input that is always zero has no direction that is used.
-                found[name] = vectors, (values * (texts / mean) if mean > 0 else values).to(dtype)
+                found[name] = vectors, (values * texts / mean if mean > 0 else values).to(dtype)
         self.bases = {name: found[reader] for name, reader in self._readers.items()}
 
     def token_shares(self) -> Tensor:
