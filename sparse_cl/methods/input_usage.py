@@ -68,8 +68,8 @@ class InputUsage:
         first = {name: layers[name] for name in dict.fromkeys(self._readers.values())}
         wide = {name: layer for name, layer in first.items() if shape_of(layer)[1] > self.max_width}
         narrow = {name: layer for name, layer in first.items() if name not in wide}
-        found, tokens = self._moments(model, batches, wide, narrow), torch.zeros(self.embedding.num_embeddings)
-        tokens = tokens.double()
+        found = self._moments(model, batches, wide, narrow)
+        tokens = torch.zeros(self.embedding.num_embeddings, dtype=torch.float64)
         for batch in batches:
             kept = batch["input_ids"][batch["attention_mask"].bool()]
             tokens += torch.bincount(kept.cpu(), minlength=len(tokens))
