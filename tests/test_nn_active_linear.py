@@ -1,6 +1,7 @@
 """ActiveLinear beside nn.Linear: the same function, and of its gradient the active part."""
 
 import copy
+import gc
 import shutil
 
 import pytest
@@ -151,6 +152,59 @@ def test_gradients_of_gradients():
         loss = plain(x).square().sum()
         whole = torch.autograd.grad(loss, plain.weight, create_graph=True)[0]
         assert torch.allclose(second, torch.autograd.grad(part(mask, whole).square().sum(), x)[0])
+
+
+@pytest.mark.parametrize("mask", [RowMask([1, 3], (5, 4)), ColumnMask([0, 2], (5, 4))], ids=["rows", "columns"])
+def test_a_penalty_on_the_gradient_of_the_input_reaches_the_weight(mask):
+    torch.manual_seed(0)
+    layer, plain = ActiveLinear(4, 5, mask=mask, dtype=torch.float64), nn.Linear(4, 5, dtype=torch.float64)
+    plain.load_state_dict(layer.state_dict())
+    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    found = []
+    for module, leaf in ((layer, layer.active), (plain, plain.weight)):
+        (slope,) = torch.autograd.grad(module(x).tanh().sum(), x, create_graph=True)
+        found.append(torch.autograd.grad(slope.square().sum(), leaf)[0])
+    assert torch.allclose(found[0], part(mask, found[1]))
+
+
+def test_a_bias_that_is_unfrozen_learns_and_a_weight_that_is_unfrozen_is_refused():
+    torch.manual_seed(0)
+    layer, plain = ActiveLinear(4, 5, mask=RowMask([1], (5, 4))), nn.Linear(4, 5)
+    plain.load_state_dict(layer.state_dict())
+    layer.bias.requires_grad_(True)
+    x = torch.randn(2, 3, 4)
+    for module in (layer, plain):
+        module(x).square().sum().backward()
+    assert torch.allclose(layer.bias.grad, plain.bias.grad)
+    layer.weight.requires_grad_(True)
+    with pytest.raises(RuntimeError, match=r"freeze it \(weight.requires_grad_\(False\)\), or call .*restore"):
+        layer(x)
+    with torch.no_grad():
+        assert torch.allclose(layer(x), plain(x))
+
+
+def test_a_shallow_copy_does_not_take_the_leaf_away():
+    layer = ActiveLinear(4, 5, mask=RowMask([1], (5, 4)))
+    other = copy.copy(layer)
+    del other
+    gc.collect()
+    optimizer = SparseMaskedAdamW(layer.named_parameters(), lr=0.1)
+    before = layer.weight.detach().clone()
+    layer(torch.randn(3, 4)).square().sum().backward()
+    optimizer.step()
+    assert (layer.weight != before).any(1).tolist() == [False, True, False, False, False]
+
+
+def test_an_optimizer_copied_without_its_model_is_refused():
+    layer = ActiveLinear(4, 5, mask=RowMask([1, 4], (5, 4)))
+    optimizer = SparseMaskedAdamW(layer.named_parameters(), lr=0.1)
+    layer(torch.randn(3, 4)).square().sum().backward()
+    optimizer.step()
+    alone = copy.deepcopy(optimizer)
+    leaf = alone.param_groups[0]["params"][-1]
+    leaf.grad = torch.ones_like(leaf)
+    with pytest.raises(ValueError, match=r"was made under RowMask.* but this optimizer has no mask"):
+        alone.step()
 
 
 def saved_bytes(model, x):

@@ -6,38 +6,63 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from sparse_cl.layout import state_dtype
 from sparse_cl.masks import ColumnMask, Mask, RowMask
-from sparse_cl.optim.leaf import set_owner
+from sparse_cl.optim.leaf import owner_of, set_owner
 
 
 class _LinearOfActive(torch.autograd.Function):
     """y = x Wᵀ + b of (t, n) inputs, with gradients for x and for ``active``.
 
-    ``active`` stands for ``rows`` of W; or, where these are None, for columns, whose part of x is ``columns_of_x``, an
-    argument of its own so that gradients of gradients pass through it.
+    ``active`` stands for the rows ``index`` of W; or, where ``columns_of_x`` is given, for columns, whose part of x
+    this is, an argument of its own so that gradients of gradients pass through it.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, active, rows, columns_of_x):
+    def forward(ctx, x, weight, bias, active, index, columns_of_x):
         kept = None
+        ctx.rowwise = columns_of_x is None
         if ctx.needs_input_grad[3]:
-            kept = columns_of_x if rows is None else x
-        ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, kept, None if kept is None else rows)
-        ctx.leaf_dtype = active.dtype
+            kept = x if ctx.rowwise else columns_of_x
+        ctx.save_for_backward(weight if ctx.needs_input_grad[0] else None, kept, active, index)
         return functional.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx, grad):
-        weight, kept, rows = ctx.saved_tensors
-        grad_x = None if weight is None else grad.mm(weight)
-        grad_active = None
+        weight, kept, active, index = ctx.saved_tensors
+        grad_x = grad_active = None
+        if weight is not None:
+            # Of W, whose active part stands for ``active``: gradients of this gradient have to know.
+            again = torch.is_grad_enabled() and kept is not None
+            grad_x = _OfInput.apply(grad, weight, active, index, ctx.rowwise) if again else grad.mm(weight)
         if kept is not None:
-            of_active = grad if rows is None else grad.index_select(1, rows)
-            grad_active = of_active.t().mm(kept).to(ctx.leaf_dtype)
-        return grad_x, None, None, grad_active, None, None
+            of_active = grad.index_select(1, index) if ctx.rowwise else grad
+            grad_active = of_active.t().mm(kept).to(active.dtype)
+        grad_bias = grad.sum(0) if ctx.needs_input_grad[2] else None
+        return grad_x, None, grad_bias, grad_active, None, None
+
+
+class _OfInput(torch.autograd.Function):
+    """The gradient G W of a linear layer's inputs, (t, n), once differentiable in G and in ``active``."""
+
+    @staticmethod
+    def forward(ctx, grad, weight, active, index, rowwise):
+        ctx.save_for_backward(grad, weight, index)
+        ctx.rowwise, ctx.leaf_dtype = rowwise, active.dtype
+        return grad.mm(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, second):
+        grad, weight, index = ctx.saved_tensors
+        if ctx.rowwise:
+            grad_active = grad.index_select(1, index).t().mm(second)
+        else:
+            grad_active = grad.t().mm(second.index_select(1, index))
+        return second.mm(weight.t()), None, grad_active.to(ctx.leaf_dtype), None, None
 
 
 class ActiveLinear(nn.Linear):
@@ -45,7 +70,8 @@ class ActiveLinear(nn.Linear):
 
     The forward pass uses all of W. The backward pass gives the input's gradient in full, and the weight's gradient of
     the active part only, to the leaf ``active``; the whole weight gradient never exists. ``weight`` and ``bias`` stay
-    parameters, frozen. With active columns only these of the input are kept for the backward pass.
+    parameters, frozen; ``bias.requires_grad_(True)`` trains the bias, all of it. With active columns only
+    these of the input are kept for the backward pass.
 
     :class:`~sparse_cl.SparseMaskedAdamW` and :class:`~sparse_cl.SubspaceProjectedAdamW` step the leaf and write the
     rounded values into W in the same kernel, by the mask's gain if it has one; the leaf is then the master copy of the
@@ -92,6 +118,12 @@ class ActiveLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         weight, bias = self.weight, self.bias
+        learning = torch.is_grad_enabled()
+        if learning and weight.requires_grad:
+            raise RuntimeError(
+                "the weight of an ActiveLinear requires a gradient, which it does not compute; freeze it "
+                "(weight.requires_grad_(False)), or call sparse_cl.nn.restore(model) to train all of it"
+            )
         kind = input.device.type
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
@@ -100,12 +132,10 @@ class ActiveLinear(nn.Linear):
         # Flat, since the output of a linear layer of more dimensions is a view, and the views that a Function returns
         # may not be written to, as an activation in place does.
         flat = input.reshape(-1, input.shape[-1])
-        rows = columns_of_x = None
-        if self._dim == 0:
-            rows = self._index
-        elif torch.is_grad_enabled() and self.active.requires_grad:
+        columns_of_x = None
+        if self._dim == 1 and learning and self.active.requires_grad:
             columns_of_x = flat.index_select(1, self._index)
-        output = _LinearOfActive.apply(flat, weight, bias, self.active, rows, columns_of_x)
+        output = _LinearOfActive.apply(flat, weight, bias, self.active, self._index, columns_of_x)
         return output.reshape(*input.shape[:-1], output.shape[-1])
 
     @torch.no_grad()
@@ -149,7 +179,9 @@ class ActiveLinear(nn.Linear):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        set_owner(self.active, self)
+        # A shallow copy shares its leaf with the layer that it was made of.
+        if owner_of(self.active) is None:
+            set_owner(self.active, self)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
