@@ -4,6 +4,7 @@ import copy
 import gc
 import pickle
 
+import pytest
 import torch
 from torch import nn
 
@@ -76,3 +77,21 @@ def test_binding_to_another_model_moves_the_hooks():
     second(batches()[0])
     memory.observe()
     assert torch.allclose(moments(memory)["0.weight"], batches()[0].mT @ batches()[0])
+
+
+@pytest.mark.parametrize("max_rank", [None, 4])
+def test_passes_under_autocast_and_with_a_keyword_are_noted_as_others(max_rank):
+    torch.manual_seed(0)
+    layer = nn.Linear(1500, 3)
+    x = torch.randn(20, 2) @ torch.randn(2, 1500)
+    found = []
+    for autocast in (True, False):
+        memory = SubspaceMemory(layer, source="inputs", max_rank=max_rank)
+        for _ in range(2):  # the second time with a basis
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast), torch.no_grad(), memory.watch():
+                layer(input=x)
+            memory.observe()
+            memory.consolidate()
+        found.append(memory.basis("weight"))
+    assert found[0].shape == (1500, 2)
+    assert torch.equal(*found)

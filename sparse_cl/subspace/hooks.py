@@ -21,10 +21,11 @@ class InputHook:
         self._memory: weakref.ref[SubspaceMemory] | None = weakref.ref(memory)
         self._name = name
 
-    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
         memory = self._memory and self._memory()
-        if memory is not None:
-            memory.note(self._name, inputs[0])
+        given = inputs or tuple(named.values())
+        if memory is not None and given:
+            memory.note(self._name, given[0])
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_memory": None, "_name": self._name}

@@ -134,7 +134,8 @@ class SubspaceMemory:
         norms = [torch.linalg.vector_norm(layer.param.grad, dtype=layer.place()[1]) for layer in seen]
         self._refuse_not_finite([layer.name for layer in seen], norms)
         for layer in seen:
-            self._moment(layer).add(layer.param.grad, self._follow(layer))
+            with torch.autocast(layer.param.device.type, enabled=False):
+                self._moment(layer).add(layer.param.grad, self._follow(layer))
 
     @contextmanager
     def watch(self, tokens: Tensor | None = None) -> Iterator[None]:
@@ -162,7 +163,9 @@ class SubspaceMemory:
     def note(self, name: str, inputs: Tensor) -> None:
         """Notes the inputs (..., n) of a layer, if passes count now; for the layers' hooks."""
         if self._noting == "all" or (self._noting == "training" and torch.is_grad_enabled()):
-            self._note(self._layers[name], inputs.detach())
+            # Under a caller's autocast products would be in bfloat16, and not fit the sums.
+            with torch.autocast(inputs.device.type, enabled=False):
+                self._note(self._layers[name], inputs.detach())
 
     @torch.no_grad()
     def consolidate(self) -> dict[str, int]:
@@ -400,7 +403,7 @@ class SubspaceMemory:
         self._noting, self._tokens = "training", None
         if self.source == "inputs":
             self._handles = [
-                module.register_forward_pre_hook(InputHook(self, layer.name))
+                module.register_forward_pre_hook(InputHook(self, layer.name), with_kwargs=True)
                 for layer in self._layers.values()
                 for module in layer.modules
             ]
