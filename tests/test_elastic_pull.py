@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sparse_cl.masks import RowMask
 from sparse_cl.optim import SparseMaskedAdamW
 from sparse_cl.optim.elastic_pull import ElasticPull
 from sparse_cl.optim.projected_adamw import ProjectedAdamW
@@ -213,3 +214,11 @@ def test_a_step_that_breaks_off_leaves_the_weights(monkeypatch, where, error, dt
         assert torch.equal(optimizer.state[weight]["master"], master)
     stepped(optimizer, [weight], [random(M, N, seed=3)])
     assert 0 < (weight.detach() - before).abs().max() < 0.1
+
+
+def test_masks_are_refused_later_too():
+    weight = torch.nn.Parameter(random(M, N))
+    optimizer = ProjectedAdamW([weight], projections={weight: ElasticPull(weight, basis(N), strengths(N))})
+    with pytest.raises(ValueError, match="masks: what a mask leaves of an update lies in other directions"):
+        optimizer.set_masks({weight: RowMask([0], (M, N))})
+    optimizer.set_masks({})

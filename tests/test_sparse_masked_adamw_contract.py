@@ -278,3 +278,27 @@ def test_an_optimizer_leaves_nothing_behind():
     assert buffer() is None
     # A tensor taken out of the state keeps its memory.
     assert torch.equal(moment, expected)
+
+
+def test_a_parameter_put_into_a_group_is_the_one_that_is_stepped(implementation):
+    first, second = (torch.nn.Parameter(torch.ones(3, 4)) for _ in range(2))
+    optimizer = SparseMaskedAdamW([first], lr=0.1)
+    for p in (first, second):
+        p.grad = torch.ones(3, 4)
+    optimizer.step()
+    kept = first.detach().clone()
+    optimizer.param_groups[0]["params"][0] = second
+    optimizer.step()
+    assert torch.equal(first.detach(), kept)
+    assert (second < 1).all()
+
+
+def test_a_step_between_two_backward_passes_of_one_graph_is_noticed(implementation):
+    weight = torch.nn.Parameter(torch.ones(3, 4))
+    x = torch.ones(2, 4, requires_grad=True)
+    optimizer = SparseMaskedAdamW([weight], lr=0.1)
+    loss = (x @ weight.T).square().sum()
+    loss.backward(retain_graph=True)
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from sparse_cl.masks import Mask
 from sparse_cl.optim.projection import WholeProjection
 from sparse_cl.optim.subspace_projected_adamw import SubspaceProjectedAdamW
 
@@ -32,12 +33,12 @@ class ProjectedAdamW(SubspaceProjectedAdamW):
     def __init__(
         self, params, *arguments: Any, projections: Mapping[Tensor | str, WholeProjection] | None = None, **own: Any
     ):
-        if own.get("masks"):
-            raise ValueError(
-                "masks: what a mask leaves of an update lies in other directions; use SubspaceProjectedAdamW with "
-                "masks, or leave them out"
-            )
+        _refuse_masks(own.get("masks"))
         super().__init__(params, *arguments, memory=projections, **own)
+
+    def set_masks(self, masks: Mapping[Tensor | str, Mask], carry: str = "intersection") -> None:
+        _refuse_masks(masks)
+        super().set_masks(masks, carry)
 
     def _resolve_memory(self, memory) -> dict[Tensor, WholeProjection]:
         found = self._by_param(memory or {}, "projections", "projection")
@@ -84,3 +85,11 @@ class ProjectedAdamW(SubspaceProjectedAdamW):
 
     def _is_rest(self, param: Tensor) -> bool:
         return param not in self._subspaces
+
+
+def _refuse_masks(masks: Mapping[Tensor | str, Mask] | None) -> None:
+    if masks:
+        raise ValueError(
+            "masks: what a mask leaves of an update lies in other directions; use SubspaceProjectedAdamW with "
+            "masks, or leave them out"
+        )

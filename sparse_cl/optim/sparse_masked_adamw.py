@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
 from sparse_cl import ops
@@ -276,7 +277,8 @@ class SparseMaskedAdamW(Optimizer):
 
     def _plans(self, number: int, group: dict[str, Any], grads: list[Tensor | None], shown: set[int]) -> list[Plan]:
         with_grad = [g is not None for g in grads]
-        key = (group["amsgrad"], group["master_weights"], len(grads))
+        # Parameters too, since some tools put others into a group's list.
+        key = (group["amsgrad"], group["master_weights"], list(map(id, group["params"])))
         plan = self._group_plans.get(number)
         if (
             plan is None
@@ -337,7 +339,7 @@ class SparseMaskedAdamW(Optimizer):
         device = plan.params[0].device
         lr_tensor = None
         if isinstance(lr, Tensor) and lr.device.type != "cpu":
-            lr_tensor = _scalar_on(lr, device)
+            lr_tensor = scalar_on(lr, device)
         try:
             ops.masked_adamw_(
                 plan.params,
@@ -351,12 +353,14 @@ class SparseMaskedAdamW(Optimizer):
                 group["eps"],
                 group["weight_decay"],
                 group["maximize"],
-                _scalar_on(grad_scale, device),
-                _scalar_on(found_inf, device),
+                scalar_on(grad_scale, device),
+                scalar_on(found_inf, device),
             )
         except RuntimeError as error:
             self._explain(plan.own, grads, error)
             raise
+        # The op writes behind autograd's back, which would take old activations and new weights for one graph's.
+        increment_version([*plan.params, *(p for p, w in zip(plan.own, plan.params, strict=True) if p is not w)])
 
     def _pack(self, param: Tensor, **options) -> ParameterState:
         """The state of ``param`` in one buffer: made if there is none, packed again if its tensors were replaced."""
@@ -378,7 +382,8 @@ class SparseMaskedAdamW(Optimizer):
                 packed.views["master"].copy_(param)
                 param.data = packed.views["master"]
             return packed
-        if not options:
+        stepping = bool(options)
+        if not stepping:
             options = {
                 "amsgrad": "max_exp_avg_sq" in current,
                 "master": "master" in current,
@@ -389,6 +394,9 @@ class SparseMaskedAdamW(Optimizer):
             packed = read_state(weight_of(param), current, **options)
         except ValueError as error:
             raise ValueError(f"state of parameter {self._name(param)}: {error}") from error
+        # A copy of the optimizer without its model has lost whose the leaves are; their indices would be out of range.
+        if stepping and (mismatch := self._mismatch_of(param, packed)):
+            raise ValueError(mismatch)
         self._set_state(param, packed)
         return packed
 
@@ -466,14 +474,16 @@ class SparseMaskedAdamW(Optimizer):
         return by_param(given, self._by_identity(), self._by_name(), argument, what)
 
     def _find_mismatch(self) -> str | None:
-        for param, packed in self._packed.items():
-            mine, loaded = self._mask_of(param), packed.mask
-            if not _same_mask(mine, loaded):
-                return (
-                    f"parameter {self._name(param)}: its loaded state was made under {loaded or 'no mask'}, but "
-                    f"this optimizer has {mine or 'no mask'}; call set_masks with the masks to go on with"
-                )
-        return None
+        return next(filter(None, (self._mismatch_of(param, packed) for param, packed in self._packed.items())), None)
+
+    def _mismatch_of(self, param: Tensor, packed: ParameterState) -> str | None:
+        mine, loaded = self._mask_of(param), packed.mask
+        if _same_mask(mine, loaded):
+            return None
+        return (
+            f"parameter {self._name(param)}: its loaded state was made under {loaded or 'no mask'}, but this optimizer "
+            f"has {mine or 'no mask'}; call set_masks with the masks to go on with"
+        )
 
     def _refuse_sparse(self) -> None:
         for param in chain(*(group["params"] for group in self.param_groups)):
@@ -495,5 +505,8 @@ def _same_mask(a: Mask | None, b: Mask | None) -> bool:
     return a is b or (a is not None and b is not None and a == b)
 
 
-def _scalar_on(value: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if value is None else value.to(device=device, dtype=torch.float32, non_blocking=True)
+def scalar_on(value: Tensor | None, device: torch.device) -> Tensor | None:
+    """``value`` in float32 where a parameter is; on the CPU it has arrived when this returns."""
+    if value is None:
+        return None
+    return value.to(device=device, dtype=torch.float32, non_blocking=device.type != "cpu")

@@ -13,7 +13,7 @@ from sparse_cl.layout import DENSE
 from sparse_cl.masks import Mask
 from sparse_cl.optim.leaf import weight_of
 from sparse_cl.optim.projection import Projection, make_projection
-from sparse_cl.optim.sparse_masked_adamw import Plan, SparseMaskedAdamW
+from sparse_cl.optim.sparse_masked_adamw import Plan, SparseMaskedAdamW, scalar_on
 from sparse_cl.optim.state import ParameterState, compact, step_counts, write_compact
 from sparse_cl.reference import random_bits, stochastic_round
 from sparse_cl.subspace import Subspace, SubspaceMemory
@@ -40,7 +40,8 @@ class SubspaceProjectedAdamW(SparseMaskedAdamW):
     rounding such a master to its parameter adds to the parameter's own leak, and without masters there is no bound.
 
     Args:
-        params, lr, betas, eps, weight_decay, amsgrad, maximize, capturable, masks, master_weights: as there.
+        params, lr, betas, eps, weight_decay, amsgrad, maximize, capturable, masks, master_weights: as there; but with
+            element and 2:4 masks a step synchronises with the host, and cannot be captured.
         memory: a :class:`SubspaceMemory`, whose bases are followed as they grow; or ``{parameter or its name: Subspace
             or an orthonormal (n, r) tensor}``.
         rest: what happens to parameters that a basis cannot protect, once there is any basis: those of fewer than two
@@ -255,7 +256,9 @@ class SubspaceProjectedAdamW(SparseMaskedAdamW):
         param, projection = plan.params[0], self._projections.get(plan.own[0])
         if projection is None:
             return super()._apply(group, plan, grads, grad_scale, found_inf)
-        packed = self._packed[plan.own[0]]
+        packed, found_inf = self._packed[plan.own[0]], scalar_on(found_inf, param.device)
+        if isinstance(group["lr"], Tensor) and group["lr"].device.type != "cpu":
+            group = {**group, "lr": scalar_on(group["lr"], param.device)}
         start = old = _weights(param, packed).clone()
         fade = None
         try:
