@@ -28,6 +28,7 @@ def folder(tmp_path):
         ('{"prompt": "p"}', r"bad.jsonl:3: `response` must be a string, got no such field \(fields: \['prompt'\]\)"),
         ('{"prompt": 3, "response": "r"}', r"bad.jsonl:3: `prompt` must be a string, got int"),
         ('{"prompt": "p", "response": ""}', r"bad.jsonl:3: `response` is empty"),
+        ('{"prompt": "p", "response": " "}', r"bad.jsonl:3: `response` is empty"),
         ('{"prompt": "p", "response": "r", "choices": ["a"], "answer_index": 1}', r"bad.jsonl:3: .*`answer_index`"),
         (
             '{"prompt": "p", "response": "r", "choices": ["a"], "answer_index": 0}',
@@ -114,3 +115,13 @@ def test_the_real_data_is_read(shared_folder):
         held_out = {record["prompt"] for record in domain.test + domain.eval}
         assert len(domain.train) > 1000
         assert not held_out & {record["prompt"] for record in domain.train}
+
+
+def test_a_file_that_is_not_utf_8_is_named_with_its_line_and_a_byte_order_mark_is_none(tmp_path):
+    path = tmp_path / "bad.jsonl"
+    line = json.dumps({"prompt": "né", "response": "r"}, ensure_ascii=False)
+    path.write_bytes(b"\xef\xbb\xbf" + line.encode() + b"\r\n")
+    assert read_jsonl(path) == [{"prompt": "né", "response": "r"}]
+    path.write_bytes(line.encode() + b"\n" + line.encode("latin-1"))
+    with pytest.raises(DataError, match=r"bad\.jsonl:2: not UTF-8: .* 0xe9"):
+        read_jsonl(path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import warnings
 from pathlib import Path
 
@@ -302,3 +303,22 @@ def test_a_text_is_given_to_protect_before_the_first_domain_and_again_if_that_wa
     told = (out / "comparison.txt").read_text()
     assert f"Text to protect: {text}; protected by protects; without it: adamw." in told
     assert experiment.run(settings, out) == runs and len(Protects.given) == 2
+
+
+def test_data_that_changed_is_named_and_nothing_is_mixed(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(METHODS["adamw"], "after_domain", full)
+    place = tmp_path / "world"
+    shutil.copytree(world, place, ignore=shutil.ignore_patterns("undisturbed"))
+    out = tmp_path / "out"
+    with pytest.raises(OSError, match="No space left"):
+        experiment.run(settings_in(place), out)
+    monkeypatch.undo()
+    file = place / "data" / "math.test.jsonl"
+    kept = file.read_text()
+    file.write_text(kept.replace('"prompt": "', '"prompt": "So: ', 1))
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(experiment.FolderError, match=r"the data of math changed since this run began"):
+        experiment.run(settings_in(place), out)
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+    file.write_text(kept)
+    assert experiment.run(settings_in(place), out)[0]["R"]

@@ -25,7 +25,10 @@ def add_parsers(commands: Any, probe: Callable[[Any, Path], Sequence[str]]) -> N
 
 
 def _whole_numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in names(text))
+    try:
+        return tuple(int(part) for part in names(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected whole numbers, N[,N…], got {text!r}") from error
 
 
 def _parse_lr(text: str | None, methods: Sequence[str]) -> dict[str, float]:
@@ -35,9 +38,12 @@ def _parse_lr(text: str | None, methods: Sequence[str]) -> dict[str, float]:
     try:
         if "=" not in text:
             return dict.fromkeys(methods, float(text))
-        return {name: float(value) for name, value in (part.split("=") for part in names(text))}
+        rates = {name: float(value) for name, value in (part.split("=") for part in names(text))}
     except ValueError as error:
         raise ValueError(f"--lr {text}: expected a number, or METHOD=NUMBER[,METHOD=NUMBER…]") from error
+    if absent := [name for name in rates if name not in methods]:
+        raise ValueError(f"--lr {text}: this run has no {', '.join(absent)}; its methods are {', '.join(methods)}")
+    return rates
 
 
 def _add_run(commands: Any, probe: Callable[[Any, Path], Sequence[str]]) -> None:

@@ -40,7 +40,7 @@ def check_record(record: object, where: str, *, for_eval: bool) -> dict:
         if not isinstance(record.get(field), str):
             given = type(record[field]).__name__ if field in record else "no such field"
             raise DataError(f"{where}: `{field}` must be a string, got {given} (fields: {sorted(record)})")
-    if not record["response"]:
+    if not record["response"].strip():
         raise DataError(f"{where}: `response` is empty; there is nothing to learn or to score")
     if for_eval and record.get("choices") is not None:
         index, choices = record.get("answer_index"), record["choices"]
@@ -65,8 +65,12 @@ def read_jsonl(path: Path, *, for_eval: bool = False) -> list[dict]:
         FileNotFoundError: no such file.
     """
     records = []
-    with open(path, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
+    with open(path, "rb") as lines:
+        for number, encoded in enumerate(lines, 1):
+            try:
+                line = encoded.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise DataError(f"{path}:{number}: not UTF-8: {error}") from error
             if not line.strip():
                 continue
             try:
@@ -175,7 +179,8 @@ def load_domains(names: Sequence[str], data: str | None, seed: int) -> list[Doma
         elif Path(data).is_dir():
             domains.append(read_folder(Path(data), name))
         elif Path(data).exists() or data.startswith((".", "/", "~")):
-            raise DataError(f"--data {data}: no such folder")
+            kind = "is a file, expected a folder" if Path(data).exists() else "no such folder"
+            raise DataError(f"--data {data}: {kind} with DOMAIN.train.jsonl and DOMAIN.test.jsonl")
         else:
             domains.append(read_hub(name, data, name))
     return domains

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import platform
 import sys
 import traceback
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,12 @@ from typing import Any
 import torch
 import transformers
 from accelerate.utils.memory import clear_device_cache
+from safetensors import SafetensorError
 from torch import nn
 from tqdm.auto import tqdm
 
 from . import embedded, figures
-from .data import DataError, load_domains
+from .data import DataError, Domain, load_domains
 from .embedded_model import embedded_model_folder
 from .files import is_disk_full, write_json
 from .processes import check_processes, processes
@@ -31,7 +33,7 @@ from .results import RESULTS, add_intransigence, completed, failed_record, read_
 from .sequence import Progress, Scores, run_sequence, score_all, scores_in_all
 from .settings import Settings
 
-SETTINGS = "settings.json"
+SETTINGS, INPUTS = "settings.json", "inputs.json"
 REFERENCE_CHARACTERS = 32768
 """How much of the reference text is scored: its beginning."""
 
@@ -83,12 +85,32 @@ def check_folder(out: Path, settings: Settings) -> None:
 
 
 def load_model(source: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any]:
-    """A causal language model on this process's device, and its tokenizer, with a padding token."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+    """A causal language model on this process's device, and its tokenizer, with a padding token.
+
+    Raises:
+        ValueError: there is no such folder, or what is there cannot be loaded; or the tokenizer cannot pad.
+    """
+    path = Path(source)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ValueError(f"{source} is no model's folder: it has no config.json; there are {_listed(path)}")
+    elif path.exists() or source.startswith((".", "/", "~")):
+        raise ValueError(f"{source}: there is no such folder; give a model's folder, or its name on the Hub")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"{source} cannot be loaded as a causal language model and its tokenizer: {error}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    if tokenizer.pad_token_id is None:
+        raise ValueError(f"{source}: its tokenizer has no token to pad with, and no end token; give it one (pad_token)")
     return model.to(processes().device), tokenizer
+
+
+def _listed(folder: Path) -> str:
+    names = sorted(path.name for path in folder.iterdir())
+    return ", ".join(names[:8]) + (", …" if len(names) > 8 else "") if names else "no files in it"
 
 
 def versions() -> dict[str, str]:
@@ -159,8 +181,7 @@ def run(settings: Settings, out: Path) -> list[dict[str, Any]]:
     domains = load_domains(settings.domains, settings.data, settings.seed)
     source = settings.model or str(embedded_model_folder())
     model, tokenizer = load_model(source)
-    for name in settings.methods:
-        settings.make_method(name).check(model)
+    _check_methods(settings, model)
     limit = getattr(model.config, "max_position_embeddings", settings.max_length)
     if settings.max_length > limit:
         raise ValueError(f"max_length {settings.max_length} exceeds the model's context of {limit} tokens")
@@ -168,12 +189,16 @@ def run(settings: Settings, out: Path) -> list[dict[str, Any]]:
         if text is not None and not len(tokenizer(text[:1024], add_special_tokens=False)["input_ids"]) > 1:
             raise DataError(f"--{option}: the text is too short: fewer than 2 tokens")
 
+    inputs = _digests(domains, reference, protected)
+    _check_inputs(out, inputs)
+
     # A process that is late would find the folder of one that is early, half written.
     processes().wait_for_everyone()
     is_main = is_main_process()
     out.mkdir(parents=True, exist_ok=True)
     if is_main:
         write_json(out / SETTINGS, settings.to_json())
+        write_json(out / INPUTS, inputs)
     base_scores = _base_scores(model, tokenizer, domains, reference, settings, out)
     del model
     runs = []
@@ -219,6 +244,54 @@ def run(settings: Settings, out: Path) -> list[dict[str, Any]]:
         (out / "comparison.txt").write_text(comparison(runs) + "\n", encoding="utf-8")
         write_runs(out, runs)
     return runs
+
+
+def _check_methods(settings: Settings, model: nn.Module) -> None:
+    """Whether all methods can train the model.
+
+    Raises:
+        ValueError: some cannot; each is named with the reason, and what can be run.
+    """
+    refused = {}
+    for name in settings.methods:
+        try:
+            settings.make_method(name).check(model)
+        except ValueError as error:
+            refused[name] = str(error)
+    if not refused:
+        return
+    reasons = dict.fromkeys(refused.values())
+    said = "; ".join(f"{', '.join(n for n in refused if refused[n] == why)}: {why}" for why in reasons)
+    fitting = [name for name in settings.methods if name not in refused]
+    raise ValueError(f"{said}" + (f". The others can be run: --method {','.join(fitting)}" if fitting else ""))
+
+
+def _digests(domains: Sequence[Domain], reference: str | None, protected: str | None) -> dict[str, str]:
+    """SHA-256 of the records and texts that a run reads, by name."""
+    read = {domain.name: asdict(domain) for domain in domains} | {"--reference": reference, "--protect": protected}
+    return {
+        name: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+        for name, value in read.items()
+        if value is not None
+    }
+
+
+def _check_inputs(out: Path, inputs: dict[str, str]) -> None:
+    """Whether a run that goes on reads what it read before.
+
+    Raises:
+        FolderError: some of it has changed; it is named.
+    """
+    path = out / INPUTS
+    if not path.is_file():
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    changed = [name for name in inputs if before.get(name) != inputs[name]]
+    if changed:
+        raise FolderError(
+            f"{out}: the data of {', '.join(changed)} changed since this run began, so that its scores would not go "
+            "together. Give another --out, or the data of before"
+        )
 
 
 def draw_all(runs: Sequence[dict[str, Any]], out: Path) -> None:

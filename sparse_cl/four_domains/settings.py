@@ -89,6 +89,8 @@ class Settings:
             if name not in METHODS:
                 words = ", ".join(("all", *KINDS))
                 raise ValueError(f"unknown method {name!r}; there are {', '.join(METHODS)}; or {words}")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be at least 0 and below 2**32, got {self.seed}")
         for name, lr in self.lr.items():
             if not 0 < lr < float("inf"):
                 raise ValueError(f"the learning rate must be positive, got {lr} for {name}")
