@@ -248,3 +248,18 @@ def test_models_that_cannot_be_followed(tiny_llama, kind):
     kind().check(tiny_llama)
     with pytest.raises(ValueError, match="max_rank: expected at most the width of the widest layer, 24"):
         kind(max_rank=25).check(tiny_llama)
+
+
+@pytest.mark.parametrize("method", [Orthogonal, OrthogonalLoRA])
+def test_a_mixture_of_experts_is_refused(method):
+    config = transformers.MixtralConfig(
+        vocab_size=64,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=2,
+    )
+    with pytest.raises(ValueError, match=r"is a mixture of experts .*, whose experts .* would train unprotected"):
+        method().check(transformers.MixtralForCausalLM(config))

@@ -250,3 +250,13 @@ def test_measuring_changes_no_mode_and_leaves_no_gradient(tiny_llama):
     assert tiny_llama.training
     assert all(p.grad is None for p in tiny_llama.parameters())
     assert same(state, weights(tiny_llama))
+
+
+def test_what_was_frozen_stays_so_and_the_rest_is_open_afterwards(tiny_llama):
+    name, method = "model.layers.0.mlp.up_proj.weight", TwoFour()
+    tiny_llama.get_parameter(name).requires_grad_(False)
+    before = tiny_llama.get_parameter(name).detach().clone()
+    for number in range(2):
+        learn(method, tiny_llama, domain(number), lr=LR)
+        assert [n for n, p in tiny_llama.named_parameters() if not p.requires_grad] == [name]
+    assert torch.equal(tiny_llama.get_parameter(name), before)

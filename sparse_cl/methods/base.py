@@ -14,6 +14,22 @@ from torch.utils.data import Dataset
 Batch = Mapping[str, Tensor]
 
 
+def attended(batch: Batch) -> Tensor:
+    """(batch, length) bool: the tokens that are attended to, all where a batch has no attention_mask."""
+    mask = batch.get("attention_mask")
+    return torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
+
+
+def check_first(method: str, first: bool) -> None:
+    """Whether a text may still be protected.
+
+    Raises:
+        ValueError: a text was protected before, or a domain begun; what is remembered of it would be lost.
+    """
+    if not first:
+        raise ValueError(f"{method}: protect comes once, before the first domain; make a new method")
+
+
 class Method(ABC):
     """A method's life: `check`; where a text is to be protected, `protect`; then for each domain `before_domain`,
     `make_optimizer`, training, `after_domain`, `save`.
@@ -56,6 +72,9 @@ class Method(ABC):
         Args:
             model: the base model.
             batches: of the text, as those of a domain; every token is a label. They are iterated over more than once.
+
+        Raises:
+            ValueError: the method protects no text, or has begun its first domain.
         """
         raise ValueError(f"{self.name} protects no text; leave --protect out, or run a method that does")
 
@@ -80,8 +99,8 @@ class Method(ABC):
 
         Args:
             model: what `before_domain` of the domain before returned; at first the base model.
-            batches: of the new domain, with input_ids, attention_mask and labels, each (batch, length), on the
-                model's device. It can be iterated over more than once.
+            batches: of the new domain, with input_ids, labels and, where there is padding, attention_mask, each
+                (batch, length), on the model's device. It can be iterated over more than once.
         """
         return model
 

@@ -20,7 +20,7 @@ from sparse_cl.probes.parts import is_transposed
 from sparse_cl.probes.sampled_gradients import sampled_gradients
 from sparse_cl.subspace.kronecker import Kronecker, threshold_of
 
-from .base import Batch, Method
+from .base import Batch, Method, check_first
 from .options import check_share
 from .surviving import surviving_shares
 
@@ -88,6 +88,7 @@ class Curvature(Method):
         watched_layers(model, None)
 
     def protect(self, model: nn.Module, batches: Iterable[Batch]) -> None:
+        check_first(self.name, not self.factors)
         self._observe(model, batches)
 
     def before_domain(self, model: nn.Module, batches: Iterable[Batch]) -> nn.Module:

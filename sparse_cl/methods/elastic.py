@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from sparse_cl.optim.projected_adamw import ProjectedAdamW
 from sparse_cl.probes.capacity import scarcity
 from sparse_cl.probes.parts import is_transposed
 
-from .base import Batch, Method
+from .base import Batch, Method, check_first
 from .input_usage import InputUsage
 from .lora import ALPHA, RANK, MergedWeights, add_adapter, merged, with_adapters
 from .options import check_above_zero, check_at_least
@@ -67,6 +67,7 @@ class Elastic(Method):
         self._pulls: dict[str, ElasticPull] = {}
         self._before: dict[str, Tensor] = {}
         self._layers: dict[str, dict[str, Any]] = {}
+        self._begun = False
 
     def settings(self) -> dict[str, Any]:
         return {option: getattr(self, option) for option in self.options}
@@ -80,8 +81,10 @@ class Elastic(Method):
                 )
 
     def protect(self, model: nn.Module, batches: Iterable[Batch]) -> None:
-        self.usage = InputUsage(model, self.max_width)
-        self.usage.observe(model, batches, self.text_weight)
+        check_first(self.name, self.usage is None)
+        usage = InputUsage(model, self.max_width)
+        usage.observe(model, batches, self.text_weight)
+        self.usage = usage
 
     def before_domain(self, model: nn.Module, batches: Iterable[Batch]) -> nn.Module:
         self._begin(model, batches)
@@ -89,12 +92,17 @@ class Elastic(Method):
         return model
 
     def make_optimizer(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
+        if not self._begun:
+            raise RuntimeError(
+                f"{self.name}: make_optimizer comes after before_domain(model, batches), without which earlier domains "
+                "are not protected"
+            )
         trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         return ProjectedAdamW(trained, lr=lr, projections=self._pulls, rest="train")
 
     def after_domain(self, model: nn.Module, batches: Iterable[Batch]) -> None:
         self._pulls = {}
-        self._end(model, self.usage.weights(), batches)
+        self._end(model, batches)
 
     def record(self) -> dict[str, Any]:
         """As of every method; see `InputUsage` for what counts as used."""
@@ -113,7 +121,7 @@ class Elastic(Method):
         if self.usage is None:
             self.usage = InputUsage(base, self.max_width)
         self._layers = {name: {"surviving": 1.0, "leak": None} for name in self.usage.modules}
-        self._before = {}
+        self._before, self._begun = {}, True
         if not self.usage.moments:
             return
         for name, share in self.usage.surviving(base, batches).items():
@@ -122,17 +130,20 @@ class Elastic(Method):
             warnings.warn(f"{self.name}: {message}", stacklevel=3)
         self._before = {name: weight.detach().to("cpu", copy=True) for name, weight in self.usage.weights().items()}
 
-    def _end(self, model: nn.Module, learned: Mapping[str, Tensor], batches: Iterable[Batch]) -> None:
+    def _end(self, model: nn.Module, batches: Iterable[Batch]) -> None:
         """Measure where a domain's change went, then remember what it uses.
 
         Args:
             model: what was trained, adapter and all.
-            learned: the weights of the blocks' layers as the next domain will find them.
         """
+        if not self._begun:
+            raise RuntimeError(f"{self.name}: after_domain comes after before_domain(model, batches) and training")
+        learned = MergedWeights(model, self.usage.weights())
         for name, before in self._before.items():
             self._layers[name]["leak"] = self.usage.share_taken(name, learned[name].detach().cpu() - before)
         self._before = {}
         self.usage.observe(model, batches)
+        self._begun = False
         for name, layer in self._layers.items():
             layer |= self.usage.account(name)
 
@@ -195,7 +206,7 @@ class ElasticLoRA(Elastic):
 
     def after_domain(self, model: nn.Module, batches: Iterable[Batch]) -> None:
         self._pulls = {}
-        self._end(model, MergedWeights(model, self.usage.weights()), batches)
+        self._end(model, batches)
 
     def restore(self, base: nn.Module, folders: Sequence[Path]) -> nn.Module:
         model = merged(with_adapters(base, folders[:-1]))

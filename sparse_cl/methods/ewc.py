@@ -13,7 +13,7 @@ from sparse_cl import storage
 from sparse_cl.probes.fisher import diagonal_fisher
 
 from .adamw import AdamW
-from .base import Batch
+from .base import Batch, check_first
 from .options import check_at_least
 
 _FILE = "fisher.safetensors"
@@ -48,6 +48,7 @@ class EWC(AdamW):
         return {"ewc_lambda": self.ewc_lambda, "gamma": self.gamma}
 
     def protect(self, model: nn.Module, batches: Iterable[Batch]) -> None:
+        check_first(self.name, not self._springs)
         self.after_domain(model, batches)
 
     def penalty(self, model: nn.Module) -> Tensor | None:

@@ -14,10 +14,10 @@ from torch import nn
 from sparse_cl.lora import orthogonal_lora
 from sparse_cl.optim import SubspaceProjectedAdamW
 from sparse_cl.probes.capacity import scarcity
-from sparse_cl.probes.parts import is_transposed
+from sparse_cl.probes.parts import is_transposed, refuse_mixtures
 from sparse_cl.subspace import Subspace, SubspaceMemory
 
-from .base import Batch, Method
+from .base import Batch, Method, attended, check_first
 from .lora import ALPHA, RANK, MergedWeights, add_adapter, merged, with_adapters
 from .options import check_share
 from .surviving import surviving_shares
@@ -72,9 +72,11 @@ class SubspaceMethod(Method):
                     f"{name} is a {type(module).__name__}, whose inputs no subspace memory follows; {self.name} needs "
                     "a model of torch.nn.Linear layers. Run another method, or another model"
                 )
+        refuse_mixtures(model, f"whose experts {self.name} would train unprotected; take a dense model")
         self._new_memory(model)
 
     def protect(self, model: nn.Module, batches: Iterable[Batch]) -> None:
+        check_first(self.name, self.memory is None)
         self._remember(model, self._new_memory(model))
         self._observe(model, batches)
         self.memory.consolidate()
@@ -147,8 +149,8 @@ class SubspaceMethod(Method):
         model.eval()
         try:
             for batch in batches:
-                with torch.no_grad(), self.memory.watch(tokens=batch["attention_mask"]):
-                    model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+                with torch.no_grad(), self.memory.watch(tokens=attended(batch)):
+                    model(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"))
                 self.memory.observe()
         finally:
             model.train(was_training)

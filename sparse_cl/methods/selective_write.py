@@ -16,7 +16,8 @@ from sparse_cl.probes.activation import ActivationProbe
 from sparse_cl.probes.capacity import neurons_holding
 from sparse_cl.probes.parts import find_mlps
 
-from .base import Batch, Method
+from .base import Batch, Method, check_first
+from .frozen import Frozen
 from .neuron_account import NeuronAccount
 from .neurons import masks_of
 
@@ -77,7 +78,7 @@ class SelectiveWrite(Method):
         self.account = NeuronAccount()
         self._scores: dict[str, Tensor] = {}
         self._texts = 0
-        self._frozen: list[nn.Parameter] = []
+        self._frozen = Frozen()
 
     def settings(self) -> dict[str, Any]:
         return {"closed": self.closed, "sharpness": self.sharpness, "rest": self.rest}
@@ -92,6 +93,7 @@ class SelectiveWrite(Method):
                 )
 
     def protect(self, model: nn.Module, batches: Iterable[Batch]) -> None:
+        check_first(self.name, not self._texts)
         self.account.used = self._observe(model, batches)
 
     @property
@@ -106,7 +108,7 @@ class SelectiveWrite(Method):
         self.account.begin(self.name, model, batches, gains or everything)
         self.masks = masks_of(model, gains) if gains else {}
         frozen = bool(gains) and self.rest == 0
-        self._freeze([p for name, p in model.named_parameters() if frozen and name not in self.masks])
+        self._frozen.freeze(p for name, p in model.named_parameters() if frozen and name not in self.masks)
         return model
 
     def make_optimizer(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
@@ -118,7 +120,7 @@ class SelectiveWrite(Method):
         return SparseMaskedAdamW([g for g in (neurons, rest) if g["params"]], lr=lr, masks=masks)
 
     def after_domain(self, model: nn.Module, batches: Iterable[Batch]) -> None:
-        self._freeze([])
+        self._frozen.thaw()
         self.account.end(self._observe(model, batches))
 
     def record(self) -> dict[str, Any]:
@@ -133,14 +135,6 @@ class SelectiveWrite(Method):
         self._scores, facts = storage.read(folders[-1] / _FILE, "usage", "the method's save", "texts")
         self._texts = facts["texts"]
         return super().restore(base, folders)
-
-    def _freeze(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Freezes these for a domain, and opens again what was frozen for the last one."""
-        for parameter in self._frozen:
-            parameter.requires_grad_(True)
-        self._frozen = [parameter for parameter in parameters if parameter.requires_grad]
-        for parameter in self._frozen:
-            parameter.requires_grad_(False)
 
     def _observe(self, model: nn.Module, batches: Iterable[Batch]) -> dict[str, Tensor]:
         """Count one more text; MLP → (neurons,) bool, the neurons that it uses."""

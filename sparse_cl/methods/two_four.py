@@ -17,7 +17,8 @@ from sparse_cl.optim import SparseMaskedAdamW
 from sparse_cl.probes.losses import mean_loss
 from sparse_cl.probes.two_four import SCORES, only_two_four, two_four_layers, two_four_masks
 
-from .base import Batch, Method
+from .base import Batch, Method, check_first
+from .frozen import Frozen
 from .surviving import surviving_shares
 
 _FILE, _SHARING = "locked.safetensors", "free_track.json"
@@ -59,6 +60,7 @@ class TwoFour(Method):
         self.sharing = 0
         self._before: dict[str, Tensor] = {}
         self._record: dict[str, Any] = {}
+        self._frozen = Frozen()
 
     def settings(self) -> dict[str, Any]:
         return {"score": self.score}
@@ -67,6 +69,7 @@ class TwoFour(Method):
         two_four_layers(model)
 
     def protect(self, model: nn.Module, batches: Iterable[Batch]) -> None:
+        check_first(self.name, not self.locked)
         self.locked = two_four_masks(model, batches, self.score)
 
     def before_domain(self, model: nn.Module, batches: Iterable[Batch]) -> nn.Module:
@@ -86,15 +89,16 @@ class TwoFour(Method):
         for name, share in surviving_shares(model, parameters, batches, self._share_locked).items():
             self._record["layers"][name]["surviving"] = share
         self._before = {name: module.weight.detach().to("cpu", copy=True) for name, module in weights.items()}
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(name in self.locked)
+        self._frozen.freeze(p for name, p in model.named_parameters() if name not in self.locked)
         return model
 
     def make_optimizer(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
-        trained = [(name, p) for name, p in model.named_parameters() if not self.locked or name in self.locked]
-        return SparseMaskedAdamW(trained, lr=lr, masks={name: ~mask for name, mask in self.locked.items()})
+        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        masks = {name: ~self.locked[name] for name, _ in trained if name in self.locked}
+        return SparseMaskedAdamW(trained, lr=lr, masks=masks)
 
     def after_domain(self, model: nn.Module, batches: Iterable[Batch]) -> None:
+        self._frozen.thaw()
         if self.locked:
             self.sharing += 1
             for name, before in self._before.items():

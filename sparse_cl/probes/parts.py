@@ -169,16 +169,24 @@ def linear_layers(model: nn.Module, blocks: Sequence[Block] | None = None) -> di
     return layers
 
 
-def _find(
-    model: nn.Module, kind: str, layouts: tuple[Layout, ...]
-) -> Iterator[tuple[tuple[str, Layout, dict[str, nn.Module], nn.Module, str], dict[str, nn.Module]]]:
+def refuse_mixtures(model: nn.Module, why: str) -> None:
+    """Raises a ValueError that says why, if the model is a mixture of experts."""
     for name, module in model.named_modules():
         if _MIXTURE.search(type(module).__name__):
             raise ValueError(
                 f"{type(model).__name__} is a mixture of experts ({name or 'the model'} is a {type(module).__name__}), "
-                "which the probes do not support: a token passes only some of its neurons. Take a dense model, or give "
-                "the modules to watch: modules={name: module}"
+                f"{why}"
             )
+
+
+def _find(
+    model: nn.Module, kind: str, layouts: tuple[Layout, ...]
+) -> Iterator[tuple[tuple[str, Layout, dict[str, nn.Module], nn.Module, str], dict[str, nn.Module]]]:
+    refuse_mixtures(
+        model,
+        "which the probes do not support: a token passes only some of its neurons. Take a dense model, or give the "
+        "modules to watch: modules={name: module}",
+    )
     anything = False
     for name, module in model.named_modules():
         children = dict(module.named_children())
