@@ -13,6 +13,14 @@ settings.register_profile("repeatable", derandomize=True, deadline=None, max_exa
 settings.load_profile("repeatable")
 
 
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """What a test draws from the global generator is the same whatever ran before it."""
+    import torch
+
+    torch.manual_seed(0)
+
+
 @pytest.fixture(params=["native", "reference"])
 def implementation(request, monkeypatch):
     """Runs a test of an optimizer once with the native step, if it was built, and once with the reference."""
@@ -47,6 +55,8 @@ def tiny_llama(tokenizer):
     """A random Llama of two layers, 24 neurons each, the same every time."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
+
+    import torch
 
     torch.manual_seed(0)
     config = LlamaConfig(

@@ -94,7 +94,8 @@ def test_intervals_hold_the_overlap_of_the_population():
 
 
 def test_brute_force_over_layers_and_domains():
-    values = torch.randn(3, 10, 6, 4, 30, generator=generator(0)).abs() ** 3 * torch.rand(3, 1, 1, 4, 30)
+    own = torch.rand(3, 1, 1, 4, 30, generator=generator(1))
+    values = torch.randn(3, 10, 6, 4, 30, generator=generator(0)).abs() ** 3 * own
     values[1, 2, 3, 1, 5] = 1e6
     scores = {name: scored(one) for name, one in zip("abc", values, strict=True)}
     with warnings.catch_warnings():
