@@ -56,8 +56,6 @@ def tiny_llama(tokenizer):
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    import torch
-
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
