@@ -356,3 +356,8 @@ def _check_bool(dense: Tensor) -> Tensor:
         got = dense.dtype if isinstance(dense, Tensor) else type(dense).__name__
         raise TypeError(f"dense_bool: expected a bool tensor, got {got}; compare with a threshold first")
     return dense.detach()
+
+
+def same_mask(a: Mask | None, b: Mask | None) -> bool:
+    """Whether two masks, or none, are equal."""
+    return a is b or (a is not None and b is not None and a == b)

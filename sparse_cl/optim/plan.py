@@ -83,3 +83,10 @@ def fault_of(weight: Tensor, grad: Tensor, packed: ParameterState) -> str | None
     if layout.shape != weight.shape or layout.dtype != state_dtype(dtype):
         return f"its state was made for shape {layout.shape} and {layout.dtype} moments"
     return None
+
+
+def scalar_on(value: Tensor | None, device: torch.device) -> Tensor | None:
+    """``value`` in float32 where a parameter is; on the CPU it has arrived when this returns."""
+    if value is None:
+        return None
+    return value.to(device=device, dtype=torch.float32, non_blocking=device.type != "cpu")

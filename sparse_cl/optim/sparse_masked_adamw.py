@@ -12,12 +12,12 @@ from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
 from sparse_cl import ops
-from sparse_cl.masks import Mask
+from sparse_cl.masks import Mask, same_mask
 from sparse_cl.optim.clip import clip_active_
 from sparse_cl.optim.leaf import owner_of, weight_of
 from sparse_cl.optim.names import by_param
 from sparse_cl.optim.options import check_options
-from sparse_cl.optim.plan import GroupPlan, LeafPlan, Plan, facts_of, fault_of, ids_of
+from sparse_cl.optim.plan import GroupPlan, LeafPlan, Plan, facts_of, fault_of, ids_of, scalar_on
 from sparse_cl.optim.state import ParameterState, carry_state, new_state, read_state
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -234,7 +234,7 @@ class SparseMaskedAdamW(Optimizer):
         resolved = self._resolve(masks)
         for param in [p for group in self.param_groups for p in group["params"] if self.state.get(p)]:
             packed, mask = self._pack(param), self._mask_of(param, resolved)
-            if _same_mask(packed.mask, mask):
+            if same_mask(packed.mask, mask):
                 continue
             carried = carry_state(weight_of(param), packed, mask) if carry == "intersection" else None
             if carried is None:
@@ -337,9 +337,7 @@ class SparseMaskedAdamW(Optimizer):
         """One call of the op."""
         lr, (beta1, beta2) = group["lr"], group["betas"]
         device = plan.params[0].device
-        lr_tensor = None
-        if isinstance(lr, Tensor) and lr.device.type != "cpu":
-            lr_tensor = scalar_on(lr, device)
+        lr_tensor = scalar_on(lr, device) if isinstance(lr, Tensor) and lr.device.type != "cpu" else None
         try:
             ops.masked_adamw_(
                 plan.params,
@@ -408,7 +406,7 @@ class SparseMaskedAdamW(Optimizer):
 
     def _is_master(self, param: Tensor, packed: ParameterState) -> bool:
         """Whether ``param`` is a leaf that is one tensor with the master of its state."""
-        return packed.is_leaf(param) and _same_mask(packed.mask, self._mask_of(param))
+        return packed.is_leaf(param) and same_mask(packed.mask, self._mask_of(param))
 
     def _options(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
         owner = owner_of(param)
@@ -478,7 +476,7 @@ class SparseMaskedAdamW(Optimizer):
 
     def _mismatch_of(self, param: Tensor, packed: ParameterState) -> str | None:
         mine, loaded = self._mask_of(param), packed.mask
-        if _same_mask(mine, loaded):
+        if same_mask(mine, loaded):
             return None
         return (
             f"parameter {self._name(param)}: its loaded state was made under {loaded or 'no mask'}, but this optimizer "
@@ -499,14 +497,3 @@ class SparseMaskedAdamW(Optimizer):
             fault = fault_of(weight_of(param), grad, self._packed[param])
             if fault:
                 raise ValueError(f"parameter {self._name(param)}: {fault}") from cause
-
-
-def _same_mask(a: Mask | None, b: Mask | None) -> bool:
-    return a is b or (a is not None and b is not None and a == b)
-
-
-def scalar_on(value: Tensor | None, device: torch.device) -> Tensor | None:
-    """``value`` in float32 where a parameter is; on the CPU it has arrived when this returns."""
-    if value is None:
-        return None
-    return value.to(device=device, dtype=torch.float32, non_blocking=device.type != "cpu")

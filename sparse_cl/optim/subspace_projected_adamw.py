@@ -12,8 +12,9 @@ from torch import Tensor
 from sparse_cl.layout import DENSE
 from sparse_cl.masks import Mask
 from sparse_cl.optim.leaf import weight_of
+from sparse_cl.optim.plan import scalar_on
 from sparse_cl.optim.projection import Projection, make_projection
-from sparse_cl.optim.sparse_masked_adamw import Plan, SparseMaskedAdamW, scalar_on
+from sparse_cl.optim.sparse_masked_adamw import Plan, SparseMaskedAdamW
 from sparse_cl.optim.state import ParameterState, compact, step_counts, write_compact
 from sparse_cl.reference import random_bits, stochastic_round
 from sparse_cl.subspace import Subspace, SubspaceMemory
