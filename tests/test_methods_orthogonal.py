@@ -153,7 +153,7 @@ def test_what_is_reported_is_what_happened(tiny_llama, kind):
     plain = transformers.LlamaForCausalLM(tiny_llama.config).eval()
     plain.load_state_dict({**plain.state_dict(), **before})
     batches = domain(1, count=6)
-    gradients = {name: gradients_of(plain, batches[:4])[name].flatten(0, 1) for name in bases}
+    gradients = gradients_of(plain, batches[:4])
 
     model = learn(method, model, batches)
     after = merged(model)
@@ -168,7 +168,9 @@ def test_what_is_reported_is_what_happened(tiny_llama, kind):
             "used": basis.shape[1],
             "free": width - basis.shape[1],
         }
-        assert second[name]["surviving"] == pytest.approx(1 - share_inside(gradients[name], basis), abs=1e-4)
+        assert second[name]["surviving"] == pytest.approx(
+            1 - share_inside(gradients[name].flatten(0, 1), basis), abs=1e-4
+        )
         expected = share_inside(after[name].double() - before[name].double(), basis)
         assert second[name]["leak"] == pytest.approx(expected, rel=0.02, abs=1e-13)
         assert second[name]["used"] == method.memory.rank(name) >= basis.shape[1]

@@ -14,12 +14,6 @@ from torch.utils.data import Dataset
 Batch = Mapping[str, Tensor]
 
 
-def attended(batch: Batch) -> Tensor:
-    """(batch, length) bool: the tokens that are attended to, all where a batch has no attention_mask."""
-    mask = batch.get("attention_mask")
-    return torch.ones_like(batch["input_ids"], dtype=torch.bool) if mask is None else mask.bool()
-
-
 def check_first(method: str, first: bool) -> None:
     """Whether a text may still be protected.
 

@@ -92,11 +92,7 @@ class Elastic(Method):
         return model
 
     def make_optimizer(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
-        if not self._begun:
-            raise RuntimeError(
-                f"{self.name}: make_optimizer comes after before_domain(model, batches), without which earlier domains "
-                "are not protected"
-            )
+        self._check_begun("make_optimizer")
         trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         return ProjectedAdamW(trained, lr=lr, projections=self._pulls, rest="train")
 
@@ -130,14 +126,20 @@ class Elastic(Method):
             warnings.warn(f"{self.name}: {message}", stacklevel=3)
         self._before = {name: weight.detach().to("cpu", copy=True) for name, weight in self.usage.weights().items()}
 
+    def _check_begun(self, call: str) -> None:
+        if not self._begun:
+            raise RuntimeError(
+                f"{self.name}: {call} comes after before_domain(model, batches), without which earlier domains are not "
+                "protected"
+            )
+
     def _end(self, model: nn.Module, batches: Iterable[Batch]) -> None:
         """Measure where a domain's change went, then remember what it uses.
 
         Args:
             model: what was trained, adapter and all.
         """
-        if not self._begun:
-            raise RuntimeError(f"{self.name}: after_domain comes after before_domain(model, batches) and training")
+        self._check_begun("after_domain")
         learned = MergedWeights(model, self.usage.weights())
         for name, before in self._before.items():
             self._layers[name]["leak"] = self.usage.share_taken(name, learned[name].detach().cpu() - before)

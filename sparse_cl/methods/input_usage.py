@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from sparse_cl.probes.inputs import InputProbe, energy_watches
 from sparse_cl.probes.parts import find_blocks, shape_of
-from sparse_cl.probes.passes import stream
+from sparse_cl.probes.passes import answer_tokens, stream
 
-from .base import Batch, attended
+from .base import Batch
 from .surviving import surviving_shares
 
 _TOKENS = "tokens"
@@ -71,7 +71,7 @@ class InputUsage:
         found = self._moments(model, batches, wide, narrow)
         tokens = torch.zeros(self.embedding.num_embeddings, dtype=torch.float64)
         for batch in batches:
-            kept = batch["input_ids"][attended(batch)]
+            kept = batch["input_ids"][answer_tokens(batch, "all")]
             tokens += torch.bincount(kept.cpu(), minlength=len(tokens))
         if not tokens.any():
             raise ValueError("batches: they were empty the second time; give what can be iterated over more than once")

@@ -15,12 +15,13 @@ from sparse_cl.lora import orthogonal_lora
 from sparse_cl.optim import SubspaceProjectedAdamW
 from sparse_cl.probes.capacity import scarcity
 from sparse_cl.probes.parts import is_transposed, refuse_mixtures
+from sparse_cl.probes.passes import answer_tokens, evaluation
 from sparse_cl.subspace import Subspace, SubspaceMemory
 
-from .base import Batch, Method, attended, check_first
+from .base import Batch, Method, check_first
 from .lora import ALPHA, RANK, MergedWeights, add_adapter, merged, with_adapters
 from .options import check_share
-from .surviving import surviving_shares
+from .surviving import only_gradients_of, surviving_shares
 
 _FILE = "memory.safetensors"
 
@@ -138,39 +139,18 @@ class SubspaceMethod(Method):
             self._layers[name] |= capacity
 
     def _observe(self, model: nn.Module, batches: Iterable[Batch]) -> None:
-        if self.source == "gradients":
-            with self._tracked_gradients(model):
-                for batch in batches:
-                    model(**batch).loss.backward()
-                    self.memory.observe()
-                    model.zero_grad(set_to_none=True)
-            return
-        was_training = model.training
-        model.eval()
-        try:
+        with evaluation(model):
+            if self.source == "gradients":
+                with only_gradients_of(model, self._weights.values()):
+                    for batch in batches:
+                        model(**batch).loss.backward()
+                        self.memory.observe()
+                        model.zero_grad(set_to_none=True)
+                return
             for batch in batches:
-                with torch.no_grad(), self.memory.watch(tokens=attended(batch)):
+                with torch.no_grad(), self.memory.watch(tokens=answer_tokens(batch, "all")):
                     model(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"))
                 self.memory.observe()
-        finally:
-            model.train(was_training)
-
-    @contextmanager
-    def _tracked_gradients(self, model: nn.Module) -> Iterator[None]:
-        """In evaluation mode, gradients for the tracked weights and for nothing else; none are left behind."""
-        was_training = model.training
-        asked = {parameter: parameter.requires_grad for parameter in model.parameters()}
-        tracked = set(self._weights.values())
-        model.eval()
-        try:
-            for parameter in asked:
-                parameter.requires_grad_(parameter in tracked)
-            yield
-        finally:
-            model.zero_grad(set_to_none=True)
-            for parameter, requires_grad in asked.items():
-                parameter.requires_grad_(requires_grad)
-            model.train(was_training)
 
 
 class Orthogonal(SubspaceMethod):

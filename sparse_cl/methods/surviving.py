@@ -73,7 +73,7 @@ def each_gradient(
             raise ValueError(_not_finite(f"gradient of {name}", number))
         see(name, gradient)
 
-    with _only_gradients_of(model, list(weights.values())), evaluation(model), torch.enable_grad():
+    with only_gradients_of(model, weights.values()), evaluation(model), torch.enable_grad():
         handles = [
             weight.register_post_accumulate_grad_hook(lambda w, name=name: show(name, w))
             for name, weight in weights.items()
@@ -106,7 +106,7 @@ def _not_finite(what: str, batch: int) -> str:
 
 
 @contextmanager
-def _only_gradients_of(model: nn.Module, weights: list[nn.Parameter]) -> Iterator[None]:
+def only_gradients_of(model: nn.Module, weights: Iterable[nn.Parameter]) -> Iterator[None]:
     """Gradients for these and for nothing else; every flag and gradient is put back."""
     state = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     asked = {id(weight) for weight in weights}
