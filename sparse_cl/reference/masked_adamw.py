@@ -29,13 +29,13 @@ def unpack_bits(words: Tensor, numel: int) -> Tensor:
 
 
 def block_ranks(dense: Tensor) -> Tensor:
-    """int32: number of true entries before each block of ``BLOCK`` entries, and at the end their total."""
+    """int64: number of true entries before each block of ``BLOCK`` entries, and at the end their total."""
     flat = dense.reshape(-1)
     padding = -flat.numel() % BLOCK
     if padding:
         flat = torch.cat([flat, flat.new_zeros(padding)])
     counts = flat.view(-1, BLOCK).sum(1)
-    return torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(torch.int32)
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
 
 
 def active_positions(layout: StateLayout, views: dict[str, Tensor], device: torch.device) -> Tensor:
