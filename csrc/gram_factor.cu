@@ -7,8 +7,7 @@ namespace sparse_cl {
 namespace {
 
 template <bool kShared>
-void launch_gram_factor(const GramFactorLaunch& launch, uint32_t batch, size_t shared, int most,
-                        cudaStream_t stream) {
+void launch_gram_factor(const GramFactorLaunch& launch, uint32_t batch, size_t shared, int most, cudaStream_t stream) {
   // The same value in each call: that of another thread's would be in force by the time of the launch.
   check_cuda(cudaFuncSetAttribute(gram_factor_kernel<kShared>, cudaFuncAttributeMaxDynamicSharedMemorySize, most),
              "cudaFuncSetAttribute");

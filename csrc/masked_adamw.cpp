@@ -83,8 +83,8 @@ void run(Call& call, Step step) {
 }
 
 void masked_adamw_(const TensorList& params, const TensorList& grads, const TensorList& states,
-                   const TensorList& updates, Tensor layout, double lr, std::optional<Tensor> lr_tensor, double beta1, double beta2, double eps,
-                   double weight_decay, bool maximize, std::optional<Tensor> grad_scale,
+                   const TensorList& updates, Tensor layout, double lr, std::optional<Tensor> lr_tensor, double beta1,
+                   double beta2, double eps, double weight_decay, bool maximize, std::optional<Tensor> grad_scale,
                    std::optional<Tensor> found_inf) {
   check_scalar("masked_adamw_", lr_tensor, "lr_tensor", params);
   check_scalar("masked_adamw_", grad_scale, "grad_scale", params);

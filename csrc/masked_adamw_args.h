@@ -62,8 +62,7 @@ inline DType dtype_of(const char* op, const TensorView& t, size_t i) {
   if (t.dtype == code.float32) return DType::kFloat32;
   if (t.dtype == code.bfloat16) return DType::kBFloat16;
   if (t.dtype == code.float16) return DType::kFloat16;
-  STD_TORCH_CHECK(t.dtype == code.float64, op, ": params[", i,
-                  "]: expected float32, bfloat16, float16 or float64");
+  STD_TORCH_CHECK(t.dtype == code.float64, op, ": params[", i, "]: expected float32, bfloat16, float16 or float64");
   return DType::kFloat64;
 }
 
@@ -73,8 +72,7 @@ inline void check_scalar(const char* op, const std::optional<Tensor>& t, const c
   const TensorView scalar(*t);
   STD_TORCH_CHECK(scalar.numel == 1, op, name, ": expected one element, got ", scalar.numel);
   STD_TORCH_CHECK(scalar.dtype == dtype_codes().float32, op, name, ": expected float32");
-  STD_TORCH_CHECK(scalar.same_place(params.view(0)), op, name,
-                  ": expected it on the parameters' device");
+  STD_TORCH_CHECK(scalar.same_place(params.view(0)), op, name, ": expected it on the parameters' device");
 }
 
 // Refuses a row of the layout tensor that StateLayout.row() would not make for this parameter.
@@ -108,8 +106,8 @@ inline void check_row(const char* op, const int64_t* field, const TensorView& pa
                           (by_unit && scope == static_cast<int64_t>(Scope::kPerUnit));
   const int64_t compact = field[kFieldCompactGrad];
   const bool grad_fits = compact == 0 || (by_unit && compact == 1);
-  STD_TORCH_CHECK(fits && units >= 0 && scope_fits && grad_fits && cohorts >= 1 && cohorts <= 256,
-                  op, ": layout[", i, "]: not a row that StateLayout.row() makes");
+  STD_TORCH_CHECK(fits && units >= 0 && scope_fits && grad_fits && cohorts >= 1 && cohorts <= 256, op, ": layout[", i,
+                  "]: not a row that StateLayout.row() makes");
 }
 
 // Whether a gradient has the shape that a row of the layout tensor asks for.
@@ -129,12 +127,11 @@ inline Call make_call(const TensorList& params, const TensorList* grads, const T
   const char* op = add ? "apply_updates_" : "masked_adamw_";
   const bool with_updates = add || !updates.empty();
   if (add) grads = &updates;
-  STD_TORCH_CHECK(grads->size() == params.size() && states.size() == params.size(),
-                  op, ": expected as many grads and states as params (", params.size(), "), got ",
-                  grads->size(), " and ", states.size());
-  STD_TORCH_CHECK(!with_updates || updates.size() == params.size(),
-                  op, ": expected as many updates as params (", params.size(), ") or none, got ",
-                  updates.size());
+  STD_TORCH_CHECK(grads->size() == params.size() && states.size() == params.size(), op,
+                  ": expected as many grads and states as params (", params.size(), "), got ", grads->size(), " and ",
+                  states.size());
+  STD_TORCH_CHECK(!with_updates || updates.size() == params.size(), op, ": expected as many updates as params (",
+                  params.size(), ") or none, got ", updates.size());
   const DTypeCodes& code = dtype_codes();
   const TensorView rows(layout);
   STD_TORCH_CHECK(layout.is_cpu() && rows.dtype == code.int64 && rows.contiguous && rows.dim == 2 &&
@@ -150,8 +147,8 @@ inline Call make_call(const TensorList& params, const TensorList* grads, const T
     const TensorView param = params.view(i), grad = grads->view(i), state = states.view(i);
     STD_TORCH_CHECK(add || grad_shape_fits(field, param, grad), op, ": grads[", i, "]: expected the ",
                     field[kFieldCompactGrad] ? "compact " : "", "shape of params[", i, "]");
-    STD_TORCH_CHECK(param.same_place(first) && param.same_place(grad) && param.same_place(state),
-                    op, ": params[", i, "], its gradient and its state: expected all on one device");
+    STD_TORCH_CHECK(param.same_place(first) && param.same_place(grad) && param.same_place(state), op, ": params[", i,
+                    "], its gradient and its state: expected all on one device");
     const DType dtype = dtype_of(op, param, i);
     const bool float_grad = dtype != DType::kFloat32 && grad.dtype == code.float32;
     STD_TORCH_CHECK(add || float_grad || grad.dtype == param.dtype, op, ": grads[", i,
@@ -192,14 +189,12 @@ inline Call make_call(const TensorList& params, const TensorList* grads, const T
     int64_t end = 0;  // of the sections, which fill the state: else it was made for another dtype
     auto section = [&](Field f, int64_t bytes, bool required) -> uint32_t {
       const int64_t offset = field[f];
-      STD_TORCH_CHECK(offset ? offset % kOffsetUnit == 0 && offset > 0 && offset + bytes <= state.numel : !required,
-                      op, ": states[", i, "]: does not hold what layout[", i, "] says (field ",
-                      static_cast<int>(f), ")");
+      STD_TORCH_CHECK(offset ? offset % kOffsetUnit == 0 && offset > 0 && offset + bytes <= state.numel : !required, op,
+                      ": states[", i, "]: does not hold what layout[", i, "] says (field ", static_cast<int>(f), ")");
       if (offset) end = offset + bytes;
       return static_cast<uint32_t>(offset / kOffsetUnit);
     };
-    STD_TORCH_CHECK(4 * (task.cohorts + 1) <= state.numel, op, ": states[", i,
-                    "]: too short for its step counts");
+    STD_TORCH_CHECK(4 * (task.cohorts + 1) <= state.numel, op, ": states[", i, "]: too short for its step counts");
     task.index = section(kFieldIndex, 4 * (by_unit ? task.units : words), task.kind != Kind::kDense);
     task.ranks = section(kFieldRanks, 8 * (blocks + 1), task.kind == Kind::kElements);
     task.gain = section(kFieldGain, 4 * static_cast<int64_t>(task.units), false);

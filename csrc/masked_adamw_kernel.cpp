@@ -28,8 +28,8 @@ struct Span {
   // The `count` entries from entry `begin` of these.
   Span part(int64_t begin, int64_t count) const {
     auto from = [begin](auto* x) { return x ? x + begin : nullptr; };
-    return {param + begin, grad + begin, from(exp_avg), from(exp_avg_sq), from(max_exp_avg_sq), from(master),
-            from(cohort), from(gain), first + begin, count};
+    return {param + begin, grad + begin, from(exp_avg), from(exp_avg_sq), from(max_exp_avg_sq),
+            from(master),  from(cohort), from(gain),    first + begin,    count};
   }
 };
 
