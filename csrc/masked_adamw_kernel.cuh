@@ -10,15 +10,11 @@
 #include <climits>
 #include <vector>
 
+#include "blocks.cuh"
 #include "masked_adamw.h"
 
 namespace sparse_cl {
 
-#ifndef SPARSE_CL_CUDA_THREADS
-#define SPARSE_CL_CUDA_THREADS 256
-#endif
-constexpr int kThreads = SPARSE_CL_CUDA_THREADS;
-constexpr int kWarps = kThreads / 32;
 constexpr int kMaxCohorts = 256;
 constexpr int kSegment = 2048;  // weights whose active positions a warp lists at a time: 64 a lane
 constexpr int kUnroll = 4;      // entries that a thread has in flight where wide accesses are impossible
@@ -62,45 +58,9 @@ constexpr size_t shared_bytes(bool elements) {
 template <typename P>
 constexpr int kWide = 16 / sizeof(P);
 
-template <typename S, int N>
-struct alignas(N * sizeof(S) < 16 ? N * sizeof(S) : 16) Pack {
-  S x[N];
-};
-
-template <int N, typename S>
-__device__ __forceinline__ Pack<S, N> load(const S* from) {
-  return *reinterpret_cast<const Pack<S, N>*>(from);
-}
-
-template <int N, typename S>
-__device__ __forceinline__ void store(S* to, const Pack<S, N>& pack) {
-  *reinterpret_cast<Pack<S, N>*>(to) = pack;
-}
-
 struct Spot {
   int64_t position;  // in the parameter
   int32_t unit;      // active row or column
-};
-
-// Divides offsets from `start` into rows of `inner`; 32-bit arithmetic past the first row.
-class Rows {
- public:
-  __device__ Rows(int64_t start, int64_t inner) : row_(start / inner), column_(start % inner), inner_(inner) {}
-
-  __device__ void at(uint32_t offset, int64_t& row, int64_t& column) const {
-    const int64_t rest = inner_ - column_;
-    row = row_;
-    column = column_ + offset;
-    if (offset >= rest) {  // so inner fits 32 bits, or the quotient is 0
-      const uint32_t past = offset - static_cast<uint32_t>(rest);
-      const uint32_t inner = inner_ > UINT32_MAX ? UINT32_MAX : static_cast<uint32_t>(inner_);
-      row += 1 + past / inner;
-      column = past % inner;
-    }
-  }
-
- private:
-  int64_t row_, column_, inner_;
 };
 
 // Steps entries of one task.
@@ -298,18 +258,11 @@ __global__ void __launch_bounds__(kThreads, 2)
 
   if (launch.found_inf && *launch.found_inf != 0) return;
 
-  int low = 0, high = launch.tasks - 1;  // last task whose first chunk is not after this one
-  while (low < high) {
-    const int middle = (low + high + 1) / 2;
-    if (launch.first_chunk[middle] <= blockIdx.x)
-      low = middle;
-    else
-      high = middle - 1;
-  }
-  const Work& work = launch.work[low];
+  const int number = task_of_block(launch.first_chunk, launch.tasks);
+  const Work& work = launch.work[number];
   const Task& task = work.task;
-  const uint32_t chunk = blockIdx.x - launch.first_chunk[low];
-  const uint32_t last_chunk = launch.first_chunk[low + 1] - launch.first_chunk[low] - 1;
+  const uint32_t chunk = blockIdx.x - launch.first_chunk[number];
+  const uint32_t last_chunk = launch.first_chunk[number + 1] - launch.first_chunk[number] - 1;
 
   const double lr = launch.lr ? *launch.lr : launch.hyper.lr;
   for (int c = threadIdx.x; c < task.cohorts; c += kThreads) {
