@@ -10,33 +10,11 @@
 #include <utility>
 #include <vector>
 
+#include "layout_args.h"
 #include "masked_adamw.h"
 #include "tensor_view.h"
 
 namespace sparse_cl {
-
-using torch::stable::Tensor;
-
-// Columns of the layout tensor, see FIELDS in sparse_cl/layout.py.
-enum Field {
-  kFieldKind,
-  kFieldUnits,
-  kFieldCohorts,
-  kFieldScope,
-  kFieldSeed,
-  kFieldNumel,
-  kFieldInner,
-  kFieldCompactGrad,
-  kFieldIndex,
-  kFieldRanks,
-  kFieldGain,
-  kFieldCohort,
-  kFieldExpAvg,
-  kFieldExpAvgSq,
-  kFieldMaxExpAvgSq,
-  kFieldMaster,
-  kFields
-};
 
 // Parameters of one dtype and mode whose gradients share a dtype: what one kernel can take.
 struct Bucket {
@@ -57,15 +35,6 @@ struct Call {
   }
 };
 
-inline DType dtype_of(const char* op, const TensorView& t, size_t i) {
-  const DTypeCodes& code = dtype_codes();
-  if (t.dtype == code.float32) return DType::kFloat32;
-  if (t.dtype == code.bfloat16) return DType::kBFloat16;
-  if (t.dtype == code.float16) return DType::kFloat16;
-  STD_TORCH_CHECK(t.dtype == code.float64, op, ": params[", i, "]: expected float32, bfloat16, float16 or float64");
-  return DType::kFloat64;
-}
-
 // One element on the parameters' device, as float32 bits the kernel can read.
 inline void check_scalar(const char* op, const std::optional<Tensor>& t, const char* name, const TensorList& params) {
   if (!t || params.empty()) return;
@@ -73,41 +42,6 @@ inline void check_scalar(const char* op, const std::optional<Tensor>& t, const c
   STD_TORCH_CHECK(scalar.numel == 1, op, name, ": expected one element, got ", scalar.numel);
   STD_TORCH_CHECK(scalar.dtype == dtype_codes().float32, op, name, ": expected float32");
   STD_TORCH_CHECK(scalar.same_place(params.view(0)), op, name, ": expected it on the parameters' device");
-}
-
-// Refuses a row of the layout tensor that StateLayout.row() would not make for this parameter.
-inline void check_row(const char* op, const int64_t* field, const TensorView& param, size_t i) {
-  int64_t inner = 1;
-  for (int64_t d = 1; d < param.dim; ++d) inner *= param.sizes[d];
-  STD_TORCH_CHECK(field[kFieldNumel] == param.numel && field[kFieldInner] == inner, op, ": layout[", i,
-                  "]: made for another shape than that of params[", i, "]");
-  const int64_t kind = field[kFieldKind], units = field[kFieldUnits], cohorts = field[kFieldCohorts];
-  const int64_t scope = field[kFieldScope];
-  bool by_unit = false, fits = false;
-  switch (kind) {
-    case static_cast<int64_t>(Kind::kRows):
-      by_unit = true;
-      fits = param.dim >= 1 && units <= param.sizes[0];
-      break;
-    case static_cast<int64_t>(Kind::kColumns):
-      by_unit = true;
-      fits = param.dim == 2 && units <= param.sizes[1];
-      break;
-    case static_cast<int64_t>(Kind::kTwoFour):
-      fits = param.dim == 2 && param.sizes[1] % 4 == 0;
-      break;
-    case static_cast<int64_t>(Kind::kDense):
-    case static_cast<int64_t>(Kind::kElements):
-      fits = units <= param.numel;
-      break;
-  }
-  const bool scope_fits = scope == static_cast<int64_t>(Scope::kShared) ||
-                          scope == static_cast<int64_t>(Scope::kPerEntry) ||
-                          (by_unit && scope == static_cast<int64_t>(Scope::kPerUnit));
-  const int64_t compact = field[kFieldCompactGrad];
-  const bool grad_fits = compact == 0 || (by_unit && compact == 1);
-  STD_TORCH_CHECK(fits && units >= 0 && scope_fits && grad_fits && cohorts >= 1 && cohorts <= 256, op, ": layout[", i,
-                  "]: not a row that StateLayout.row() makes");
 }
 
 // Whether a gradient has the shape that a row of the layout tensor asks for.
@@ -133,12 +67,7 @@ inline Call make_call(const TensorList& params, const TensorList* grads, const T
   STD_TORCH_CHECK(!with_updates || updates.size() == params.size(), op, ": expected as many updates as params (",
                   params.size(), ") or none, got ", updates.size());
   const DTypeCodes& code = dtype_codes();
-  const TensorView rows(layout);
-  STD_TORCH_CHECK(layout.is_cpu() && rows.dtype == code.int64 && rows.contiguous && rows.dim == 2 &&
-                      rows.sizes[0] == static_cast<int64_t>(params.size()) && rows.sizes[1] == kFields,
-                  op, ": layout: expected a contiguous int64 CPU tensor of shape (", params.size(), ", ",
-                  static_cast<int>(kFields), ")");
-  const int64_t* field = static_cast<const int64_t*>(rows.data);
+  const int64_t* field = layout_rows(layout, params.size(), op);
 
   Call call;
   if (params.empty()) return call;
@@ -149,7 +78,7 @@ inline Call make_call(const TensorList& params, const TensorList* grads, const T
                     field[kFieldCompactGrad] ? "compact " : "", "shape of params[", i, "]");
     STD_TORCH_CHECK(param.same_place(first) && param.same_place(grad) && param.same_place(state), op, ": params[", i,
                     "], its gradient and its state: expected all on one device");
-    const DType dtype = dtype_of(op, param, i);
+    const DType dtype = dtype_of(param, i, op, "params");
     const bool float_grad = dtype != DType::kFloat32 && grad.dtype == code.float32;
     STD_TORCH_CHECK(add || float_grad || grad.dtype == param.dtype, op, ": grads[", i,
                     "]: expected the dtype of params[", i, "] or float32");
@@ -163,7 +92,7 @@ inline Call make_call(const TensorList& params, const TensorList* grads, const T
     task.cohorts = static_cast<int16_t>(field[kFieldCohorts]);
     task.scope = static_cast<Scope>(field[kFieldScope]);
     task.seed = static_cast<uint32_t>(field[kFieldSeed]);
-    check_row(op, field, param, i);
+    check_row(field, param, i, op, "params");
     task.compact_grad = add || field[kFieldCompactGrad] == 1;
     if (task.kind == Kind::kRows)
       task.inner = task.numel && param.sizes[0] ? task.numel / param.sizes[0] : 0;

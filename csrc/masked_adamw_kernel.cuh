@@ -12,7 +12,6 @@
 
 namespace sparse_cl {
 
-constexpr int kWarps = kThreads / 32;
 constexpr int kMaxCohorts = 256;
 constexpr int kSegment = 2 * kBlock;  // weights whose active positions a warp lists at a time: 64 a lane
 
@@ -116,18 +115,11 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename Storage<P>::acc) == 
   Cohort<T>* cohorts = reinterpret_cast<Cohort<T>*>(shared_memory);
   uint16_t* lists = reinterpret_cast<uint16_t*>(cohorts + kMaxCohorts);
 
-  int low = 0, high = launch.tasks - 1;  // last task whose first chunk is not after this one
-  while (low < high) {
-    const int middle = (low + high + 1) / 2;
-    if (launch.first_chunk[middle] <= blockIdx.x)
-      low = middle;
-    else
-      high = middle - 1;
-  }
-  const Work& work = launch.work[low];
+  const int number = task_of_block(launch.first_chunk, launch.tasks);
+  const Work& work = launch.work[number];
   const Task& task = work.task;
-  const uint32_t chunk = blockIdx.x - launch.first_chunk[low];
-  const uint32_t last_chunk = launch.first_chunk[low + 1] - launch.first_chunk[low] - 1;
+  const uint32_t chunk = blockIdx.x - launch.first_chunk[number];
+  const uint32_t last_chunk = launch.first_chunk[number + 1] - launch.first_chunk[number] - 1;
   const int64_t start = static_cast<int64_t>(chunk) * work.span;
   const uint32_t count = chunk == last_chunk ? work.tail : work.span;
 

@@ -5,17 +5,11 @@
 
 #include <cstdint>
 
+#include "blocks.cuh"
 #include "masked_adamw.h"
 
 namespace sparse_cl {
 
-#ifndef SPARSE_CL_CUDA_THREADS
-#define SPARSE_CL_CUDA_THREADS 256
-#endif
-#ifndef SPARSE_CL_NOTE_ACCESS  // tests/cuda_emulation counts bytes by it
-#define SPARSE_CL_NOTE_ACCESS(address, bytes, written)
-#endif
-constexpr int kThreads = SPARSE_CL_CUDA_THREADS;
 constexpr int kUnroll = 4;  // entries that a thread has in flight where wide accesses are impossible
 
 // Rates of the entries that share a step count, before their gain.
@@ -29,29 +23,12 @@ struct Cohort {
 template <typename P>
 constexpr int kWide = 16 / sizeof(typename Storage<P>::acc);
 
-template <typename S, int N>
-struct alignas(N * sizeof(S)) Pack {
-  S x[N];
-};
-
-template <int N = 1, typename S>
-__device__ __forceinline__ Pack<S, N> load(const S* from) {
-  SPARSE_CL_NOTE_ACCESS(from, N * sizeof(S), false);
-  return *reinterpret_cast<const Pack<S, N>*>(from);
-}
-
-template <int N, typename S>
-__device__ __forceinline__ void store(S* to, const Pack<S, N>& pack) {
-  SPARSE_CL_NOTE_ACCESS(to, N * sizeof(S), true);
-  *reinterpret_cast<Pack<S, N>*>(to) = pack;
-}
-
 struct Spot {
   int64_t position;  // in the parameter
   int32_t unit;      // active row or column
 };
 
-// Where the entries from `start` of a state lie, for all kinds but kElements; 32-bit arithmetic past the first row.
+// Where the entries from `start` of a state lie, for all kinds but kElements.
 class Places {
  public:
   __device__ Places(const Task& task, int64_t start)
@@ -59,12 +36,9 @@ class Places {
         index_(task.at<const int32_t>(task.index)),
         start_(start),
         inner_(task.inner),
-        length_(task.kind == Kind::kColumns ? task.units : task.inner) {
-    if (kind_ == Kind::kRows || kind_ == Kind::kColumns) {
-      row_ = start / length_;
-      column_ = start % length_;
-    }
-  }
+        rows_(start, kind_ == Kind::kRows      ? task.inner
+                     : kind_ == Kind::kColumns ? task.units
+                                               : 1) {}
 
   __device__ Spot operator()(uint32_t offset) const {
     const int64_t entry = start_ + offset;
@@ -75,14 +49,8 @@ class Places {
       const int within = entry % 2 ? 31 - __clz(static_cast<int>(four)) : __ffs(static_cast<int>(four)) - 1;
       return {entry / 16 * 32 + group + within, 0};
     }
-    const int64_t rest = length_ - column_;
-    int64_t row = row_, column = column_ + offset;
-    if (offset >= rest) {  // so the length fits 32 bits, or the quotient is 0
-      const uint32_t past = offset - static_cast<uint32_t>(rest);
-      const uint32_t length = length_ > UINT32_MAX ? UINT32_MAX : static_cast<uint32_t>(length_);
-      row += 1 + past / length;
-      column = past % length;
-    }
+    int64_t row, column;
+    rows_.at(offset, row, column);
     if (kind_ == Kind::kRows) return {load(index_ + row).x[0] * inner_ + column, static_cast<int32_t>(row)};
     return {row * inner_ + load(index_ + column).x[0], static_cast<int32_t>(column)};
   }
@@ -90,8 +58,8 @@ class Places {
  private:
   const Kind kind_;
   const int32_t* const index_;
-  const int64_t start_, inner_, length_;  // length_: entries of the state in a row of the parameter
-  int64_t row_ = 0, column_ = 0;
+  const int64_t start_, inner_;
+  const Rows rows_;
 };
 
 // Steps entries of one task.
