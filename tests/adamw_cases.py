@@ -43,7 +43,11 @@ HYPER = dict(
 
 @dataclass(frozen=True)
 class Case:
-    """One parameter. ``strided``: a transposed view; ``shift``: elements by which its address is misaligned."""
+    """One parameter.
+
+    ``strided``: a transposed view; ``shift``: elements by which its address is misaligned; ``clusters``: the ranges of
+    weights that an element mask holds, random ones elsewhere.
+    """
 
     kind: int = DENSE
     shape: tuple[int, ...] = (37, 40)
@@ -58,6 +62,7 @@ class Case:
     strided: bool = False
     shift: int = 0
     compact_grad: bool = False
+    clusters: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass
@@ -161,6 +166,10 @@ def _mask(case: Case, rng: torch.Generator) -> tuple[Tensor | None, int, Tensor 
         return torch.randperm(size, generator=rng)[:units].sort().values.to(torch.int32), units, None
     if case.kind == ELEMENTS:
         dense = torch.rand(case.shape, generator=rng) < case.density
+        if case.clusters:
+            dense.zero_()
+        for start, stop in case.clusters:
+            dense.view(-1)[start:stop] = True
         return pack_bits(dense), int(dense.sum()), block_ranks(dense)
     order = torch.rand(math.prod(case.shape) // 4, 4, generator=rng).argsort(1)
     return pack_bits((order < 2).view(case.shape)), math.prod(case.shape) // 2, None
