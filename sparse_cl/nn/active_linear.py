@@ -40,7 +40,7 @@ class _LinearOfActive(torch.autograd.Function):
             grad_x = _OfInput.apply(grad, weight, active, index, ctx.rowwise) if again else grad.mm(weight)
         if kept is not None:
             of_active = grad.index_select(1, index) if ctx.rowwise else grad
-            grad_active = of_active.t().mm(kept).to(active.dtype)
+            grad_active = _product(of_active.t(), kept, active.dtype)
         grad_bias = grad.sum(0) if ctx.needs_input_grad[2] else None
         return grad_x, None, grad_bias, grad_active, None, None
 
@@ -63,6 +63,14 @@ class _OfInput(torch.autograd.Function):
         else:
             grad_active = grad.t().mm(second.index_select(1, index))
         return second.mm(weight.t()), None, grad_active.to(ctx.leaf_dtype), None, None
+
+
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a b in ``dtype``. A GPU sums half precision in float32 and need not round it between."""
+    narrow = a.dtype in (torch.bfloat16, torch.float16)
+    if a.is_cuda and narrow and dtype == torch.float32 and not torch.is_grad_enabled():
+        return torch.mm(a, b, out_dtype=dtype)
+    return a.mm(b).to(dtype)
 
 
 class ActiveLinear(nn.Linear):
