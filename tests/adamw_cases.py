@@ -187,12 +187,17 @@ def check_accuracy(mine: Problem, torch_step: Problem, oracle: Problem, names: S
     for i, layout in enumerate(mine.layouts):
         got, plain, exact = numbers(mine, i), numbers(torch_step, i), numbers(oracle, i)
         for name, value in exact.items():
-            # In float64 the oracle's own bias corrections, 1 - beta**t, are good to about 1e-13. A few entries may have
-            # cancelled, or been lucky in the reference.
-            tiny = 1e-12 if layout.dtype == torch.float64 else 1.2e-7 if value.numel() >= 16 else 1e-5
-            error = (got[name].double() - value).norm().item()
-            allowed = 2 * (plain[name].double() - value).norm().item() + tiny * value.norm().item()
-            assert error <= allowed, f"{name} of {names[i] if names else i}: error {error:.3g}, allowed {allowed:.3g}"
+            check_error(got[name], plain[name], value, f"{name} of {names[i] if names else i}", layout.dtype)
+
+
+def check_error(got: Tensor, plain: Tensor, exact: Tensor, what: str, dtype: torch.dtype = torch.float32) -> None:
+    """err(got, exact) <= 2 err(plain, exact) + tiny, in the 2-norm, for numbers computed in ``dtype``."""
+    # In float64 the oracle's own bias corrections, 1 - beta**t, are good to about 1e-13. A few entries may have
+    # cancelled, or been lucky in the reference.
+    tiny = 1e-12 if dtype == torch.float64 else 1.2e-7 if exact.numel() >= 16 else 1e-5
+    error = (got.double() - exact).norm().item()
+    allowed = 2 * (plain.double() - exact).norm().item() + tiny * exact.norm().item()
+    assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g}"
 
 
 def check_untouched(before: Problem, after: Problem, advanced: int, names: Sequence[object] = ()) -> None:
