@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -26,6 +27,10 @@ def _define(schema: str, implementation, fake):
 
 def _nothing(*args) -> None:
     """The fake of an op that returns nothing."""
+
+
+def _active_norm_fake(grads: Sequence[Tensor], states: Sequence[Tensor], layout: Tensor) -> Tensor:
+    return (grads[0] if grads else layout).new_empty((), dtype=reference.norm_dtype(grads))
 
 
 def _gram_factor_fake(gram: Tensor, squared_norms: Tensor, rtol: float) -> tuple[Tensor, Tensor]:
@@ -52,10 +57,24 @@ def _randomized_svd_fake(
 
 
 masked_adamw_ = _define(
-    "masked_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] states, Tensor layout, float lr, "
-    "Tensor? lr_tensor, float beta1, float beta2, float eps, float weight_decay, bool maximize, "
+    "masked_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] states, Tensor(c!)[] updates, Tensor layout, "
+    "float lr, Tensor? lr_tensor, float beta1, float beta2, float eps, float weight_decay, bool maximize, "
     "Tensor? grad_scale, Tensor? found_inf) -> ()",
     reference.masked_adamw_,
+    _nothing,
+)
+apply_updates_ = _define(
+    "apply_updates_(Tensor(a!)[] params, Tensor(b!)[] states, Tensor[] updates, Tensor layout, Tensor? found_inf) "
+    "-> ()",
+    reference.apply_updates_,
+    _nothing,
+)
+active_norm = _define(
+    "active_norm(Tensor[] grads, Tensor[] states, Tensor layout) -> Tensor", reference.active_norm, _active_norm_fake
+)
+scale_active_ = _define(
+    "scale_active_(Tensor(a!)[] grads, Tensor[] states, Tensor layout, Tensor factor) -> ()",
+    reference.scale_active_,
     _nothing,
 )
 gram_factor = _define(

@@ -111,6 +111,14 @@ class Model:
         return {name: bits(value.detach()).cpu().clone() for name, value in shown.items()}
 
 
+def check_error(got: Tensor, plain: Tensor, exact: Tensor, what: str) -> None:
+    """err(got, exact) <= 2 err(plain, exact) + tiny, in the 2-norm, as ``adamw_cases.check_accuracy`` has it."""
+    tiny = 1.2e-7 if exact.numel() >= 16 else 1e-5
+    error = (got.double() - exact).norm().item()
+    allowed = 2 * (plain.double() - exact).norm().item() + tiny * exact.norm().item()
+    assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g}"
+
+
 def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
     """Two snapshots are equal to the bit."""
     assert first.keys() == second.keys()

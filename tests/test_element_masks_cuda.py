@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from adamw_cases import bits, check_error
-from cuda_device import DEVICE, needs_device, random
+from adamw_cases import bits
+from cuda_device import DEVICE, check_error, needs_device, random
 from torch import nn
 from torch.optim import AdamW
 

@@ -2,41 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
-from sparse_cl.masks import Mask
-from sparse_cl.optim.state import write_flat
+from sparse_cl import ops
+from sparse_cl.optim.plan import Plan
 
 
-def clip_active_(grads: Sequence[tuple[Tensor, Mask | None]], max_norm: float) -> Tensor:
+def clip_active_(calls: Iterable[tuple[list[Tensor], Plan]], max_norm: float) -> Tensor:
     """Scales the active entries of gradients in place so that their joint 2-norm is at most ``max_norm``.
 
     Args:
-        grads: gradients, at least one, each with its parameter's mask; without one all entries are active.
+        calls: gradients, each list with the plan of their step.
 
     Returns:
-        The norm before scaling, a 0-d tensor on the device of the first gradient.
+        The norm before scaling, a 0-d tensor on the device of the first gradient; 0 on the CPU if there is none.
     """
-    device = grads[0][0].device
-    picked = [_pick(grad, mask) for grad, mask in grads]
-    norms = [torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in picked]
-    norm = torch.linalg.vector_norm(torch.stack([n.to(device) for n in norms]))
+    by_device: dict[torch.device, tuple[list[Tensor], list[Tensor], list[Tensor]]] = {}
+    for grads, plan in calls:
+        of_device = by_device.setdefault(grads[0].device, ([], [], []))
+        for found, more in zip(of_device, (grads, plan.buffers, [plan.layout]), strict=True):
+            found += more
+    if not by_device:
+        return torch.tensor(0.0)
+    of_devices = [(grads, buffers, torch.cat(layouts)) for grads, buffers, layouts in by_device.values()]
+    norms = [ops.active_norm(*arguments) for arguments in of_devices]
+    norm = norms[0]
+    if len(norms) > 1:
+        norm = torch.linalg.vector_norm(torch.stack([_on(n, norm.device) for n in norms]))
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    for (grad, mask), values in zip(grads, picked, strict=True):
-        _put(grad, mask, values.mul_(factor.to(grad.device)))
+    for device, arguments in zip(by_device, of_devices, strict=True):
+        ops.scale_active_(*arguments, _on(factor, device))
+        increment_version(arguments[0])  # the op writes behind autograd's back
     return norm
 
 
-def _pick(grad: Tensor, mask: Mask | None) -> Tensor:
-    if mask is None:
-        return grad
-    return grad.reshape(-1)[mask.to(grad.device).positions()]
-
-
-def _put(grad: Tensor, mask: Mask | None, values: Tensor) -> None:
-    if mask is None:
-        return
-    write_flat(grad, mask.to(grad.device).positions(), values)
+def _on(scalar: Tensor, device: torch.device) -> Tensor:
+    """``scalar`` on a device; on the CPU it has arrived when this returns."""
+    return scalar.to(device, non_blocking=device.type != "cpu")

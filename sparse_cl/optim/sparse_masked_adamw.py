@@ -146,20 +146,10 @@ class SparseMaskedAdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        calls = []
-        gradients = [[p.grad for p in group["params"]] for group in self.param_groups]
-        if not {g.layout for grads in gradients for g in grads if g is not None} <= {torch.strided}:
-            self._refuse_sparse()
-        shown = set(map(id, self.state.values()))
-        for number, (group, grads) in enumerate(zip(self.param_groups, gradients, strict=True)):
-            calls += [
-                (group, plan, [grads[i] for i in plan.positions]) for plan in self._plans(number, group, grads, shown)
-            ]
+        calls = self._gathered()
         if len(calls) > 1:
             # The op checks before it writes, but here an earlier call would already have stepped its parameters.
-            for _, plan, grads in calls:
-                if facts_of(grads) != plan.facts:
-                    self._explain(plan.own, grads)
+            self._check_facts(calls)
         for group, plan, grads in calls:
             self._apply(group, plan, grads, grad_scale, found_inf)
         for plan in self._group_plans.values():
@@ -256,15 +246,11 @@ class SparseMaskedAdamW(Optimizer):
         """
         if not max_norm > 0:
             raise ValueError(f"max_norm: expected a number above 0, got {max_norm}")
-        active = [
-            (p.grad, None if owner_of(p) is not None else self._masks.get(p))
-            for group in self.param_groups
-            for p in group["params"]
-            if p.grad is not None and self._takes_part(p)
-        ]
-        if not active:
-            return torch.tensor(0.0)
-        return clip_active_(active, max_norm)
+        if self._mismatch:
+            raise ValueError(self._mismatch)
+        calls = self._gathered()
+        self._check_facts(calls)
+        return clip_active_([(grads, plan) for _, plan, grads in calls], max_norm)
 
     def state_bytes(self) -> int:
         """Bytes of all optimizer state, mask indices included."""
@@ -274,6 +260,23 @@ class SparseMaskedAdamW(Optimizer):
         self._mismatch: str | None = getattr(self, "_mismatch", None)
         self._packed: dict[Tensor, ParameterState] = getattr(self, "_packed", {})
         self._group_plans: dict[int, GroupPlan] = {}
+
+    def _gathered(self) -> list[tuple[dict[str, Any], Plan, list[Tensor]]]:
+        """The group, the plan and the gradients of each call of the op."""
+        gradients = [[p.grad for p in group["params"]] for group in self.param_groups]
+        if not {g.layout for grads in gradients for g in grads if g is not None} <= {torch.strided}:
+            self._refuse_sparse()
+        shown = set(map(id, self.state.values()))
+        return [
+            (group, plan, [grads[i] for i in plan.positions])
+            for number, (group, grads) in enumerate(zip(self.param_groups, gradients, strict=True))
+            for plan in self._plans(number, group, grads, shown)
+        ]
+
+    def _check_facts(self, calls: list[tuple[dict[str, Any], Plan, list[Tensor]]]) -> None:
+        for _, plan, grads in calls:
+            if facts_of(grads) != plan.facts:
+                self._explain(plan.own, grads)
 
     def _plans(self, number: int, group: dict[str, Any], grads: list[Tensor | None], shown: set[int]) -> list[Plan]:
         with_grad = [g is not None for g in grads]
@@ -343,6 +346,7 @@ class SparseMaskedAdamW(Optimizer):
                 plan.params,
                 grads,
                 plan.buffers,
+                [],
                 plan.layout,
                 0.0 if lr_tensor is not None else float(lr),
                 lr_tensor,

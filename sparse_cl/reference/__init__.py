@@ -1,5 +1,7 @@
 """Every op in plain PyTorch: the fallback where no native library is built, and the oracle of the tests."""
 
+from sparse_cl.reference.apply_updates import apply_updates_
+from sparse_cl.reference.clip_grad import active_norm, norm_dtype, scale_active_
 from sparse_cl.reference.gram_factor import gram_factor
 from sparse_cl.reference.masked_adamw import (
     active_positions,
@@ -16,17 +18,21 @@ from sparse_cl.reference.project_out import project_onto_, project_out_
 from sparse_cl.reference.randomized_svd import randomized_svd
 
 __all__ = [
+    "active_norm",
     "active_positions",
+    "apply_updates_",
     "block_ranks",
     "default_rtol",
     "gram_factor",
     "masked_adamw_",
+    "norm_dtype",
     "orthonormalize",
     "pack_bits",
     "project_onto_",
     "project_out_",
     "random_bits",
     "randomized_svd",
+    "scale_active_",
     "spread_units",
     "stochastic_round",
     "unpack_bits",
