@@ -6,7 +6,19 @@ import io
 import pytest
 import torch
 from adamw_cases import bits
-from cuda_device import DEVICE, ON_GPU, SHAPE, Model, assert_same, masks, needs_device, needs_two, no_waiting, random
+from cuda_device import (
+    DEVICE,
+    ON_GPU,
+    SHAPE,
+    Model,
+    assert_same,
+    check_error,
+    masks,
+    needs_device,
+    needs_two,
+    no_waiting,
+    random,
+)
 from torch import nn
 from torch.optim import AdamW
 
