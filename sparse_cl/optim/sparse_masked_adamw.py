@@ -380,7 +380,8 @@ class SparseMaskedAdamW(Optimizer):
         wanted = {k: options[k] for k in ("amsgrad", "master") if k in options}
         untouched = packed is not None and all(current.get(k) is v for k, v in packed.views.items())
         if untouched and all(getattr(packed.layout, k) == v for k, v in wanted.items()):
-            if self._is_master(param, packed) and param.data_ptr() != packed.views["master"].data_ptr():
+            moved = param.device != packed.buffer.device  # which is refused before the step
+            if not moved and self._is_master(param, packed) and param.data_ptr() != packed.views["master"].data_ptr():
                 packed.views["master"].copy_(param)
                 param.data = packed.views["master"]
             return packed
@@ -410,7 +411,12 @@ class SparseMaskedAdamW(Optimizer):
 
     def _is_master(self, param: Tensor, packed: ParameterState) -> bool:
         """Whether ``param`` is a leaf that is one tensor with the master of its state."""
-        return packed.is_leaf(param) and same_mask(packed.mask, self._mask_of(param))
+        mask = self._mask_of(param)
+        if mask is None or not packed.is_leaf(param):
+            return False
+        if packed.same_as is not mask and same_mask(packed.mask, mask):
+            packed.same_as = mask
+        return packed.same_as is mask
 
     def _options(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
         owner = owner_of(param)

@@ -35,6 +35,7 @@ class ParameterState:
     layout: StateLayout
     buffer: Tensor
     views: dict[str, Tensor]
+    same_as: Mask | None = None  # found equal to the state's mask, kept since to compare them waits for the device
 
     def __post_init__(self):
         # torch.save refuses views of several dtypes of one storage, and pickle writes the storage once a view. So
