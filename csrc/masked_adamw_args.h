@@ -39,9 +39,9 @@ struct Call {
 inline void check_scalar(const char* op, const std::optional<Tensor>& t, const char* name, const TensorList& params) {
   if (!t || params.empty()) return;
   const TensorView scalar(*t);
-  STD_TORCH_CHECK(scalar.numel == 1, op, name, ": expected one element, got ", scalar.numel);
-  STD_TORCH_CHECK(scalar.dtype == dtype_codes().float32, op, name, ": expected float32");
-  STD_TORCH_CHECK(scalar.same_place(params.view(0)), op, name, ": expected it on the parameters' device");
+  STD_TORCH_CHECK(scalar.numel == 1, op, ": ", name, ": expected one element, got ", scalar.numel);
+  STD_TORCH_CHECK(scalar.dtype == dtype_codes().float32, op, ": ", name, ": expected float32");
+  STD_TORCH_CHECK(scalar.same_place(params.view(0)), op, ": ", name, ": expected it on the parameters' device");
 }
 
 // Whether a gradient has the shape that a row of the layout tensor asks for.
