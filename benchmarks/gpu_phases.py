@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import os
 import runpy
@@ -49,6 +51,21 @@ def execute(command: list, end: float, capture: bool = True, **environment: str)
     if capture:
         print(done.stdout, end="", flush=True)
     return done.returncode, done.stdout or ""
+
+
+def run_here(name: str, *options: str) -> tuple[int, str]:
+    """Exit code and output of a script at tiny sizes in this process, where what takes long is imported already."""
+    before, sys.argv = sys.argv, [name, *options, "--tiny"]
+    said, code = io.StringIO(), 0
+    try:
+        with contextlib.redirect_stdout(said):
+            runpy.run_path(str(BENCHMARKS / name), run_name="__main__")
+    except SystemExit as ended:
+        code = ended.code
+    finally:
+        sys.argv = before
+        print(said.getvalue(), end="", flush=True)
+    return code, said.getvalue()
 
 
 def explained(code: int, output: str) -> str:
@@ -133,9 +150,12 @@ def tests(run: Run, end: float, dry: bool) -> int:
 
 def sanitizer(run: Run, end: float, dry: bool) -> int:
     def check(tool: str) -> dict:
-        command = [sys.executable, BENCHMARKS / "gpu_sanitize.py"]
-        watched = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", *command]
-        code, output = execute([*command, "--tiny"] if dry else watched, end, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        if dry:
+            code, output = run_here("gpu_sanitize.py")
+        else:
+            command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable]
+            script = BENCHMARKS / "gpu_sanitize.py"
+            code, output = execute([*command, script], end, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
         lines = {mark: [line for line in output.splitlines() if mark in line] for mark in ("SUMMARY", "checked")}
         if code or not lines["checked"] or not (dry or lines["SUMMARY"]):
             raise RuntimeError(explained(code, output))
@@ -147,17 +167,11 @@ def sanitizer(run: Run, end: float, dry: bool) -> int:
 
 
 def script(run: Run, end: float, dry: bool) -> int:
-    command = [str(BENCHMARKS / SCRIPTS[run.phase]), "--json", str(run.path), "--deadline", f"{end:.1f}"]
-    if not dry:
-        # A process of its own: an illegal access of one phase would fail all later ones.
-        return execute([sys.executable, *command], end, capture=False)[0]
-    before, sys.argv = sys.argv, [*command, "--tiny"]
-    try:
-        runpy.run_path(command[0], run_name="__main__")
-    except SystemExit as ended:
-        return ended.code
-    finally:
-        sys.argv = before
+    options = ["--json", str(run.path), "--deadline", f"{end:.1f}"]
+    if dry:
+        return run_here(SCRIPTS[run.phase], *options)[0]
+    # A process of its own: an illegal access of one phase would fail all later ones.
+    return execute([sys.executable, BENCHMARKS / SCRIPTS[run.phase], *options], end, capture=False)[0]
 
 
 RUNNERS: dict[str, Callable[[Run, float, bool], int]] = {

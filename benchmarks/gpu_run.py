@@ -138,11 +138,11 @@ def device_name() -> str:
     return torch.cuda.get_device_name() if ON_GPU else f"CPU {platform.processor() or platform.machine()}"
 
 
-@cache
 def commit() -> str:
     return os.environ.get("COMMIT") or _output("git", "-C", str(ROOT), "rev-parse", "HEAD") or "unknown"
 
 
+@cache
 def _output(*command: str) -> str:
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
