@@ -81,7 +81,9 @@ def build(run: Run, end: float, dry: bool) -> int:
         code, output = execute([sys.executable, BENCHMARKS / "gpu_run.py"], end)
         if code:
             return None
-        found = json.loads(output.strip().splitlines()[-1])
+        found = json.loads(next(line for line in output.splitlines() if line.startswith("{")))
+        if not dry and found["device"].startswith("CPU"):
+            raise RuntimeError("torch sees no GPU; --dry-run needs none")
         return found if dry or all(found["libraries"].values()) else None
 
     def libraries() -> dict:
@@ -98,7 +100,7 @@ def build(run: Run, end: float, dry: bool) -> int:
                 raise RuntimeError(explained(code, output))
             found = inspect()
         if found is None:
-            raise RuntimeError("the libraries do not load, or there is no GPU: see the log")
+            raise RuntimeError("the libraries do not load: see the log")
         run.data["versions"] = {key: value for key, value in found.items() if key != "libraries"}
         return {"how": how, "libraries": found["libraries"]}
 

@@ -168,8 +168,8 @@ def device_bytes() -> int:
 
 
 def free() -> None:
-    gc.collect()
     if ON_GPU:
+        gc.collect()
         torch.cuda.empty_cache()
 
 

@@ -58,6 +58,26 @@ def bars(data: dict) -> Iterator[tuple[str, float | None, str, float | None]]:
     yield "ActivationProbe / plain forward", probes.get("ActivationProbe", {}).get("ratio"), "<=", 1.2
 
 
+def details(data: dict) -> Iterator[str]:
+    """Two short tables: of each step of the op, and of each whole step."""
+    found = Results(data)
+    shown = [(name, found.case("bandwidth", name)) for name in data.get("bandwidth", {})]
+    shown = [(name, case) for name, case in shown if "of_copy" in case]
+    if shown:
+        yield f"\n{'copy ' + format(shown[0][1]['copy_gb_per_s'], '.0f') + ' GB/s':44}    ms  torch's    GB/s  of copy"
+    for name, case in shown:
+        yield f"{name:44}{case['ms']:6.2f}{case['torch_fused_ms']:9.2f}{case['gb_per_s']:8.0f}{case['of_copy']:9.2f}"
+    shown = [(name, found.case("steps", name)) for name in data.get("steps", {})]
+    shown = [(name, case) for name, case in shown if "step_ms" in case]
+    if shown:
+        yield f"\n{'ms':40}  step  forward  backward  optimizer    GiB  layers"
+    for name, case in shown:
+        parts = (
+            f"{case['step_ms']:6.1f}{case['forward_ms']:9.1f}{case['backward_ms']:10.1f}{case['optimizer_ms']:11.1f}"
+        )
+        yield f"{name:40}{parts}{case['peak_bytes'] / 2**30:7.1f}{case['layers']:8d}"
+
+
 def table(data: dict) -> tuple[list[dict], str]:
     """The bars as objects, and all that a reader wants to see first as text."""
     rows, lines = [], []
@@ -68,7 +88,8 @@ def table(data: dict) -> tuple[list[dict], str]:
         word = "not measured" if figure is None else {None: "", True: "met", False: "MISSED"}[met]
         lines.append(f"{what:58}{shown:>9}  {f'{side} {bar}' if bar else '':9}{word}")
     text = ["", "DRY RUN: tiny sizes on the CPU, the figures mean nothing" if data["dry_run"] else ""]
-    text += ["  ".join(f"{k} {v}" for k, v in data.get("versions", {}).items()), *lines, ""]
+    text += ["  ".join(f"{k} {v}" for k, v in data.get("versions", {}).items()), *lines]
+    text += [*details(data), ""]
     text += [f"{p['name']:12}{p['status']:20}{p['seconds']:7.1f} s  {p.get('error', '')}" for p in data["phases"]]
     checks = {name: c for name, c in data.get("tests", {}).items()}
     if checks:
