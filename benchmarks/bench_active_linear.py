@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from sparse_cl import SparseMaskedAdamW
+from sparse_cl.masks import Mask
 from sparse_cl.nn import ActiveLinear, activate
 from sparse_cl.probes.neuron_masks import neuron_masks, places
 from sparse_cl.probes.parts import find_mlps
@@ -137,32 +138,37 @@ def trained_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def make_contenders(
-    base: nn.Module, fresh: Callable[[], nn.Module], device: str = "cpu", autocast: bool = True
-) -> dict[str, Callable[[], Contender]]:
-    """Ways to make each contender from a model that ``fresh`` gives, of the shapes of ``base``."""
-    from peft import LoraConfig, ShiraConfig, get_peft_model
-
-    def contender(model: nn.Module, optimizer: type, **options) -> Contender:
-        named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-        return Contender(model, optimizer(named, lr=LR, **options), device, autocast)
-
+def choose_neurons(base: nn.Module) -> dict[str, Mask]:
+    """Masks of so many random neurons of each MLP."""
     masks = {}
     for mlp in find_mlps(base):
         neurons = torch.randperm(mlp.neurons)[: max(1, round(FRACTION * mlp.neurons))]
         masks |= neuron_masks(places(mlp), neurons)
+    return masks
+
+
+def train(model: nn.Module, optimizer: type, device: str = "cpu", autocast: bool = False, **options) -> Contender:
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    return Contender(model, optimizer(named, lr=LR, **options), device, autocast)
+
+
+def make_contenders(base: nn.Module, fresh: Callable[[], nn.Module]) -> dict[str, Callable[[], Contender]]:
+    """Ways to make each contender from a model that ``fresh`` gives, of the shapes of ``base``."""
+    from peft import LoraConfig, ShiraConfig, get_peft_model
+
+    masks = choose_neurons(base)
     rank = rank_for(base, sum(mask.numel for mask in masks.values()))
 
     def ours() -> Contender:
         model = fresh()
         activate(model, masks)
-        return contender(model, SparseMaskedAdamW)
+        return train(model, SparseMaskedAdamW, autocast=True)
 
     def adapted(config) -> Contender:
-        return contender(get_peft_model(fresh(), config), torch.optim.AdamW, fused=True)
+        return train(get_peft_model(fresh(), config), torch.optim.AdamW, autocast=True, fused=True)
 
     return {
-        "full AdamW": lambda: contender(fresh(), torch.optim.AdamW, fused=True),
+        "full AdamW": lambda: train(fresh(), torch.optim.AdamW, autocast=True, fused=True),
         "LoRA": lambda: adapted(LoraConfig(r=rank, lora_alpha=rank, target_modules=MLP)),
         "ours": ours,
         "SHiRA": lambda: adapted(ShiraConfig(r=rank, target_modules=MLP)),

@@ -1,25 +1,26 @@
 """masked_adamw_ on a GPU against torch's fused AdamW, beside the copy bandwidth of the same process.
 
-    python benchmarks/gpu_masked_adamw.py --out results.json
+    python benchmarks/gpu_masked_adamw.py --json out/gpu.json [--tiny]
 
 Times are medians of CUDA events around whole steps of Llama-3-8B's parameter list, which is far beyond the L2 cache;
-where memory does not hold it, with fewer layers of the same shapes. GB/s counts every byte of the active entries once
-a read and once a write; for element masks every 32-byte sector that holds an active entry.
+where memory does not hold it, with fewer layers of the same shapes.
+
+GB/s counts what a step cannot do without: of each active entry the gradient and the state once read, the parameter and
+the state once written, the parameter once read where there is no master (28 bytes in float32, and in bfloat16 with a
+master). Of element, column and 2:4 masks, gradient and parameter count by the 32-byte sectors that hold an active
+entry, and the bits of a mask once. Indices of rows and columns, ranks and step counts are left out. Where a kernel
+reads a sector twice, or two sectors for one, that shows as a lower share of the copy.
 """
 
 from __future__ import annotations
 
-import argparse
-import gc
-import json
-import statistics
-import subprocess
-import time
-from collections.abc import Callable
+import ctypes
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 
 import torch
+from gpu_run import DEVICE, ON_GPU, Run, Skipped, device_bytes, free, host_ms, main, median_ms
 from torch import Tensor
 
 from sparse_cl import ColumnMask, ElementMask, RowMask, SparseMaskedAdamW, TwoFourMask, ops
@@ -28,9 +29,30 @@ from sparse_cl.layout import DENSE, StateLayout, state_dtype
 LR = 1e-3
 LAYERS = 32
 SECTOR = 32
+HALF, FULL = torch.bfloat16, torch.float32
+
+Shapes = list[tuple[int, ...]]
+
+#: Name: dtype of the parameters, mask, density, master, compact gradient.
+CASES = {
+    "dense fp32": (FULL, "dense", 1.0, False, False),
+    "rows 5 % fp32": (FULL, "rows", 0.05, False, False),
+    "elements 5 % fp32": (FULL, "elements", 0.05, False, False),
+    "rows 25 % fp32": (FULL, "rows", 0.25, False, False),
+    "columns 5 % fp32": (FULL, "columns", 0.05, False, False),
+    "columns 5 % fp32, compact gradient": (FULL, "columns", 0.05, False, True),
+    "elements 5 % fp32, in a band of rows": (FULL, "band", 0.05, False, False),
+    "2:4 fp32": (FULL, "two-four", 0.5, False, False),
+    "dense bf16, master": (HALF, "dense", 1.0, True, False),
+    "dense bf16, no master": (HALF, "dense", 1.0, False, False),
+    "rows 5 % bf16, master": (HALF, "rows", 0.05, True, False),
+    "elements 5 % bf16, master": (HALF, "elements", 0.05, True, False),
+}
+#: Cases that are measured again with the L2 cache asked to fetch single sectors.
+FETCHES = ("columns 5 % fp32", "elements 5 % fp32")
 
 
-def llama_shapes(layers: int = LAYERS) -> list[tuple[int, ...]]:
+def llama_shapes(layers: int = LAYERS) -> Shapes:
     """Shapes of Llama-3-8B's parameters; 291 tensors at 32 layers."""
     square, narrow, up, down = (4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)
     layer = [square, narrow, narrow, square, up, up, down, (4096,), (4096,)]
@@ -38,227 +60,221 @@ def llama_shapes(layers: int = LAYERS) -> list[tuple[int, ...]]:
 
 
 def layers_that_fit(bytes_per_parameter: float) -> int:
-    free, _ = torch.cuda.mem_get_info()
-
     def needed(layers: int) -> float:
         return bytes_per_parameter * sum(torch.Size(s).numel() for s in llama_shapes(layers))
 
-    return max((n for n in range(1, LAYERS + 1) if needed(n) < 0.85 * free), default=1)
+    return max((n for n in range(1, LAYERS + 1) if needed(n) < 0.85 * device_bytes()), default=1)
 
 
-def median_ms(step: Callable[[], None], repeats: int = 15, warmup: int = 3) -> float:
-    for _ in range(warmup):
-        step()
-    times = []
-    for _ in range(repeats):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        step()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
-
-
-def host_us(step: Callable[[], None], repeats: int = 200) -> float:
-    """Time until ``step`` returns, the GPU idle before."""
-    times = []
-    for _ in range(repeats + 10):
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        step()
-        times.append(time.perf_counter() - start)
-    return 1e6 * statistics.median(times[10:])
-
-
-def copy_bandwidth() -> float:
+def copy_bandwidth(entries: int) -> float:
     """GB/s of a device-to-device copy, bytes read and written."""
-    source = torch.randn(1 << 29, device="cuda")
+    source = torch.randn(entries, device=DEVICE)
     target = torch.empty_like(source)
     return 2 * source.nbytes / median_ms(lambda: target.copy_(source)) / 1e6
 
 
+def chosen(size: int, density: float) -> Tensor:
+    return torch.randperm(size, device=DEVICE)[: round(density * size)]
+
+
 def mask_for(kind: str, shape: tuple[int, ...], density: float):
-    """A random mask, or None for a dense parameter; what a kind cannot mask gets an empty row mask."""
+    """A random mask, made on the device; None for a dense parameter. Vectors of columns and 2:4 get an empty mask."""
     if kind == "dense":
         return None
     if kind == "rows":
-        return RowMask(torch.randperm(shape[0])[: round(density * shape[0])].sort().values, shape).to("cuda")
+        return RowMask(chosen(shape[0], density), shape)
     if kind == "elements":
-        return ElementMask(torch.rand(shape, device="cuda") < density)
+        return ElementMask(torch.rand(shape, device=DEVICE) < density)
+    if kind == "band":
+        dense = torch.zeros(shape, dtype=torch.bool, device=DEVICE)
+        dense[: round(density * shape[0])] = True
+        return ElementMask(dense)
     if len(shape) != 2:
-        return RowMask([], shape).to("cuda")
+        return RowMask(torch.empty(0, dtype=torch.int64, device=DEVICE), shape)
     if kind == "columns":
-        return ColumnMask(torch.randperm(shape[1])[: round(density * shape[1])].sort().values, shape).to("cuda")
+        return ColumnMask(chosen(shape[1], density), shape)
     pair = torch.tensor([[1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 0, 1], [0, 1, 1, 0], [0, 1, 0, 1], [0, 0, 1, 1]])
-    choice = torch.randint(6, (shape[0], shape[1] // 4), device="cuda")
-    return TwoFourMask(pair.bool().cuda()[choice].view(shape))
+    choice = torch.randint(6, (shape[0], shape[1] // 4), device=DEVICE)
+    return TwoFourMask(pair.bool().to(DEVICE)[choice].view(shape))
+
+
+def touched(mask, shape: tuple[int, ...], per_sector: int) -> int:
+    """Entries of the sectors that hold an active one."""
+    if isinstance(mask, ElementMask):
+        sectors = mask.index.view(torch.uint8).view(-1, per_sector // 8).any(1)
+        return per_sector * int(sectors.sum())
+    if isinstance(mask, ColumnMask):
+        return shape[0] * per_sector * (mask.index // per_sector).unique().numel()
+    return mask.numel if isinstance(mask, RowMask) else torch.Size(shape).numel()
 
 
 class Ours:
     """One parameter list with masks, stepped by the op alone."""
 
-    def __init__(self, shapes, dtype: torch.dtype, kind: str, density: float = 1.0, master: bool = False):
-        self.params = [torch.randn(s, device="cuda", dtype=dtype) for s in shapes]
-        self.grads = [torch.randn(s, device="cuda", dtype=dtype) for s in shapes]
-        self.states: list[Tensor] = []
+    def __init__(self, shapes: Shapes, dtype: torch.dtype, kind: str, density=1.0, master=False, compact=False):
+        self.params, self.grads, self.states = [], [], []
         rows, self.bytes, self.entries = [], 0.0, 0
-        for param in self.params:
-            mask = mask_for(kind, tuple(param.shape), density)
+        for shape in shapes:
+            mask = mask_for(kind, shape, density)
+            options = dict(master=master, compact_grad=compact and isinstance(mask, ColumnMask))
             if mask is None:
-                layout = StateLayout(DENSE, tuple(param.shape), param.numel(), state_dtype(dtype), master=master)
+                layout = StateLayout(DENSE, shape, torch.Size(shape).numel(), state_dtype(dtype), **options)
             else:
-                layout = mask.layout(dtype, master=master)
-            buffer, views = layout.allocate(param.device)
+                layout = mask.layout(dtype, **options)
+            buffer, views = layout.allocate(torch.device(DEVICE))
             for name, section in mask.sections().items() if mask is not None else ():
                 views[name].copy_(section)
+            # Zeros would move as many bytes, but leave the arithmetic and the power that it draws out of the time.
             views["exp_avg"].normal_()
             views["exp_avg_sq"].uniform_()
             if master and layout.entries:
                 views["master"].normal_()
+            self.params.append(torch.randn(shape, device=DEVICE, dtype=dtype))
+            self.grads.append(torch.randn(layout.grad_shape, device=DEVICE, dtype=dtype))
             self.states.append(buffer)
             rows.append(layout.row())
             self.entries += layout.entries
-            self.bytes += self._traffic(layout, param, mask)
+            self.bytes += self._traffic(layout, self.params[-1], mask)
         self.layout = torch.tensor(rows, dtype=torch.int64)
 
     @staticmethod
     def _traffic(layout: StateLayout, param: Tensor, mask) -> float:
-        weight, acc = param.element_size(), layout.dtype.itemsize
-        state = (6 if layout.master else 4) * acc * layout.entries
-        passes = 2 if layout.master else 3  # gradient read, parameter written, and read where there is no master
-        touched = layout.entries
-        if mask is not None and not isinstance(mask, RowMask):
-            per_sector = SECTOR // weight
-            if isinstance(mask, ElementMask):
-                touched = per_sector * param.numel() / per_sector * (1 - (1 - mask.density) ** per_sector)
-            elif isinstance(mask, ColumnMask):
-                touched = param.shape[0] * per_sector * (mask.index // per_sector).unique().numel()
-            else:
-                touched = param.numel()
-        index = param.numel() / 8 if isinstance(mask, ElementMask | TwoFourMask) else 0
-        return passes * weight * touched + state + index
+        weight = param.element_size()
+        state = (6 if layout.master else 4) * layout.dtype.itemsize * layout.entries
+        passes = 1 if layout.master else 2  # of the parameter: it is read only where there is no master
+        entries = layout.entries if mask is None else touched(mask, tuple(param.shape), SECTOR // weight)
+        gradient = layout.entries if layout.compact_grad else entries
+        bits = param.numel() / 8 if isinstance(mask, ElementMask | TwoFourMask) else 0
+        return weight * (passes * entries + gradient) + state + bits
 
     def step(self) -> None:
         ops.masked_adamw_(
-            self.params, self.grads, self.states, [], self.layout, LR, None, 0.9, 0.999, 1e-8, 0.01, False, None, None
+            params=self.params,
+            grads=self.grads,
+            states=self.states,
+            updates=[],
+            layout=self.layout,
+            lr=LR,
+            lr_tensor=None,
+            beta1=0.9,
+            beta2=0.999,
+            eps=1e-8,
+            weight_decay=0.01,
+            maximize=False,
+            grad_scale=None,
+            found_inf=None,
         )
 
 
-def fused(shapes, dtype: torch.dtype) -> float:
+def fused_ms(shapes: Shapes, dtype: torch.dtype) -> float:
     """Milliseconds of a step of torch's fused AdamW."""
-    params = [torch.nn.Parameter(torch.randn(s, device="cuda", dtype=dtype)) for s in shapes]
+    params = [torch.nn.Parameter(torch.randn(s, device=DEVICE, dtype=dtype)) for s in shapes]
     for param in params:
         param.grad = torch.randn_like(param)
     return median_ms(torch.optim.AdamW(params, lr=LR, fused=True).step)
 
 
-def free() -> None:
-    gc.collect()
-    torch.cuda.empty_cache()
+@contextmanager
+def fetch_granularity(size: int) -> Iterator[int]:
+    """Asks the L2 cache to fetch so many bytes at once, and sets back what was; gives what the driver agreed to."""
+    if not ON_GPU:
+        raise Skipped("the L2 cache of a GPU is what is set")
+    driver, limit = ctypes.CDLL("libcuda.so.1"), 5  # CU_LIMIT_MAX_L2_FETCH_GRANULARITY
+
+    def put(value: int) -> None:
+        if code := driver.cuCtxSetLimit(limit, ctypes.c_size_t(value)):
+            raise RuntimeError(f"cuCtxSetLimit returned {code}")
+
+    def get() -> int:
+        value = ctypes.c_size_t()
+        if code := driver.cuCtxGetLimit(ctypes.byref(value), limit):
+            raise RuntimeError(f"cuCtxGetLimit returned {code}")
+        return value.value
+
+    torch.cuda.synchronize()
+    before = get()
+    put(size)
+    try:
+        yield get()
+    finally:
+        torch.cuda.synchronize()
+        put(before)
 
 
-def optimizer_host_us(make: Callable) -> float:
-    params = [torch.nn.Parameter(torch.randn(64, 64, device="cuda")) for _ in llama_shapes()]
-    for param in params:
-        param.grad = torch.randn_like(param)
-    return host_us(make(params).step)
+def host_times(tensors: int) -> dict[str, float]:
+    """Milliseconds of host time of a step of so many small tensors."""
 
+    def optimizer(make: Callable) -> float:
+        params = [torch.nn.Parameter(torch.randn(64, 64, device=DEVICE)) for _ in range(tensors)]
+        for param in params:
+            param.grad = torch.randn_like(param)
+        return host_ms(make(params).step)
 
-def half_the_rows(params) -> SparseMaskedAdamW:
-    return SparseMaskedAdamW(params, lr=LR, masks={p: RowMask(range(0, 64, 2), p.shape) for p in params})
-
-
-def versions() -> dict[str, str]:
-    def run(*command: str) -> str:
-        try:
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-        except (OSError, subprocess.CalledProcessError):
-            return "unknown"
+    def half_the_rows(params) -> SparseMaskedAdamW:
+        return SparseMaskedAdamW(params, lr=LR, masks={p: RowMask(range(0, 64, 2), p.shape) for p in params})
 
     return {
-        "device": torch.cuda.get_device_name(),
-        "driver": run("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0],
-        "torch": torch.__version__,
-        "commit": run("git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"),
+        "op_ms": host_ms(Ours([(64, 64)] * tensors, FULL, "rows", 0.5).step),
+        "optimizer_ms": optimizer(half_the_rows),
+        "torch_fused_ms": optimizer(partial(torch.optim.AdamW, lr=LR, fused=True)),
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
-    parser.add_argument("--layers", type=int, help="layers of the Llama-3-8B list; as many as fit unless given")
-    arguments = parser.parse_args()
-    if not (torch.cuda.is_available() and ops.LOADED["cuda"]):
-        raise SystemExit("needs a GPU and the CUDA library")
-    torch.manual_seed(0)
+class Peers:
+    """What every case is held against: measured once in this process, and only if a case asks."""
 
-    results = {"versions": versions(), "copy_gb_per_s": copy_bandwidth(), "host_us": {}, "steps": []}
-    free()
-    results["host_us"] = {
-        "ours, op alone": host_us(Ours([(64, 64)] * len(llama_shapes()), torch.float32, "rows", 0.5).step),
-        "ours, optimizer": optimizer_host_us(half_the_rows),
-        "torch fused, optimizer": optimizer_host_us(partial(torch.optim.AdamW, lr=LR, fused=True)),
-    }
-
-    def save() -> None:
-        arguments.out.write_text(json.dumps(results, indent=1))
-
-    half, full = torch.bfloat16, torch.float32
-    cases = [
-        ("dense fp32", full, "dense", 1.0, False),
-        ("rows 5 % fp32", full, "rows", 0.05, False),
-        ("rows 25 % fp32", full, "rows", 0.25, False),
-        ("columns 5 % fp32", full, "columns", 0.05, False),
-        ("elements 5 % fp32", full, "elements", 0.05, False),
-        ("2:4 fp32", full, "two-four", 0.5, False),
-        ("dense bf16, no master", half, "dense", 1.0, False),
-        ("dense bf16, master", half, "dense", 1.0, True),
-        ("rows 5 % bf16, master", half, "rows", 0.05, True),
-        ("elements 5 % bf16, master", half, "elements", 0.05, True),
-    ]
-    peers: dict[torch.dtype, float] = {}
-    for dtype in (full, half):
+    def __init__(self, tiny: bool):
+        self.tiny, self._fused = tiny, {}
         # Both sides of a comparison step the same list: what the dense step of either needs.
-        layers = arguments.layers or layers_that_fit(16 if dtype == full else 17)
-        shapes = llama_shapes(layers)
-        peers[dtype] = fused(shapes, dtype)
-        free()
-        for name, case_dtype, kind, density, master in cases:
-            if case_dtype != dtype:
-                continue
-            problem = Ours(shapes, dtype, kind, density, master)
-            ms = median_ms(problem.step)
-            bandwidth = problem.bytes / ms / 1e6
-            results["steps"].append(
-                {
-                    "case": name,
-                    "layers": layers,
-                    "tensors": len(shapes),
-                    "entries": problem.entries,
-                    "ms": ms,
-                    "torch_fused_ms": peers[dtype],
-                    "torch_fused_dtype": str(dtype).removeprefix("torch."),
-                    "speedup": peers[dtype] / ms,
-                    "gb_per_s": bandwidth,
-                    "of_copy": bandwidth / results["copy_gb_per_s"],
-                }
-            )
-            save()
-            del problem
+        self.layers = {dtype: 1 if tiny else layers_that_fit(b) for dtype, b in ((FULL, 16), (HALF, 17))}
+        self.copy = 0.0
+
+    def shapes(self, dtype: torch.dtype) -> Shapes:
+        return [(96, 64), (64, 96), (64,)] if self.tiny else llama_shapes(self.layers[dtype])
+
+    def measure(self, dtype: torch.dtype) -> float:
+        if not self.copy:
+            self.copy = copy_bandwidth(1 << (12 if self.tiny else 29))
             free()
-    save()
-    print(*(f"{k}: {v}" for k, v in results["versions"].items()), sep="\n")
-    print(f"copy: {results['copy_gb_per_s']:.0f} GB/s")
-    for name, value in results["host_us"].items():
-        print(f"host time of a step of {len(llama_shapes())} tensors, {name}: {value:.0f} us")
-    print(f"{'case':28}{'layers':>7}{'ms':>9}{'torch ms':>10}{'speedup':>9}{'GB/s':>7}{'of copy':>9}")
-    for row in results["steps"]:
-        print(
-            f"{row['case']:28}{row['layers']:7d}{row['ms']:9.3f}{row['torch_fused_ms']:10.3f}"
-            f"{row['speedup']:8.1f}x{row['gb_per_s']:7.0f}{row['of_copy']:8.0%}"
-        )
+        if dtype not in self._fused:
+            self._fused[dtype] = fused_ms(self.shapes(dtype), dtype)
+            free()
+        return self._fused[dtype]
+
+
+def measure(peers: Peers, name: str, granularity: int | None = None) -> dict:
+    dtype, kind, density, master, compact = CASES[name]
+    fused, shapes = peers.measure(dtype), peers.shapes(dtype)
+    problem, figures = Ours(shapes, dtype, kind, density, master, compact), {}
+    if granularity is None:
+        ms = median_ms(problem.step)
+    else:
+        with fetch_granularity(granularity) as agreed:
+            figures["fetch_granularity"] = agreed
+            ms = median_ms(problem.step)
+    return {
+        **figures,
+        "ms": ms,
+        "torch_fused_ms": fused,
+        "torch_fused_dtype": str(dtype).removeprefix("torch."),
+        "speedup": fused / ms,
+        "gb_per_s": problem.bytes / ms / 1e6,
+        "of_copy": problem.bytes / ms / 1e6 / peers.copy,
+        "copy_gb_per_s": peers.copy,
+        "entries": problem.entries,
+        "layers": peers.layers[dtype],
+        "tensors": len(shapes),
+    }
+
+
+def cases(run: Run) -> None:
+    peers = Peers(run.tiny)
+    for name in CASES:
+        run.case(name, partial(measure, peers, name), needs=3)
+    for name in FETCHES:
+        run.case(f"{name}, fetched by sectors", partial(measure, peers, name, SECTOR), needs=3)
+    run.case("host time", lambda: host_times(3 if run.tiny else len(llama_shapes())), needs=2)
 
 
 if __name__ == "__main__":
-    main()
+    main("bandwidth", __doc__, cases)

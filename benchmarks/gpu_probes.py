@@ -1,26 +1,24 @@
 """What probing costs beside the plain passes that it needs, on a random Llama of 1 G parameters in bfloat16.
 
-    python benchmarks/gpu_probes.py --out results.json [--tiny]
+    python benchmarks/gpu_probes.py --json out/gpu.json [--tiny]
 
 Forward probes are compared with the same forward passes without anything watched (no logits but the last, as the probes
 run them), backward probes with a forward and backward pass to the same weights. Times are medians over rounds in which
-plain and probed passes take turns; of CUDA events on a GPU, by the clock elsewhere. The bar is 1.2 for ActivationProbe.
+plain and probed passes take turns; of CUDA events on a GPU, by the clock elsewhere.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import platform
 import statistics
-import time
 from collections.abc import Callable
-from pathlib import Path
+from functools import cache, partial
 
 import torch
-import transformers
-from gpu_masked_adamw import free, versions
+from bench_active_linear import llama
+from gpu_run import DEVICE, ON_GPU, Run, free, main, once_ms
+from gpu_steps import make_model
 from torch import Tensor, nn
+from transformers import LlamaConfig
 
 from sparse_cl.probes.activation import ActivationProbe
 from sparse_cl.probes.features import FeatureProbe
@@ -34,31 +32,19 @@ from sparse_cl.probes.passes import evaluation, stream
 LARGE = (16, 2048, 8192, 32, 8, 128256, 8, 1024, 8)
 TINY = (2, 32, 64, 4, 2, 97, 2, 16, 2)
 BATCHES = 3
-BAR = 1.2
 
 Batch = dict[str, Tensor]
 
 
-def make_model(sizes: tuple[int, ...], device: str) -> nn.Module:
+def config_of(sizes: tuple[int, ...]) -> LlamaConfig:
     layers, width, neurons, heads, grouped, vocabulary = sizes[:6]
-    config = transformers.LlamaConfig(
-        num_hidden_layers=layers,
-        hidden_size=width,
-        intermediate_size=neurons,
-        num_attention_heads=heads,
-        num_key_value_heads=grouped,
-        vocab_size=vocabulary,
-        tie_word_embeddings=True,
-    )
-    torch.manual_seed(0)
-    with torch.device(device):
-        return transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    return llama(width, neurons, layers, heads, vocabulary, key_heads=grouped)
 
 
-def make_batches(sizes: tuple[int, ...], device: str) -> list[Batch]:
+def make_batches(sizes: tuple[int, ...]) -> list[Batch]:
     """Random tokens; the second half of each sequence is the answer."""
     vocabulary, sequences, length = sizes[5:8]
-    ids = torch.randint(0, vocabulary, (BATCHES, sequences, length), device=device)
+    ids = torch.randint(0, vocabulary, (BATCHES, sequences, length), device=DEVICE)
     answers = ids.clone()
     answers[..., : length // 2] = -100
     return [
@@ -66,32 +52,19 @@ def make_batches(sizes: tuple[int, ...], device: str) -> list[Batch]:
     ]
 
 
-def once_ms(call: Callable[[], object], device: str) -> float:
-    if device == "cpu":
-        start = time.perf_counter()
-        call()
-        return 1e3 * (time.perf_counter() - start)
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end)
-
-
-def take_turns(calls: dict[str, Callable[[], object]], rounds: int, device: str) -> dict[str, list[float]]:
+def take_turns(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
     """Milliseconds of each call in each round, after one round that does not count."""
     times: dict[str, list[float]] = {name: [] for name in calls}
     for number in range(rounds + 1):
         for name, call in calls.items():
-            ms = once_ms(call, device)
+            ms = once_ms(call)
             if number:
                 times[name].append(ms)
     return times
 
 
-def peak_gib(call: Callable[[], object], device: str) -> float | None:
-    if device == "cpu":
+def peak_gib(call: Callable[[], object]) -> float | None:
+    if not ON_GPU:
         return None
     free()
     torch.cuda.reset_peak_memory_stats()
@@ -99,11 +72,9 @@ def peak_gib(call: Callable[[], object], device: str) -> float | None:
     return torch.cuda.max_memory_allocated() / 2**30
 
 
-def compare(
-    plain: Callable[[], object], probed: dict[str, Callable[[], object]], rounds: int, device: str
-) -> dict[str, dict]:
+def compare(plain: Callable[[], object], probed: dict[str, Callable[[], object]], rounds: int) -> dict[str, dict]:
     """Each probed pass beside the plain one of the same rounds: medians, and the median of the ratios in a round."""
-    times = take_turns({"plain": plain, **probed}, rounds, device)
+    times = take_turns({"plain": plain, **probed}, rounds)
     rows = {}
     for name, call in {"plain": plain, **probed}.items():
         ratios = [own / base for own, base in zip(times[name], times["plain"], strict=True)]
@@ -112,12 +83,12 @@ def compare(
             "ratio": statistics.median(ratios),
             "ratio_least": min(ratios),
             "ratio_most": max(ratios),
-            "peak_gib": peak_gib(call, device),
+            "peak_gib": peak_gib(call),
         }
     return rows
 
 
-def forward_probes(model: nn.Module, batches: list[Batch], rounds: int, device: str) -> dict[str, dict]:
+def forward_probes(model: nn.Module, batches: list[Batch], rounds: int) -> dict[str, dict]:
     def streamed(make: Callable[[], object]) -> Callable[[], object]:
         def call() -> None:
             probe = make()
@@ -138,11 +109,10 @@ def forward_probes(model: nn.Module, batches: list[Batch], rounds: int, device: 
             "all three in one pass": all_in_one_pass,
         },
         rounds,
-        device,
     )
 
 
-def backward_probes(model: nn.Module, batches: list[Batch], rounds: int, device: str) -> dict[str, dict]:
+def backward_probes(model: nn.Module, batches: list[Batch], rounds: int) -> dict[str, dict]:
     weights = [layer.weight for layer in linear_layers(model).values()]
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -159,53 +129,37 @@ def backward_probes(model: nn.Module, batches: list[Batch], rounds: int, device:
         plain,
         {"GradientProbe": lambda: GradientProbe(model).run(batches)},
         rounds,
-        device,
     )
 
 
-def result_ms(model: nn.Module, batches: list[Batch], device: str) -> float:
+def result_ms(model: nn.Module, batches: list[Batch]) -> dict[str, float]:
     """Of ActivationProbe.result(), which comes once a domain, not once a batch."""
     probe = ActivationProbe(model)
     stream(model, probe.watches(), batches)
-    return once_ms(probe.result, device)
+    return {"ms": once_ms(probe.result)}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="JSON file to write")
-    parser.add_argument("--tiny", action="store_true", help="shapes that take no time, on whatever device there is")
-    arguments = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cpu" and not arguments.tiny:
-        raise SystemExit("needs a GPU; --tiny runs anywhere, and measures nothing of interest")
-    sizes = TINY if arguments.tiny else LARGE
-    rounds = sizes[8]
-    model, batches = make_model(sizes, device), make_batches(sizes, device)
-    known = versions() if device == "cuda" else {"device": platform.processor() or "cpu", "torch": torch.__version__}
-    results: dict = {
-        "versions": known,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "batch": list(sizes[6:8]),
-        "batches": BATCHES,
-        "rounds": rounds,
-    }
-    print(*(f"{k}: {v}" for k, v in known.items()), sep="\n", flush=True)
-    for name, measure in {"forward": forward_probes, "backward": backward_probes}.items():
-        results[name] = measure(model, batches, rounds, device)
-        arguments.out.write_text(json.dumps(results, indent=1))
-        for probe, row in results[name].items():
-            memory = "" if row["peak_gib"] is None else f", peak {row['peak_gib']:.1f} GiB"
-            spread = f"{row['ratio_least']:.2f} to {row['ratio_most']:.2f}"
-            print(f"{name}: {probe}: {row['ms']:.4g} ms, {row['ratio']:.3f} x plain ({spread}){memory}", flush=True)
-    results["result_ms"] = result_ms(model, batches, device)
-    ratio = results["forward"]["ActivationProbe"]["ratio"]
-    results["bar"] = {"ratio": ratio, "limit": BAR, "met": ratio <= BAR}
-    arguments.out.write_text(json.dumps(results, indent=1))
-    print(
-        f"probes: ActivationProbe takes {ratio:.3f} of a forward pass; the bar of {BAR} is "
-        f"{'met' if ratio <= BAR else 'missed'}"
-    )
+def cases(run: Run) -> None:
+    sizes = TINY if run.tiny else LARGE
+
+    @cache
+    def made() -> tuple[nn.Module, list[Batch]]:
+        return make_model(config_of(sizes)).eval(), make_batches(sizes)
+
+    def pairs(measure: Callable) -> dict:
+        model, batches = made()
+        return {
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "batch": list(sizes[6:8]),
+            "batches": BATCHES,
+            "rounds": sizes[8],
+            "probes": measure(model, batches, sizes[8]),
+        }
+
+    run.case("forward", partial(pairs, forward_probes), needs=10)
+    run.case("backward", partial(pairs, backward_probes), needs=6)
+    run.case("result", lambda: result_ms(*made()), needs=2)
 
 
 if __name__ == "__main__":
-    main()
+    main("probes", __doc__, cases)
