@@ -141,7 +141,7 @@ class Ours:
 
     def step(self) -> None:
         ops.masked_adamw_(
-            self.params, self.grads, self.states, self.layout, LR, None, 0.9, 0.999, 1e-8, 0.01, False, None, None
+            self.params, self.grads, self.states, [], self.layout, LR, None, 0.9, 0.999, 1e-8, 0.01, False, None, None
         )
 
 

@@ -10,6 +10,9 @@ namespace sparse_cl {
 #ifndef SPARSE_CL_CUDA_THREADS
 #define SPARSE_CL_CUDA_THREADS 256
 #endif
+#ifndef SPARSE_CL_NOTE_ACCESS  // tests/cuda_emulation counts bytes by it
+#define SPARSE_CL_NOTE_ACCESS(address, bytes, written)
+#endif
 constexpr int kThreads = SPARSE_CL_CUDA_THREADS;
 constexpr int kWarps = kThreads / 32;
 
@@ -31,13 +34,15 @@ struct alignas(N * sizeof(S) < 16 ? N * sizeof(S) : 16) Pack {
   S x[N];
 };
 
-template <int N, typename S>
+template <int N = 1, typename S>
 __device__ __forceinline__ Pack<S, N> load(const S* from) {
+  SPARSE_CL_NOTE_ACCESS(from, N * sizeof(S), false);
   return *reinterpret_cast<const Pack<S, N>*>(from);
 }
 
 template <int N, typename S>
 __device__ __forceinline__ void store(S* to, const Pack<S, N>& pack) {
+  SPARSE_CL_NOTE_ACCESS(to, N * sizeof(S), true);
   *reinterpret_cast<Pack<S, N>*>(to) = pack;
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cuda_runtime.h>
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
 namespace sparse_cl {
@@ -10,22 +11,8 @@ inline void check_cuda(cudaError_t error, const char* what) {
   STD_TORCH_CHECK(error == cudaSuccess, what, ": ", cudaGetErrorString(error));
 }
 
-// Makes a device current for the guard's lifetime. By the runtime itself: the shim's guard allocates.
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) : wanted_(device) {
-    check_cuda(cudaGetDevice(&previous_), "cudaGetDevice");
-    if (previous_ != wanted_) check_cuda(cudaSetDevice(wanted_), "cudaSetDevice");
-  }
-  ~DeviceGuard() {
-    if (previous_ != wanted_) cudaSetDevice(previous_);
-  }
-  DeviceGuard(const DeviceGuard&) = delete;
-  DeviceGuard& operator=(const DeviceGuard&) = delete;
-
- private:
-  int wanted_, previous_ = 0;
-};
+// torch's own: restoring a device by cudaSetDevice would create a context, half a gigabyte, where there is none.
+using torch::stable::accelerator::DeviceGuard;
 
 inline cudaStream_t current_stream(int device) {
   void* stream = nullptr;

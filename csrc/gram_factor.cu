@@ -7,9 +7,9 @@ namespace sparse_cl {
 namespace {
 
 template <bool kShared>
-void launch_gram_factor(const GramFactorLaunch& launch, uint32_t batch, size_t shared, cudaStream_t stream) {
-  check_cuda(cudaFuncSetAttribute(gram_factor_kernel<kShared>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                  static_cast<int>(shared)),
+void launch_gram_factor(const GramFactorLaunch& launch, uint32_t batch, size_t shared, int most, cudaStream_t stream) {
+  // The same value in each call: that of another thread's would be in force by the time of the launch.
+  check_cuda(cudaFuncSetAttribute(gram_factor_kernel<kShared>, cudaFuncAttributeMaxDynamicSharedMemorySize, most),
              "cudaFuncSetAttribute");
   launch_kernel(gram_factor_kernel<kShared>, launch, batch, kGramThreads, shared, stream, "gram_factor");
 }
@@ -38,8 +38,8 @@ std::tuple<torch::stable::Tensor, torch::stable::Tensor> gram_factor(torch::stab
   const uint32_t batch = static_cast<uint32_t>(call.batch);
   const cudaStream_t stream = current_stream(device);
   const size_t shared = gram_shared_bytes(k, in_shared);
-  in_shared ? launch_gram_factor<true>(launch, batch, shared, stream)
-            : launch_gram_factor<false>(launch, batch, shared, stream);
+  in_shared ? launch_gram_factor<true>(launch, batch, shared, most, stream)
+            : launch_gram_factor<false>(launch, batch, shared, most, stream);
   return call.result();
 }
 

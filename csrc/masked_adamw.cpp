@@ -1,7 +1,8 @@
-// masked_adamw_ on the CPU.
+// masked_adamw_ and apply_updates_ on the CPU.
 #include "masked_adamw.h"
 
 #include <algorithm>
+#include <cstring>
 
 #include "cpu_level.h"
 #include "masked_adamw_args.h"
@@ -46,22 +47,14 @@ Items items_of(const Task& task) {
   }
 }
 
-void masked_adamw_(const TensorList& params, const TensorList& grads, const TensorList& states, Tensor layout,
-                   double lr, std::optional<Tensor> lr_tensor, double beta1, double beta2, double eps,
-                   double weight_decay, bool maximize, std::optional<Tensor> grad_scale,
-                   std::optional<Tensor> found_inf) {
-  static const StepItems step_range = step_items();
-  check_scalar(lr_tensor, "lr_tensor", params);
-  check_scalar(grad_scale, "grad_scale", params);
-  check_scalar(found_inf, "found_inf", params);
-  Call call = make_call(params, grads, states, layout);
-  auto value = [](const Tensor& t) { return static_cast<double>(*static_cast<const float*>(t.data_ptr())); };
-  if (found_inf && value(*found_inf) != 0) return;
-  if (lr_tensor) lr = value(*lr_tensor);
-  const double sign = maximize ? -1.0 : 1.0;
-  const Step step{lr, beta1, beta2, eps, weight_decay, grad_scale ? sign / value(*grad_scale) : sign};
+double value_of(const Tensor& t) {
+  return static_cast<double>(*static_cast<const float*>(t.data_ptr()));
+}
 
+void run(Call& call, Step step) {
+  static const StepItems step_range = step_items();
   for (const Bucket& bucket : call.buckets) {
+    step.mode = bucket.mode;
     std::vector<int64_t> start{0};  // first chunk of each task
     for (const Task& task : bucket.tasks) {
       const Items items = items_of(task);
@@ -82,10 +75,37 @@ void masked_adamw_(const TensorList& params, const TensorList& grads, const Tens
         chunk = last;
       }
     });
+    if (step.mode == Mode::kAdd) continue;
     for (const Task& task : bucket.tasks)
       for (int16_t c = 0; c < task.cohorts; ++c) ++task.steps()[c];
   }
   call.finish();
+}
+
+void masked_adamw_(const TensorList& params, const TensorList& grads, const TensorList& states,
+                   const TensorList& updates, Tensor layout, double lr, std::optional<Tensor> lr_tensor, double beta1,
+                   double beta2, double eps, double weight_decay, bool maximize, std::optional<Tensor> grad_scale,
+                   std::optional<Tensor> found_inf) {
+  check_scalar("masked_adamw_", lr_tensor, "lr_tensor", params);
+  check_scalar("masked_adamw_", grad_scale, "grad_scale", params);
+  check_scalar("masked_adamw_", found_inf, "found_inf", params);
+  Call call = make_call(params, &grads, states, updates, layout);
+  if (found_inf && value_of(*found_inf) != 0) {
+    for (const Bucket& bucket : call.buckets)
+      for (const Task& task : bucket.tasks)
+        if (task.update) std::memset(task.update, 0, task.entries() * (bucket.dtype == DType::kFloat64 ? 8 : 4));
+    return;
+  }
+  const double sign = maximize ? -1.0 : 1.0;
+  run(call, {Mode::kAdamw, lr_tensor ? value_of(*lr_tensor) : lr, beta1, beta2, eps, weight_decay,
+             grad_scale ? sign / value_of(*grad_scale) : sign});
+}
+
+void apply_updates_(const TensorList& params, const TensorList& states, const TensorList& updates, Tensor layout,
+                    std::optional<Tensor> found_inf) {
+  check_scalar("apply_updates_", found_inf, "found_inf", params);
+  Call call = make_call(params, nullptr, states, updates, layout);
+  if (!found_inf || value_of(*found_inf) == 0) run(call, Step{});
 }
 
 }  // namespace
@@ -93,4 +113,5 @@ void masked_adamw_(const TensorList& params, const TensorList& grads, const Tens
 
 STABLE_TORCH_LIBRARY_IMPL(sparse_cl, CPU, m) {
   m.impl("masked_adamw_", TORCH_BOX(&sparse_cl::masked_adamw_));
+  m.impl("apply_updates_", TORCH_BOX(&sparse_cl::apply_updates_));
 }

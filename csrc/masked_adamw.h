@@ -13,13 +13,17 @@ enum class Scope : uint8_t { kShared, kPerUnit, kPerEntry };
 constexpr int64_t kBlock = 1024;     // weights of an element mask that share one rank; layout.BLOCK
 constexpr int64_t kOffsetUnit = 64;  // layout.ALIGNMENT
 
+// What is done with active entries: AdamW, with or without the running maximum, or adding a given update to them.
+enum class Mode : uint8_t { kAdamw, kAmsgrad, kAdd };
+
 // One parameter. Sections of the state are offsets into it in units of kOffsetUnit bytes, 0 where absent; the step
 // counts (int32) lie at its start, then the ticket of the CUDA kernel, which is 0 between launches. A compact gradient
-// holds the active entries alone, in the order of the state.
+// holds the active entries alone, in the order of the state. For Mode::kAdd the gradient is the update, compact.
 struct Task {
   void* param;
   const void* grad;
   char* state;
+  void* update;   // where new - old of each active entry goes, in the order of the state; null: the entries themselves
   int64_t numel;  // of the parameter
   int64_t inner;  // elements a row; for kColumns the number of columns; for kElements of active entries
   int32_t units;  // active rows or columns
@@ -33,6 +37,11 @@ struct Task {
   template <typename T>
   SPARSE_CL_HD T* at(uint32_t offset) const {
     return offset ? reinterpret_cast<T*>(state + offset * kOffsetUnit) : nullptr;
+  }
+  SPARSE_CL_HD int64_t entries() const {  // active ones
+    if (kind == Kind::kRows) return units * inner;
+    if (kind == Kind::kColumns) return numel / inner * units;
+    return kind == Kind::kElements ? inner : kind == Kind::kTwoFour ? numel / 2 : numel;
   }
   SPARSE_CL_HD int32_t* steps() const { return reinterpret_cast<int32_t*>(state); }
   SPARSE_CL_HD uint32_t* ticket() const { return reinterpret_cast<uint32_t*>(state) + cohorts; }

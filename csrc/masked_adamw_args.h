@@ -16,10 +16,11 @@
 
 namespace sparse_cl {
 
-// Parameters of one dtype whose gradients share a dtype: what one kernel can take.
+// Parameters of one dtype and mode whose gradients share a dtype: what one kernel can take.
 struct Bucket {
   DType dtype;
   bool float_grad;
+  Mode mode;
   std::vector<Task> tasks;
 };
 
@@ -35,13 +36,12 @@ struct Call {
 };
 
 // One element on the parameters' device, as float32 bits the kernel can read.
-inline void check_scalar(const std::optional<Tensor>& t, const char* name, const TensorList& params) {
+inline void check_scalar(const char* op, const std::optional<Tensor>& t, const char* name, const TensorList& params) {
   if (!t || params.empty()) return;
   const TensorView scalar(*t);
-  STD_TORCH_CHECK(scalar.numel == 1, "masked_adamw_: ", name, ": expected one element, got ", scalar.numel);
-  STD_TORCH_CHECK(scalar.dtype == dtype_codes().float32, "masked_adamw_: ", name, ": expected float32");
-  STD_TORCH_CHECK(scalar.same_place(params.view(0)), "masked_adamw_: ", name,
-                  ": expected it on the parameters' device");
+  STD_TORCH_CHECK(scalar.numel == 1, op, name, ": expected one element, got ", scalar.numel);
+  STD_TORCH_CHECK(scalar.dtype == dtype_codes().float32, op, name, ": expected float32");
+  STD_TORCH_CHECK(scalar.same_place(params.view(0)), op, name, ": expected it on the parameters' device");
 }
 
 // Whether a gradient has the shape that a row of the layout tensor asks for.
@@ -54,28 +54,35 @@ inline bool grad_shape_fits(const int64_t* field, const TensorView& param, const
   return true;
 }
 
-inline Call make_call(const TensorList& params, const TensorList& grads, const TensorList& states,
-                      const Tensor& layout) {
-  STD_TORCH_CHECK(grads.size() == params.size() && states.size() == params.size(),
-                  "masked_adamw_: expected as many grads and states as params (", params.size(), "), got ",
-                  grads.size(), " and ", states.size());
+// `updates`: where a step writes them, or for `add` what is added; else empty.
+inline Call make_call(const TensorList& params, const TensorList* grads, const TensorList& states,
+                      const TensorList& updates, const Tensor& layout) {
+  const bool add = grads == nullptr;
+  const char* op = add ? "apply_updates_" : "masked_adamw_";
+  const bool with_updates = add || !updates.empty();
+  if (add) grads = &updates;
+  STD_TORCH_CHECK(grads->size() == params.size() && states.size() == params.size(), op,
+                  ": expected as many grads and states as params (", params.size(), "), got ", grads->size(), " and ",
+                  states.size());
+  STD_TORCH_CHECK(!with_updates || updates.size() == params.size(), op, ": expected as many updates as params (",
+                  params.size(), ") or none, got ", updates.size());
   const DTypeCodes& code = dtype_codes();
-  const int64_t* field = layout_rows(layout, params.size(), "masked_adamw_");
+  const int64_t* field = layout_rows(layout, params.size(), op);
 
   Call call;
   if (params.empty()) return call;
   const TensorView first = params.view(0);
   for (size_t i = 0; i < params.size(); ++i, field += kFields) {
-    const TensorView param = params.view(i), grad = grads.view(i), state = states.view(i);
-    STD_TORCH_CHECK(grad_shape_fits(field, param, grad), "masked_adamw_: grads[", i, "]: expected the ",
+    const TensorView param = params.view(i), grad = grads->view(i), state = states.view(i);
+    STD_TORCH_CHECK(add || grad_shape_fits(field, param, grad), op, ": grads[", i, "]: expected the ",
                     field[kFieldCompactGrad] ? "compact " : "", "shape of params[", i, "]");
-    STD_TORCH_CHECK(param.same_place(first) && param.same_place(grad) && param.same_place(state),
-                    "masked_adamw_: params[", i, "], its gradient and its state: expected all on one device");
-    const DType dtype = dtype_of(param, i, "masked_adamw_", "params");
+    STD_TORCH_CHECK(param.same_place(first) && param.same_place(grad) && param.same_place(state), op, ": params[", i,
+                    "], its gradient and its state: expected all on one device");
+    const DType dtype = dtype_of(param, i, op, "params");
     const bool float_grad = dtype != DType::kFloat32 && grad.dtype == code.float32;
-    STD_TORCH_CHECK(float_grad || grad.dtype == param.dtype, "masked_adamw_: grads[", i,
+    STD_TORCH_CHECK(add || float_grad || grad.dtype == param.dtype, op, ": grads[", i,
                     "]: expected the dtype of params[", i, "] or float32");
-    STD_TORCH_CHECK(state.dtype == code.uint8 && state.contiguous, "masked_adamw_: states[", i,
+    STD_TORCH_CHECK(state.dtype == code.uint8 && state.contiguous, op, ": states[", i,
                     "]: expected a contiguous uint8 tensor");
 
     Task task{};
@@ -85,19 +92,22 @@ inline Call make_call(const TensorList& params, const TensorList& grads, const T
     task.cohorts = static_cast<int16_t>(field[kFieldCohorts]);
     task.scope = static_cast<Scope>(field[kFieldScope]);
     task.seed = static_cast<uint32_t>(field[kFieldSeed]);
-    check_row(field, param, i, "masked_adamw_", "params");
-    task.compact_grad = field[kFieldCompactGrad] == 1;
-    int64_t entries = task.numel;
-    if (task.kind == Kind::kRows) {
+    check_row(field, param, i, op, "params");
+    task.compact_grad = add || field[kFieldCompactGrad] == 1;
+    if (task.kind == Kind::kRows)
       task.inner = task.numel && param.sizes[0] ? task.numel / param.sizes[0] : 0;
-      entries = task.units * task.inner;
-    } else if (task.kind == Kind::kColumns) {
+    else if (task.kind == Kind::kColumns)
       task.inner = param.sizes[1];
-      entries = task.units * param.sizes[0];
-    } else if (task.kind == Kind::kElements) {
-      entries = task.inner = field[kFieldUnits];
-    } else if (task.kind == Kind::kTwoFour) {
-      entries = task.numel / 2;
+    else if (task.kind == Kind::kElements)
+      task.inner = field[kFieldUnits];
+    const int64_t entries = task.numel ? task.entries() : 0;
+    if (with_updates) {
+      const TensorView update = updates.view(i);
+      STD_TORCH_CHECK(update.numel == entries && update.contiguous && update.same_place(param) &&
+                          update.dtype == (dtype == DType::kFloat64 ? code.float64 : code.float32),
+                      op, ": updates[", i, "]: expected a contiguous tensor of the ", entries,
+                      " active entries of params[", i, "] in the dtype of its state, on its device");
+      if (!add) task.update = update.data;
     }
     if (entries == 0) continue;
 
@@ -108,16 +118,14 @@ inline Call make_call(const TensorList& params, const TensorList& grads, const T
     int64_t end = 0;  // of the sections, which fill the state: else it was made for another dtype
     auto section = [&](Field f, int64_t bytes, bool required) -> uint32_t {
       const int64_t offset = field[f];
-      STD_TORCH_CHECK(offset ? offset % kOffsetUnit == 0 && offset > 0 && offset + bytes <= state.numel : !required,
-                      "masked_adamw_: states[", i, "]: does not hold what layout[", i, "] says (field ",
-                      static_cast<int>(f), ")");
+      STD_TORCH_CHECK(offset ? offset % kOffsetUnit == 0 && offset > 0 && offset + bytes <= state.numel : !required, op,
+                      ": states[", i, "]: does not hold what layout[", i, "] says (field ", static_cast<int>(f), ")");
       if (offset) end = offset + bytes;
       return static_cast<uint32_t>(offset / kOffsetUnit);
     };
-    STD_TORCH_CHECK(4 * (task.cohorts + 1) <= state.numel, "masked_adamw_: states[", i,
-                    "]: too short for its step counts");
+    STD_TORCH_CHECK(4 * (task.cohorts + 1) <= state.numel, op, ": states[", i, "]: too short for its step counts");
     task.index = section(kFieldIndex, 4 * (by_unit ? task.units : words), task.kind != Kind::kDense);
-    task.ranks = section(kFieldRanks, 4 * (blocks + 1), task.kind == Kind::kElements);
+    task.ranks = section(kFieldRanks, 8 * (blocks + 1), task.kind == Kind::kElements);
     task.gain = section(kFieldGain, 4 * static_cast<int64_t>(task.units), false);
     task.cohort =
         section(kFieldCohort, task.scope == Scope::kPerEntry ? entries : per_unit, task.scope != Scope::kShared);
@@ -125,7 +133,7 @@ inline Call make_call(const TensorList& params, const TensorList& grads, const T
     task.exp_avg_sq = section(kFieldExpAvgSq, acc_size * entries, true);
     task.max_exp_avg_sq = section(kFieldMaxExpAvgSq, acc_size * entries, false);
     task.master = section(kFieldMaster, acc_size * entries, false);
-    STD_TORCH_CHECK(end == state.numel, "masked_adamw_: states[", i, "]: expected ", end, " bytes, as layout[", i,
+    STD_TORCH_CHECK(end == state.numel, op, ": states[", i, "]: expected ", end, " bytes, as layout[", i,
                     "] says, got ", state.numel);
 
     task.param = param.data;
@@ -136,15 +144,16 @@ inline Call make_call(const TensorList& params, const TensorList& grads, const T
     }
     task.grad = grad.data;
     if (!grad.contiguous) {
-      call.keep.push_back(torch::stable::contiguous(grads.tensor(i)));
+      call.keep.push_back(torch::stable::contiguous(grads->tensor(i)));
       task.grad = call.keep.back().data_ptr();
     }
     task.state = static_cast<char*>(state.data);
 
+    const Mode mode = add ? Mode::kAdd : task.max_exp_avg_sq ? Mode::kAmsgrad : Mode::kAdamw;
     Bucket* bucket = nullptr;
     for (auto& b : call.buckets)
-      if (b.dtype == dtype && b.float_grad == float_grad) bucket = &b;
-    if (!bucket) bucket = &call.buckets.emplace_back(Bucket{dtype, float_grad, {}});
+      if (b.dtype == dtype && b.float_grad == float_grad && b.mode == mode) bucket = &b;
+    if (!bucket) bucket = &call.buckets.emplace_back(Bucket{dtype, float_grad, mode, {}});
     bucket->tasks.push_back(task);
   }
   return call;

@@ -6,6 +6,7 @@
 namespace sparse_cl {
 
 struct Step {
+  Mode mode;
   double lr, beta1, beta2, eps, weight_decay;
   double grad_factor;  // sign for maximize, over the gradient scale
 };

@@ -1,6 +1,7 @@
 // The CPU kernel of masked_adamw_. Compiled once for each CPU level, with SPARSE_CL_STEP_ITEMS naming its entry;
 // so everything else here has internal linkage, or the linker could keep the copy that only the newest CPUs run.
 #include <algorithm>
+#include <type_traits>
 
 #include "masked_adamw_cpu.h"
 #ifdef __AVX512F__
@@ -23,6 +24,13 @@ struct Span {
   const float* gain;      // one an entry, or null
   int64_t first;          // index of the first entry in the compact state
   int64_t size;
+
+  // The `count` entries from entry `begin` of these.
+  Span part(int64_t begin, int64_t count) const {
+    auto from = [begin](auto* x) { return x ? x + begin : nullptr; };
+    return {param + begin, grad + begin, from(exp_avg), from(exp_avg_sq), from(max_exp_avg_sq),
+            from(master),  from(cohort), from(gain),    first + begin,    count};
+  }
 };
 
 template <typename T>
@@ -41,7 +49,7 @@ struct Rule {
         seed(task.seed),
         cohorts(task.cohorts) {
     for (int32_t c = 0; c < cohorts; ++c) {
-      step[c] = task.steps()[c] + 1;
+      step[c] = task.steps()[c] + (s.mode == Mode::kAdd ? 0 : 1);
       rates[c] = sparse_cl::rates<T>(hyper, hyper.lr, step[c], T(1));
     }
   }
@@ -112,6 +120,23 @@ void step_uniform(const Span<P, G>& s, const Rule<T>& rule, int32_t cohort, cons
   }
 }
 
+// Adds updates, which stand where gradients do.
+template <bool kMaster, typename P, typename G, typename T>
+void add_updates(const Span<P, G>& s, const Rule<T>& rule, int32_t shared_cohort) {
+  for (int64_t i = 0; i < s.size; ++i) {
+    const T now = (kMaster ? s.master[i] : Storage<P>::load(s.param[i])) + static_cast<T>(Storage<G>::load(s.grad[i]));
+    if (kMaster) s.master[i] = now;
+    if (kMaster || !Storage<P>::kNarrow) {
+      s.param[i] = Storage<P>::store(now);
+    } else {
+      const uint64_t entry = static_cast<uint64_t>(s.first + i);
+      const int32_t step = rule.step[s.cohort ? s.cohort[i] : shared_cohort];
+      const uint32_t key = random_key(rule.seed, step, static_cast<uint32_t>(entry >> 32));
+      s.param[i] = Storage<P>::store_stochastic(now, random_bits(key, static_cast<uint32_t>(entry)));
+    }
+  }
+}
+
 // Writes base + the index of each set bit, and returns how many there are. Up to 64 values are overwritten: writing
 // eight at a time whether or not they are wanted costs less than a branch that is often mispredicted.
 inline int64_t positions_of(uint64_t word, int32_t base, int32_t* out) {
@@ -124,9 +149,10 @@ inline int64_t positions_of(uint64_t word, int32_t base, int32_t* out) {
   return count;
 }
 
-template <bool kAmsgrad, bool kMaster, typename P, typename G>
+template <Mode kMode, bool kMaster, typename P, typename G>
 struct Kernel {
   using T = typename Storage<P>::acc;
+  static constexpr bool kAmsgrad = kMode == Mode::kAmsgrad, kAdd = kMode == Mode::kAdd;
 
   const Task& task;
   const Rule<T> rule;
@@ -158,16 +184,33 @@ struct Kernel {
 
   const uint8_t* entry_cohort(int64_t first) const { return task.scope == Scope::kPerEntry ? cohort + first : nullptr; }
 
-  void step(Span<P, G> s, int32_t shared_cohort, const Rates<T>& rates) const {
-    if (s.cohort || s.gain) return step_varying<kAmsgrad, kMaster>(s, rule);
+  void step(const Span<P, G>& s, int32_t shared_cohort, const Rates<T>& rates) const {
+    if constexpr (kAdd) return add_updates<kMaster>(s, rule, shared_cohort);
+    if (!task.update) return advance<kMaster>(s, shared_cohort, rates);
+    // As a step of masters that stand where the update is to be.
+    P unused[kBuffer];
+    T old[kBuffer];
+    for (int64_t i = 0; i < s.size; i += kBuffer) {
+      T* const update = static_cast<T*>(task.update) + s.first + i;
+      Span<P, G> part = s.part(i, std::min(kBuffer, s.size - i));
+      for (int64_t k = 0; k < part.size; ++k)
+        old[k] = update[k] = kMaster ? part.master[k] : Storage<P>::load(part.param[k]);
+      part.param = unused;
+      part.master = update;
+      advance<true>(part, shared_cohort, rates);
+      for (int64_t k = 0; k < part.size; ++k) update[k] -= old[k];
+    }
+  }
+
+  template <bool kOwnMaster>
+  void advance(const Span<P, G>& s, int32_t shared_cohort, const Rates<T>& rates) const {
+    if (s.cohort || s.gain) return step_varying<kAmsgrad, kOwnMaster>(s, rule);
     // The random stream changes where the entry index passes 2^32.
     const int64_t to_boundary = (int64_t{1} << 32) - (s.first & 0xFFFFFFFF);
-    if (s.size > to_boundary) {
-      Span<P, G> rest = span(s.param + to_boundary, s.grad + to_boundary, s.first + to_boundary, s.size - to_boundary);
-      s.size = to_boundary;
-      step_uniform<kAmsgrad, kMaster>(rest, rule, shared_cohort, rates);
-    }
-    step_uniform<kAmsgrad, kMaster>(s, rule, shared_cohort, rates);
+    const int64_t before = std::min(s.size, to_boundary);
+    step_uniform<kAmsgrad, kOwnMaster>(s.part(0, before), rule, shared_cohort, rates);
+    if (before < s.size)
+      step_uniform<kAmsgrad, kOwnMaster>(s.part(before, s.size - before), rule, shared_cohort, rates);
   }
 
   void dense(int64_t begin, int64_t end) const {
@@ -196,8 +239,7 @@ struct Kernel {
     float repeated[kBuffer];
     std::fill(repeated, repeated + std::min(kBuffer, s.size), static_cast<float>(g));
     for (int64_t i = 0; i < s.size; i += kBuffer) {
-      Span<P, G> part = span(s.param + i, s.grad + i, s.first + i, std::min(kBuffer, s.size - i));
-      part.cohort = s.cohort + i;
+      Span<P, G> part = s.part(i, std::min(kBuffer, s.size - i));
       part.gain = repeated;
       step(part, 0, rule.rates[0]);
     }
@@ -209,8 +251,8 @@ struct Kernel {
                  Gain at_gain) const {
     int64_t begin = 0;
 #ifdef __AVX512F__
-    if constexpr (std::is_same_v<P, float> && std::is_same_v<G, float> && !kMaster)
-      if (!at_cohort && !at_gain && !task.compact_grad) {
+    if constexpr (std::is_same_v<P, float> && std::is_same_v<G, float> && !kMaster && !kAdd)
+      if (!at_cohort && !at_gain && !task.compact_grad && !task.update) {
         const Span<P, G> s = span(param + base, grad + base, first, size);
         begin = step_gathered(s.param, s.grad, position, s.exp_avg, s.exp_avg_sq, s.max_exp_avg_sq, size,
                               LaneUpdate(rule.hyper, rule.rates[0], rule.grad_factor));
@@ -226,6 +268,7 @@ struct Kernel {
     if (at_cohort) s.cohort = at_cohort + begin;
     if (at_gain) s.gain = at_gain + begin;
     step(s, 0, rule.rates[0]);
+    if (task.update) return;
     for (int64_t i = begin; i < size; ++i) param[base + position[i]] = value[i];
   }
 
@@ -242,13 +285,13 @@ struct Kernel {
   void bits(int64_t begin, int64_t end) const {
     const uint32_t* words = reinterpret_cast<const uint32_t*>(index);
     const int64_t start = begin * kBlock, stop = std::min(end * kBlock, task.numel);
-    int64_t first = task.kind == Kind::kElements ? task.at<int32_t>(task.ranks)[begin] : start / 2;
+    int64_t first = task.kind == Kind::kElements ? task.at<int64_t>(task.ranks)[begin] : start / 2;
     int32_t position[kBuffer + 64];
     int64_t at = start;
 #ifdef __AVX512F__
     // The random stream changes where the entry index passes 2^32: leave such huge parameters to the loop below.
-    if constexpr (kHasLanes<P, kMaster>)
-      if (task.kind == Kind::kTwoFour && task.scope == Scope::kShared && task.numel >> 32 == 0) {
+    if constexpr (kHasLanes<P, kMaster> && !kAdd)
+      if (task.kind == Kind::kTwoFour && task.scope == Scope::kShared && task.numel >> 32 == 0 && !task.update) {
         const LaneUpdate update(rule.hyper, rule.rates[0], rule.grad_factor);
         const uint32_t key = random_key(rule.seed, rule.step[0], 0);
         for (; at + 32 <= stop; at += 32, first += 16) {
@@ -291,12 +334,17 @@ void SPARSE_CL_STEP_ITEMS(const Task& task, DType dtype, bool float_grad, const 
   dispatch(dtype, float_grad, [&](auto p, auto g) {
     using P = decltype(p);
     using G = decltype(g);
-    if (task.max_exp_avg_sq)
-      task.master ? Kernel<true, true, P, G>(task, step)(begin, end)
-                  : Kernel<true, false, P, G>(task, step)(begin, end);
+    auto run = [&](auto mode) {
+      constexpr Mode kMode = decltype(mode)::value;
+      task.master ? Kernel<kMode, true, P, G>(task, step)(begin, end)
+                  : Kernel<kMode, false, P, G>(task, step)(begin, end);
+    };
+    if constexpr (std::is_same_v<G, typename Storage<P>::acc>)
+      if (step.mode == Mode::kAdd) return run(std::integral_constant<Mode, Mode::kAdd>{});
+    if (step.mode == Mode::kAmsgrad)
+      run(std::integral_constant<Mode, Mode::kAmsgrad>{});
     else
-      task.master ? Kernel<false, true, P, G>(task, step)(begin, end)
-                  : Kernel<false, false, P, G>(task, step)(begin, end);
+      run(std::integral_constant<Mode, Mode::kAdamw>{});
   });
 }
 

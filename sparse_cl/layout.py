@@ -143,7 +143,7 @@ class StateLayout:
         elif self.kind in (ELEMENTS, TWO_FOUR):
             shapes["index"] = ((-(-self.numel // 32),), torch.int32)
         if self.kind == ELEMENTS:
-            shapes["ranks"] = ((-(-self.numel // BLOCK) + 1,), torch.int32)
+            shapes["ranks"] = ((-(-self.numel // BLOCK) + 1,), torch.int64)
         if self.gain:
             shapes["gain"] = ((self.units,), torch.float32)
         if self.cohort_scope == PER_UNIT:

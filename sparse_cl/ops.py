@@ -57,10 +57,16 @@ def _randomized_svd_fake(
 
 
 masked_adamw_ = _define(
-    "masked_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] states, Tensor layout, float lr, "
-    "Tensor? lr_tensor, float beta1, float beta2, float eps, float weight_decay, bool maximize, "
+    "masked_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] states, Tensor(c!)[] updates, Tensor layout, "
+    "float lr, Tensor? lr_tensor, float beta1, float beta2, float eps, float weight_decay, bool maximize, "
     "Tensor? grad_scale, Tensor? found_inf) -> ()",
     reference.masked_adamw_,
+    _nothing,
+)
+apply_updates_ = _define(
+    "apply_updates_(Tensor(a!)[] params, Tensor(b!)[] states, Tensor[] updates, Tensor layout, Tensor? found_inf) "
+    "-> ()",
+    reference.apply_updates_,
     _nothing,
 )
 active_norm = _define(

@@ -244,8 +244,8 @@ def test_opcheck():
     for hyper in ({}, tensors):
         for cases in (kinds(amsgrad=True), kinds(torch.bfloat16, master=True, grad_dtype=torch.float32), EMPTY):
             problem = make_problem(cases)
-            layout = torch.tensor([where.row() for where in problem.layouts])
-            args = (problem.params, problem.grads, problem.states, layout, *{**HYPER, **hyper}.values())
+            hyper = {**HYPER, **hyper}
+            args = (problem.params, problem.grads, problem.states, [], problem.rows, *hyper.values())
             torch.library.opcheck(ops.masked_adamw_, args, test_utils=tests)
     torch.library.opcheck(ops.masked_adamw_, args)
 
@@ -258,7 +258,7 @@ def test_compiled_without_a_graph_break(backend):
 
     def step(params, grads, states):
         scaled = [2 * g for g in grads]
-        ops.masked_adamw_(params, scaled, states, layout, *HYPER.values())
+        ops.masked_adamw_(params, scaled, states, [], layout, *HYPER.values())
         return 2 * params[0]
 
     torch.compiler.reset()
@@ -404,7 +404,8 @@ def both_as(args, dtype):
 def test_malformed_calls_raise_and_change_nothing(op, kind, spoil, message):
     problem = make_problem([Case(DENSE), Case(kind, cohorts=2, scope=PER_ENTRY)])
     layout = torch.tensor([where.row() for where in problem.layouts])
-    args = {"params": problem.params, "grads": problem.grads, "states": problem.states, "layout": layout, **HYPER}
+    tensors = {"params": problem.params, "grads": problem.grads, "states": problem.states, "updates": []}
+    args = {**tensors, "layout": layout, **HYPER}
     spoil(args)
     before = [bits(t).clone() for t in args["params"] + args["states"]]
     with pytest.raises(RuntimeError, match=message):

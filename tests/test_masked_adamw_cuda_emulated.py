@@ -9,7 +9,11 @@ from adamw_cases import (
     OPTIONS,
     SAME_DTYPES,
     Case,
+    check_apply,
+    check_skipped_update,
     check_step,
+    check_two_halves,
+    check_update,
     kinds,
     make_problem,
     same_random_bits,
@@ -25,6 +29,11 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 @pytest.fixture(scope="session")
 def op():
     return Emulated(ops.masked_adamw_, build("masked_adamw"))
+
+
+@pytest.fixture(scope="session")
+def apply():
+    return Emulated(ops.apply_updates_, build("masked_adamw"))
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
@@ -95,10 +104,53 @@ def test_several_chunks_and_odd_densities(op):
 
 
 def test_tasks_past_one_launch(op):
-    cases = [Case(kind=kind, shape=(3, 4)) for kind in (DENSE, ROWS, ELEMENTS, TWO_FOUR) for _ in range(90)]
+    cases = [Case(kind=kind, shape=(3, 4)) for kind in (DENSE, ROWS, ELEMENTS, TWO_FOUR) for _ in range(40)]
     launches = op.launches
     check_step(op, cases)
-    assert op.launches == launches + 2
+    assert op.launches == launches + 3, "160 tasks, 64 a launch"
+
+
+@pytest.mark.parametrize("dtype", SAME_DTYPES.values(), ids=SAME_DTYPES)
+def test_updates(op, apply, dtype):
+    for options in ({}, dict(master=True, amsgrad=True), dict(cohorts=3, scope=PER_ENTRY, density=0.3)):
+        check_update(op, kinds(dtype, **options))
+        check_apply(apply, kinds(dtype, **options), seed=1)
+        check_two_halves(op, apply, kinds(dtype, **options))
+    check_skipped_update(op, kinds(dtype))
+
+
+CLUSTERS = {
+    "one corner": [(0, 3000)],
+    "the end": [(190_000, 199_999)],
+    "a gap of many blocks": [(5, 700), (150_001, 153_000)],
+    "single entries": [(k, k + 1) for k in (0, 1023, 1024, 2047, 2048, 4095, 99_999, 199_998)],
+    "whole": [(0, 199_999)],
+}
+
+
+@pytest.mark.parametrize("clusters", CLUSTERS.values(), ids=CLUSTERS)
+def test_clustered_elements(op, clusters):
+    """Chunks are of entries, so that a block's work does not depend on where they lie."""
+    check_step(op, [Case(kind=ELEMENTS, shape=(199_999,), clusters=tuple(clusters))])
+
+
+WEIGHTS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@pytest.mark.parametrize("master", [False, True], ids=["", "master"])
+@pytest.mark.parametrize("dtype", WEIGHTS.values(), ids=WEIGHTS)
+@pytest.mark.parametrize("kind", [DENSE, ROWS, TWO_FOUR], ids=["dense", "rows", "2:4"])
+def test_moves_hardly_more_bytes_than_it_must(op, kind, dtype, master):
+    """The least: each 32-byte sector that holds something active, once read and once written."""
+    problem = make_problem([Case(kind=kind, shape=(32, 1024), dtype=dtype, master=master)])
+    entries = problem.layouts[0].entries
+    touched = 2 * entries if kind == TWO_FOUR else entries  # 2:4 leaves no sector out
+    passes = 2 if master else 3  # the gradient, and the weight written; read where no master is
+    state = 4 * (6 if master else 4) * entries
+    index = {DENSE: 0, ROWS: 4 * 16, TWO_FOUR: 2 * entries / 8}[kind]
+    least = passes * dtype.itemsize * touched + state + index
+    moved = op.bytes_moved(lambda: problem.step(op))
+    assert least <= moved <= 1.05 * least, f"{moved / entries:.1f} bytes an entry, {least / entries:.1f} at least"
 
 
 def test_parameters_without_active_entries(op):

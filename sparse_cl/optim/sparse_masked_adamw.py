@@ -346,6 +346,7 @@ class SparseMaskedAdamW(Optimizer):
                 plan.params,
                 grads,
                 plan.buffers,
+                [],
                 plan.layout,
                 0.0 if lr_tensor is not None else float(lr),
                 lr_tensor,

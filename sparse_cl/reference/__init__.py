@@ -1,5 +1,6 @@
 """Every op in plain PyTorch: the fallback where no native library is built, and the oracle of the tests."""
 
+from sparse_cl.reference.apply_updates import apply_updates_
 from sparse_cl.reference.clip_grad import active_norm, norm_dtype, scale_active_
 from sparse_cl.reference.gram_factor import gram_factor
 from sparse_cl.reference.masked_adamw import (
@@ -19,6 +20,7 @@ from sparse_cl.reference.randomized_svd import randomized_svd
 __all__ = [
     "active_norm",
     "active_positions",
+    "apply_updates_",
     "block_ranks",
     "default_rtol",
     "gram_factor",

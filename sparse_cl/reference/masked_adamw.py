@@ -29,13 +29,13 @@ def unpack_bits(words: Tensor, numel: int) -> Tensor:
 
 
 def block_ranks(dense: Tensor) -> Tensor:
-    """int32: number of true entries before each block of ``BLOCK`` entries, and at the end their total."""
+    """int64: number of true entries before each block of ``BLOCK`` entries, and at the end their total."""
     flat = dense.reshape(-1)
     padding = -flat.numel() % BLOCK
     if padding:
         flat = torch.cat([flat, flat.new_zeros(padding)])
     counts = flat.view(-1, BLOCK).sum(1)
-    return torch.cat([counts.new_zeros(1), counts.cumsum(0)]).to(torch.int32)
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
 
 
 def active_positions(layout: StateLayout, views: dict[str, Tensor], device: torch.device) -> Tensor:
@@ -97,6 +97,7 @@ def masked_adamw_(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     states: Sequence[Tensor],
+    updates: Sequence[Tensor],
     layout: Tensor,
     lr: float,
     lr_tensor: Tensor | None,
@@ -115,33 +116,61 @@ def masked_adamw_(
         grads: tensors of the same shapes, or of the compact shape where ``layout`` says so, in the parameter's dtype
             or float32.
         states: uint8 buffers laid out as :class:`~sparse_cl.layout.StateLayout` says.
+        updates: empty, or one contiguous tensor per parameter in its compact shape and its state's dtype. Where they
+            are given, each gets the update of its parameter, new - old of the weights that are stepped (the master
+            where there is one), decay and gain included; moments and step counts advance, and neither parameters nor
+            masters change.
         layout: int64, one row of ``layout.FIELDS`` a parameter, on the CPU.
         lr, lr_tensor: learning rate; the tensor (one element, on the parameters' device) wins if given.
         grad_scale: one element; gradients are divided by it.
-        found_inf: one element; unless it is zero, nothing changes, step counts included.
+        found_inf: one element; unless it is zero, nothing changes, step counts included, and updates become zero.
 
     Bias correction uses each entry's own step count. A gain g scales the entry's whole update:
     p <- p - g (lr wd p + lr / (1 - beta1^t) m / (sqrt(v / (1 - beta2^t)) + eps)).
     """
-    layouts = _check(params, grads, states, layout, (lr_tensor, grad_scale, found_inf))
+    scalars = (lr_tensor, grad_scale, found_inf)
+    layouts = check_call("masked_adamw_", params, states, updates, layout, scalars, grads)
     if found_inf is not None and bool(found_inf):
+        for update in updates:
+            update.zero_()
         return
     rate = lr if lr_tensor is None else lr_tensor.double().reshape(())
-    for param, grad, state, where in zip(params, grads, states, layouts, strict=True):
+    for i, (param, grad, state, where) in enumerate(zip(params, grads, states, layouts, strict=True)):
         if where.entries == 0:
             continue
-        _step_one(param, grad, where, where.views(state), rate, beta1, beta2, eps, weight_decay, maximize, grad_scale)
+        view = where.views(state)
+        old, new = _step_one(param, grad, where, view, rate, beta1, beta2, eps, weight_decay, maximize, grad_scale)
+        if updates:
+            torch.sub(new, old, out=updates[i])
+        else:
+            write_weights(param, where, view, new)
 
 
-def _check(params, grads, states, layout, scalars) -> list[StateLayout]:
-    """The layouts of :func:`masked_adamw_`, after everything that could fail once a parameter has been stepped."""
+def check_call(
+    op: str,
+    params: Sequence[Tensor],
+    states: Sequence[Tensor],
+    updates: Sequence[Tensor],
+    layout: Tensor,
+    scalars: Sequence[Tensor | None],
+    grads: Sequence[Tensor] | None,
+) -> list[StateLayout]:
+    """The layouts of a call, after everything that could fail once a parameter has been written.
+
+    Args:
+        grads: None for an op that takes none, which must be given updates.
+    """
 
     def require(holds: bool, message: str) -> None:
         if not holds:
-            raise RuntimeError(f"masked_adamw_: {message}")
+            raise RuntimeError(f"{op}: {message}")
 
     count = len(params)
-    require(len(grads) == len(states) == count, f"expected as many grads and states as params ({count})")
+    if grads is None:
+        require(len(states) == len(updates) == count, f"expected as many states and updates as params ({count})")
+    else:
+        require(len(grads) == len(states) == count, f"expected as many grads and states as params ({count})")
+        require(len(updates) in (0, count), f"updates: expected none, or as many as params ({count})")
     require(
         layout.device.type == "cpu" and layout.dtype == torch.int64 and layout.shape == (count, len(FIELDS)),
         f"layout: expected an int64 CPU tensor of shape ({count}, {len(FIELDS)})",
@@ -153,17 +182,15 @@ def _check(params, grads, states, layout, scalars) -> list[StateLayout]:
                 "lr_tensor, grad_scale and found_inf: expected one float32 element on the parameters' device",
             )
     layouts = []
-    for i, (param, grad, state, row) in enumerate(zip(params, grads, states, layout.tolist(), strict=True)):
+    for i, (param, state, row) in enumerate(zip(params, states, layout.tolist(), strict=True)):
         where = StateLayout.from_row(row, param.shape, param.dtype)
         require(param.dtype.is_floating_point, f"params[{i}]: expected float32, bfloat16, float16 or float64")
-        what = "compact shape" if where.compact_grad and where.is_valid() else "shape"
-        fits = grad.shape == (where.grad_shape if where.is_valid() else param.shape)
-        require(fits, f"grads[{i}]: expected the {what} of params[{i}]")
         require(
-            params[0].device == param.device == grad.device == state.device,
-            f"params[{i}], its gradient and its state: expected all on one device",
+            params[0].device == param.device == state.device,
+            f"params[{i}] and its state: expected both on one device, that of params[0]",
         )
-        require(grad.dtype in (param.dtype, torch.float32), f"grads[{i}]: expected the dtype of params[{i}] or float32")
+        if grads is not None:
+            _check_gradient(require, i, param, grads[i], where)
         require(
             state.dtype == torch.uint8 and state.is_contiguous() and state.dim() == 1,
             f"states[{i}]: expected a contiguous uint8 vector",
@@ -171,30 +198,86 @@ def _check(params, grads, states, layout, scalars) -> list[StateLayout]:
         require(where.is_valid() and where.row() == row, f"layout[{i}]: not a row that StateLayout.row() makes for it")
         if where.entries:
             require(state.numel() == where.nbytes, f"states[{i}]: does not hold what layout[{i}] says")
+        if updates:
+            update = updates[i]
+            require(
+                update.shape == where.compact_shape
+                and update.dtype == where.dtype
+                and update.device == param.device
+                and update.is_contiguous(),
+                f"updates[{i}]: expected a contiguous {where.dtype} tensor of the compact shape of params[{i}], "
+                f"{where.compact_shape}, on its device",
+            )
         layouts.append(where)
     return layouts
 
 
-def _step_one(param, grad, where, view, lr, beta1, beta2, eps, weight_decay, maximize, grad_scale) -> None:
+def _check_gradient(require, i: int, param: Tensor, grad: Tensor, where: StateLayout) -> None:
+    what = "compact shape" if where.compact_grad and where.is_valid() else "shape"
+    fits = grad.shape == (where.grad_shape if where.is_valid() else param.shape)
+    require(fits, f"grads[{i}]: expected the {what} of params[{i}]")
+    require(grad.device == param.device, f"params[{i}] and its gradient: expected both on one device")
+    require(grad.dtype in (param.dtype, torch.float32), f"grads[{i}]: expected the dtype of params[{i}] or float32")
+
+
+def read_weights(param: Tensor, where: StateLayout, view: dict[str, Tensor]) -> Tensor:
+    """The active weights that are stepped, in the compact shape and the state's dtype; may share memory with them."""
+    return view["master"] if where.master else _compact(param, where, view).to(where.dtype)
+
+
+def write_weights(param: Tensor, where: StateLayout, view: dict[str, Tensor], new: Tensor) -> None:
+    """Writes what :func:`read_weights` gave, changed, into the master and, rounded, into the parameter.
+
+    Half-precision parameters without a master are rounded stochastically, with the random bits of each entry's present
+    step count.
+    """
+    if where.master:
+        view["master"].copy_(new)
+    elif param.dtype in (torch.bfloat16, torch.float16):
+        entry = torch.arange(where.entries, device=param.device).view(where.compact_shape)
+        bits = random_bits(where.seed, _steps(where, view).expand(where.compact_shape), entry)
+        new = stochastic_round(new, bits, param.dtype)
+    new = new.to(param.dtype)
+    if where.kind == DENSE:
+        param.copy_(new)
+        return
+    positions = active_positions(where, view, param.device)
+    if param.is_contiguous():
+        param.view(-1).index_copy_(0, positions, new.view(-1))
+    else:
+        flat = param.reshape(-1)
+        flat[positions] = new.view(-1)
+        param.copy_(flat.view(where.shape))
+
+
+def _compact(x: Tensor, where: StateLayout, view: dict[str, Tensor]) -> Tensor:
+    if where.kind == DENSE:
+        return x.reshape(where.shape)
+    return x.reshape(-1)[active_positions(where, view, x.device)].view(where.compact_shape)
+
+
+def _steps(where: StateLayout, view: dict[str, Tensor]) -> Tensor:
+    """The step counts, float64, broadcastable to the compact shape."""
+    step = view["step"].double()
+    if where.cohort_scope == SHARED:
+        return step
+    step = step.view(-1)[view["cohort"].long()]
+    return spread_units(where, step) if where.cohort_scope == PER_UNIT else step
+
+
+def _step_one(
+    param, grad, where, view, lr, beta1, beta2, eps, weight_decay, maximize, grad_scale
+) -> tuple[Tensor, Tensor]:
+    """The active weights before and after; writes moments and step counts only."""
     dtype = where.dtype
-    positions = active_positions(where, view, param.device) if where.kind != DENSE else None
-
-    def compact(x: Tensor) -> Tensor:
-        return x.reshape(where.shape) if positions is None else x.reshape(-1)[positions].view(where.compact_shape)
-
-    g = (grad if where.compact_grad else compact(grad)).to(dtype)
+    g = (grad if where.compact_grad else _compact(grad, where, view)).to(dtype)
     if grad_scale is not None:
         g = g / grad_scale.to(dtype)
     if maximize:
         g = -g
 
     view["step"].add_(1)
-    step = view["step"].double()
-    if where.cohort_scope != SHARED:
-        cohort = view["cohort"].long()
-        step = step.view(-1)[cohort]
-        if where.cohort_scope == PER_UNIT:
-            step = spread_units(where, step)
+    step = _steps(where, view)
     gain = spread_units(where, view["gain"].double()) if where.gain else 1.0
     step_size = (gain * lr / (1 - beta1**step)).to(dtype)
     sqrt_correction = (1 - beta2**step).sqrt().to(dtype)
@@ -206,20 +289,5 @@ def _step_one(param, grad, where, view, lr, beta1, beta2, eps, weight_decay, max
     second = exp_avg_sq
     if where.amsgrad:
         second = torch.maximum(view["max_exp_avg_sq"], exp_avg_sq, out=view["max_exp_avg_sq"])
-
-    old = view["master"] if where.master else compact(param).to(dtype)
-    new = old * decay - step_size * (exp_avg / (second.sqrt() / sqrt_correction + eps))
-    if where.master:
-        view["master"].copy_(new)
-    if param.dtype in (torch.bfloat16, torch.float16) and not where.master:
-        entry = torch.arange(where.entries, device=param.device).view(where.compact_shape)
-        new = stochastic_round(new, random_bits(where.seed, step, entry), param.dtype)
-    new = new.to(param.dtype)
-    if positions is None:
-        param.copy_(new)
-    elif param.is_contiguous():
-        param.view(-1).index_copy_(0, positions, new.view(-1))
-    else:
-        flat = param.reshape(-1)
-        flat[positions] = new.view(-1)
-        param.copy_(flat.view(where.shape))
+    old = read_weights(param, where, view)
+    return old, old * decay - step_size * (exp_avg / (second.sqrt() / sqrt_correction + eps))

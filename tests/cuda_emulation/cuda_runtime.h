@@ -13,6 +13,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <set>
 #include <thread>
 #include <vector>
 
@@ -72,10 +73,44 @@ unsigned char* shared_memory();
 // Kernel launches since the library was loaded.
 inline int launches = 0;
 
+// What a warp's accesses to memory move: each takes the sectors that its lanes touch together.
+struct Access {
+  uintptr_t address;
+  size_t bytes;
+  bool written;
+};
+constexpr uintptr_t kSector = 32;
+inline thread_local std::vector<Access>* accesses;  // null where they are not counted
+inline bool counting = false;
+inline int64_t bytes_moved = 0;
+
+inline void note_access(const void* address, size_t bytes, bool written) {
+  if (accesses) accesses->push_back({reinterpret_cast<uintptr_t>(address), bytes, written});
+}
+
+// Adds what the lanes of a warp have moved. They take the same path where sizes are whole, so that their n-th accesses
+// are one instruction.
+inline void count_bytes(std::vector<Access>* lanes) {
+  for (size_t n = 0;; ++n) {
+    std::set<uintptr_t> sectors;
+    for (int lane = 0; lane < 32; ++lane)
+      if (n < lanes[lane].size()) {
+        const Access& access = lanes[lane][n];
+        for (uintptr_t at = access.address / kSector; at <= (access.address + access.bytes - 1) / kSector; ++at)
+          sectors.insert(at);
+      }
+    if (sectors.empty()) break;
+    bytes_moved += static_cast<int64_t>(sectors.size() * kSector);
+  }
+  for (int lane = 0; lane < 32; ++lane) lanes[lane].clear();
+}
+
 // What a kernel has asked for by cudaFuncSetAttribute.
 inline std::map<const void*, size_t> shared_memory_asked;
 
 }  // namespace cuda_emulation
+
+#define SPARSE_CL_NOTE_ACCESS(address, bytes, written) cuda_emulation::note_access(address, bytes, written)
 
 inline thread_local dim3 threadIdx, blockIdx;
 
@@ -162,16 +197,20 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, Kernel* kernel,
   ++launches;
   Barrier barrier(threads);
   std::vector<Warp> warps(threads / 32);
+  std::vector<std::vector<Access>> noted(threads);
   auto run = [&](unsigned thread) {
     threadIdx = dim3(thread, 0, 0);
     block_barrier = &barrier;
     warp = &warps[thread / 32];
+    accesses = counting ? &noted[thread] : nullptr;
     for (unsigned block = blocks; block-- > 0;) {
       if (thread == 0) std::memset(shared_memory(), 0xFF, kSharedMemory);
       barrier.wait();
       blockIdx = dim3(block, 0, 0);
       kernel(argument);
       barrier.wait();
+      if (counting && thread == 0)
+        for (unsigned first = 0; first < threads; first += 32) count_bytes(&noted[first]);
     }
   };
   std::vector<std::thread> pool;

@@ -4,7 +4,8 @@ import hashlib
 import os
 import subprocess
 import sys
-from ctypes import CDLL
+from collections.abc import Callable
+from ctypes import CDLL, c_int64
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,7 @@ def build(name: str, *flags: str) -> Path:
             "-O1",
             "-shared",
             "-fPIC",
+            "-Wl,-Bsymbolic",  # its own stand-ins of what torch exports
             "-pthread",
             "-fvisibility=hidden",
             "-fno-strict-aliasing",
@@ -68,6 +70,14 @@ class Emulated:
     @property
     def launches(self) -> int:
         return self._library.emulated_launches()
+
+    def bytes_moved(self, call: Callable[[], None]) -> int:
+        """Bytes of the 32-byte sectors that each warp access of ``call``'s kernels touches."""
+        self._library.emulated_count_bytes()
+        call()
+        moved = self._library.emulated_bytes_moved
+        moved.restype = c_int64
+        return moved()
 
 
 def run_sanitized(name: str, test_file: str, chosen: str) -> None:
