@@ -199,7 +199,7 @@ def _place(t: Tensor, case: Case, device) -> Tensor:
     flat = torch.empty(t.numel() + case.shift, dtype=t.dtype, device=device)[case.shift :]
     if not case.strided:
         return flat.view(t.shape).copy_(t)
-    return flat.view(t.shape[::-1]).permute(*reversed(range(t.dim()))).copy_(t)
+    return flat.view(t.shape[::-1]).permute(tuple(reversed(range(t.dim())))).copy_(t)
 
 
 def bits(t: Tensor) -> Tensor:

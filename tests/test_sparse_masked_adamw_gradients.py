@@ -190,3 +190,43 @@ def test_clipping_nothing():
     assert opt.clip_grad_norm_(1.0).item() == 0.0
     param.grad = None
     assert opt.clip_grad_norm_(1.0).item() == 0.0
+
+
+def test_clipping_before_any_step_goes_by_the_masks_in_force():
+    param, opt = one(RowMask([1], SHAPE))
+    opt.set_masks({param: ColumnMask([2, 3], SHAPE)})
+    expected = param.grad[:, 2:4].norm()
+    torch.testing.assert_close(opt.clip_grad_norm_(1e9), expected)
+    opt.set_masks({param: ElementMask(torch.eye(6, 8, dtype=torch.bool))})
+    torch.testing.assert_close(opt.clip_grad_norm_(1e9), param.grad.diag().norm())
+    opt.step()
+    opt.set_masks({})
+    torch.testing.assert_close(opt.clip_grad_norm_(1e9), param.grad.norm())
+
+
+def test_clipping_groups_of_several_dtypes(implementation):
+    dtypes = (torch.float64, torch.bfloat16, torch.float32, torch.float16)
+    params = [nn.Parameter(torch.ones(SHAPE, dtype=dtype)) for dtype in dtypes]
+    opt = SparseMaskedAdamW([{"params": params[:1]}, {"params": params[1:3]}, {"params": params[3:]}])
+    for p in params:
+        p.grad = torch.ones_like(p)
+    norm = opt.clip_grad_norm_(0.5)
+    assert norm.dtype == torch.float64
+    assert norm.item() == pytest.approx((4 * 48) ** 0.5, rel=1e-7)  # that of the narrow ones is a float32
+    factor = 0.5 / (norm + 1e-6)
+    for p in params:
+        assert (p.grad == (factor if p.dtype == torch.float64 else factor.float()).to(p.dtype)).all()
+
+
+def test_clipping_refuses_what_a_step_refuses():
+    param, opt = one(RowMask([1], SHAPE))
+    other, loaded = one(RowMask([2], SHAPE))
+    opt.step()
+    loaded.load_state_dict(opt.state_dict())
+    with pytest.raises(ValueError, match="call set_masks"):
+        loaded.clip_grad_norm_(1.0)
+    before = param.grad.clone()
+    param.grad.resize_(4, 4)
+    with pytest.raises(ValueError, match="number 0 of group 0: its gradient has shape"):
+        opt.clip_grad_norm_(1.0)
+    assert torch.equal(param.grad.view(-1), before.view(-1)[:16])
