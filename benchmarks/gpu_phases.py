@@ -75,7 +75,7 @@ def explained(code: int, output: str) -> str:
 
 
 def build(run: Run, end: float, dry: bool) -> int:
-    """Takes the libraries that lie in the tree if they load, and else builds them."""
+    """Takes the libraries that lie in the tree if they load and are of these sources, and else builds them."""
 
     def inspect() -> dict | None:
         code, output = execute([sys.executable, BENCHMARKS / "gpu_run.py"], end)
@@ -100,7 +100,7 @@ def build(run: Run, end: float, dry: bool) -> int:
                 raise RuntimeError(explained(code, output))
             found = inspect()
         if found is None:
-            raise RuntimeError("the libraries do not load: see the log")
+            raise RuntimeError("the libraries do not load, or are of other sources: see the log")
         run.data["versions"] = {key: value for key, value in found.items() if key != "libraries"}
         return {"how": how, "libraries": found["libraries"]}
 

@@ -210,6 +210,10 @@ def host_ms(call: Callable[[], object], repeats: int = 100, warmup: int = 10) ->
 
 
 if __name__ == "__main__":
+    from adamw_cases import kinds, make_problem
+
     from sparse_cl import ops
 
+    # On the CPU, which tells libraries of other schemas that load all the same from a kernel that fails.
+    make_problem(kinds()).step(ops.masked_adamw_)
     print(json.dumps({**versions(), "libraries": ops.LOADED}))

@@ -88,6 +88,7 @@ def layers_that_fit(config: LlamaConfig, tokens: int, bytes_per_parameter: int) 
 def measure(make: Callable[[], Contender], config: LlamaConfig, batch: int, tokens: int, repeats: int) -> dict:
     if ON_GPU:
         torch.cuda.reset_peak_memory_stats()
+    torch.set_float32_matmul_precision("highest")  # for this contender, unless it asks for less
     ids = torch.randint(config.vocab_size, (batch, tokens), device=DEVICE)
     contender = make()
 
@@ -167,7 +168,8 @@ def pulled(bases: dict[str, Tensor]) -> dict:
 
 
 def projected_contenders(config: LlamaConfig, ranks: tuple[int, ...]) -> dict[str, Callable[[], Contender]]:
-    def stepped(options: Callable[[dict[str, Tensor]], dict], rank: int) -> Contender:
+    def stepped(options: Callable[[dict[str, Tensor]], dict], rank: int, precision: str = "highest") -> Contender:
+        torch.set_float32_matmul_precision(precision)
         model = make_model(config)
         return train(model, device=DEVICE, **options(random_bases(model, rank)))
 
@@ -179,6 +181,7 @@ def projected_contenders(config: LlamaConfig, ranks: tuple[int, ...]) -> dict[st
             for rank in ranks
             for options in (pulled, projected)
         },
+        f"pulled, rank {ranks[-1]}, TF32": partial(stepped, pulled, ranks[-1], "high"),
     }
 
 

@@ -45,7 +45,7 @@ def bars(data: dict) -> Iterator[tuple[str, float | None, str, float | None]]:
     ranks = (2, 4) if data["dry_run"] else (64, 128)
     for shape in ("1 B", "8 B"):
         full = f"projected, {shape}: full AdamW"
-        others = [(f"pulled, rank {rank}", 1.15) for rank in ranks]
+        others = [(f"pulled, rank {rank}", 1.15) for rank in (*ranks, f"{ranks[-1]}, TF32")]
         others += [(f"projected, rank {rank}", None) for rank in ranks] + [("our AdamW, fp32 master", None)]
         for who, bar in others:
             yield f"{shape}, {who}: step / full AdamW", found.ratio(f"projected, {shape}: {who}", full), "<=", bar
