@@ -55,7 +55,7 @@ import ctypes, sys, torch
 from sparse_cl import ops
 ctypes.CDLL(sys.argv[1])
 torch.ops.load_library(sys.argv[2])
-for name in ("masked_adamw_", "gram_factor"):
+for name in ("masked_adamw_", "active_norm", "scale_active_", "gram_factor"):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"sparse_cl::{name}", "CUDA"), name
 """
 
