@@ -1,6 +1,8 @@
 // active_norm and scale_active_ on the CPU.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
+#include <type_traits>
 #include <vector>
 
 #include "clip_grad_args.h"
@@ -43,6 +45,8 @@ class SquareSum {
 template <typename G>
 class Scale {
   using T = typename Storage<G>::acc;
+  // Copies of structs keep loops from being vectorized.
+  using Raw = std::conditional_t<sizeof(G) == 2, uint16_t, std::conditional_t<sizeof(G) == 4, uint32_t, uint64_t>>;
 
  public:
   explicit Scale(double factor) : factor_(static_cast<T>(factor)) {}
@@ -50,8 +54,11 @@ class Scale {
   template <typename At, typename On>
   void operator()(int64_t n, At at, On on) {
     for (int64_t i = 0; i < n; ++i) {
-      const G old = at(i), next = Storage<G>::store(Storage<G>::load(old) * factor_);
-      at(i) = on(i) ? next : old;
+      Raw old;
+      memcpy(&old, &at(i), sizeof(G));
+      const Raw next = bit_cast<Raw>(Storage<G>::store(Storage<G>::load(bit_cast<G>(old)) * factor_));
+      const Raw chosen = on(i) ? next : old;
+      memcpy(&at(i), &chosen, sizeof(G));
     }
   }
 

@@ -1,6 +1,7 @@
 """The CUDA kernels' own source, compiled for the CPU by tests/cuda_emulation: their logic without a GPU."""
 
 import shutil
+from dataclasses import replace
 
 import clip_grad_cases as cases
 import pytest
@@ -80,6 +81,17 @@ def test_a_factor_of_one_changes_no_bit(pair):
         for factor in (torch.tensor(1.0), torch.ones(1, dtype=torch.float64)):
             pair[1](problem.grads, problem.states, cases.rows_of(problem), factor)
         assert all(torch.equal(bits(a), bits(b)) for a, b in zip(before.grads, problem.grads, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_bytes_moved_are_those_of_the_active_entries(pair, dtype):
+    """Of the sectors that they lie in, each once."""
+    drawn = [Case(DENSE, (96, 64)), Case(ROWS, (64, 128), density=0.25), Case(TWO_FOUR, (32, 64))]
+    problem = make_problem([replace(case, dtype=dtype) for case in drawn])
+    args = problem.grads, problem.states, cases.rows_of(problem)
+    least = dtype.itemsize * (96 * 64 + 16 * 128 + 32 * 64)
+    assert pair[0].bytes_moved(lambda: pair[0](*args)) == least
+    assert pair[1].bytes_moved(lambda: pair[1](*args, torch.tensor(0.5))) == 2 * least
 
 
 def test_addresses_and_undefined_behaviour():
