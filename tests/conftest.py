@@ -28,6 +28,7 @@ def implementation(request, monkeypatch):
 
     if request.param == "reference":
         monkeypatch.setattr(ops, "masked_adamw_", reference.masked_adamw_)
+        monkeypatch.setattr(ops, "apply_updates_", reference.apply_updates_)
     elif not ops.LOADED["cpu"]:
         pytest.skip("no native library was built")
     return request.param

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from sparse_cl.layout import state_dtype
 from sparse_cl.optim.leaf import weight_of
@@ -23,6 +25,11 @@ class Plan:
     buffers: list[Tensor]
     layout: Tensor
     facts: list[tuple]  # what gradients must look like, see facts_of
+    projected: Any = None  # what a projected step has made for this call
+
+    def increment_versions(self) -> None:
+        """Tells autograd, behind whose back ops write, so that it does not take old activations for new ones."""
+        increment_version([*self.params, *(p for p, w in zip(self.own, self.params, strict=True) if p is not w)])
 
 
 @dataclass
