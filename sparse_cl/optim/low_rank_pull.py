@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -18,35 +19,56 @@ class LowRankCorrection(Correction):
         super().__init__(layers)
         self.moved = [layer.kept["moved"] for layer in layers]
         self.bases = [layer.projection.basis.to(layer.update.dtype) for layer in layers]
-        strengths = [layer.projection.strengths for layer in layers]
-        # In float32 a strength of 1e38 and a rate above 1 would make f = inf / inf.
-        self.strengths = torch.cat(strengths).double()
-        self.taken = torch.empty_like(self.strengths, dtype=layers[0].update.dtype)
-        self.left = torch.empty_like(self.taken)
-        ranks = [len(part) for part in strengths]
-        self.parts = self.taken.split(ranks), self.left.split(ranks)
+        self.factors: _Factors | None = None
         self.next: list[Tensor] = []
 
+    @staticmethod
+    def begin(corrections: Sequence[LowRankCorrection], lr: float | Tensor, skipped: Tensor | None) -> None:
+        factors = corrections[0].factors
+        if factors is None or factors.corrections != corrections:
+            factors = _Factors(corrections)
+        factors.set(lr, skipped)
+
     def correct_(self, lr: float | Tensor, skipped: Tensor | None) -> None:
-        scaled = self.strengths * lr
-        if skipped is not None:
-            scaled = torch.where(skipped == 0, scaled, 0.0)
-        self.taken.copy_(scaled / (1 + scaled))
-        self.left.copy_(1 / (1 + scaled))
-        taken, _ = self.parts
         self.next = []
-        for layer, moved, basis, columns in zip(
-            self.layers, self.moved, self.bases, torch._foreach_mul(self.bases, taken), strict=True
-        ):
+        columns = torch._foreach_mul(self.bases, self.taken)
+        for layer, moved, basis, taken in zip(self.layers, self.moved, self.bases, columns, strict=True):
             # Not in place: should the step fail before the weights are written, P is still theirs.
             after = torch.addmm(moved, layer.update, basis)
-            layer.update.addmm_(after, columns.mT, alpha=-1)
+            layer.update.addmm_(after, taken.mT, alpha=-1)
             self.next.append(after)
 
     def settle_(self) -> None:
-        for moved, after, left in zip(self.moved, self.next, self.parts[1], strict=True):
+        for moved, after, left in zip(self.moved, self.next, self.left, strict=True):
             torch.mul(after, left, out=moved)
         self.next = []
+
+
+class _Factors:
+    """f and 1 - f of all layers of a step, in one buffer each: a few launches a step."""
+
+    def __init__(self, corrections: Sequence[LowRankCorrection]):
+        self.corrections = corrections
+        layers = [layer for correction in corrections for layer in correction.layers]
+        strengths = [layer.projection.strengths for layer in layers]
+        # float64: in float32 a strength of 1e38 and a rate above 1 would make inf / inf.
+        self.strengths = torch.cat([part.double() for part in strengths])
+        self.taken = torch.empty_like(self.strengths, dtype=layers[0].update.dtype)
+        self.left = torch.empty_like(self.taken)
+        ranks = [len(part) for part in strengths]
+        taken, left = iter(self.taken.split(ranks)), iter(self.left.split(ranks))
+        for correction in corrections:
+            correction.factors = self
+            correction.taken = list(islice(taken, len(correction.layers)))
+            correction.left = list(islice(left, len(correction.layers)))
+
+    def set(self, lr: float | Tensor, skipped: Tensor | None) -> None:
+        scaled = self.strengths * lr
+        if skipped is not None:
+            scaled = torch.where(skipped == 0, scaled, 0.0)
+        whole = 1 + scaled
+        self.taken.copy_(scaled / whole)
+        self.left.copy_(whole.reciprocal_())
 
 
 class LowRankPull(WholeProjection):

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from sparse_cl.layout import state_dtype
 from sparse_cl.optim.leaf import weight_of
@@ -27,9 +26,9 @@ class Plan:
     facts: list[tuple]  # what gradients must look like, see facts_of
     projected: Any = None  # what a projected step has made for this call
 
-    def increment_versions(self) -> None:
-        """Tells autograd, behind whose back ops write, so that it does not take old activations for new ones."""
-        increment_version([*self.params, *(p for p, w in zip(self.own, self.params, strict=True) if p is not w)])
+    def written(self) -> list[Tensor]:
+        """All tensors that a step changes: ops write behind autograd's back, and must say so to it."""
+        return [*self.params, *(p for p, w in zip(self.own, self.params, strict=True) if p is not w)]
 
 
 @dataclass

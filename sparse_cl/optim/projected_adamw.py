@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from sparse_cl.masks import Mask
+from sparse_cl.optim.projected_step import Scratch
 from sparse_cl.optim.projection import WholeProjection
 from sparse_cl.optim.state import PROJECTION
 from sparse_cl.optim.subspace_projected_adamw import SubspaceProjectedAdamW
@@ -84,7 +85,7 @@ class ProjectedAdamW(SubspaceProjectedAdamW):
                     f"parameter {self._name(param)}: all its directions are protected, so it is not updated any more",
                     stacklevel=4,
                 )
-        self._group_plans = {}
+        self._group_plans, self._scratch = {}, Scratch()
         self._seen = self._state_of_memory()
 
     def _is_rest(self, param: Tensor) -> bool:

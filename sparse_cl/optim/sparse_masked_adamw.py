@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 from torch.optim import Optimizer
 
 from sparse_cl import ops
@@ -354,7 +355,7 @@ class SparseMaskedAdamW(Optimizer):
             self._explain(plan.own, grads, error)
             raise
         if not updates:
-            plan.increment_versions()
+            increment_version(plan.written())
 
     def _pack(self, param: Tensor, **options) -> ParameterState:
         """The state of ``param`` in one buffer: made if there is none, packed again if its tensors were replaced."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from contextlib import nullcontext
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from sparse_cl import ops
 from sparse_cl.layout import state_dtype
@@ -39,6 +39,10 @@ class SubspaceProjectedAdamW(SparseMaskedAdamW):
 
     The bound ‖ΔW U‖²_F ≤ 1e-6 ‖ΔW‖²_F holds for float32 parameters, and for the masters of bfloat16 and float16 ones;
     rounding such a master to its parameter adds to the parameter's own leak, and without masters there is no bound.
+    Products are made in float32; where the caller allows TF32 on a GPU, in TF32, and twice if the basis is of what is
+    used, which keeps the bound (see ``tests/test_projected_step.py``).
+
+    A step needs a scratch for updates besides: 64 MB, or what the largest projected parameter takes in float32.
 
     Args:
         params, lr, betas, eps, weight_decay, amsgrad, maximize, capturable, masks, master_weights: as there; but with
@@ -172,7 +176,7 @@ class SubspaceProjectedAdamW(SparseMaskedAdamW):
                     f"({self._subspaces[param].rank} of {self._subspaces[param].width}), so it is not updated any more",
                     stacklevel=4,
                 )
-        self._group_plans = {}
+        self._group_plans, self._scratch = {}, Scratch()
         self._seen = self._state_of_memory()
 
     def _resolve_memory(self, memory: SubspaceMemory | Bases | None) -> dict[Tensor, Subspace]:
@@ -290,44 +294,53 @@ class SubspaceProjectedAdamW(SparseMaskedAdamW):
         return calls
 
     def _apply_all(self, calls, grad_scale, found_inf) -> None:
-        by_precision: dict[tuple, list] = {}
-        for call in calls:
-            param = call[1].own[0]
-            projection = self._projections.get(param)
-            key = None if projection is None else (param.device, projection.exact)
-            by_precision.setdefault(key, []).append(call)
-        for key, found in by_precision.items():
-            with nullcontext() if key is None else products(*key):
-                super()._apply_all(found, grad_scale, found_inf)
+        plain = [call for call in calls if call[1].own[0] not in self._projections]
+        super()._apply_all(plain, grad_scale, found_inf)
+        by_rate: dict[tuple, list[tuple]] = {}
+        for group, plan, grads in calls:
+            if plan.own[0] in self._projections:
+                key = (self._projections[plan.own[0]].exact, plan.params[0].device, id(group))
+                by_rate.setdefault(key, []).append((group, plan, grads))
+        for (exact, device, _), found in by_rate.items():
+            with products(device, exact):
+                self._apply_projected(found, grad_scale, scalar_on(found_inf, device))
 
-    def _apply(self, group, plan: Plan, grads, grad_scale, found_inf, updates=()) -> None:
-        if plan.own[0] not in self._projections:
-            return super()._apply(group, plan, grads, grad_scale, found_inf, updates)
-        call = self._projected(plan)
-        device = call.buffer.device
-        found_inf, lr = scalar_on(found_inf, device), group["lr"]
+    def _apply_projected(self, calls, grad_scale, found_inf) -> None:
+        """The calls of one group on one device."""
+        lr = calls[0][0]["lr"]
         if isinstance(lr, Tensor):
-            lr = float(lr) if lr.device.type == "cpu" else scalar_on(lr, device).reshape(())
-        first, decay = call.layers[0], None
-        if first.projection.turn is not None:
-            weights = first.weights()
-            decay = -lr * group["weight_decay"]
-            group, kept = {**group, "weight_decay": 0.0}, 1 + decay
-            if found_inf is not None:
-                kept = torch.where(found_inf == 0, kept, 1.0)
-            first.start = first.projection.turned(weights * kept)
-            with torch.autocast(device.type, enabled=False):
-                grads = [grads[0].to(weights.dtype) @ first.projection.turn]
-        super()._apply(group, plan, grads, grad_scale, found_inf, call.updates)
-        for correction in call.corrections:
-            correction.correct_(lr, found_inf)
-        if decay is not None:
-            first.start = None
-            first.update.add_(weights * decay)
-        ops.apply_updates_(plan.params, plan.buffers, call.updates, plan.layout, found_inf)
-        plan.increment_versions()
-        for correction in call.corrections:
-            correction.settle_()
+            lr = float(lr) if lr.device.type == "cpu" else scalar_on(lr, calls[0][1].params[0].device).reshape(())
+        ready = [self._projected(plan) for _, plan, _ in calls]
+        by_kind: dict[tuple, list] = {}
+        for call in ready:
+            for correction in call.corrections:
+                by_kind.setdefault((type(correction), call.buffer.dtype), []).append(correction)
+        for (kind, _), corrections in by_kind.items():
+            kind.begin(corrections, lr, found_inf)
+        try:
+            for (group, plan, grads), call in zip(calls, ready, strict=True):
+                if call.layers[0].projection.turn is None:
+                    self._apply(group, plan, grads, grad_scale, found_inf, call.updates)
+                    call.correct_(lr, found_inf)
+                else:
+                    self._apply_turned(group, plan, grads, grad_scale, found_inf, lr)
+                ops.apply_updates_(plan.params, plan.buffers, call.updates, plan.layout, found_inf)
+                call.settle_()
+        finally:
+            increment_version(chain.from_iterable(plan.written() for _, plan, _ in calls))
+
+    def _apply_turned(self, group, plan: Plan, grads, grad_scale, found_inf, lr) -> None:
+        """The update of one layer whose moments are in turned coordinates."""
+        (layer,) = plan.projected.layers
+        weights, fade = layer.weights(), -lr * group["weight_decay"]
+        kept = 1 + fade if found_inf is None else torch.where(found_inf == 0, 1 + fade, 1.0)
+        layer.start = layer.projection.turned(weights * kept)
+        with torch.autocast(weights.device.type, enabled=False):
+            grads = [grads[0].to(weights.dtype) @ layer.projection.turn]
+        self._apply({**group, "weight_decay": 0.0}, plan, grads, grad_scale, found_inf, plan.projected.updates)
+        plan.projected.correct_(lr, found_inf)
+        layer.start = None
+        layer.update.add_(weights * fade)
 
     def _projected(self, plan: Plan) -> ProjectedCall:
         packed = [self._packed[param] for param in plan.own]
