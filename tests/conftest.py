@@ -27,7 +27,7 @@ def implementation(request, monkeypatch):
     from sparse_cl import ops, reference
 
     if request.param == "reference":
-        for name in ("masked_adamw_", "active_norm", "scale_active_"):
+        for name in ("masked_adamw_", "apply_updates_", "active_norm", "scale_active_"):
             monkeypatch.setattr(ops, name, getattr(reference, name))
     elif not ops.LOADED["cpu"]:
         pytest.skip("no native library was built")

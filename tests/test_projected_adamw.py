@@ -212,7 +212,7 @@ def test_what_does_not_fit():
         ValueError, match=r"projections: parameter 'w' has shape \(6, 5\), but its projection is for \(5, 6\)"
     ):
         ProjectedAdamW([("w", weight)], projections={"w": turned})
-    with pytest.raises(TypeError, match="projections: parameter 'w': expected an ElasticPull or CurvatureProjection"):
+    with pytest.raises(TypeError, match="projections: parameter 'w': expected a LowRankPull, ElasticPull or Curv"):
         ProjectedAdamW([("w", weight)], projections={"w": good.curvature})
     with pytest.raises(ValueError, match="projections: no parameter is named 'v'"):
         ProjectedAdamW([("w", weight)], projections={"v": good})

@@ -111,11 +111,11 @@ def test_a_step_that_breaks_off_leaves_the_weights(monkeypatch, kind, dtype):
         opt.step()
     before, projection = weight.detach().clone(), opt._projections[weight]
 
-    def broken(update):
+    def broken(*arguments):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(projection, "apply_", broken)
+        patch.setattr(projection.correction, "correct_", broken)
         opt.step()
     assert torch.equal(weight.detach(), before)
     opt.step()

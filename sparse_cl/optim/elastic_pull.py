@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_cl.optim.projection import WholeProjection
+from sparse_cl.optim.projection import Layer, PullCorrection, WholeProjection
 
 
 class ElasticPull(WholeProjection):
@@ -33,6 +33,9 @@ class ElasticPull(WholeProjection):
     Raises:
         ValueError: strengths below 0 or of another length than the anchor's, a basis of another width.
     """
+
+    exact = False
+    correction = PullCorrection
 
     def __init__(
         self,
@@ -64,8 +67,10 @@ class ElasticPull(WholeProjection):
     def fits(self, shape: tuple[int, ...]) -> bool:
         return tuple(shape) == self.shape
 
-    def pull_(self, update: Tensor, start: Tensor, lr: float | Tensor, skipped: Tensor | None) -> None:
-        moved = start + update
+    def pull_(self, layer: Layer, lr: float | Tensor, skipped: Tensor | None) -> None:
+        """Adds the proximal step to a layer's update, in AdamW's coordinates."""
+        update = layer.update
+        moved = (layer.weights() if layer.start is None else layer.start) + update
         if self.turn is None:
             moved.sub_(self.anchor)
         back = moved.mul_(self.held(lr).to(moved.dtype))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +24,11 @@ class Plan:
     buffers: list[Tensor]
     layout: Tensor
     facts: list[tuple]  # what gradients must look like, see facts_of
+    projected: Any = None  # what a projected step has made for this call
+
+    def written(self) -> list[Tensor]:
+        """All tensors that a step changes: ops write behind autograd's back, and must say so to it."""
+        return [*self.params, *(p for p, w in zip(self.own, self.params, strict=True) if p is not w)]
 
 
 @dataclass

@@ -9,7 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from sparse_cl.masks import Mask
+from sparse_cl.optim.projected_step import Scratch
 from sparse_cl.optim.projection import WholeProjection
+from sparse_cl.optim.state import PROJECTION
 from sparse_cl.optim.subspace_projected_adamw import SubspaceProjectedAdamW
 
 
@@ -46,7 +48,8 @@ class ProjectedAdamW(SubspaceProjectedAdamW):
             where = f"projections: parameter {self._name(param)}"
             if not isinstance(projection, WholeProjection):
                 raise TypeError(
-                    f"{where}: expected an ElasticPull or CurvatureProjection, got {type(projection).__name__}"
+                    f"{where}: expected a LowRankPull, ElasticPull or CurvatureProjection, got "
+                    f"{type(projection).__name__}"
                 )
             if not projection.fits(tuple(param.shape)):
                 raise ValueError(
@@ -69,6 +72,11 @@ class ProjectedAdamW(SubspaceProjectedAdamW):
 
     def _take(self, subspaces: dict[Tensor, WholeProjection]) -> None:
         self._subspaces = subspaces
+        for param, old in self._projections.items():
+            if subspaces.get(param) is not old:
+                # What it kept is of other directions, or of where an earlier domain began.
+                for name in [name for name in self.state.get(param, ()) if name.startswith(PROJECTION)]:
+                    del self.state[param][name]
         self._projections = {param: projection for param, projection in subspaces.items() if projection.any}
         for param, projection in self._projections.items():
             if not projection.free and self._name(param) not in self._warned:
@@ -77,11 +85,8 @@ class ProjectedAdamW(SubspaceProjectedAdamW):
                     f"parameter {self._name(param)}: all its directions are protected, so it is not updated any more",
                     stacklevel=4,
                 )
-        self._group_plans = {}
+        self._group_plans, self._scratch = {}, Scratch()
         self._seen = self._state_of_memory()
-
-    def _pull(self, projection, update, start, lr, found_inf) -> None:
-        projection.pull_(update, start, lr, found_inf)
 
     def _is_rest(self, param: Tensor) -> bool:
         return param not in self._subspaces

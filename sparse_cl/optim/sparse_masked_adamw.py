@@ -18,7 +18,7 @@ from sparse_cl.optim.leaf import owner_of, weight_of
 from sparse_cl.optim.names import by_param
 from sparse_cl.optim.options import check_options
 from sparse_cl.optim.plan import GroupPlan, LeafPlan, Plan, facts_of, fault_of, ids_of, scalar_on
-from sparse_cl.optim.state import ParameterState, carry_state, new_state, read_state
+from sparse_cl.optim.state import ParameterState, carry_state, new_state, read_state, refuse_capture
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -150,8 +150,7 @@ class SparseMaskedAdamW(Optimizer):
         if len(calls) > 1:
             # The op checks before it writes, but here an earlier call would already have stepped its parameters.
             self._check_facts(calls)
-        for group, plan, grads in calls:
-            self._apply(group, plan, grads, grad_scale, found_inf)
+        self._apply_all(calls, grad_scale, found_inf)
         for plan in self._group_plans.values():
             for leaf in plan.leaves:
                 leaf.follow()
@@ -329,14 +328,11 @@ class SparseMaskedAdamW(Optimizer):
         """Splits the positions in ``params`` of what is stepped on one device into calls of the op: here, one."""
         return [positions]
 
-    def _apply(
-        self,
-        group: dict[str, Any],
-        plan: Plan,
-        grads: list[Tensor],
-        grad_scale: Tensor | None,
-        found_inf: Tensor | None,
-    ) -> None:
+    def _apply_all(self, calls: list[tuple[dict[str, Any], Plan, list[Tensor]]], grad_scale, found_inf) -> None:
+        for group, plan, grads in calls:
+            self._apply(group, plan, grads, grad_scale, found_inf)
+
+    def _apply(self, group: dict[str, Any], plan: Plan, grads, grad_scale, found_inf, updates=()) -> None:
         """One call of the op."""
         lr, (beta1, beta2) = group["lr"], group["betas"]
         device = plan.params[0].device
@@ -346,7 +342,7 @@ class SparseMaskedAdamW(Optimizer):
                 plan.params,
                 grads,
                 plan.buffers,
-                [],
+                updates,
                 plan.layout,
                 0.0 if lr_tensor is not None else float(lr),
                 lr_tensor,
@@ -361,13 +357,14 @@ class SparseMaskedAdamW(Optimizer):
         except RuntimeError as error:
             self._explain(plan.own, grads, error)
             raise
-        # The op writes behind autograd's back, which would take old activations and new weights for one graph's.
-        increment_version([*plan.params, *(p for p, w in zip(plan.own, plan.params, strict=True) if p is not w)])
+        if not updates:
+            increment_version(plan.written())
 
     def _pack(self, param: Tensor, **options) -> ParameterState:
         """The state of ``param`` in one buffer: made if there is none, packed again if its tensors were replaced."""
         current, packed = self.state.get(param), self._packed.get(param)
         if not current:
+            refuse_capture(param, self._name)
             leaf = None if owner_of(param) is None else param
             packed = new_state(weight_of(param), self._mask_of(param), leaf, **options)
             self._set_state(param, packed)
@@ -405,7 +402,7 @@ class SparseMaskedAdamW(Optimizer):
 
     def _set_state(self, param: Tensor, packed: ParameterState) -> None:
         self._packed[param] = packed
-        self.state[param] = dict(packed.views)
+        self.state[param] = {**packed.views, **packed.kept}
         if self._is_master(param, packed):
             param.data = packed.views["master"]
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -25,16 +25,20 @@ from sparse_cl.layout import (
 from sparse_cl.masks import Mask, from_sections
 from sparse_cl.reference import active_positions
 
+#: Entries of a parameter's state that belong to its projection begin with this.
+PROJECTION = "projection."
+
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 
 @dataclass
 class ParameterState:
-    """A state buffer, its layout, and the typed views that ``optimizer.state[p]`` shows."""
+    """A state buffer, its layout, and what ``optimizer.state[p]`` shows: typed views, and what a projection keeps."""
 
     layout: StateLayout
     buffer: Tensor
     views: dict[str, Tensor]
+    kept: dict[str, Tensor] = field(default_factory=dict)
     same_as: Mask | None = None  # found equal to the state's mask, kept since to compare them waits for the device
 
     def __post_init__(self):
@@ -54,6 +58,20 @@ class ParameterState:
 def mask_of(layout: StateLayout, views: Mapping[str, Tensor]) -> Mask | None:
     """The mask that a state was made for, sharing its memory; None for a dense state."""
     return None if layout.kind == DENSE else from_sections(layout.kind, layout.shape, views)
+
+
+def is_capturing(param: Tensor) -> bool:
+    """Whether what is made for ``param`` now would be made anew by each replay of a CUDA graph."""
+    return param.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def refuse_capture(param: Tensor, name: Callable[[Tensor], str]) -> None:
+    """Raises a RuntimeError if the state of ``param`` cannot be made now."""
+    if is_capturing(param):
+        raise RuntimeError(
+            f"parameter {name(param)}: its state would be made inside the CUDA graph that is being captured, and each "
+            "replay would set it back to zero; take at least one step before the capture"
+        )
 
 
 def layout_for(param: Tensor, mask: Mask | None, **options) -> StateLayout:
@@ -124,7 +142,8 @@ def read_state(param: Tensor, entries: Mapping[str, Tensor], **options) -> Param
             view.copy_(compact(param, layout, views))
         else:
             raise ValueError(f"state has no {name}")
-    return ParameterState(layout, buffer, views)
+    kept = {k: v.to(param.device, copy=True) for k, v in entries.items() if k.startswith(PROJECTION)}
+    return ParameterState(layout, buffer, views, kept)
 
 
 def carry_state(param: Tensor, old: ParameterState, mask: Mask | None) -> ParameterState | None:

@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
-from sparse_cl.layout import DENSE
+from sparse_cl import ops
+from sparse_cl.layout import state_dtype
 from sparse_cl.masks import Mask
 from sparse_cl.optim.leaf import weight_of
-from sparse_cl.optim.plan import scalar_on
+from sparse_cl.optim.plan import Plan, scalar_on
+from sparse_cl.optim.projected_step import ProjectedCall, Scratch, products, split, starts_of
 from sparse_cl.optim.projection import Projection, make_projection
-from sparse_cl.optim.sparse_masked_adamw import Plan, SparseMaskedAdamW
-from sparse_cl.optim.state import ParameterState, compact, step_counts, write_compact
-from sparse_cl.reference import random_bits, stochastic_round
+from sparse_cl.optim.sparse_masked_adamw import SparseMaskedAdamW
+from sparse_cl.optim.state import PROJECTION, ParameterState, refuse_capture
 from sparse_cl.subspace import Subspace, SubspaceMemory
 
 Bases = Mapping[Tensor | str, Subspace | Tensor]
-
-#: Sets the stochastic rounding of projected updates apart from that of the step itself.
-_ROUNDING_SEED = 0x5BD1E995
 
 
 class SubspaceProjectedAdamW(SparseMaskedAdamW):
@@ -39,6 +39,10 @@ class SubspaceProjectedAdamW(SparseMaskedAdamW):
 
     The bound ‖ΔW U‖²_F ≤ 1e-6 ‖ΔW‖²_F holds for float32 parameters, and for the masters of bfloat16 and float16 ones;
     rounding such a master to its parameter adds to the parameter's own leak, and without masters there is no bound.
+    Products are made in float32; where the caller allows TF32 on a GPU, in TF32, and twice if the basis is of what is
+    used, which keeps the bound (see ``tests/test_projected_step.py``).
+
+    A step needs a scratch for updates besides: 64 MB, or what the largest projected parameter takes in float32.
 
     Args:
         params, lr, betas, eps, weight_decay, amsgrad, maximize, capturable, masks, master_weights: as there; but with
@@ -80,6 +84,7 @@ class SubspaceProjectedAdamW(SparseMaskedAdamW):
         self._subspaces: dict[Tensor, Subspace] = {}
         self._projections: dict[Tensor, Projection] = {}
         self._warned: set[str] = set()
+        self._scratch = Scratch()
         super().__init__(
             params,
             lr,
@@ -141,6 +146,10 @@ class SubspaceProjectedAdamW(SparseMaskedAdamW):
         own = ("_memory", "_rest", "_subspaces", "_projections", "_warned")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}, "_seen": None}
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._scratch = Scratch()
+
     # Inside.
 
     def _look_again(self) -> None:
@@ -167,7 +176,7 @@ class SubspaceProjectedAdamW(SparseMaskedAdamW):
                     f"({self._subspaces[param].rank} of {self._subspaces[param].width}), so it is not updated any more",
                     stacklevel=4,
                 )
-        self._group_plans = {}
+        self._group_plans, self._scratch = {}, Scratch()
         self._seen = self._state_of_memory()
 
     def _resolve_memory(self, memory: SubspaceMemory | Bases | None) -> dict[Tensor, Subspace]:
@@ -247,63 +256,100 @@ class SubspaceProjectedAdamW(SparseMaskedAdamW):
             return self._projections[param].free
         return not (self._rest == "freeze" and self._subspaces and self._is_rest(param))
 
+    def _pack(self, param: Tensor, **options) -> ParameterState:
+        packed = super()._pack(param, **options)
+        projection = self._projections.get(param) if options else None
+        if projection is not None:
+            own, where = self.state[param], f"state of parameter {self._name(param)}"
+            for name, zeros in projection.new_state(packed.layout.compact_shape, packed.layout.dtype).items():
+                name = PROJECTION + name
+                if name not in own:
+                    refuse_capture(param, self._name)
+                    own[name] = zeros
+                elif own[name].shape != zeros.shape or own[name].dtype != zeros.dtype:
+                    raise ValueError(
+                        f"{where}: {name}: expected {zeros.dtype} of shape {tuple(zeros.shape)}, got {own[name].dtype} "
+                        f"of shape {tuple(own[name].shape)}; it was made by another projection"
+                    )
+        return packed
+
     def _calls(self, params: list[Tensor], positions: list[int]) -> list[list[int]]:
-        # One at a time, so that the update of one parameter is all that is held besides the model.
         together = [i for i in positions if params[i] not in self._projections]
-        alone = [[i] for i in positions if params[i] in self._projections]
-        return [*([together] if together else []), *alone]
+        calls = [together] if together else []
+        # What can share a call lies side by side, and what is corrected alike next to each other.
+        by_call: dict[tuple, dict[tuple, list[int]]] = {}
+        for i in positions:
+            if (projection := self._projections.get(params[i])) is None:
+                continue
+            call = (projection.exact, state_dtype(params[i].dtype), None if projection.turn is None else i)
+            alike = (projection.correction, params[i].shape, projection.like)
+            by_call.setdefault(call, {}).setdefault(alike, []).append(i)
+        for (_, dtype, _), found in by_call.items():
+            numbers = list(chain.from_iterable(found.values()))
+            masks = [self._mask_of(params[i]) for i in numbers]
+            sizes = [params[i].numel() if mask is None else mask.numel for i, mask in zip(numbers, masks, strict=True)]
+            for part in split(sizes):
+                calls.append([numbers[n] for n in part])
+                self._scratch.reserve(params[numbers[0]].device, dtype, starts_of([sizes[n] for n in part])[1])
+        return calls
 
-    def _apply(self, group, plan: Plan, grads, grad_scale, found_inf) -> None:
-        param, projection = plan.params[0], self._projections.get(plan.own[0])
-        if projection is None:
-            return super()._apply(group, plan, grads, grad_scale, found_inf)
-        packed, found_inf = self._packed[plan.own[0]], scalar_on(found_inf, param.device)
-        if isinstance(group["lr"], Tensor) and group["lr"].device.type != "cpu":
-            group = {**group, "lr": scalar_on(group["lr"], param.device)}
-        start = old = _weights(param, packed).clone()
-        fade = None
+    def _apply_all(self, calls, grad_scale, found_inf) -> None:
+        plain = [call for call in calls if call[1].own[0] not in self._projections]
+        super()._apply_all(plain, grad_scale, found_inf)
+        by_rate: dict[tuple, list[tuple]] = {}
+        for group, plan, grads in calls:
+            if plan.own[0] in self._projections:
+                key = (self._projections[plan.own[0]].exact, plan.params[0].device, id(group))
+                by_rate.setdefault(key, []).append((group, plan, grads))
+        for (exact, device, _), found in by_rate.items():
+            with products(device, exact):
+                self._apply_projected(found, grad_scale, scalar_on(found_inf, device))
+
+    def _apply_projected(self, calls, grad_scale, found_inf) -> None:
+        """The calls of one group on one device."""
+        lr = calls[0][0]["lr"]
+        if isinstance(lr, Tensor):
+            lr = float(lr) if lr.device.type == "cpu" else scalar_on(lr, calls[0][1].params[0].device).reshape(())
+        ready = [self._projected(plan) for _, plan, _ in calls]
+        by_kind: dict[tuple, list] = {}
+        for call in ready:
+            for correction in call.corrections:
+                by_kind.setdefault((type(correction), call.buffer.dtype), []).append(correction)
+        for (kind, _), corrections in by_kind.items():
+            kind.begin(corrections, lr, found_inf)
         try:
-            if projection.turn is not None:
-                group, fade = {**group, "weight_decay": 0.0}, _fade(group, found_inf)
-                start = projection.turned(old * fade)
-                with torch.autocast(param.device.type, enabled=False):
-                    grads = [grads[0].to(old.dtype) @ projection.turn]
-                _weights(param, packed).copy_(start)
-            super()._apply(group, plan, grads, grad_scale, found_inf)
-            new = _weights(param, packed).sub_(start)
-            self._pull(projection, new, start, group["lr"], found_inf)
-            projection.apply_(new)
-            _write(param, packed, new.add_(old if fade is None else torch.mul(old, fade, out=start)))
-        except BaseException:
-            # Until the last line the weights hold coordinates or an update: out of memory or Ctrl-C would leave those.
-            if "master" in packed.views:
-                packed.views["master"].copy_(old)
-            write_compact(param, packed.layout, packed.views, old.to(param.dtype))
-            raise
+            for (group, plan, grads), call in zip(calls, ready, strict=True):
+                if call.layers[0].projection.turn is None:
+                    self._apply(group, plan, grads, grad_scale, found_inf, call.updates)
+                    call.correct_(lr, found_inf)
+                else:
+                    self._apply_turned(group, plan, grads, grad_scale, found_inf, lr)
+                ops.apply_updates_(plan.params, plan.buffers, call.updates, plan.layout, found_inf)
+                call.settle_()
+        finally:
+            increment_version(chain.from_iterable(plan.written() for _, plan, _ in calls))
 
-    def _pull(self, projection: Projection, update: Tensor, start: Tensor, lr, found_inf: Tensor | None) -> None:
-        """What a projection adds to an update before it is turned back: here nothing."""
+    def _apply_turned(self, group, plan: Plan, grads, grad_scale, found_inf, lr) -> None:
+        """The update of one layer whose moments are in turned coordinates."""
+        (layer,) = plan.projected.layers
+        weights, fade = layer.weights(), -lr * group["weight_decay"]
+        kept = 1 + fade if found_inf is None else torch.where(found_inf == 0, 1 + fade, 1.0)
+        layer.start = layer.projection.turned(weights * kept)
+        with torch.autocast(weights.device.type, enabled=False):
+            grads = [grads[0].to(weights.dtype) @ layer.projection.turn]
+        self._apply({**group, "weight_decay": 0.0}, plan, grads, grad_scale, found_inf, plan.projected.updates)
+        plan.projected.correct_(lr, found_inf)
+        layer.start = None
+        layer.update.add_(weights * fade)
 
-
-def _fade(group: dict[str, Any], found_inf: Tensor | None) -> Tensor | float:
-    """What weight decay leaves of a parameter in a step: all, if the step is skipped."""
-    fade = 1 - group["lr"] * group["weight_decay"]
-    return fade if found_inf is None else torch.where(found_inf == 0, fade, 1.0)
-
-
-def _weights(param: Tensor, packed: ParameterState) -> Tensor:
-    """The active weights as they are stepped, float32 or float64: the master, a dense parameter itself, or a copy."""
-    if "master" in packed.views:
-        return packed.views["master"]
-    return compact(param, packed.layout, packed.views).to(packed.layout.dtype)
-
-
-def _write(param: Tensor, packed: ParameterState, weights: Tensor) -> None:
-    layout = packed.layout
-    if layout.kind == DENSE and weights.data_ptr() == param.data_ptr():
-        return
-    if param.dtype != layout.dtype and not layout.master:
-        entry = torch.arange(layout.entries, device=param.device).view(layout.compact_shape)
-        counts = step_counts(packed, by_unit=False).view(layout.compact_shape)
-        weights = stochastic_round(weights, random_bits(layout.seed ^ _ROUNDING_SEED, counts, entry), param.dtype)
-    write_compact(param, layout, packed.views, weights.to(param.dtype))
+    def _projected(self, plan: Plan) -> ProjectedCall:
+        packed = [self._packed[param] for param in plan.own]
+        buffer = self._scratch.buffer(plan.params[0].device, packed[0].layout.dtype)
+        if plan.projected is None or plan.projected.buffer is not buffer:
+            kept = [
+                {k.removeprefix(PROJECTION): v for k, v in self.state[param].items() if k.startswith(PROJECTION)}
+                for param in plan.own
+            ]
+            projections = [self._projections[param] for param in plan.own]
+            plan.projected = ProjectedCall(plan, projections, packed, kept, buffer)
+        return plan.projected

@@ -32,27 +32,8 @@ class Subspace:
     """
 
     def __init__(self, matrix: Tensor, complement: bool = False):
-        if not isinstance(matrix, Tensor) or matrix.dtype not in (torch.float32, torch.float64):
-            got = matrix.dtype if isinstance(matrix, Tensor) else type(matrix).__name__
-            raise TypeError(f"basis: expected a float32 or float64 tensor (n, r), got {got}; convert it with .float()")
-        if matrix.dim() != 2:
-            raise ValueError(f"basis: expected shape (n, r), got {tuple(matrix.shape)}")
-        width, columns = matrix.shape
-        if columns > width:
-            raise ValueError(
-                f"basis: expected at most {width} columns for a width of {width}, got {columns}; is it transposed?"
-            )
-        matrix = matrix.detach()
-        error = 0.0
-        if columns:
-            wide = matrix.double()
-            error = float((wide.mT @ wide - torch.eye(columns, dtype=wide.dtype, device=wide.device)).abs().max())
-        if not error <= ORTHONORMAL:
-            raise ValueError(
-                f"basis: its columns are not orthonormal: max|QᵀQ - I| is {error:.2g}, expected at most "
-                f"{ORTHONORMAL:g}; pass q[:, :rank] of sparse_cl.orthonormalize"
-            )
-        self.matrix = matrix
+        check_orthonormal(matrix)
+        self.matrix = matrix.detach()
         self.complement = bool(complement)
 
     @property
@@ -122,6 +103,29 @@ class Subspace:
 
     def __repr__(self) -> str:
         return f"Subspace({self.rank} of {self.width} directions used)"
+
+
+def check_orthonormal(matrix: Tensor) -> None:
+    """Raises an error that says why ``matrix`` is no (n, c) basis of orthonormal columns, float32 or float64."""
+    if not isinstance(matrix, Tensor) or matrix.dtype not in (torch.float32, torch.float64):
+        got = matrix.dtype if isinstance(matrix, Tensor) else type(matrix).__name__
+        raise TypeError(f"basis: expected a float32 or float64 tensor (n, r), got {got}; convert it with .float()")
+    if matrix.dim() != 2:
+        raise ValueError(f"basis: expected shape (n, r), got {tuple(matrix.shape)}")
+    width, columns = matrix.shape
+    if columns > width:
+        raise ValueError(
+            f"basis: expected at most {width} columns for a width of {width}, got {columns}; is it transposed?"
+        )
+    error = 0.0
+    if columns:
+        wide = matrix.detach().double()
+        error = float((wide.mT @ wide - torch.eye(columns, dtype=wide.dtype, device=wide.device)).abs().max())
+    if not error <= ORTHONORMAL:
+        raise ValueError(
+            f"basis: its columns are not orthonormal: max|QᵀQ - I| is {error:.2g}, expected at most "
+            f"{ORTHONORMAL:g}; pass q[:, :rank] of sparse_cl.orthonormalize"
+        )
 
 
 def energy_of(rows: Tensor) -> Tensor:

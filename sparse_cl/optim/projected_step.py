@@ -1,0 +1,108 @@
+"""A projected step: updates go into a scratch, are corrected there, and only then reach the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from sparse_cl.optim.plan import Plan
+from sparse_cl.optim.projection import Layer, Projection
+from sparse_cl.optim.state import ParameterState
+from sparse_cl.reference.precision import allows_tf32, full_precision
+
+#: Entries of updates that are held at a time, if no single one is larger: 64 MB of float32.
+TOGETHER = 1 << 24
+
+#: Updates begin at multiples of this many entries, so that they can be accessed in any width.
+_ALIGNMENT = 16
+
+
+class Scratch:
+    """One buffer for each device and dtype, as large as was reserved at most."""
+
+    def __init__(self):
+        self._sizes: dict[tuple[torch.device, torch.dtype], int] = {}
+        self._buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def reserve(self, device: torch.device, dtype: torch.dtype, entries: int) -> None:
+        self._sizes[device, dtype] = max(entries, self._sizes.get((device, dtype), 0))
+
+    def buffer(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """The same tensor until more has been reserved."""
+        key = device, dtype
+        buffer = self._buffers.get(key)
+        if buffer is None or buffer.numel() < self._sizes[key]:
+            self._buffers.pop(key, None)
+            buffer = self._buffers[key] = torch.empty(self._sizes[key], dtype=dtype, device=device)
+        return buffer
+
+
+class ProjectedCall:
+    """What a call of the op needs besides its plan: its updates, in the scratch, and what corrects them."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        projections: Sequence[Projection],
+        packed: Sequence[ParameterState],
+        kept: Sequence[dict[str, Tensor]],
+        buffer: Tensor,
+    ):
+        self.buffer = buffer
+        self.layers: list[Layer] = []
+        starts, _ = starts_of([state.layout.entries for state in packed])
+        parts = zip(projections, packed, plan.params, kept, starts, strict=True)
+        for projection, state, param, its_own, start in parts:
+            update = buffer[start : start + state.layout.entries].view(state.layout.compact_shape)
+            self.layers.append(Layer(projection, update, param, state, its_own))
+        self.updates = [layer.update for layer in self.layers]
+        by_kind: dict[type, list[Layer]] = {}
+        for layer in self.layers:
+            by_kind.setdefault(layer.projection.correction, []).append(layer)
+        self.corrections = [kind(layers) for kind, layers in by_kind.items()]
+
+    def correct_(self, lr: float | Tensor, skipped: Tensor | None) -> None:
+        for correction in self.corrections:
+            correction.correct_(lr, skipped)
+
+    def settle_(self) -> None:
+        for correction in self.corrections:
+            correction.settle_()
+
+
+def starts_of(sizes: Sequence[int]) -> tuple[list[int], int]:
+    """Where updates of these sizes begin in a scratch, and how many entries that takes."""
+    starts, end = [], 0
+    for size in sizes:
+        starts.append(end)
+        end += -(-size // _ALIGNMENT) * _ALIGNMENT
+    return starts, end
+
+
+def split(sizes: Sequence[int]) -> list[list[int]]:
+    """Numbers of consecutive updates of these sizes that fit together into one scratch."""
+    room = max([TOGETHER, *sizes])
+    result: list[list[int]] = []
+    end = room + 1
+    for number, size in enumerate(sizes):
+        size = -(-size // _ALIGNMENT) * _ALIGNMENT
+        if end + size > room:
+            result.append([])
+            end = 0
+        result[-1].append(number)
+        end += size
+    return result
+
+
+@contextmanager
+def products(device: torch.device, exact: bool) -> Iterator[None]:
+    """The precision of a projection's products: autocast is off, TF32 where it may be, see `Projection.exact`."""
+    if exact and not allows_tf32(device):
+        with full_precision(device):
+            yield
+    else:
+        with torch.autocast(device.type, enabled=False):
+            yield
