@@ -39,7 +39,8 @@ class SparseMaskedAdamW(Optimizer):
         weight_decay: decoupled weight decay.
         amsgrad: use the running maximum of the second moment.
         maximize: ascend instead of descend.
-        capturable: state that a CUDA graph may capture ``step``; no step synchronises with the host in any case.
+        capturable: state that a CUDA graph may capture ``step``; no step synchronises with the host in any case. Take
+            a step before the capture, which makes the state. Replays follow ``lr`` only if it is a tensor on the GPU.
         masks: ``{parameter or its name: Mask}``. Names need ``named_parameters()``.
         master_weights: keep a float32 copy of the active entries of bfloat16 and float16 parameters. Without it they
             are rounded stochastically after each step. With it, values written into such a parameter from outside

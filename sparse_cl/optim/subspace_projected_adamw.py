@@ -19,7 +19,7 @@ from sparse_cl.optim.plan import Plan, scalar_on
 from sparse_cl.optim.projected_step import ProjectedCall, Scratch, products, split, starts_of
 from sparse_cl.optim.projection import Projection, make_projection
 from sparse_cl.optim.sparse_masked_adamw import SparseMaskedAdamW
-from sparse_cl.optim.state import PROJECTION, ParameterState, refuse_capture
+from sparse_cl.optim.state import PROJECTION, ParameterState, is_capturing, refuse_capture
 from sparse_cl.subspace import Subspace, SubspaceMemory
 
 Bases = Mapping[Tensor | str, Subspace | Tensor]
@@ -61,6 +61,7 @@ class SubspaceProjectedAdamW(SparseMaskedAdamW):
     _memory: SubspaceMemory | Bases | None = None
     _rest = "freeze"
     _seen: tuple | None = None
+    _captured: tuple = ()
 
     def __init__(
         self,
@@ -311,6 +312,9 @@ class SubspaceProjectedAdamW(SparseMaskedAdamW):
         if isinstance(lr, Tensor):
             lr = float(lr) if lr.device.type == "cpu" else scalar_on(lr, calls[0][1].params[0].device).reshape(())
         ready = [self._projected(plan) for _, plan, _ in calls]
+        if is_capturing(calls[0][1].params[0]):
+            # Replays read the scratch and what corrections hold, whatever takes their place later.
+            self._captured = (*self._captured, ready)
         by_kind: dict[tuple, list] = {}
         for call in ready:
             for correction in call.corrections:
