@@ -21,7 +21,7 @@ from adamw_cases import (
 from cuda_emulation.emulated import Emulated, build, run_sanitized
 
 from sparse_cl import ops, reference
-from sparse_cl.layout import DENSE, ELEMENTS, PER_ENTRY, PER_UNIT, ROWS, TWO_FOUR
+from sparse_cl.layout import COLUMNS, DENSE, ELEMENTS, PER_ENTRY, PER_UNIT, ROWS, TWO_FOUR
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
@@ -180,6 +180,18 @@ def test_nan_and_inf_gradients_stay_with_their_entries(op):
         bad = problem.params[0].isnan().view(-1)
         assert bad[where].all() and bad.sum() == len(where)
         assert torch.equal(before.views(0)["step"] + 1, problem.views(0)["step"])
+
+
+@pytest.mark.parametrize("dtype", WEIGHTS.values(), ids=WEIGHTS)
+def test_columns_of_an_active_layer_move_their_leaf_and_one_sector_of_the_weight(op, dtype):
+    """Gradient, moments and master are packed. The weight lies by rows, so each entry is in a sector of its own."""
+    case = Case(COLUMNS, (64, 1024), dtype, torch.float32, density=0.05, master=True, compact_grad=True)
+    problem = make_problem([case])
+    packed = (4 + 6 * 4) * problem.layouts[0].entries
+    columns = problem.views(0)["columns"].long() * dtype.itemsize // 32
+    sectors = 32 * 64 * columns.unique().numel()
+    moved = op.bytes_moved(lambda: problem.step(op))
+    assert packed + sectors <= moved <= 1.05 * (packed + 32 * problem.layouts[0].entries)
 
 
 def test_addresses_and_undefined_behaviour():

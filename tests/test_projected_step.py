@@ -1,6 +1,8 @@
 """How a projected step is made: in few calls, beside the live weights, and in the precision that the bound allows."""
 
+import gc
 import threading
+import weakref
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparse_cl import RowMask, SparseMaskedAdamW, Subspace, SubspaceProjectedAdamW, ops
-from sparse_cl.optim import projected_step, projection, state
+from sparse_cl.optim import projected_step, projection, state, subspace_projected_adamw
 from sparse_cl.optim.elastic_pull import ElasticPull
 from sparse_cl.optim.low_rank_pull import LowRankPull
 from sparse_cl.optim.projected_adamw import ProjectedAdamW
@@ -349,3 +351,21 @@ def test_a_matrix_of_llama_is_one_slice_on_a_device():
     slices = []
     project_out._project(x, basis, lambda part, *_: slices.append(part.shape))
     assert slices == [x.shape]
+
+
+def test_what_a_captured_step_reads_outlives_what_takes_its_place(monkeypatch):
+    weight = nn.Parameter(random(*SHAPE))
+    opt = SubspaceProjectedAdamW([("w", weight)], memory={"w": Subspace(orthogonal(SHAPE[1])[:, :RANK].float())})
+    weight.grad = random(*SHAPE, seed=1)
+    opt.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(subspace_projected_adamw, "is_capturing", lambda param: True)
+        opt.step()
+    (plan,) = [plan for group in opt._group_plans.values() for plan in group.plans]
+    held = [weakref.ref(plan.projected), weakref.ref(plan.projected.buffer)]
+    del plan
+    opt._scratch = projected_step.Scratch()
+    opt.set_memory({"w": Subspace(orthogonal(SHAPE[1])[:, :2].float())})
+    opt.step()
+    gc.collect()
+    assert all(ref() is not None for ref in held)
