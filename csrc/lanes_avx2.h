@@ -12,7 +12,9 @@ namespace sparse_cl {
 namespace {
 
 constexpr int64_t kLanes = 8;
-constexpr int64_t kAhead = 0;  // no software prefetch: on Zen 3 it gains nothing and costs a cycle an entry in bfloat16
+// Entries by which software prefetch runs ahead. Measured on Zen 3: none for what is contiguous, where it gains nothing
+// and costs a cycle an entry in bfloat16; 10 % less time for 2:4 masks of float32.
+constexpr int64_t kAhead = 0, kTwoFourAhead = 256;
 using Floats = __m256;
 using Mask = __m256i;
 typedef uint32_t Ints __attribute__((vector_size(32)));

@@ -124,6 +124,12 @@ int64_t step_gathered(P* param, const G* grad, const int32_t* position, float* e
 template <bool kMaster, typename P, typename G>
 void step_two_four(P* param, const G* grad, float* exp_avg, float* exp_avg_sq, float* max, float* master, uint32_t bits,
                    const LaneUpdate& update, uint32_t key, uint32_t first) {
+  if (kTwoFourAhead && sizeof(P) == 4) {
+    __builtin_prefetch(exp_avg + kTwoFourAhead, 1);
+    __builtin_prefetch(exp_avg_sq + kTwoFourAhead, 1);
+    __builtin_prefetch(param + 2 * kTwoFourAhead, 1);
+    __builtin_prefetch(grad + 2 * kTwoFourAhead, 0);
+  }
   auto active = [bits](const auto* x) { return compact(load_lanes(x), load_lanes(x + kLanes), bits); };
   const Floats old = kMaster ? load_lanes(master) : active(param);
   const Floats now = update(old, active(grad), exp_avg, exp_avg_sq, max);
