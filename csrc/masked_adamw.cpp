@@ -14,9 +14,9 @@ namespace {
 // Entries that a thread takes at a time: enough to hide the cost of handing them out.
 constexpr int64_t kGrain = 32768;
 
-StepItems step_items() {
+StepItems step_items(CpuLevel level) {
 #ifdef SPARSE_CL_X86_LEVELS
-  switch (cpu_level()) {
+  switch (level) {
     case CpuLevel::kAvx512:
       return step_items_avx512;
     case CpuLevel::kAvx2:
@@ -25,7 +25,13 @@ StepItems step_items() {
       break;
   }
 #endif
+  (void)level;
   return step_items_baseline;
+}
+
+StepItems step_items(DType dtype, Kind kind) {
+  static const StepItems best = step_items(cpu_level()), streams = step_items(cpu_level_of_streams());
+  return dtype == DType::kFloat32 && (kind == Kind::kDense || kind == Kind::kRows) ? streams : best;
 }
 
 // Work items of a task and how many make a chunk.
@@ -52,7 +58,6 @@ double value_of(const Tensor& t) {
 }
 
 void run(Call& call, Step step) {
-  static const StepItems step_range = step_items();
   for (const Bucket& bucket : call.buckets) {
     step.mode = bucket.mode;
     std::vector<int64_t> start{0};  // first chunk of each task
@@ -70,8 +75,9 @@ void run(Call& call, Step step) {
         // instructions: there, ranges must not depend on the number of threads.
         const bool grouped = task.kind == Kind::kElements && task.scope == Scope::kShared;
         const int64_t last = grouped ? chunk + 1 : std::min(end, start[t + 1]);
-        step_range(task, bucket.dtype, bucket.float_grad, step, (chunk - start[t]) * items.per_chunk,
-                   std::min((last - start[t]) * items.per_chunk, items.count));
+        step_items(bucket.dtype, task.kind)(task, bucket.dtype, bucket.float_grad, step,
+                                            (chunk - start[t]) * items.per_chunk,
+                                            std::min((last - start[t]) * items.per_chunk, items.count));
         chunk = last;
       }
     });

@@ -4,8 +4,8 @@
 #include <type_traits>
 
 #include "masked_adamw_cpu.h"
-#ifdef __AVX512F__
-#include "masked_adamw_avx512.h"
+#ifdef __AVX2__
+#include "masked_adamw_lanes.h"
 #endif
 
 namespace sparse_cl {
@@ -98,7 +98,7 @@ void step_uniform(const Span<P, G>& s, const Rule<T>& rule, int32_t cohort, cons
   const uint32_t key = random_key(rule.seed, rule.step[cohort], static_cast<uint32_t>(s.first >> 32));
   const int64_t size = s.size;
   int64_t begin = 0;
-#ifdef __AVX512F__
+#ifdef __AVX2__
   if constexpr (kHasLanes<P, kMaster>)
     begin = step_lanes<kMaster>(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, master, size,
                                 LaneUpdate(hyper, r, factor), key, lower);
@@ -245,17 +245,19 @@ struct Kernel {
     }
   }
 
-  // Steps entries that lie at base + position[i]: gathered, stepped as a contiguous span, and put back.
+  // Steps entries that lie at base + position[i]: gathered, stepped as a contiguous span, and put back. Where `next` is
+  // not 0, entries at base + next + position[i] follow.
   template <typename Cohort, typename Gain>
-  void scattered(int64_t base, const int32_t* position, int64_t first, int64_t size, Cohort at_cohort,
-                 Gain at_gain) const {
+  void scattered(int64_t base, [[maybe_unused]] int64_t next, const int32_t* position, int64_t first, int64_t size,
+                 Cohort at_cohort, Gain at_gain) const {
     int64_t begin = 0;
-#ifdef __AVX512F__
-    if constexpr (std::is_same_v<P, float> && std::is_same_v<G, float> && !kMaster && !kAdd)
-      if (!at_cohort && !at_gain && !task.compact_grad && !task.update) {
+#ifdef __AVX2__
+    if constexpr (kHasLanes<P, kMaster> && !kAdd)
+      if (!at_cohort && !at_gain && !task.compact_grad && !task.update && (first + size) >> 32 == 0) {
         const Span<P, G> s = span(param + base, grad + base, first, size);
-        begin = step_gathered(s.param, s.grad, position, s.exp_avg, s.exp_avg_sq, s.max_exp_avg_sq, size,
-                              LaneUpdate(rule.hyper, rule.rates[0], rule.grad_factor));
+        begin = step_gathered<kMaster>(s.param, s.grad, position, s.exp_avg, s.exp_avg_sq, s.max_exp_avg_sq, s.master,
+                                       size, next, LaneUpdate(rule.hyper, rule.rates[0], rule.grad_factor),
+                                       random_key(rule.seed, rule.step[0], 0), static_cast<uint32_t>(first));
       }
 #endif
     P value[kBuffer];
@@ -277,8 +279,8 @@ struct Kernel {
       for (int64_t u = 0; u < task.units; u += kBuffer) {
         const int64_t first = row * task.units + u;
         const uint8_t* c = task.scope == Scope::kPerUnit ? cohort + u : entry_cohort(first);
-        scattered(row * task.inner, index + u, first, std::min<int64_t>(kBuffer, task.units - u), c,
-                  gain ? gain + u : nullptr);
+        scattered(row * task.inner, row + 1 < end ? task.inner : 0, index + u, first,
+                  std::min<int64_t>(kBuffer, task.units - u), c, gain ? gain + u : nullptr);
       }
   }
 
@@ -288,16 +290,16 @@ struct Kernel {
     int64_t first = task.kind == Kind::kElements ? task.at<int64_t>(task.ranks)[begin] : start / 2;
     int32_t position[kBuffer + 64];
     int64_t at = start;
-#ifdef __AVX512F__
+#ifdef __AVX2__
     // The random stream changes where the entry index passes 2^32: leave such huge parameters to the loop below.
     if constexpr (kHasLanes<P, kMaster> && !kAdd)
       if (task.kind == Kind::kTwoFour && task.scope == Scope::kShared && task.numel >> 32 == 0 && !task.update) {
         const LaneUpdate update(rule.hyper, rule.rates[0], rule.grad_factor);
         const uint32_t key = random_key(rule.seed, rule.step[0], 0);
-        for (; at + 32 <= stop; at += 32, first += 16) {
-          const Span<P, G> s = span(param + at, grad + at, first, 16);
-          step_two_four<kMaster>(s.param, s.grad, s.exp_avg, s.exp_avg_sq, s.max_exp_avg_sq, s.master, words[at / 32],
-                                 update, key, static_cast<uint32_t>(first));
+        for (; at + 2 * kLanes <= stop; at += 2 * kLanes, first += kLanes) {
+          const Span<P, G> s = span(param + at, grad + at, first, kLanes);
+          step_two_four<kMaster>(s.param, s.grad, s.exp_avg, s.exp_avg_sq, s.max_exp_avg_sq, s.master,
+                                 words[at / 32] >> at % 32, update, key, static_cast<uint32_t>(first));
         }
       }
 #endif
@@ -308,7 +310,7 @@ struct Kernel {
         if (at + 32 < stop) word |= static_cast<uint64_t>(words[at / 32 + 1]) << 32;
         size += positions_of(word, static_cast<int32_t>(at - start), position + size);
       }
-      scattered(start, position, first, size, entry_cohort(first), static_cast<const float*>(nullptr));
+      scattered(start, 0, position, first, size, entry_cohort(first), static_cast<const float*>(nullptr));
       first += size;
     }
   }

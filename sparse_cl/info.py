@@ -12,7 +12,8 @@ def build_info() -> dict[str, Any]:
 
     Returns:
         ``runs``: for ``"cpu"`` and ``"cuda"``, ``"native"`` or ``"reference"`` (plain PyTorch);
-        ``cpu_levels``: instruction sets that were built, ``cpu_level``: the one this machine uses;
+        ``cpu_levels``: instruction sets that were built, ``cpu_level``: the one this machine uses, but for dense and
+        row-masked float32 on AMD's Zen 4, which avx2 serves where this says avx512;
         ``cuda_architectures``: compiled for, empty without a CUDA library; ``torch_target``: oldest torch that the
         libraries load on; ``compiler``. All but ``runs`` are None where nothing was built.
     """
