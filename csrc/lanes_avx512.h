@@ -13,6 +13,7 @@ namespace {
 constexpr int64_t kLanes = 16;
 // Entries by which software prefetch runs ahead of the hardware's, which stops at pages.
 constexpr int64_t kAhead = 512, kTwoFourAhead = 0;
+constexpr int64_t kGap = 0;  // prefetches only the lines of gathered entries
 using Floats = __m512;
 using Mask = __mmask16;
 typedef uint32_t Ints __attribute__((vector_size(64)));

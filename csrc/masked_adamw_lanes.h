@@ -105,12 +105,19 @@ int64_t step_gathered(P* param, const G* grad, const int32_t* position, float* e
                       float* master, int64_t size, int64_t next, const LaneUpdate& update, uint32_t key,
                       uint32_t first) {
   const int64_t whole = size / kLanes * kLanes;
+  auto place = [=](int64_t k) { return k < size ? position[k] : position[k - size] + next; };
+  auto prefetch = [=](int64_t at) {
+    __builtin_prefetch(param + at, 1);
+    __builtin_prefetch(grad + at, 0);
+  };
   for (int64_t i = 0; i < whole; i += kLanes) {
-    for (int64_t k = i + kGatherAhead; k < i + kGatherAhead + kLanes; ++k) {
-      if (k >= size && (next == 0 || k >= 2 * size)) break;
-      const int64_t at = k < size ? position[k] : position[k - size] + next;
-      __builtin_prefetch(param + at, 1);
-      __builtin_prefetch(grad + at, 0);
+    const int64_t ahead = i + kGatherAhead;
+    if (ahead + kLanes < (next ? 2 * size : size)) {
+      const int64_t begin = place(ahead), end = place(ahead + kLanes);
+      if ((end - begin) * static_cast<int64_t>(sizeof(P)) < kLanes * kGap)
+        for (int64_t at = begin; at < end; at += 64 / sizeof(P)) prefetch(at);
+      else
+        for (int64_t k = ahead; k < ahead + kLanes; ++k) prefetch(place(k));
     }
     const Floats old = kMaster ? load_lanes(master + i) : gather(param, position + i);
     const Floats now = update(old, gather(grad, position + i), exp_avg + i, exp_avg_sq + i, max ? max + i : nullptr);
