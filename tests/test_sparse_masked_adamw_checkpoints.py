@@ -102,7 +102,9 @@ def test_a_saved_state_is_loaded_exactly_and_goes_on_bit_for_bit(implementation,
     other.load_state_dict(state)
     assert same_states(opt, other)
     assert all(
-        v.dtype in (torch.int32, torch.int64, torch.uint8, torch.float32, dtype) for s in other.state.values() for v in s.values()
+        v.dtype in (torch.int32, torch.int64, torch.uint8, torch.float32, dtype)
+        for s in other.state.values()
+        for v in s.values()
     )
     go_on((params, opt), (others, other))
     # What was loaded from is not the optimizer's memory.
