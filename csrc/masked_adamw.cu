@@ -15,7 +15,8 @@ const float* data_of(const std::optional<Tensor>& t) {
 template <typename P, typename G, typename T>
 void launch_all(Mode mode, const std::vector<Task>& tasks, Launch<T>& launch, cudaStream_t stream) {
   plan_launches(tasks, launch, [&](uint32_t blocks, size_t shared) {
-    auto run = [&](auto* kernel) { launch_kernel(kernel, launch, blocks, kThreads, shared, stream, "masked_adamw_"); };
+    const char* op = mode == Mode::kAdd ? "apply_updates_" : "masked_adamw_";
+    auto run = [&](auto* kernel) { launch_kernel(kernel, launch, blocks, kThreads, shared, stream, op); };
     if constexpr (std::is_same_v<G, T>)
       if (mode == Mode::kAdd) return run(masked_adamw_kernel<P, G, Mode::kAdd>);
     mode == Mode::kAmsgrad ? run(masked_adamw_kernel<P, G, Mode::kAmsgrad>)

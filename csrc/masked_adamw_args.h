@@ -1,4 +1,5 @@
-// Checks what masked_adamw_ is given and turns it into tasks. Nothing has been written when a check fails.
+// Checks what masked_adamw_ and apply_updates_ are given and turns it into tasks. Nothing has been written when a check
+// fails.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -61,9 +62,9 @@ inline Call make_call(const TensorList& params, const TensorList* grads, const T
   const char* op = add ? "apply_updates_" : "masked_adamw_";
   const bool with_updates = add || !updates.empty();
   if (add) grads = &updates;
-  STD_TORCH_CHECK(grads->size() == params.size() && states.size() == params.size(), op,
-                  ": expected as many grads and states as params (", params.size(), "), got ", grads->size(), " and ",
-                  states.size());
+  STD_TORCH_CHECK(grads->size() == params.size() && states.size() == params.size(), op, ": expected as many ",
+                  add ? "updates" : "grads", " and states as params (", params.size(), "), got ", grads->size(),
+                  " and ", states.size());
   STD_TORCH_CHECK(!with_updates || updates.size() == params.size(), op, ": expected as many updates as params (",
                   params.size(), ") or none, got ", updates.size());
   const DTypeCodes& code = dtype_codes();
@@ -77,7 +78,7 @@ inline Call make_call(const TensorList& params, const TensorList* grads, const T
     STD_TORCH_CHECK(add || grad_shape_fits(field, param, grad), op, ": grads[", i, "]: expected the ",
                     field[kFieldCompactGrad] ? "compact " : "", "shape of params[", i, "]");
     STD_TORCH_CHECK(param.same_place(first) && param.same_place(grad) && param.same_place(state), op, ": params[", i,
-                    "], its gradient and its state: expected all on one device");
+                    "], its ", add ? "update" : "gradient", " and its state: expected all on one device");
     const DType dtype = dtype_of(param, i, op, "params");
     const bool float_grad = dtype != DType::kFloat32 && grad.dtype == code.float32;
     STD_TORCH_CHECK(add || float_grad || grad.dtype == param.dtype, op, ": grads[", i,

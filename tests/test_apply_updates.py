@@ -143,6 +143,16 @@ def test_malformed_calls_raise_and_change_nothing(op, apply, kind, spoil, messag
         assert torch.equal(old, bits(new))
 
 
+@both
+@pytest.mark.parametrize("missing", ["states", "updates"])
+def test_a_list_that_is_too_short_is_named(op, apply, missing):
+    """Not "grads", which the op has none of."""
+    problem = make_problem([Case(), Case()]).with_updates(seed=1)
+    getattr(problem, missing).pop()
+    with pytest.raises(RuntimeError, match=r"apply_updates_: expected as many updates and states as params \(2\)"):
+        apply(problem.params, problem.states, problem.updates, problem.rows, None)
+
+
 def test_opcheck():
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_static")
     for cases in (kinds(amsgrad=True), kinds(torch.bfloat16, master=True), EMPTY):

@@ -1,5 +1,6 @@
 """How a projected step is made: in few calls, beside the live weights, and in the precision that the bound allows."""
 
+import copy
 import gc
 import threading
 import weakref
@@ -332,6 +333,30 @@ def test_state_is_not_made_under_capture(monkeypatch):
             optimizer.step()
         optimizer.step()
         before = weight.detach().clone()
+
+
+@pytest.mark.parametrize("how", ["copied", "replaced", "amsgrad"])
+def test_state_is_not_packed_anew_under_capture(monkeypatch, how):
+    """Each replay would begin from the state at the capture."""
+    weight = nn.Parameter(random(6, 8))
+    weight.grad = random(6, 8)
+    optimizer = SparseMaskedAdamW([("w", weight)])
+    optimizer.step()
+    if how == "copied":
+        weight, optimizer = copy.deepcopy((weight, optimizer))
+        weight.grad = random(6, 8)
+    elif how == "replaced":
+        optimizer.state[weight]["exp_avg"] = torch.zeros(6, 8)
+    else:
+        optimizer.param_groups[0]["amsgrad"] = True
+    before = weight.detach().clone(), optimizer.state[weight]["step"].clone()
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="take at least one step before the capture"):
+        patch.setattr(state, "is_capturing", lambda param: True)
+        optimizer.step()
+    assert torch.equal(weight, before[0]) and torch.equal(optimizer.state[weight]["step"], before[1])
+    optimizer.step()
+    monkeypatch.setattr(state, "is_capturing", lambda param: True)
+    optimizer.step()
 
 
 def test_what_a_projection_keeps_is_not_made_under_capture(monkeypatch):

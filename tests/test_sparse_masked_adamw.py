@@ -254,6 +254,7 @@ def test_state_of_bf16_with_master_weights():
 @pytest.mark.parametrize("density", [0.05, 0.5])
 @pytest.mark.parametrize("kind, index_bytes", [("columns", 0.01), ("elements", 0.134), ("two_four", 0.13)])
 def test_state_of_other_masks_is_their_entries_and_a_bit_an_entry_at_most(kind, index_bytes, density):
+    """And of element masks 8 bytes for each 1024 entries."""
     rng = torch.Generator().manual_seed(0)
     opt, said, _, numel = stepped(torch.float32, lambda shape: random_mask(kind, shape, density, rng))
     active = sum(mask.numel for mask in opt.masks.values())

@@ -380,9 +380,11 @@ class SparseMaskedAdamW(Optimizer):
         if untouched and all(getattr(packed.layout, k) == v for k, v in wanted.items()):
             moved = param.device != packed.buffer.device  # which is refused before the step
             if not moved and self._is_master(param, packed) and param.data_ptr() != packed.views["master"].data_ptr():
+                refuse_capture(param, self._name)
                 packed.views["master"].copy_(param)
                 param.data = packed.views["master"]
             return packed
+        refuse_capture(param, self._name)
         stepping = bool(options)
         if not stepping:
             options = {

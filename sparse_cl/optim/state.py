@@ -70,7 +70,7 @@ def refuse_capture(param: Tensor, name: Callable[[Tensor], str]) -> None:
     if is_capturing(param):
         raise RuntimeError(
             f"parameter {name(param)}: its state would be made inside the CUDA graph that is being captured, and each "
-            "replay would set it back to zero; take at least one step before the capture"
+            "replay would set it back to what it is now; take at least one step before the capture"
         )
 
 
@@ -198,25 +198,6 @@ def compact(param: Tensor, layout: StateLayout, views: Mapping[str, Tensor]) -> 
     if layout.kind in (ROWS, COLUMNS):
         return param.index_select(0 if layout.kind == ROWS else 1, views[INDEX_NAME[layout.kind]])
     return param.reshape(-1)[active_positions(layout, views, param.device)].view(layout.compact_shape)
-
-
-def write_compact(param: Tensor, layout: StateLayout, views: Mapping[str, Tensor], values: Tensor) -> None:
-    """The inverse of :func:`compact`, in place."""
-    if layout.kind == DENSE:
-        param.copy_(values)
-    elif layout.kind in (ROWS, COLUMNS):
-        param.index_copy_(0 if layout.kind == ROWS else 1, views[INDEX_NAME[layout.kind]].long(), values)
-    else:
-        write_flat(param, active_positions(layout, views, param.device), values)
-
-
-def write_flat(tensor: Tensor, positions: Tensor, values: Tensor) -> None:
-    """Writes ``values`` at flat ``positions`` of a tensor of any strides."""
-    if tensor.is_contiguous():
-        tensor.view(-1).index_copy_(0, positions, values.view(-1))
-    else:
-        flat = tensor.reshape(-1).index_copy(0, positions, values.view(-1))
-        tensor.copy_(flat.view(tensor.shape))
 
 
 def step_counts(old: ParameterState, by_unit: bool) -> Tensor:

@@ -167,7 +167,7 @@ def check_call(
 
     count = len(params)
     if grads is None:
-        require(len(states) == len(updates) == count, f"expected as many states and updates as params ({count})")
+        require(len(states) == len(updates) == count, f"expected as many updates and states as params ({count})")
     else:
         require(len(grads) == len(states) == count, f"expected as many grads and states as params ({count})")
         require(len(updates) in (0, count), f"updates: expected none, or as many as params ({count})")
