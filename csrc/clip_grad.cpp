@@ -29,7 +29,8 @@ class SquareSum {
     int64_t i = 0;
     for (; i + kLanes <= n; i += kLanes)
       for (int k = 0; k < kLanes; ++k) add(lanes_[k], i + k);
-    for (int k = 0; i < n; ++i, ++k) add(lanes_[k], i);
+    // By turns: short rows would all fall into the first lanes, and long sums of float32 lose digits.
+    for (; i < n; ++i) add(lanes_[turn_++ % kLanes], i);
   }
 
   double total() const {
@@ -40,6 +41,7 @@ class SquareSum {
 
  private:
   T lanes_[kLanes]{};
+  uint32_t turn_ = 0;
 };
 
 template <typename G>

@@ -60,6 +60,16 @@ def test_large_gradients_and_any_number_of_threads(dtype, grad_dtype):
     assert all(torch.equal(bits(a), bits(b)) for a, b in zip(many.grads, problem.grads, strict=True))
 
 
+@native
+def test_short_rows_lose_no_digits():
+    """Their sums go through as many lanes as long ones; equal squares make rounding errors add up."""
+    for case in (Case(ROWS, (60000, 1), density=1.0), Case(ROWS, (20000, 3)), Case(COLUMNS, (60000, 5), density=0.2)):
+        problem = make_problem([case])
+        problem.grads[0].fill_(0.3)
+        exact = float(problem.grads[0].view(-1)[problem.positions(0)].double().norm())
+        assert float(ops.active_norm(problem.grads, problem.states, problem.rows)) == pytest.approx(exact, rel=2e-6)
+
+
 @both
 def test_nothing_is_active(norm_op, scale_op):
     problem = cases.check(norm_op, scale_op, cases.EMPTY)

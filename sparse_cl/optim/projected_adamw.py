@@ -23,8 +23,8 @@ class ProjectedAdamW(SubspaceProjectedAdamW):
 
     Args:
         params, lr, betas, eps, weight_decay, amsgrad, and further options: as :class:`SubspaceProjectedAdamW`.
-        projections: {parameter or its name: projection}, ``ElasticPull`` or ``CurvatureProjection``; one that takes
-            nothing leaves plain AdamW.
+        projections: {parameter or its name: projection}, a ``LowRankPull``, ``ElasticPull`` or ``CurvatureProjection``;
+            one that takes nothing leaves plain AdamW.
         rest: what happens to parameters without a projection once there is any: ``"freeze"`` or ``"train"``.
 
     Raises:

@@ -240,9 +240,14 @@ class SparseMaskedAdamW(Optimizer):
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
         """Scales the active entries of all gradients so that their joint 2-norm is at most ``max_norm``.
 
+        Called before the first step, it makes the optimizer's state.
+
         Returns:
             The norm before scaling, a 0-d tensor on the device of the first gradient. Inactive entries neither count
             nor change.
+
+        Raises:
+            ValueError: ``max_norm`` not above 0; gradients or masks with which :meth:`step` would not run, either.
         """
         if not max_norm > 0:
             raise ValueError(f"max_norm: expected a number above 0, got {max_norm}")
