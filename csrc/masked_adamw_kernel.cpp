@@ -296,7 +296,8 @@ struct Kernel {
       if (task.kind == Kind::kTwoFour && task.scope == Scope::kShared && task.numel >> 32 == 0 && !task.update) {
         const LaneUpdate update(rule.hyper, rule.rates[0], rule.grad_factor);
         const uint32_t key = random_key(rule.seed, rule.step[0], 0);
-        for (; at + 2 * kLanes <= stop; at += 2 * kLanes, first += kLanes) {
+        // Whole words of bits only: the loop below begins with one.
+        for (; (at | 31) < stop; at += 2 * kLanes, first += kLanes) {
           const Span<P, G> s = span(param + at, grad + at, first, kLanes);
           step_two_four<kMaster>(s.param, s.grad, s.exp_avg, s.exp_avg_sq, s.max_exp_avg_sq, s.master,
                                  words[at / 32] >> at % 32, update, key, static_cast<uint32_t>(first));

@@ -343,7 +343,7 @@ def kinds(dtype: torch.dtype = torch.float32, **options) -> list[Case]:
         ROWS: [(40, 64), (41, 51), (300,), (7, 3, 5)],
         COLUMNS: [(33, 64), (40, 51)],
         ELEMENTS: [(64, 96), (97, 53), (3, 1024)],
-        TWO_FOUR: [(24, 64), (5, 52)],
+        TWO_FOUR: [(24, 64), (5, 52), (6, 36)],
     }
     result = []
     for kind, of_kind in shapes.items():
