@@ -89,8 +89,8 @@ class LowRankPull(WholeProjection):
 
     The optimizer keeps P = (W - W₀) U, (m, r) in the dtype of the moments, in the parameter's state and its
     checkpoints (``"projection.moved"``). It is zero at the first step, which makes W₀ the weight of then; a copy of W₀
-    is not kept. For compact leaves of rows P is of these rows. P that a checkpoint brings is gone on with by any pull of
-    the same rank: load before a new domain's pull is given, not after.
+    is not kept. For compact leaves of rows P is of these rows. Any pull of the same rank goes on with the P of a
+    checkpoint: load one before a new domain's pull is given, not after.
 
     Products are made in the precision that the caller allows float32 products. On half-precision parameters without
     masters P is of the weights before they are rounded, which it follows without bias only.
