@@ -10,8 +10,8 @@ import pytest
 import torch
 from peak_memory import peak_mib
 
+from sparse_cl.models.passes import stream
 from sparse_cl.probes.activation import ActivationProbe
-from sparse_cl.probes.passes import stream
 
 transformers = pytest.importorskip("transformers")
 

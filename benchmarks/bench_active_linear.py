@@ -30,9 +30,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from sparse_cl import SparseMaskedAdamW
 from sparse_cl.masks import Mask
+from sparse_cl.models.neuron_masks import neuron_masks, places
+from sparse_cl.models.parts import find_mlps
 from sparse_cl.nn import ActiveLinear, activate
-from sparse_cl.probes.neuron_masks import neuron_masks, places
-from sparse_cl.probes.parts import find_mlps
 
 FRACTION = 0.05
 LR = 1e-4

@@ -12,11 +12,11 @@ import pytest
 import torch
 import transformers
 
-from sparse_cl.probes.losses import answer_loss, mean_loss
-from sparse_cl.probes.parts import linear_layers
-from sparse_cl.probes.passes import stream
-from sparse_cl.studies.probe import probe_model
-from sparse_cl.studies.settings import PROBES, ProbeSettings
+from sparse_cl.models.losses import answer_loss, mean_loss
+from sparse_cl.models.parts import linear_layers
+from sparse_cl.models.passes import stream
+from sparse_cl.report.probe import probe_model
+from sparse_cl.report.settings import PROBES, ProbeSettings
 
 DOMAINS, BATCHES = ("a", "b"), 8
 

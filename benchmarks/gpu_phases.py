@@ -110,7 +110,7 @@ def build(run: Run, end: float, dry: bool) -> int:
 
 
 def cuda_tests() -> list[Path]:
-    return sorted((ROOT / "tests").glob("test_*_cuda.py"))
+    return sorted((ROOT / "tests").rglob("test_*_cuda.py"))
 
 
 def run_tests(files: list[Path], end: float, dry: bool) -> dict[str, dict]:

@@ -20,13 +20,13 @@ from gpu_steps import make_model
 from torch import Tensor, nn
 from transformers import LlamaConfig
 
+from sparse_cl.models.losses import answer_loss
+from sparse_cl.models.parts import linear_layers
+from sparse_cl.models.passes import evaluation, stream
 from sparse_cl.probes.activation import ActivationProbe
 from sparse_cl.probes.features import FeatureProbe
 from sparse_cl.probes.gradients import GradientProbe
 from sparse_cl.probes.inputs import InputProbe
-from sparse_cl.probes.losses import answer_loss
-from sparse_cl.probes.parts import linear_layers
-from sparse_cl.probes.passes import evaluation, stream
 
 #: Layers, width, neurons, heads, key and value heads, vocabulary; sequences and tokens of a batch; rounds.
 LARGE = (16, 2048, 8192, 32, 8, 128256, 8, 1024, 8)

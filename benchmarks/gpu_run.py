@@ -210,7 +210,7 @@ def host_ms(call: Callable[[], object], repeats: int = 100, warmup: int = 10) ->
 
 
 if __name__ == "__main__":
-    from adamw_cases import kinds, make_problem
+    from cases.adamw import kinds, make_problem
 
     from sparse_cl import ops
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import sys
 
-import gram_factor_cases
+import cases.gram_factor as gram_factor_cases
 import torch
-from adamw_cases import OPTIONS, Problem, check_accuracy, check_untouched, kinds, make_problem
+from cases.adamw import OPTIONS, Problem, check_accuracy, check_untouched, kinds, make_problem
 from gpu_run import DEVICE
 
 from sparse_cl import ops, reference

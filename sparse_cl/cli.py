@@ -11,12 +11,12 @@ from typing import Any
 
 from .four_domains import command as four_domains
 from .planner import command as planner
-from .studies import command as studies
+from .report import command as studies
 
 
 def _probe(settings: Any, out: Path) -> list[str]:
     # Imported where it is needed: with transformers, which takes seconds.
-    from .studies.around import probe_run
+    from .report.around import probe_run
 
     return probe_run(settings, out)
 

@@ -177,12 +177,13 @@ def _add_scoring(parser: argparse.ArgumentParser) -> None:
 
 def _run(arguments: argparse.Namespace, probe: Callable[[Any, Path], Sequence[str]]) -> int:
     # transformers and its kin take seconds to import: not for --help or a mistyped option.
+    from benchmarks.arena.sweep import run_all, runs_of
+
     from .experiment import is_main_process
     from .method_options import parse_set
     from .report import comparison
     from .results import completed
     from .settings import Settings, methods_named
-    from .sweep import run_all, runs_of
 
     methods = methods_named(arguments.method)
     settings = Settings(
@@ -238,7 +239,7 @@ def _add_compare(commands: Any) -> None:
 
 
 def _compare(arguments: argparse.Namespace) -> None:
-    from .compare_report import compare
+    from benchmarks.arena.compare_report import compare
 
     out = arguments.out or arguments.folders[0]
     print(compare(arguments.folders, out))

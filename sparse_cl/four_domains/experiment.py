@@ -5,28 +5,25 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import platform
 import sys
 import traceback
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 from accelerate.utils.memory import clear_device_cache
-from safetensors import SafetensorError
 from torch import nn
 from tqdm.auto import tqdm
+
+from sparse_cl.models.loading import load_model, quiet, versions
+from sparse_cl.models.processes import check_processes, processes
 
 from . import embedded, figures
 from .data import DataError, Domain, load_domains
 from .embedded_model import embedded_model_folder
 from .files import is_disk_full, write_json
-from .processes import check_processes, processes
 from .protection import text_to_protect
 from .report import comparison, runs_with_capacity
 from .results import RESULTS, add_intransigence, completed, failed_record, read_runs, run_record, write_runs
@@ -84,47 +81,6 @@ def check_folder(out: Path, settings: Settings) -> None:
         raise FolderError(f"{out} is not empty and holds no run of sparse-cl. Give another --out")
 
 
-def load_model(source: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any]:
-    """A causal language model on this process's device, and its tokenizer, with a padding token.
-
-    Raises:
-        ValueError: there is no such folder, or what is there cannot be loaded; or the tokenizer cannot pad.
-    """
-    path = Path(source)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ValueError(f"{source} is no model's folder: it has no config.json; there are {_listed(path)}")
-    elif path.exists() or source.startswith((".", "/", "~")):
-        raise ValueError(f"{source}: there is no such folder; give a model's folder, or its name on the Hub")
-    try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"{source} cannot be loaded as a causal language model and its tokenizer: {error}") from error
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    if tokenizer.pad_token_id is None:
-        raise ValueError(f"{source}: its tokenizer has no token to pad with, and no end token; give it one (pad_token)")
-    return model.to(processes().device), tokenizer
-
-
-def _listed(folder: Path) -> str:
-    names = sorted(path.name for path in folder.iterdir())
-    return ", ".join(names[:8]) + (", …" if len(names) > 8 else "") if names else "no files in it"
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that a result depends on."""
-    packages = ("torch", "transformers", "peft", "accelerate", "datasets", "sparse_cl")
-    found = {"python": platform.python_version()}
-    for package in packages:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
-
-
 def read_text(path: str, option: str) -> str:
     """The first `REFERENCE_CHARACTERS` of a file of plain text.
 
@@ -149,13 +105,6 @@ def _reference_text(settings: Settings) -> str | None:
 def is_main_process() -> bool:
     """Whether this is the one process, of those of a distributed run, that writes and prints."""
     return processes().is_main_process
-
-
-def quiet() -> None:
-    """Of transformers, errors only: no bars beside our own, no advice, no deprecations inside it and peft."""
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
 
 
 def run(settings: Settings, out: Path) -> list[dict[str, Any]]:

@@ -17,13 +17,13 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from sparse_cl.methods import Method
+from sparse_cl.models.processes import processes
 
 from .data import Domain
 from .encoding import EncodedRecords, pad
 from .evaluate import drift_nats, evaluate_domain, text_bits_per_byte
 from .files import check_complete, complete
 from .memory import peak_memory_bytes, reset_peak_memory
-from .processes import processes
 from .protection import Windows
 from .settings import Settings
 from .state import state_bytes

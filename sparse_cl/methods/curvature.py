@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from sparse_cl import storage
+from sparse_cl.models.parts import is_transposed
 from sparse_cl.optim.curvature_projection import MODES, CurvatureProjection
 from sparse_cl.optim.projected_adamw import ProjectedAdamW
 from sparse_cl.probes.capacity import scarcity
 from sparse_cl.probes.curvature import CurvatureProbe
 from sparse_cl.probes.gradients import watched_layers
-from sparse_cl.probes.parts import is_transposed
 from sparse_cl.probes.sampled_gradients import sampled_gradients
 from sparse_cl.subspace.kronecker import Kronecker, threshold_of
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from sparse_cl import storage
+from sparse_cl.models.parts import is_transposed
 from sparse_cl.optim.elastic_pull import ElasticPull
 from sparse_cl.optim.projected_adamw import ProjectedAdamW
 from sparse_cl.probes.capacity import scarcity
-from sparse_cl.probes.parts import is_transposed
 
 from .base import Batch, Method, check_first
 from .input_usage import InputUsage

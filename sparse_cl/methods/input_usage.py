@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparse_cl.models.parts import find_blocks, shape_of
+from sparse_cl.models.passes import answer_tokens, stream
 from sparse_cl.probes.inputs import InputProbe, energy_watches
-from sparse_cl.probes.parts import find_blocks, shape_of
-from sparse_cl.probes.passes import answer_tokens, stream
 
 from .base import Batch
 from .surviving import surviving_shares

@@ -1,4 +1,4 @@
-"""Sequential LoRA: one low-rank adapter, trained on and on through the domains; and the same with strong decay."""
+"""Sequential LoRA: one low-rank adapter, trained on and on through the domains."""
 
 from __future__ import annotations
 
@@ -117,15 +117,3 @@ class LoRA(Method):
         import peft
 
         return peft.PeftModel.from_pretrained(base, folders[-1], is_trainable=True)
-
-
-class LoRAWeightDecay(LoRA):
-    """LoRA with weight decay 0.3: decay of A and B draws the model back to its base, where nothing was forgotten.
-
-    Audits of continual fine-tuning find it about as good as methods made for the purpose.
-    """
-
-    name = "lora-wd"
-
-    def __init__(self, rank: int = RANK, alpha: int = ALPHA, weight_decay: float = 0.3) -> None:
-        super().__init__(rank, alpha, weight_decay)

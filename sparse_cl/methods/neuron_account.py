@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from sparse_cl import storage
+from sparse_cl.models.neuron_masks import Place, places
+from sparse_cl.models.parts import find_mlps
 from sparse_cl.probes.capacity import SCARCE, scarcity
-from sparse_cl.probes.neuron_masks import Place, places
-from sparse_cl.probes.parts import find_mlps
 
 from .base import Batch
 from .surviving import each_gradient

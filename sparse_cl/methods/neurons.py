@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from sparse_cl.masks import ColumnMask, RowMask
+from sparse_cl.models.neuron_masks import neuron_count, neuron_masks, places, top_neurons
+from sparse_cl.models.parts import find_mlps
 from sparse_cl.nn import activate
 from sparse_cl.probes.activation import ActivationProbe
-from sparse_cl.probes.neuron_masks import neuron_count, neuron_masks, places, top_neurons
-from sparse_cl.probes.parts import find_mlps
 
 from .base import Batch
 from .neuron_account import NeuronAccount

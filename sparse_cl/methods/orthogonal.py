@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from sparse_cl.lora import orthogonal_lora
+from sparse_cl.models.parts import is_transposed, refuse_mixtures
+from sparse_cl.models.passes import answer_tokens, evaluation
 from sparse_cl.optim import SubspaceProjectedAdamW
 from sparse_cl.probes.capacity import scarcity
-from sparse_cl.probes.parts import is_transposed, refuse_mixtures
-from sparse_cl.probes.passes import answer_tokens, evaluation
 from sparse_cl.subspace import Subspace, SubspaceMemory
 
 from .base import Batch, Method, check_first

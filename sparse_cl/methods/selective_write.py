@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from sparse_cl import storage
 from sparse_cl.masks import ColumnMask, RowMask
+from sparse_cl.models.parts import find_mlps
 from sparse_cl.optim import SparseMaskedAdamW
 from sparse_cl.probes.activation import ActivationProbe
 from sparse_cl.probes.capacity import neurons_holding
-from sparse_cl.probes.parts import find_mlps
 
 from .base import Batch, Method, check_first
 from .frozen import Frozen

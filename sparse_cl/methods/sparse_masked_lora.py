@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from sparse_cl.masks import ColumnMask, RowMask
+from sparse_cl.models.parts import MLP, find_mlps
 from sparse_cl.optim import SparseMaskedAdamW
-from sparse_cl.probes.parts import MLP, find_mlps
 
 from .base import Batch
 from .lora import ALPHA, RANK, MergedWeights, add_adapter, merged, with_adapters

@@ -9,8 +9,8 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
-from sparse_cl.probes.losses import answer_loss
-from sparse_cl.probes.passes import evaluation
+from sparse_cl.models.losses import answer_loss
+from sparse_cl.models.passes import evaluation
 
 from .base import Batch
 

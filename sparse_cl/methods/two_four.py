@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from sparse_cl.masks import TwoFourMask, load_masks, save_masks
+from sparse_cl.models.losses import mean_loss
 from sparse_cl.optim import SparseMaskedAdamW
-from sparse_cl.probes.losses import mean_loss
 from sparse_cl.probes.two_four import SCORES, only_two_four, two_four_layers, two_four_masks
 
 from .base import Batch, Method, check_first

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from sparse_cl.masks import ColumnMask, RowMask
-from sparse_cl.nn.active_linear import ActiveLinear, check_mask, leaf_dtype_for
+
+from .active_linear import ActiveLinear, check_mask, leaf_dtype_for
 
 
 def activate(

@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from sparse_cl import ops
-from sparse_cl.optim.plan import Plan
+
+from .plan import Plan
 
 
 def clip_active_(calls: Iterable[tuple[list[Tensor], Plan]], max_norm: float) -> Tensor:

@@ -7,9 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from sparse_cl.optim.projection import WholeProjection
 from sparse_cl.reference.precision import full_precision
 from sparse_cl.subspace.kronecker import Kronecker
+
+from .projection import WholeProjection
 
 MODES = ("hard", "soft")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_cl.optim.projection import Layer, PullCorrection, WholeProjection
+from .projection import Layer, PullCorrection, WholeProjection
 
 
 class ElasticPull(WholeProjection):

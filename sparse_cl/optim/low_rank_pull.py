@@ -8,8 +8,9 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from sparse_cl.optim.projection import Correction, Layer, WholeProjection
 from sparse_cl.subspace.subspace import check_orthonormal
+
+from .projection import Correction, Layer, WholeProjection
 
 
 class LowRankCorrection(Correction):

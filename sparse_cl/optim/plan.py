@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from sparse_cl.layout import state_dtype
-from sparse_cl.optim.leaf import weight_of
-from sparse_cl.optim.state import ParameterState, compact
+
+from .leaf import weight_of
+from .state import ParameterState, compact
 
 
 @dataclass

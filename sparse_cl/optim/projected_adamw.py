@@ -9,10 +9,11 @@ from typing import Any
 from torch import Tensor
 
 from sparse_cl.masks import Mask
-from sparse_cl.optim.projected_step import Scratch
-from sparse_cl.optim.projection import WholeProjection
-from sparse_cl.optim.state import PROJECTION
-from sparse_cl.optim.subspace_projected_adamw import SubspaceProjectedAdamW
+
+from .projected_step import Scratch
+from .projection import WholeProjection
+from .state import PROJECTION
+from .subspace_projected_adamw import SubspaceProjectedAdamW
 
 
 class ProjectedAdamW(SubspaceProjectedAdamW):

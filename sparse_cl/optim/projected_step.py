@@ -8,10 +8,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from sparse_cl.optim.plan import Plan
-from sparse_cl.optim.projection import Layer, Projection
-from sparse_cl.optim.state import ParameterState
 from sparse_cl.reference.precision import allows_tf32, full_precision
+
+from .plan import Plan
+from .projection import Layer, Projection
+from .state import ParameterState
 
 #: Entries of updates that are held at a time, if no single one is larger: 64 MB of float32.
 TOGETHER = 1 << 24

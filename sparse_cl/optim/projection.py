@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from sparse_cl.masks import ColumnMask, Mask, RowMask
-from sparse_cl.optim.state import ParameterState, compact
 from sparse_cl.reference.precision import allows_tf32
 from sparse_cl.subspace import Subspace
+
+from .state import ParameterState, compact
 
 #: Conjugate-gradient steps for masks of single weights: enough for a leak below 1e-6 while a row has twice as many
 #: active weights as the subspace has directions, and these are not concentrated on a few inputs.

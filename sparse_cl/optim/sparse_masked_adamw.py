@@ -13,12 +13,13 @@ from torch.optim import Optimizer
 
 from sparse_cl import ops
 from sparse_cl.masks import Mask, same_mask
-from sparse_cl.optim.clip import clip_active_
-from sparse_cl.optim.leaf import owner_of, weight_of
-from sparse_cl.optim.names import by_param
-from sparse_cl.optim.options import check_options
-from sparse_cl.optim.plan import GroupPlan, LeafPlan, Plan, facts_of, fault_of, ids_of, scalar_on
-from sparse_cl.optim.state import ParameterState, carry_state, new_state, read_state, refuse_capture
+
+from .clip import clip_active_
+from .leaf import owner_of, weight_of
+from .names import by_param
+from .options import check_options
+from .plan import GroupPlan, LeafPlan, Plan, facts_of, fault_of, ids_of, scalar_on
+from .state import ParameterState, carry_state, new_state, read_state, refuse_capture
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

@@ -14,13 +14,14 @@ from torch.autograd.graph import increment_version
 from sparse_cl import ops
 from sparse_cl.layout import state_dtype
 from sparse_cl.masks import Mask
-from sparse_cl.optim.leaf import weight_of
-from sparse_cl.optim.plan import Plan, scalar_on
-from sparse_cl.optim.projected_step import ProjectedCall, Scratch, products, split, starts_of
-from sparse_cl.optim.projection import Projection, make_projection
-from sparse_cl.optim.sparse_masked_adamw import SparseMaskedAdamW
-from sparse_cl.optim.state import PROJECTION, ParameterState, is_capturing, refuse_capture
 from sparse_cl.subspace import Subspace, SubspaceMemory
+
+from .leaf import weight_of
+from .plan import Plan, scalar_on
+from .projected_step import ProjectedCall, Scratch, products, split, starts_of
+from .projection import Projection, make_projection
+from .sparse_masked_adamw import SparseMaskedAdamW
+from .state import PROJECTION, ParameterState, is_capturing, refuse_capture
 
 Bases = Mapping[Tensor | str, Subspace | Tensor]
 

@@ -9,7 +9,7 @@ import torch
 
 from sparse_cl.masks import ColumnMask, RowMask
 from sparse_cl.methods.lora import RANK
-from sparse_cl.probes.neuron_masks import neuron_count
+from sparse_cl.models.neuron_masks import neuron_count
 
 from .demand import WIDE, Demand, Projected, projecting, states, torch_adamw_state, traffic, unreached_by_masks
 from .dense_demands import input_bases, tracked

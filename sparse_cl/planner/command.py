@@ -92,9 +92,9 @@ def _plan(arguments: argparse.Namespace) -> None:
         utilization=arguments.mfu,
     )
     # transformers takes seconds to import: not for --help or a mistyped option.
-    from sparse_cl.four_domains.experiment import quiet
     from sparse_cl.four_domains.files import write_json
     from sparse_cl.four_domains.settings import methods_named
+    from sparse_cl.models.loading import quiet
 
     from .activations import weight_dtype
     from .cost import Workload, cost

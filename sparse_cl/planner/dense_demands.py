@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from sparse_cl.methods import FreezeLower
+from sparse_cl.methods import METHODS
 from sparse_cl.subspace.layers import find_layers
 
 from .demand import WIDE, Demand, Projected, projecting, states, torch_adamw_state, traffic
@@ -65,7 +65,7 @@ def mofo(shape: ModelShape, settings: dict[str, Any]) -> Demand:
 
 
 def freeze_lower(shape: ModelShape, settings: dict[str, Any]) -> Demand:
-    frozen = {id(p) for module in FreezeLower(**settings).frozen(shape.model) for p in module.parameters()}
+    frozen = {id(p) for module in METHODS["freeze-lower"](**settings).frozen(shape.model) for p in module.parameters()}
     trained = [p for p in shape.model.parameters() if id(p) not in frozen]
     lowest = int(settings["frozen_share"] * len(shape.blocks))
     below = sum(matrix.size for matrix in block_matrices(shape)[: _layers_of(shape, lowest)])

@@ -9,8 +9,8 @@ import torch
 from sparse_cl.layout import state_dtype
 from sparse_cl.masks import Mask
 from sparse_cl.methods.neurons import can_be_active
-from sparse_cl.probes.neuron_masks import neuron_count, neuron_masks, places
-from sparse_cl.probes.parts import find_mlps
+from sparse_cl.models.neuron_masks import neuron_count, neuron_masks, places
+from sparse_cl.models.parts import find_mlps
 
 from .demand import WIDE, Demand, Projected, projecting, states, traffic, unreached_by_masks
 from .dense_demands import tracked

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparse_cl.probes.parts import find_blocks, is_transposed, shape_of
+from sparse_cl.models.parts import find_blocks, is_transposed, shape_of
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,8 @@
 """Probes: what domains use of a model, what they share, and what is free. They need torch alone."""
 
+from sparse_cl.models.parts import find_attentions, find_blocks, find_mlps, linear_layers
+from sparse_cl.models.passes import Watch, stream
+
 from .activation import ActivationProbe
 from .capacity import Capacity, capacity, forecast
 from .connectivity import connectivity
@@ -13,8 +16,6 @@ from .inputs import InputProbe
 from .interference import interference
 from .neurons import agreement, dormant, hubs, weight_hubs
 from .overlap import overlap
-from .parts import find_attentions, find_blocks, find_mlps, linear_layers
-from .passes import Watch, stream
 from .plasticity import plasticity, steps_to_fit
 from .rank import effective_rank, stable_rank, update_rank
 from .scaling import fit_exponent

@@ -9,14 +9,15 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from sparse_cl.probes.neuron_masks import Place, output_places, places
-from sparse_cl.probes.parts import MLP, find_mlps
-from sparse_cl.probes.passes import Batch, Watch, stream
-from sparse_cl.probes.resampling import GROUPS
-from sparse_cl.probes.scores import ActivationScores, PartScores
-from sparse_cl.probes.sparsity import LEVELS, ascending, neurons_needed
+from sparse_cl.models.neuron_masks import Place, output_places, places
+from sparse_cl.models.parts import MLP, find_mlps
+from sparse_cl.models.passes import Batch, Watch, stream
 from sparse_cl.reference.precision import full_precision
 from sparse_cl.subspace.moments import row_blocks
+
+from .resampling import GROUPS
+from .scores import ActivationScores, PartScores
+from .sparsity import LEVELS, ascending, neurons_needed
 
 MASSIVE, MASSIVE_RATIO = 100.0, 1000.0
 """A massive activation is above both, in absolute value: the first as it is, the second in medians of its layer (Sun,

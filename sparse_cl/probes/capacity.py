@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_cl.probes.inputs import InputMoments
 from sparse_cl.subspace.consolidation import directions_needed, new_directions
 from sparse_cl.subspace.moments import ExactMoment
 from sparse_cl.subspace.subspace import Subspace, energy_of, smaller_half
+
+from .inputs import InputMoments
 
 SCARCE = 0.1
 """A layer in which a smaller share than this of a new domain's gradient survives can learn little of that domain."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_cl.probes.features import Moment
 from sparse_cl.reference.precision import full_precision
 from sparse_cl.subspace.moments import row_blocks
+
+from .features import Moment
 
 MIN_TOKENS = 4
 """The unbiased estimator divides by n (n − 3)."""

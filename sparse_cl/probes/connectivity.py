@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_cl.probes.losses import predictions
-from sparse_cl.probes.pairing import paired_weights
-from sparse_cl.probes.passes import Batch, evaluation
+from sparse_cl.models.losses import predictions
+from sparse_cl.models.passes import Batch, evaluation
+
+from .pairing import paired_weights
 
 
 @dataclass(frozen=True)

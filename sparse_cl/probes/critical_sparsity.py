@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_cl.probes.losses import Loss, answer_loss
-from sparse_cl.probes.parts import find_mlps
-from sparse_cl.probes.passes import Batch, evaluation
-from sparse_cl.probes.resampling import GROUPS, reflected_interval, resamples
+from sparse_cl.models.losses import Loss, answer_loss
+from sparse_cl.models.parts import find_mlps
+from sparse_cl.models.passes import Batch, evaluation
+
+from .resampling import GROUPS, reflected_interval, resamples
 
 _RESAMPLES = 200
 

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from sparse_cl.linalg import randomized_svd
-from sparse_cl.probes.angles import subspace_overlap
-from sparse_cl.probes.gradients import watched_layers
-from sparse_cl.probes.losses import predictions
-from sparse_cl.probes.parts import shape_of
-from sparse_cl.probes.passes import Batch, evaluation
+from sparse_cl.models.losses import predictions
+from sparse_cl.models.parts import shape_of
+from sparse_cl.models.passes import Batch, evaluation
 from sparse_cl.subspace.moments import ExactMoment
+
+from .angles import subspace_overlap
+from .gradients import watched_layers
 
 #: λ_S λ_A at or below this share of the layer's largest counts as flat.
 THRESHOLDS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)

@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_cl.probes.angles import principal_angles, subspace_overlap
-from sparse_cl.probes.cka import MIN_TOKENS, PairedMoments
-from sparse_cl.probes.features import Features, features
-from sparse_cl.probes.pairing import paired_weights
-from sparse_cl.probes.parts import find_blocks
-from sparse_cl.probes.passes import Batch, Halves, Watch, call, stream
+from sparse_cl.models.parts import find_blocks
+from sparse_cl.models.passes import Batch, Halves, Watch, call, stream
+
+from .angles import principal_angles, subspace_overlap
+from .cka import MIN_TOKENS, PairedMoments
+from .features import Features, features
+from .pairing import paired_weights
 
 WIDE_INTERVAL = 0.1
 """A CKA whose halves lie further apart is warned of."""

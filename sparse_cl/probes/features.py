@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_cl.probes.parts import find_blocks
-from sparse_cl.probes.passes import Batch, Halves, Watch, stream
-from sparse_cl.probes.rank import effective_rank, gaussian_ranks, stable_rank
+from sparse_cl.models.parts import find_blocks
+from sparse_cl.models.passes import Batch, Halves, Watch, stream
 from sparse_cl.reference.precision import full_precision
 from sparse_cl.subspace.moments import row_blocks
+
+from .rank import effective_rank, gaussian_ranks, stable_rank
 
 
 class Moment:

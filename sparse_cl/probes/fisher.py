@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from sparse_cl.probes.sampled_gradients import sampled_gradients
+from .sampled_gradients import sampled_gradients
 
 
 def diagonal_fisher(

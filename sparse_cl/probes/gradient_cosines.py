@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from sparse_cl.linalg import randomized_svd
-from sparse_cl.probes.angles import principal_angles
-from sparse_cl.probes.gradients import MeanGradient, dot
-from sparse_cl.probes.resampling import resamples
+
+from .angles import principal_angles
+from .gradients import MeanGradient, dot
+from .resampling import resamples
 
 #: Below this reliability the noise correction multiplies noise more than fivefold, and is not given.
 RELIABLE = 0.2

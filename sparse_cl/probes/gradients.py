@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_cl.probes.losses import Loss, answer_loss
-from sparse_cl.probes.parts import is_transposed, linear_layers, matrix_of
-from sparse_cl.probes.passes import Batch, evaluation
-from sparse_cl.probes.resampling import GROUPS
+from sparse_cl.models.losses import Loss, answer_loss
+from sparse_cl.models.parts import is_transposed, linear_layers, matrix_of
+from sparse_cl.models.passes import Batch, evaluation
+
+from .resampling import GROUPS
 
 #: Numbers that a gradient is folded to. A prime, so that no column of a matrix folds onto few of them: the columns of
 #: massive activations hold most of some gradients.

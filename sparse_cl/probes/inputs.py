@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sparse_cl.probes.parts import Block, find_blocks, shape_of
-from sparse_cl.probes.passes import Batch, Halves, Watch, stream
+from sparse_cl.models.parts import Block, find_blocks, shape_of
+from sparse_cl.models.passes import Batch, Halves, Watch, stream
 from sparse_cl.subspace.moments import ExactMoment
 
 
@@ -49,7 +49,7 @@ class InputProbe:
     Args:
         modules: name → linear layer; None: the distinct inputs of the blocks' linear layers (q, k and v have one).
         blocks: which residual blocks; None: all.
-        tokens: which count, see `sparse_cl.probes.passes.TOKENS`.
+        tokens: which count, see `sparse_cl.models.passes.TOKENS`.
     """
 
     def __init__(

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_cl.probes.gradients import MeanGradient, dot, watched_layers
-from sparse_cl.probes.losses import Loss, mean_loss
-from sparse_cl.probes.parts import is_transposed
-from sparse_cl.probes.passes import Batch
+from sparse_cl.models.losses import Loss, mean_loss
+from sparse_cl.models.parts import is_transposed
+from sparse_cl.models.passes import Batch
+
+from .gradients import MeanGradient, dot, watched_layers
 
 #: Length of the step, as a share of ‖θ‖ over the watched weights.
 STEP = 4e-4

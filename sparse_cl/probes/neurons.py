@@ -9,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_cl.probes.chance import central_interval, common_to_all, hypergeometric, iou_of
-from sparse_cl.probes.neuron_masks import neuron_count, top_neurons
-from sparse_cl.probes.overlap import group_draws, layer_ranks
-from sparse_cl.probes.parts import find_mlps, matrix_of
-from sparse_cl.probes.resampling import reflected_interval, resamples, top_set_interval
-from sparse_cl.probes.scores import ActivationScores
+from sparse_cl.models.neuron_masks import neuron_count, top_neurons
+from sparse_cl.models.parts import find_mlps, matrix_of
+
+from .chance import central_interval, common_to_all, hypergeometric, iou_of
+from .overlap import group_draws, layer_ranks
+from .resampling import reflected_interval, resamples, top_set_interval
+from .scores import ActivationScores
 
 TAUS = (0.0, 0.025, 0.1)
 _RESAMPLES = 200

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_cl.probes.chance import central_interval, hypergeometric, iou_of, mean_iou_interval
-from sparse_cl.probes.neuron_masks import neuron_count
-from sparse_cl.probes.resampling import halves, resamples, top_set_interval
-from sparse_cl.probes.scores import ActivationScores, PartScores
+from sparse_cl.models.neuron_masks import neuron_count
+
+from .chance import central_interval, hypergeometric, iou_of, mean_iou_interval
+from .resampling import halves, resamples, top_set_interval
+from .scores import ActivationScores, PartScores
 
 FRACTIONS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 _SPLITS = 10

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_cl.probes.losses import answer_loss
-from sparse_cl.probes.pairing import paired_weights
-from sparse_cl.probes.passes import IGNORED, Batch, evaluation
+from sparse_cl.models.losses import answer_loss
+from sparse_cl.models.passes import IGNORED, Batch, evaluation
+
+from .pairing import paired_weights
 
 Task = Callable[[int], Batch]
 """A probing task by its seed: one batch, all of which is learned at each step."""

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sparse_cl.probes.pairing import Weights, paired_matrices
+from .pairing import Weights, paired_matrices
 
 
 def effective_rank(singular_values: Tensor) -> Tensor:

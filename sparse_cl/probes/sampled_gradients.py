@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from sparse_cl.probes.gradients import requiring_grad
-from sparse_cl.probes.losses import predictions
-from sparse_cl.probes.passes import Batch, evaluation
+from sparse_cl.models.losses import predictions
+from sparse_cl.models.passes import Batch, evaluation
+
+from .gradients import requiring_grad
 
 See = Callable[[dict[str, Tensor]], None]
 

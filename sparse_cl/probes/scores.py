@@ -12,9 +12,10 @@ from torch import Tensor
 
 from sparse_cl import storage
 from sparse_cl.masks import ColumnMask, RowMask
-from sparse_cl.probes.neuron_masks import Place, neuron_masks, top_neurons
-from sparse_cl.probes.resampling import reflected_interval, resamples
-from sparse_cl.probes.sparsity import LEVELS, SHARES, chance_curve, chance_needed, curve_at
+from sparse_cl.models.neuron_masks import Place, neuron_masks, top_neurons
+
+from .resampling import reflected_interval, resamples
+from .sparsity import LEVELS, SHARES, chance_curve, chance_needed, curve_at
 
 _RESAMPLES = 200
 

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_cl.probes.pairing import Weights, paired_matrices
-from sparse_cl.probes.parts import Block, find_blocks, is_transposed, linear_layers, matrix_of
+from sparse_cl.models.parts import Block, find_blocks, is_transposed, linear_layers, matrix_of
+
+from .pairing import Weights, paired_matrices
 
 SHARE = 0.9
 """Of an update's energy ‖ΔW‖²_F, whose spread is asked for."""

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from sparse_cl.masks import TwoFourMask
-from sparse_cl.probes.fisher import diagonal_fisher
-from sparse_cl.probes.gradients import watched_layers
-from sparse_cl.probes.inputs import energy_watches
-from sparse_cl.probes.parts import is_transposed
-from sparse_cl.probes.passes import Batch, stream
+from sparse_cl.models.parts import is_transposed
+from sparse_cl.models.passes import Batch, stream
+
+from .fisher import diagonal_fisher
+from .gradients import watched_layers
+from .inputs import energy_watches
 
 SCORES = ("wanda", "fisher")
 

@@ -1,9 +1,9 @@
 """Every op in plain PyTorch: the fallback where no native library is built, and the oracle of the tests."""
 
-from sparse_cl.reference.apply_updates import apply_updates_
-from sparse_cl.reference.clip_grad import active_norm, norm_dtype, scale_active_
-from sparse_cl.reference.gram_factor import gram_factor
-from sparse_cl.reference.masked_adamw import (
+from .apply_updates import apply_updates_
+from .clip_grad import active_norm, norm_dtype, scale_active_
+from .gram_factor import gram_factor
+from .masked_adamw import (
     active_positions,
     block_ranks,
     masked_adamw_,
@@ -13,9 +13,9 @@ from sparse_cl.reference.masked_adamw import (
     stochastic_round,
     unpack_bits,
 )
-from sparse_cl.reference.orthonormalize import default_rtol, orthonormalize
-from sparse_cl.reference.project_out import project_onto_, project_out_
-from sparse_cl.reference.randomized_svd import randomized_svd
+from .orthonormalize import default_rtol, orthonormalize
+from .project_out import project_onto_, project_out_
+from .randomized_svd import randomized_svd
 
 __all__ = [
     "active_norm",

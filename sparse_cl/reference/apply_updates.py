@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from sparse_cl.reference.masked_adamw import check_call, read_weights, write_weights
+from .masked_adamw import check_call, read_weights, write_weights
 
 
 def apply_updates_(

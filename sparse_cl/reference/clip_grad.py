@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from sparse_cl.layout import COLUMNS, DENSE, FIELDS, INDEX_NAME, ROWS, StateLayout
-from sparse_cl.reference.masked_adamw import active_positions
+
+from .masked_adamw import active_positions
 
 
 def active_norm(grads: Sequence[Tensor], states: Sequence[Tensor], layout: Tensor) -> Tensor:

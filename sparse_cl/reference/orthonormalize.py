@@ -8,9 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sparse_cl.reference.gram_factor import gram_factor, residual_floor
-from sparse_cl.reference.precision import full_precision
-from sparse_cl.reference.project_out import remove_
+from .gram_factor import gram_factor, residual_floor
+from .precision import full_precision
+from .project_out import remove_
 
 #: A unit column that keeps less than this through the second pass was rounding error.
 _SECOND_RTOL = 0.5

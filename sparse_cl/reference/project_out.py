@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sparse_cl.reference.precision import full_precision
+from .precision import full_precision
 
 #: Entries of bfloat16 or float16 that are held in float32 at a time: on the CPU, where a slice should stay in the
 #: cache, and elsewhere, where each slice costs four launches (256 MB).

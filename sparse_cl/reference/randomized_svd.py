@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sparse_cl.reference.orthonormalize import orthonormalize
-from sparse_cl.reference.precision import full_precision
+from .orthonormalize import orthonormalize
+from .precision import full_precision
 
 
 def randomized_svd(

@@ -10,9 +10,10 @@ from torch.nn.functional import pad
 
 from sparse_cl.linalg import orthonormalize
 from sparse_cl.reference.precision import full_precision
-from sparse_cl.subspace.layers import Layer, Moment
-from sparse_cl.subspace.moments import ExactMoment
-from sparse_cl.subspace.subspace import Subspace
+
+from .layers import Layer, Moment
+from .moments import ExactMoment
+from .subspace import Subspace
 
 #: Numbers that one batch holds, so that consolidating takes a part of the memory that the model has.
 _BATCH = 1 << 26

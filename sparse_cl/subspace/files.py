@@ -9,8 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from sparse_cl import storage
-from sparse_cl.subspace.layers import Layer
-from sparse_cl.subspace.subspace import Subspace
+
+from .layers import Layer
+from .subspace import Subspace
 
 _KIND, _WRITER = "memory", "SubspaceMemory.save"
 _SETTINGS = ("max_rank", "energy", "source", "oversample", "seed", "domains", "embeddings")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from sparse_cl.subspace.memory import SubspaceMemory
+    from .memory import SubspaceMemory
 
 
 class InputHook:

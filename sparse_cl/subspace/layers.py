@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from sparse_cl.subspace.moments import ExactMoment, SketchedMoment
-from sparse_cl.subspace.subspace import Subspace
+from .moments import ExactMoment, SketchedMoment
+from .subspace import Subspace
 
 Moment = ExactMoment | SketchedMoment
 

@@ -12,12 +12,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from sparse_cl.subspace import files
-from sparse_cl.subspace.consolidation import batches, new_directions
-from sparse_cl.subspace.hooks import InputHook
-from sparse_cl.subspace.layers import Layer, Moment, find_layers
-from sparse_cl.subspace.moments import ExactMoment, SketchedMoment, row_blocks
-from sparse_cl.subspace.subspace import Subspace, energy_of, smaller_half
+from . import files
+from .consolidation import batches, new_directions
+from .hooks import InputHook
+from .layers import Layer, Moment, find_layers
+from .moments import ExactMoment, SketchedMoment, row_blocks
+from .subspace import Subspace, energy_of, smaller_half
 
 SOURCES = ("gradients", "inputs")
 

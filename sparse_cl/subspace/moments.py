@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from sparse_cl.ops import gram_factor
-from sparse_cl.subspace.subspace import Subspace, energy_of
+
+from .subspace import Subspace, energy_of
 
 #: Rows go through the two products of an observation in blocks: on the CPU so few that a block stays in cache from the
 #: first to the second, elsewhere enough entries to fill the device.

@@ -1,0 +1,69 @@
+"""What counts as state: counted by hand for methods that hold much, little, and nothing beside their optimizer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases.methods import domain, learn
+
+from benchmarks.arena import EWC, Single
+from sparse_cl.four_domains.state import state_bytes
+from sparse_cl.methods import METHODS, AdamW, Elastic, Orthogonal
+
+
+def begun(method, model):
+    """One domain learned, the next one begun and one step made: the optimizer."""
+    model = learn(method, model, domain(0), steps=2)
+    model = method.before_domain(model, domain(1))
+    optimizer = method.make_optimizer(model, 1e-3)
+    model(**domain(1)[0]).loss.backward()
+    optimizer.step()
+    return optimizer
+
+
+def numbers(model):
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def test_adamw_has_two_moments_and_a_count_a_parameter(tiny_llama):
+    optimizer = begun(method := AdamW(), tiny_llama)
+    assert state_bytes(method, optimizer) == 8 * numbers(tiny_llama) + 4 * len(list(tiny_llama.parameters()))
+
+
+def test_what_a_method_holds_counts_once(tiny_llama):
+    moments = 8 * numbers(tiny_llama)
+    counts = 4 * len(list(tiny_llama.parameters()))
+    optimizer = begun(method := Single(), tiny_llama)
+    assert state_bytes(method, optimizer) >= moments + counts + 4 * numbers(tiny_llama)
+
+    optimizer = begun(method := Elastic(), tiny_llama)
+    # Beside moments: an anchor of every weight that is pulled; of each input, shared by the layers that read it, the
+    # second moment, the eigenvectors and how much each is used, with and without the strength; and tokens' shares.
+    pulled = sum(p.numel() for p in tiny_llama.parameters() if p.dim() == 2)
+    widths = [len(moment) for name, moment in method.usage.moments.items() if name != "tokens"]
+    layers = [tiny_llama.get_submodule(name).in_features for name in method.usage.modules]
+    vocabulary = tiny_llama.config.vocab_size
+    strengths = sum(layers) + tiny_llama.config.hidden_size + vocabulary
+    held = pulled + sum(2 * n * n + n for n in widths) + strengths + vocabulary
+    expected = moments + counts + 4 * held
+    assert state_bytes(method, optimizer) == pytest.approx(expected, rel=0.01)
+
+
+def test_a_penalty_counts_its_fisher_and_its_anchor(tiny_llama):
+    optimizer = begun(method := EWC(), tiny_llama)
+    assert state_bytes(method, optimizer) == pytest.approx(16 * numbers(tiny_llama), rel=0.01)
+
+
+def test_bases_count_and_copies_for_the_leak_do_not(tiny_llama):
+    optimizer = begun(method := Orthogonal(), tiny_llama)
+    kept = sum(method.memory.subspace(name).matrix.nbytes for name in method.memory.names)
+    assert kept > 0
+    assert state_bytes(method, optimizer) == optimizer.state_bytes() + kept
+
+
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.kind == "ours"])
+def test_no_method_of_ours_holds_the_model_or_data(tiny_llama, name):
+    """Three copies of the weights, moments of inputs and a small rest at most."""
+    torch.manual_seed(0)
+    optimizer = begun(method := METHODS[name](), tiny_llama)
+    assert state_bytes(method, optimizer) < 40 * numbers(tiny_llama)
