@@ -39,7 +39,10 @@ SPARSE_CL_HD Rates<T> rates(const Hyper<T>& h, double lr, int32_t t, T gain) {
 template <typename T, bool kAmsgrad>
 SPARSE_CL_HD T adamw(T param, T grad, T& exp_avg, T& exp_avg_sq, T& max_exp_avg_sq, const Hyper<T>& h,
                      const Rates<T>& r) {
-  exp_avg += h.one_minus_beta1 * (grad - exp_avg);
+  // As torch.lerp: from the end that is nearer, or for beta1 = 0 the old average's rounding error would be all of it.
+  const T change = grad - exp_avg;
+  exp_avg =
+      h.one_minus_beta1 < T(0.5) ? exp_avg + h.one_minus_beta1 * change : grad - (T(1) - h.one_minus_beta1) * change;
   // The order of torch.addcmul: grad * grad alone would overflow for gradients whose second moment does not.
   exp_avg_sq = h.beta2_t * exp_avg_sq + h.one_minus_beta2 * grad * grad;
   T second = exp_avg_sq;

@@ -44,23 +44,27 @@ inline Ints stored_lanes(Floats x, uint32_t key, uint32_t first) {
 
 // adamw.h's update of entries that share their rates.
 struct LaneUpdate {
-  Floats one_minus_beta1, beta2, one_minus_beta2, eps, decay, step_size, rsqrt_correction, factor;
+  Floats beta1, one_minus_beta1, beta2, one_minus_beta2, eps, decay, step_size, rsqrt_correction, factor;
+  bool nearer_old;
 
   LaneUpdate(const Hyper<float>& h, const Rates<float>& r, float grad_factor)
-      : one_minus_beta1(floats(h.one_minus_beta1)),
+      : beta1(floats(1 - h.one_minus_beta1)),
+        one_minus_beta1(floats(h.one_minus_beta1)),
         beta2(floats(h.beta2_t)),
         one_minus_beta2(floats(h.one_minus_beta2)),
         eps(floats(h.eps)),
         decay(floats(r.decay)),
         step_size(floats(r.step_size)),
         rsqrt_correction(floats(r.rsqrt_correction)),
-        factor(floats(grad_factor)) {}
+        factor(floats(grad_factor)),
+        nearer_old(h.one_minus_beta1 < 0.5f) {}
 
   // `max` may be null.
   Floats operator()(Floats param, Floats grad, float* exp_avg, float* exp_avg_sq, float* max) const {
     grad = grad * factor;
     Floats m = load_lanes(exp_avg), v = load_lanes(exp_avg_sq);
-    m = add_product(m, one_minus_beta1, grad - m);
+    const Floats change = grad - m;
+    m = nearer_old ? add_product(m, one_minus_beta1, change) : subtract_product(grad, beta1, change);
     v = add_product(one_minus_beta2 * grad * grad, beta2, v);
     store_lanes(exp_avg, m);
     store_lanes(exp_avg_sq, v);
