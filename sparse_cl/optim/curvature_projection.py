@@ -43,6 +43,8 @@ class CurvatureProjection(WholeProjection, Memoryless):
             raise ValueError(f"threshold: expected at least 0, got {threshold}")
         self.curvature, self.threshold, self.mode = curvature, threshold, mode
         rows, columns = curvature.row_values, curvature.column_values
+        self.device = rows.device
+        self.expected = f"{self.shape}, or (numel, 1) for a parameter that is not a matrix"
         least = float(rows.min() * columns.min())
         self.free = least <= threshold if mode == "hard" else threshold > 0 or least == 0
         self.any = curvature.above(threshold if mode == "hard" else 0.0)[1] > 0
@@ -67,16 +69,8 @@ class CurvatureProjection(WholeProjection, Memoryless):
     def shape(self) -> tuple[int, int]:
         return self.curvature.shape
 
-    @property
-    def expected(self) -> str:
-        return f"{self.shape}, or for what is no matrix (numel, 1)"
-
     def fits(self, shape: tuple[int, ...]) -> bool:
         return tuple(shape) == self.shape or (len(shape) != 2 and math.prod(shape) == math.prod(self.shape))
-
-    @property
-    def device(self) -> torch.device:
-        return self.curvature.row_values.device
 
     def _dtype(self) -> torch.dtype:
         bases = [b for b in (self.curvature.row_basis, self.curvature.column_basis) if b is not None]

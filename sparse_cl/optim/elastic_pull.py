@@ -88,8 +88,8 @@ class ElasticPull(WholeProjection):
 
     def held(self, lr: float | Tensor) -> Tensor:
         """lr κ / (1 + lr κ), κ = r_i + c_j: the share of the way from the anchor that a step undoes."""
-        strengths = sum(part for part in (self.columns, self.rows) if part is not None)
-        return 1 - 1 / (1 + lr * strengths)
+        first, *second = (part for part in (self.columns, self.rows) if part is not None)
+        return 1 - 1 / (1 + lr * sum(second, first))
 
     def turned(self, weights: Tensor) -> Tensor:
         if self.turn is None:

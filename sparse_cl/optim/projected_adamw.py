@@ -17,7 +17,7 @@ from sparse_cl.layout import state_dtype
 from sparse_cl.masks import Mask
 
 from .names import by_param, names_of
-from .plan import Call, Plan, scalar_on
+from .plan import Call, Plan, float_on, scalar_on
 from .projected_step import ProjectedCall, Scratch, products, split, starts_of
 from .projection import Fitted, Projection
 from .sparse_masked_adamw import SparseMaskedAdamW
@@ -230,7 +230,7 @@ class ProjectedAdamW(SparseMaskedAdamW):
         """The calls of one group on one device."""
         lr, first = calls[0].group["lr"], calls[0].plan.params[0]
         if isinstance(lr, Tensor):
-            lr = float(lr) if lr.device.type == "cpu" else scalar_on(lr, first.device).reshape(())
+            lr = float(lr) if lr.device.type == "cpu" else float_on(lr, first.device).reshape(())
         ready = [self._projected(call.plan) for call in calls]
         if is_capturing(first):
             # Replays read the scratch and what corrections hold, whatever takes their place later.

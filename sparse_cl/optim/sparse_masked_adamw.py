@@ -323,7 +323,8 @@ class SparseMaskedAdamW(Optimizer):
                 by_device.setdefault(param.device, []).append(i)
         plans = []
         for positions in chain.from_iterable(self._split(group["params"], found) for found in by_device.values()):
-            own, its_grads = [group["params"][i] for i in positions], [grads[i] for i in positions]
+            own = [group["params"][i] for i in positions]
+            its_grads = [grad for i in positions if (grad := grads[i]) is not None]
             plan = Plan(own, positions, [self._ready(param, group) for param in own], its_grads)
             plan.explain(its_grads, self.param_groups)
             plans.append(plan)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -27,7 +28,7 @@ def batches(layers: Iterable[Layer]) -> Iterator[list[Layer]]:
     """Observed layers whose moments are of one kind, width and place: all that a batch needs."""
     groups: dict[tuple, list[Layer]] = {}
     for layer in layers:
-        columns = layer.moment.columns
+        columns = layer.observed().columns
         size = max(1, _BATCH // (layer.width * columns))
         groups.setdefault((type(layer.moment), layer.width, columns, layer.place(), size), []).append(layer)
     for key, group in groups.items():
@@ -48,12 +49,12 @@ def consolidate(layers: Sequence[Layer], energy: float, max_rank: int | None, su
     """
     if sum_up and dist.is_available() and dist.is_initialized():
         for layer in layers:
-            for tensor in layer.moment.tensors().values():
+            for tensor in layer.observed().tensors().values():
                 dist.all_reduce(tensor)
     added, grown = {}, {}
     for batch in batches(layers):
         subspaces = [layer.used() for layer in batch]
-        found = new_directions([layer.moment for layer in batch], subspaces, energy, max_rank)
+        found = new_directions([layer.observed() for layer in batch], subspaces, energy, max_rank)
         for layer, subspace, directions in zip(batch, subspaces, found, strict=True):
             added[layer.name] = directions.shape[1]
             grown[layer.name] = smaller_half(directions) if subspace is None else subspace.extended(directions)
@@ -87,7 +88,8 @@ def directions_needed(moment: ExactMoment, subspace: Subspace | None, energy: fl
 def _new_directions(
     moments: Sequence[Moment], subspaces: Sequence[Subspace | None], energy: float, max_rank: int | None
 ) -> list[Tensor]:
-    spectra = type(moments[0]).spectra(moments, subspaces)
+    kind: Any = type(moments[0])
+    spectra = kind.spectra(moments, subspaces)
     counts = [
         _fewest(values, outside - (1 - energy) * total, _NOISE * total, max_rank)
         for values, total, outside in zip(

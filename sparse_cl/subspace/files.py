@@ -25,7 +25,8 @@ def save(
     path: str | PathLike, settings: Settings, domains: int, embeddings: Sequence[str], layers: Mapping[str, Layer]
 ) -> None:
     """Writes a memory: the matrix of each layer, what was observed, and in the header all else."""
-    tensors, index = {}, {}
+    tensors: dict[str, Tensor] = {}
+    index: dict[str, dict[str, Any]] = {}
     for name, layer in layers.items():
         index[name] = {"shape": list(layer.shape), "complement": None}
         if layer.subspace is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,7 +45,7 @@ class Kronecker:
         Raises:
             ValueError: no square matrix and no vector, or numbers that are not finite.
         """
-        parts = []
+        parts: list[Any] = []
         for name, factor in (("rows", rows), ("columns", columns)):
             if factor.dim() not in (1, 2) or factor.shape[0] != factor.shape[-1]:
                 raise ValueError(f"{name}: expected (k, k), or (k,) for a diagonal, got {tuple(factor.shape)}")

@@ -38,6 +38,11 @@ class Layer:
     def rank(self) -> int:
         return 0 if self.subspace is None else self.subspace.rank
 
+    def observed(self) -> Moment:
+        """The moment of a layer that was observed."""
+        assert self.moment is not None, f"{self.name} was not observed"
+        return self.moment
+
     def used(self) -> Subspace | None:
         """The used subspace, moved to where the parameter is now; None while there is none."""
         if self.subspace is not None and self.param is not None:
@@ -96,7 +101,7 @@ def find_layers(source: nn.Module | Iterable[tuple[str, Tensor]]) -> tuple[dict[
 
 
 def _layers_of_module(model: nn.Module) -> tuple[dict[str, Layer], dict[str, Tensor]]:
-    embeddings = {
+    embeddings: dict[str, Tensor] = {
         f"{name}.{own}" if name else own: param
         for name, module in model.named_modules()
         if isinstance(module, nn.Embedding)

@@ -141,17 +141,17 @@ class SketchedMoment:
 
     def add(self, rows: Tensor, subspace: Subspace | None) -> None:
         """Observes ``rows`` (m, n)."""
-        used = subspace is not None and subspace.rank > 0
-        inside = subspace.matrix.mT @ self.test if used else None
+        used = subspace if subspace is not None and subspace.rank else None
+        inside = self.test if used is None else used.matrix.mT @ self.test
         for block in row_blocks(rows, self.sketch.dtype):
             total = energy_of(block)
             outside = total
-            if not used:
+            if used is None:
                 image = block @ self.test
             else:
-                coordinates = block @ subspace.matrix
+                coordinates = block @ used.matrix
                 known = energy_of(coordinates)
-                if subspace.complement:
+                if used.complement:
                     image, outside = coordinates @ inside, known
                 else:
                     image, outside = (block @ self.test).sub_(coordinates @ inside), (total - known).clamp(min=0)

@@ -32,6 +32,7 @@ class Observer:
         #: Test matrices of sketches.
         self.tests: dict[tuple, Tensor] = {}
         self._handles: list[RemovableHandle] = []
+        self._tokens: Tensor | None = None
         self.attach()
 
     def __del__(self) -> None:
@@ -170,7 +171,7 @@ class _InputHook:
         self._name = name
 
     def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
-        observer = self._observer and self._observer()
+        observer = None if self._observer is None else self._observer()
         given = inputs or tuple(named.values())
         if observer is not None and given:
             observer.note(self._name, given[0])

@@ -220,9 +220,7 @@ def test_what_does_not_fit():
     with pytest.raises(ValueError, match=r"'w' has shape \(24, 33\), but its projection is for \(m, 32\)"):
         ProjectedAdamW([("w", weight)], projections={"w": LowRankPull(u, torch.ones(R))})
     masked = {"w": RowMask([0], (M, N + 1))}
-    with pytest.raises(
-        ValueError, match="'w' has a RowMask, but what a mask leaves of an update lies in other directions"
-    ):
+    with pytest.raises(ValueError, match="'w' has a RowMask, but what a mask leaves of an update"):
         ProjectedAdamW([("w", weight)], projections={"w": LowRankPull(u, torch.ones(R))}, masks=masked)
 
 

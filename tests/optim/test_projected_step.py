@@ -11,11 +11,19 @@ from cases.subspace import orthogonal
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparse_cl import RowMask, SparseMaskedAdamW, Subspace, SubspaceProjectedAdamW, ops
+from sparse_cl import (
+    ColumnMask,
+    ElasticPull,
+    LowRankPull,
+    ProjectedAdamW,
+    RowMask,
+    SparseMaskedAdamW,
+    Subspace,
+    SubspaceProjectedAdamW,
+    SubspaceProjection,
+    ops,
+)
 from sparse_cl.optim import projected_adamw, projected_step, state, subspace_projection
-from sparse_cl.optim.elastic_pull import ElasticPull
-from sparse_cl.optim.low_rank_pull import LowRankPull
-from sparse_cl.optim.projected_adamw import ProjectedAdamW
 from sparse_cl.reference import project_out
 
 ATEN = torch.ops.aten
@@ -269,6 +277,60 @@ def test_mixed_dtypes_and_kinds_of_projection():
             optimizer.step()
     for (name, p), (_, own) in zip(params, alone, strict=True):
         assert torch.equal(p, own), name
+
+
+def test_a_memory_is_projections_and_they_take_masks():
+    """And a pull of another parameter does not care about them."""
+    shape, used = (12, 16), orthogonal(16)[:, :3].float()
+    masks = {"rows": RowMask([1, 5, 7], shape), "columns": ColumnMask(range(4, 16), shape)}
+    ours, theirs = ({name: nn.Parameter(random(*shape)) for name in ("rows", "columns", "all")} for _ in range(2))
+    pulled = nn.Parameter(random(*shape))
+    projections = {name: SubspaceProjection(used) for name in ours} | {"pulled": LowRankPull(used, torch.ones(3))}
+    first = ProjectedAdamW([*ours.items(), ("pulled", pulled)], lr=1e-2, projections=projections, masks=masks)
+    second = SubspaceProjectedAdamW(theirs.items(), lr=1e-2, memory=dict.fromkeys(theirs, used), masks=masks)
+    assert first.projections == projections
+    for step in range(3):
+        for i, (p, q) in enumerate(zip(ours.values(), theirs.values(), strict=True)):
+            p.grad = q.grad = pulled.grad = random(*shape, seed=10 * step + i)
+        first.step()
+        second.step()
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0, atol=1e-6)
+    assert "projection.moved" in first.state[pulled]
+
+
+@pytest.mark.parametrize("optimizer", [SparseMaskedAdamW, ProjectedAdamW, SubspaceProjectedAdamW])
+def test_a_hook_runs_once_per_step(optimizer):
+    """Also where an optimizer of each base class has been made, whose own step then has hooks."""
+    weight, calls = nn.Parameter(random(6, 8)), []
+    for each in (SubspaceProjectedAdamW, ProjectedAdamW, SparseMaskedAdamW):
+        each([weight])
+    made = optimizer([weight])
+    made.register_step_pre_hook(lambda *_: calls.append("before"))
+    made.register_step_post_hook(lambda *_: calls.append("after"))
+    weight.grad = random(6, 8)
+    made.step()
+    assert calls == ["before", "after"]
+
+
+def test_a_gradient_that_a_rotation_would_cast_is_refused():
+    weight = nn.Parameter(random(6, 8))
+    pull = ElasticPull(weight, orthogonal(8), torch.linspace(0, 50, 8))
+    optimizer = ProjectedAdamW([("w", weight)], lr=1e-2, projections={"w": pull})
+    weight.grad = random(6, 8)
+    optimizer.step()
+    before = weight.detach().clone()
+    for wrong, message in (
+        (random(6, 8).double(), "'w': its gradient is torch.float64, expected torch.float32$"),
+        (random(8, 6), r"'w': its gradient has shape \(8, 6\), expected \(6, 8\)"),
+    ):
+        weight.grad = None
+        weight.grad_dtype = wrong.dtype
+        weight.grad = random(6, 8).to(wrong.dtype)
+        weight.grad.data = wrong
+        with pytest.raises(ValueError, match=message):
+            optimizer.step()
+        assert torch.equal(weight.detach(), before)
 
 
 # The live weight.

@@ -179,6 +179,41 @@ def test_files_that_are_no_memories(tmp_path):
         SubspaceMemory.load(tmp_path / "none.safetensors")
 
 
+def test_versions_of_files(tmp_path):
+    """Version 1 had no number of its own; a later one is refused."""
+    import json
+
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    path, model = tmp_path / "memory.safetensors", trained()
+    memory = SubspaceMemory(model, max_rank=6, energy=0.9, seed=2)
+    memory.observe()
+    memory.consolidate()
+    memory.save(path)
+    with safe_open(path, "pt") as file:
+        header = file.metadata()
+    settings, tensors = json.loads(header["settings"]), load_file(path)
+    assert settings == {
+        "version": 2,
+        "max_rank": 6,
+        "energy": 0.9,
+        "source": "gradients",
+        "oversample": 8,
+        "seed": 2,
+        "domains": 1,
+        "embeddings": [],
+    }
+    old = {key: value for key, value in settings.items() if key != "version"}
+    save_file(tensors, path, metadata=header | {"settings": json.dumps(old)})
+    loaded = SubspaceMemory.load(path, model)
+    assert (loaded.settings, loaded.domains) == (memory.settings, 1)
+    assert torch.equal(loaded.basis("0.weight"), memory.basis("0.weight"))
+    save_file(tensors, path, metadata=header | {"settings": json.dumps(settings | {"version": 3})})
+    with pytest.raises(ValueError, match="settings of version 3, but this sparse_cl reads up to 2; install"):
+        SubspaceMemory.load(path)
+
+
 def test_a_factorization_that_fails_leaves_the_domain_open(monkeypatch):
     from sparse_cl.subspace import consolidation as module
 
