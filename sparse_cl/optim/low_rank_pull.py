@@ -14,7 +14,7 @@ from .projection import Correction, Layer, WholeProjection
 
 
 class LowRankCorrection(Correction):
-    """P ← P + ΔW U, C = P f, ΔW ← ΔW - C Uᵀ, P ← P - C with f_j = lr κ_j / (1 + lr κ_j): four launches a layer."""
+    """P ← P + ΔW U, C = P f, ΔW ← ΔW - C Uᵀ, P ← P - C with f_j = lr κ_j / (1 + lr κ_j): four launches per layer."""
 
     def __init__(self, layers: Sequence[Layer]) -> None:
         super().__init__(layers)
@@ -48,7 +48,7 @@ class LowRankCorrection(Correction):
 
 
 class _Factors:
-    """f and 1 - f of all layers of a step, in one buffer each: a few launches a step."""
+    """f and 1 - f of all layers of a step, in one buffer each: a few launches per step."""
 
     def __init__(self, corrections: Sequence[LowRankCorrection]) -> None:
         self.corrections = corrections

@@ -65,7 +65,7 @@ def by_param(groups: Groups, given: Mapping[Tensor | str, Any], argument: str, w
         if not isinstance(key, str):
             if id(key) not in own:
                 raise ValueError(
-                    f"{argument}: a key is no parameter of this optimizer; expected parameters or their names"
+                    f"{argument}: a key is not a parameter of this optimizer; expected parameters or their names"
                 )
             param = own[id(key)]
         elif key in named:

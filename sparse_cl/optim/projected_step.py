@@ -41,7 +41,7 @@ class Scratch:
 
 
 class ProjectedCall:
-    """What a call of the op needs besides its plan: its updates, in the scratch, and what corrects them."""
+    """The part of a call that is projected: its updates, which lie in the scratch, and their corrections."""
 
     def __init__(
         self, plan: Plan, projections: Sequence[Fitted], kept: Sequence[dict[str, Tensor]], buffer: Tensor

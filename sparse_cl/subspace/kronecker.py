@@ -43,7 +43,7 @@ class Kronecker:
         bases are kept in `dtype`.
 
         Raises:
-            ValueError: no square matrix and no vector, or numbers that are not finite.
+            ValueError: neither a square matrix nor a vector, or numbers that are not finite.
         """
         parts: list[Any] = []
         for name, factor in (("rows", rows), ("columns", columns)):

@@ -1,4 +1,4 @@
-"""What one pass over a layer's rows keeps of them, and the directions that it finds there.
+"""The second moment of a layer's rows, kept in one pass, and the directions that it shows.
 
 Rows are those of ∂L/∂W, or of the inputs x: an (m, n) matrix G at each observation. Both kinds of moment stand for
 M = Σ GᵀG, and look for what lies outside the subspace U that is used already: P M P with P = I - U Uᵀ.

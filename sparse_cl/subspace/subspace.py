@@ -88,10 +88,10 @@ class Subspace:
         return smaller_half(torch.cat([self.matrix, columns], 1))
 
     def restricted(self, columns: Tensor) -> Subspace:
-        """For rows that are nonzero in some ``columns`` (k,) only: the subspace of their k entries to keep out of.
+        """Restricts the basis to ``columns`` (k,): the subspace that the k remaining entries must be orthogonal to.
 
-        A row x with entries in the columns C alone has xU = 0 exactly if its entries are orthogonal to the range of
-        the rows C of U.
+        A row x that is zero outside the columns C has xU = 0 exactly if its entries there are orthogonal to the range
+        of the rows C of U.
         """
         kept = self.matrix.double()[columns.long()]
         if not self.complement:
@@ -106,7 +106,7 @@ class Subspace:
 
 
 def check_orthonormal(matrix: Tensor) -> None:
-    """Raises an error that says why ``matrix`` is no (n, c) basis of orthonormal columns, float32 or float64."""
+    """Raises an error unless ``matrix`` is an (n, c) basis of orthonormal columns, float32 or float64."""
     if not isinstance(matrix, Tensor) or matrix.dtype not in (torch.float32, torch.float64):
         got = matrix.dtype if isinstance(matrix, Tensor) else type(matrix).__name__
         raise TypeError(f"basis: expected a float32 or float64 tensor (n, r), got {got}; convert it with .float()")

@@ -88,7 +88,7 @@ def wrong_masks(params):
         ({"a": RowMask([1], (4, 9))}, ValueError, r"parameter 'a' has shape \(4, 8\), but its mask is for \(4, 9\)"),
         ({params["b"]: ColumnMask([1], (8, 4))}, ValueError, r"parameter 'b' has shape \(4, 8\)"),
         ({"a": mask, "z": mask}, ValueError, "no parameter is named 'z'; the first names are a, b, c"),
-        ({nn.Parameter(torch.ones(SHAPE)): mask}, ValueError, "a key is no parameter of this optimizer"),
+        ({nn.Parameter(torch.ones(SHAPE)): mask}, ValueError, "a key is not a parameter of this optimizer"),
         (
             {"a": mask, "b": torch.ones(SHAPE, dtype=torch.bool)},
             TypeError,
@@ -96,7 +96,7 @@ def wrong_masks(params):
         ),
         ({"a": mask, params["a"]: mask}, ValueError, "parameter 'a' is given twice, by name and by itself"),
         ([("a", mask)], TypeError, "expected {parameter or name: Mask}, got list"),
-        ({3: mask}, ValueError, "a key is no parameter of this optimizer"),
+        ({3: mask}, ValueError, "a key is not a parameter of this optimizer"),
     ]
 
 

@@ -40,7 +40,7 @@ WRONG = {
         r"'0.weight' is on cpu, but its basis is on meta; move it with .to\('cpu'\)",
     ),
     "name": ({"1.wait": GOOD}, ValueError, "memory: no parameter is named '1.wait'; the first names are 0.weight"),
-    "key": ({nn.Parameter(torch.ones(6, 8)): GOOD}, ValueError, "memory: a key is no parameter of this optimizer"),
+    "key": ({nn.Parameter(torch.ones(6, 8)): GOOD}, ValueError, "memory: a key is not a parameter of this optimizer"),
     "kind": ([GOOD], TypeError, "memory: expected a SubspaceMemory or {parameter or name: basis}, got list"),
     "other model": (remembered(model()), ValueError, "no parameter of this optimizer is tracked, not even '0.weight'"),
 }
