@@ -37,25 +37,6 @@ def _gram_factor_fake(gram: Tensor, squared_norms: Tensor, rtol: float) -> tuple
     return gram.new_empty(gram.shape, dtype=torch.float64), gram.new_empty(gram.shape[:-2], dtype=torch.int64)
 
 
-def _orthonormalize(y: Tensor, against: Tensor | None = None, rtol: float | None = None) -> tuple[Tensor, Tensor]:
-    return reference.orthonormalize(y, against, rtol, gram_factor)
-
-
-def _orthonormalize_fake(y: Tensor, against: Tensor | None = None, rtol: float | None = None) -> tuple[Tensor, Tensor]:
-    return y.new_empty(y.shape), y.new_empty(y.shape[:-2], dtype=torch.int64)
-
-
-def _randomized_svd(a: Tensor, test_matrix: Tensor, rank: int, power_iterations: int) -> tuple[Tensor, Tensor, Tensor]:
-    return reference.randomized_svd(a, test_matrix, rank, power_iterations, orthonormalize)
-
-
-def _randomized_svd_fake(
-    a: Tensor, test_matrix: Tensor, rank: int, power_iterations: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    *batch, m, n = a.shape
-    return a.new_empty([*batch, m, rank]), a.new_empty([*batch, rank]), a.new_empty([*batch, rank, n])
-
-
 masked_adamw_ = _define(
     "masked_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] states, Tensor(c!)[] updates, Tensor layout, "
     "float lr, Tensor? lr_tensor, float beta1, float beta2, float eps, float weight_decay, bool maximize, "
@@ -82,18 +63,6 @@ gram_factor = _define(
     reference.gram_factor,
     _gram_factor_fake,
 )
-orthonormalize = _define(
-    "orthonormalize(Tensor y, Tensor? against=None, float? rtol=None) -> (Tensor q, Tensor rank)",
-    _orthonormalize,
-    _orthonormalize_fake,
-)
-randomized_svd = _define(
-    "randomized_svd(Tensor a, Tensor test_matrix, int rank, int power_iterations) -> (Tensor u, Tensor s, Tensor vh)",
-    _randomized_svd,
-    _randomized_svd_fake,
-)
-project_out_ = _define("project_out_(Tensor(a!) x, Tensor basis) -> ()", reference.project_out_, _nothing)
-project_onto_ = _define("project_onto_(Tensor(a!) x, Tensor basis) -> ()", reference.project_onto_, _nothing)
 
 
 def _load(name: str, wanted: bool) -> bool:

@@ -190,6 +190,5 @@ def test_every_op_has_an_opcheck():
     names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("sparse_cl::")]
     assert names
     for op in (name.removeprefix("sparse_cl::") for name in names):
-        # project_onto_ shares a file with project_out_.
         files = [p.read_text() for p in Path(__file__).parent.rglob("test_*.py") if f"ops.{op}" in p.read_text()]
         assert any("torch.library.opcheck(" in text for text in files), op
