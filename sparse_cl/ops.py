@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ _LIBRARY_FOLDER = Path(__file__).parent / "lib"
 _library = torch.library.Library("sparse_cl", "DEF")
 
 
-def _define(schema: str, implementation, fake):
+def _define(schema: str, implementation: Callable, fake: Callable) -> Any:
     """Defines an op with its reference, which a native kernel outranks on its device once it is loaded."""
     name = schema.split("(")[0]
     _library.define(schema)
@@ -25,7 +26,7 @@ def _define(schema: str, implementation, fake):
     return getattr(torch.ops.sparse_cl, name).default
 
 
-def _nothing(*args) -> None:
+def _nothing(*args: Any) -> None:
     """The fake of an op that returns nothing."""
 
 
