@@ -11,12 +11,11 @@ from cases.subspace import orthogonal
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sparse_cl import RowMask, SparseMaskedAdamW, Subspace, SubspaceProjectedAdamW, ops
+from sparse_cl import RowMask, SparseMaskedAdamW, Subspace, SubspaceProjectedAdamW, linalg, ops
 from sparse_cl.optim import projected_step, projection, state, subspace_projected_adamw
 from sparse_cl.optim.elastic_pull import ElasticPull
 from sparse_cl.optim.low_rank_pull import LowRankPull
 from sparse_cl.optim.projected_adamw import ProjectedAdamW
-from sparse_cl.reference import project_out
 
 ATEN = torch.ops.aten
 PRODUCTS = (ATEN.mm, ATEN.bmm, ATEN.addmm, ATEN.addmm_, ATEN.baddbmm_, ATEN.baddbmm)
@@ -374,7 +373,7 @@ def test_a_matrix_of_llama_is_one_slice_on_a_device():
     """Sixteen on the CPU, where a slice should stay in the cache."""
     x, basis = torch.empty(14336, 4096, device="meta", dtype=torch.bfloat16), torch.empty(4096, 64, device="meta")
     slices = []
-    project_out._project(x, basis, lambda part, *_: slices.append(part.shape))
+    linalg._project(x, basis, lambda part, *_: slices.append(part.shape))
     assert slices == [x.shape]
 
 
