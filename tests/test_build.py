@@ -133,6 +133,8 @@ def bare(tmp_path):
             (site / name).symlink_to(installed / name)
     for name in ("setup.py", "pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "sparse_cl").mkdir()
+    shutil.copy(PACKAGE / "__init__.py", tmp_path / "sparse_cl")
     return python, site, tmp_path
 
 
