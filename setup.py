@@ -73,8 +73,8 @@ class CMakeBuild(build_ext):
                 sys.exit(f"Building sparse_cl failed: see above. The command was {' '.join(command)}")
 
 
-# Neither command needs torch. All others find it, or fail before pip resolves dependencies: else pip would fetch a torch,
-# gigabytes of it, only to learn that one must be chosen.
+# Neither command needs torch. All others find it, or fail before pip resolves dependencies: else pip would fetch a
+# torch, gigabytes of it, only to learn that one must be chosen.
 if not {"sdist", "egg_info"} & set(sys.argv):
     find_torch()
 # `python -m build` unpacks the sdist in an environment of its own, which holds only what is asked for.

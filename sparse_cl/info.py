@@ -22,7 +22,7 @@ def build_info() -> dict[str, Any]:
         libraries load on; ``compiler``. All but ``runs`` are None where nothing was built.
     """
     try:
-        from sparse_cl._build_info import built
+        from sparse_cl._build_info import built  # type: ignore[import-not-found]  # exists where it was built
     except ModuleNotFoundError:
         names = ("cpu_levels", "cpu_level", "cuda_architectures", "torch_target", "compiler")
         info: dict[str, Any] = dict.fromkeys(names)

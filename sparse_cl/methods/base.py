@@ -127,6 +127,7 @@ class Method(ABC):
             folders: one for each finished domain, in order: what `save_pretrained` and `save` wrote. At least one.
         """
         # Into the model that is there: a second one would take its room on the device for the rest of the run.
-        saved = type(base).from_pretrained(folders[-1], dtype=base.dtype)
+        model: Any = base  # of transformers, which no module here imports
+        saved = type(model).from_pretrained(folders[-1], dtype=model.dtype)
         base.load_state_dict(saved.state_dict())
         return base

@@ -204,7 +204,8 @@ class Curvature(Method):
         for name, pair in self.factors.items():
             parameter = model.get_parameter(name)
             dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-            yield name, Kronecker.of(*(factor.to(parameter.device) for factor in pair), dtype)
+            rows, columns = pair
+            yield name, Kronecker.of(rows.to(parameter.device), columns.to(parameter.device), dtype)
 
 
 def _sum(first: Factors, second: Factors) -> Factors:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_cl.models.parts import find_blocks, shape_of
+from sparse_cl.models.parts import Linear, find_blocks, shape_of
 from sparse_cl.models.passes import answer_tokens, stream
 from sparse_cl.probes.inputs import InputProbe, energy_watches
 
@@ -37,20 +37,21 @@ class InputUsage:
         bases: by layer Q (n, n), or None for the features themselves, and u (n,), where its weight is.
     """
 
-    def __init__(self, base: nn.Module, max_width: int):
+    def __init__(self, base: nn.Module, max_width: int) -> None:
         self.max_width = max_width
-        self.modules: dict[str, nn.Module] = {}
+        self.modules: dict[str, Linear] = {}
         self._readers: dict[str, str] = {}
         for block in find_blocks(base):
             for part in (block.attention, block.mlp):
                 self.modules |= {**part.into, part.out_name: part.out}
                 self._readers |= {**dict.fromkeys(part.into, next(iter(part.into))), part.out_name: part.out_name}
-        output = base.get_output_embeddings()
+        model: Any = base  # of transformers, which no module here imports
+        output = model.get_output_embeddings()
         self.heads = {
             name: module for name, module in base.named_modules() if module is output and isinstance(module, nn.Linear)
         }
         self._readers |= {name: name for name in self.heads}
-        self.embedding = base.get_input_embeddings()
+        self.embedding = model.get_input_embeddings()
         self.moments: dict[str, Tensor] = {}
         self.bases: dict[str, tuple[Tensor | None, Tensor]] = {}
 
@@ -92,7 +93,7 @@ class InputUsage:
         found = {name: total.cpu() / seen for name, total in totals.items()}
         if probe:
             for name, halves in probe.result().halves.items():
-                found[name] = sum(half.moment for half in halves).cpu() / seen
+                found[name] = (halves[0].moment + halves[1].moment).cpu() / seen
         return found
 
     def take(self, moments: Mapping[str, Tensor]) -> None:

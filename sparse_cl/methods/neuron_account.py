@@ -92,7 +92,8 @@ class NeuronAccount:
         """
         learned = self._weights if learned is None else learned
         for layer, where in self._where.items():
-            change = sum(p.energies(learned[p.parameter].detach().cpu() - self._before[p.parameter]) for p in where)
+            changes = (p.energies(learned[p.parameter].detach().cpu() - self._before[p.parameter]) for p in where)
+            change = sum(changes, torch.zeros(()))
             closed = self._gains[layer] == 0
             total = float(change.sum())
             leak = (float(change[closed].sum()) / total if total else 0.0) if bool(closed.any()) else None

@@ -12,6 +12,7 @@ from sparse_cl.masks import ColumnMask, RowMask
 from sparse_cl.models.neuron_masks import neuron_count, neuron_masks, places, top_neurons
 from sparse_cl.models.parts import find_mlps
 from sparse_cl.nn import activate
+from sparse_cl.nn.activation import remember_frozen
 from sparse_cl.probes.activation import ActivationProbe
 
 from .base import Batch
@@ -66,7 +67,7 @@ def train_only(model: nn.Module, masks: Mapping[str, RowMask | ColumnMask]) -> N
     if linear:
         activate(model, linear)
     else:
-        model.frozen_by_activate = opened
+        remember_frozen(model, opened)
     for name in opened:
         model.get_parameter(name).requires_grad_(name in masks and name not in linear)
 

@@ -114,10 +114,10 @@ class SelectiveWrite(Method):
     def make_optimizer(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         masks = {name: self.masks[name] for name, _ in trained if name in self.masks}
-        neurons = {"params": [(name, p) for name, p in trained if name in masks], "lr": lr}
-        rest = {"params": [(name, p) for name, p in trained if name not in masks]}
-        rest["lr"] = lr * self.rest if self.masks else lr
-        return SparseMaskedAdamW([g for g in (neurons, rest) if g["params"]], lr=lr, masks=masks)
+        neurons = [(name, p) for name, p in trained if name in masks]
+        rest = [(name, p) for name, p in trained if name not in masks]
+        groups = ({"params": neurons, "lr": lr}, {"params": rest, "lr": lr * self.rest if self.masks else lr})
+        return SparseMaskedAdamW([g for g in groups if g["params"]], lr=lr, masks=masks)
 
     def after_domain(self, model: nn.Module, batches: Iterable[Batch]) -> None:
         self._frozen.thaw()

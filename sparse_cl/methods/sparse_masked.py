@@ -31,7 +31,7 @@ class SparseMasked(Method):
 
     name = "sparse-masked"
     default_lr = 4e-3
-    options = ("fraction",)
+    options: tuple[str, ...] = ("fraction",)
 
     def __init__(self, fraction: float = 0.1) -> None:
         check_fraction(fraction)

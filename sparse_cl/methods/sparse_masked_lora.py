@@ -55,7 +55,7 @@ class SparseMaskedLoRA(SparseMasked):
         names = {parameter: name for name, parameter in adapted.named_parameters()}
         self.masks = {}
         for mlp in mlps:
-            self.masks |= _confine(mlp, adapted.base_model.model, opened[mlp.name], names)
+            self.masks |= _confine(mlp, adapted.get_submodule("base_model.model"), opened[mlp.name], names)
         return adapted
 
     def make_optimizer(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
@@ -84,9 +84,9 @@ def _confine(
     masks: dict[str, RowMask | ColumnMask] = {}
     copies = 2 if mlp.layout.stacked else 1
     for name in mlp.into:
-        b = base.get_submodule(name).lora_B["default"].weight
+        b = base.get_parameter(f"{name}.lora_B.default.weight")
         masks[names[b]] = RowMask(opened.repeat(copies).nonzero().flatten(), b.shape)
-    a = base.get_submodule(mlp.out_name).lora_A["default"].weight
+    a = base.get_parameter(f"{mlp.out_name}.lora_A.default.weight")
     a[:, ~opened.to(a.device)] = 0
     masks[names[a]] = ColumnMask(opened.nonzero().flatten(), a.shape)
     return masks

@@ -69,6 +69,7 @@ def each_gradient(
 
     def show(name: str, weight: Tensor) -> None:
         gradient, weight.grad = weight.grad, None
+        assert gradient is not None  # the hook runs once it is there
         if not gradient.sum(dtype=torch.promote_types(gradient.dtype, torch.float32)).isfinite():
             raise ValueError(_not_finite(f"gradient of {name}", number))
         see(name, gradient)

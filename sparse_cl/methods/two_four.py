@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +56,7 @@ class TwoFour(Method):
         if score not in SCORES:
             raise ValueError(f"score: expected {' or '.join(map(repr, SCORES))}, got {score!r}")
         self.score = score
-        self.locked: dict[str, TwoFourMask] = {}
+        self.locked: Mapping[str, TwoFourMask] = {}
         self.sharing = 0
         self._before: dict[str, Tensor] = {}
         self._record: dict[str, Any] = {}
@@ -121,7 +121,8 @@ class TwoFour(Method):
 
     def restore(self, base: nn.Module, folders: Sequence[Path]) -> nn.Module:
         model = super().restore(base, folders)
-        self.locked = load_masks(folders[-1] / _FILE, model.device)
+        masks = load_masks(folders[-1] / _FILE, next(model.parameters()).device)
+        self.locked = cast("dict[str, TwoFourMask]", masks)  # as `save` wrote them
         self.sharing = json.loads((folders[-1] / _SHARING).read_text())["sharing"]
         return model
 
@@ -132,7 +133,7 @@ class TwoFour(Method):
         return float(squares[self.locked[name].to(squares.device).to_dense()].sum()) / total if total else 0.0
 
 
-def _losses(model: nn.Module, masks: dict[str, TwoFourMask], batches: Iterable[Batch]) -> dict[str, float]:
+def _losses(model: nn.Module, masks: Mapping[str, TwoFourMask], batches: Iterable[Batch]) -> dict[str, float]:
     first = list(islice(batches, _BATCHES))
     dense = mean_loss(model, first)
     with only_two_four(model, masks):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ def predictions(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor | None, 
     counted = answer_tokens(batch, "answers")
     if counted is None:
         return output.reshape(-1, output.shape[-1]), None, None
+    assert isinstance(batch, Mapping)  # a batch with tokens is
     # A token is predicted from the one before it.
     before = torch.zeros_like(counted)
     before[:, :-1] = counted[:, 1:]
@@ -59,7 +60,8 @@ def mean_loss(model: nn.Module, batches: Iterable[Batch], loss: Loss | None = No
     Raises:
         ValueError: no token counts.
     """
-    total, count = 0.0, 0
+    total: float | Tensor = 0.0
+    count = 0
     with evaluation(model):
         for batch in batches:
             summed, tokens = (loss or answer_loss)(model, batch)

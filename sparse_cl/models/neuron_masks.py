@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparse_cl.masks import ColumnMask, RowMask
 
-from .parts import MLP, is_transposed, matrix_of
+from .parts import MLP, Linear, is_transposed, matrix_of
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Place:
         return wide.double().square().view(self.copies, -1).sum(0)
 
 
-def output_places(name: str, layer: nn.Module, copies: int = 1) -> tuple[Place, ...]:
+def output_places(name: str, layer: Linear, copies: int = 1) -> tuple[Place, ...]:
     """Places of the neurons that a linear layer's outputs are: rows of its weight, entries of its bias.
 
     Raises:

@@ -53,13 +53,14 @@ def activate(
     if not chosen:
         raise ValueError(f"masks: no entry of {len(masks)} masks is active, so nothing would be trained")
 
-    model.frozen_by_activate = [name for name, param in model.named_parameters() if param.requires_grad]
+    remember_frozen(model, [name for name, param in model.named_parameters() if param.requires_grad])
     for param in model.parameters():
         param.requires_grad_(False)
         # An optimizer would step a frozen weight by the gradient of before.
         param.grad = None
     for name, layer in chosen.items():
         layer.__class__ = ActiveLinear
+        assert isinstance(layer, ActiveLinear)
         layer._begin(masks[name], dtypes[name])
 
 
@@ -83,6 +84,11 @@ def restore(model: nn.Module) -> None:
     for module in model.modules():
         for name in module.__dict__.pop("frozen_by_activate", ()):
             module.get_parameter(name).requires_grad_(True)
+
+
+def remember_frozen(model: nn.Module, names: list[str]) -> None:
+    """Notes parameters of a module for :func:`restore`, which sets ``requires_grad`` of them again."""
+    model.__dict__["frozen_by_activate"] = names
 
 
 def _active_layers(model: nn.Module) -> list[ActiveLinear]:

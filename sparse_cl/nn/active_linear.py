@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -22,7 +23,15 @@ class _LinearOfActive(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, active, index, columns_of_x):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        active: Tensor,
+        index: Tensor,
+        columns_of_x: Tensor | None,
+    ) -> Tensor:
         kept = None
         ctx.rowwise = columns_of_x is None
         if ctx.needs_input_grad[3]:
@@ -31,7 +40,7 @@ class _LinearOfActive(torch.autograd.Function):
         return functional.linear(x, weight, bias)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, kept, active, index = ctx.saved_tensors
         grad_x = grad_active = None
         if weight is not None:
@@ -49,14 +58,14 @@ class _OfInput(torch.autograd.Function):
     """The gradient G W of a linear layer's inputs, (t, n), once differentiable in G and in ``active``."""
 
     @staticmethod
-    def forward(ctx, grad, weight, active, index, rowwise):
+    def forward(ctx: Any, grad: Tensor, weight: Tensor, active: Tensor, index: Tensor, rowwise: bool) -> Tensor:
         ctx.save_for_backward(grad, weight, index)
         ctx.rowwise, ctx.leaf_dtype = rowwise, active.dtype
         return grad.mm(weight)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, second):
+    def backward(ctx: Any, second: Tensor) -> tuple[Tensor | None, ...]:
         grad, weight, index = ctx.saved_tensors
         if ctx.rowwise:
             grad_active = grad.index_select(1, index).t().mm(second)
@@ -125,7 +134,8 @@ class ActiveLinear(nn.Linear):
             self.get_parameter(name).requires_grad_(False)
 
     def forward(self, input: Tensor) -> Tensor:
-        weight, bias = self.weight, self.bias
+        weight: Tensor = self.weight
+        bias: Tensor | None = self.bias
         learning = torch.is_grad_enabled()
         if learning and weight.requires_grad:
             raise RuntimeError(
@@ -172,14 +182,16 @@ class ActiveLinear(nn.Linear):
     def _end(self) -> None:
         self.write_back()
         del self.active, self.mask, self._index, self._dim
-        self.__class__ = nn.Linear
+        self.__class__ = nn.Linear  # type: ignore[assignment]  # the way back of activate()
 
     def _place(self, mask: RowMask | ColumnMask) -> None:
-        self.mask = mask.to(self.weight.device)
+        moved = mask.to(self.weight.device)
+        assert isinstance(moved, RowMask | ColumnMask)
+        self.mask: RowMask | ColumnMask = moved
         self._index = self.mask.index
         self._dim = 0 if isinstance(mask, RowMask) else 1
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ActiveLinear:
         super()._apply(fn, recurse)
         self._place(self.mask)
         set_owner(self.active, self)
@@ -191,11 +203,11 @@ class ActiveLinear(nn.Linear):
         if owner_of(self.active) is None:
             set_owner(self.active, self)
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination.pop(f"{prefix}active", None)
 
-    def _load_from_state_dict(self, state_dict, prefix, *arguments) -> None:
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *arguments: Any) -> None:
         leaf = self._parameters.pop("active")
         try:
             super()._load_from_state_dict(state_dict, prefix, *arguments)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -120,12 +121,12 @@ class ActivationProbe:
     def _where(self) -> dict[str, tuple[Place, ...] | str]:
         """For each layer the places of its neurons, or why there are none."""
         if self.modules is None:
-            return {mlp.name: _places_or_reason(lambda mlp=mlp: places(mlp)) for mlp in self._mlps}
+            return {mlp.name: _places_or_reason(places, mlp) for mlp in self._mlps}
         names = {module: name for name, module in self.model.named_modules()}
         where: dict[str, tuple[Place, ...] | str] = {}
         for layer, module in self.modules.items():
             if hasattr(module, "weight") and hasattr(module, "in_features") and module in names:
-                where[layer] = _places_or_reason(lambda m=module: output_places(names[m], m))
+                where[layer] = _places_or_reason(output_places, names[module], module)
             else:
                 where[layer] = (
                     f"{layer} is a {type(module).__name__}, and which weights lead to its output is not known"
@@ -133,9 +134,9 @@ class ActivationProbe:
         return where
 
 
-def _places_or_reason(find) -> tuple[Place, ...] | str:
+def _places_or_reason(find: Callable[..., tuple[Place, ...]], *of: Any) -> tuple[Place, ...] | str:
     try:
-        return find()
+        return find(*of)
     except ValueError as error:
         return str(error)
 

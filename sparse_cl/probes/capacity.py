@@ -174,11 +174,11 @@ def forecast(used: Sequence[int], width: int) -> dict[str, float | None]:
 
 def forecast_of_model(layers: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:
     """The median over layers of each of `forecast`'s numbers, and `first`: the layer that is full first."""
-    numbers = {
-        key: statistics.median(math.inf if layer[key] is None else layer[key] for layer in layers)
+    known = {
+        key: [math.inf if (value := layer[key]) is None else value for layer in layers]
         for key in ("low", "expected", "high")
     }
-    numbers["first"] = min(math.inf if layer["expected"] is None else layer["expected"] for layer in layers)
+    numbers = {key: statistics.median(values) for key, values in known.items()} | {"first": min(known["expected"])}
     return {key: None if math.isinf(value) else value for key, value in numbers.items()}
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sparse_cl.linalg import randomized_svd
 from sparse_cl.models.losses import predictions
-from sparse_cl.models.parts import shape_of
+from sparse_cl.models.parts import Linear, shape_of
 from sparse_cl.models.passes import Batch, evaluation
 from sparse_cl.subspace.moments import ExactMoment
 
@@ -207,7 +207,7 @@ class CurvatureProbe:
         def factors(pair: Sequence[Tensor], tokens: int, halves: tuple[Factors, ...] = ()) -> Factors:
             inputs, outputs = pair[0] / tokens, pair[1] / (tokens * self.samples)
             values = [torch.linalg.eigvalsh(m.double()).flip(0).clamp(min=0) for m in (inputs, outputs)]
-            return Factors(inputs, outputs, *values, halves)
+            return Factors(inputs, outputs, values[0], values[1], halves)
 
         first, second = ([moment.moment.cpu() for moment in pair] for pair in (even, odd))
         halves = (factors(first, evens), factors(second, odds)) if odds else ()
@@ -306,10 +306,11 @@ def _leading(moment: Tensor, share: float) -> Tensor:
     return randomized_svd(moment, count, power_iterations=2, generator=generator)[0]
 
 
-def _moments(module: nn.Module) -> _Pair:
+def _moments(module: Linear) -> _Pair:
     outputs, inputs = shape_of(module)
     dtype = torch.float64 if module.weight.dtype == torch.float64 else torch.float32
-    return tuple(ExactMoment(width, dtype, module.weight.device) for width in (inputs, outputs))
+    device = module.weight.device
+    return ExactMoment(inputs, dtype, device), ExactMoment(outputs, dtype, device)
 
 
 def _note(seen: dict[str, tuple[Tensor, Tensor, int]], name: str) -> Callable:

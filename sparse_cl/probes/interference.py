@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_cl.models.losses import Loss, mean_loss
-from sparse_cl.models.parts import is_transposed
+from sparse_cl.models.parts import Linear, is_transposed
 from sparse_cl.models.passes import Batch
 
 from .gradients import MeanGradient, dot, watched_layers
@@ -129,7 +129,7 @@ def interference(
     )
 
 
-def _weights(modules: Mapping[str, nn.Module], gradients: Mapping[str, MeanGradient]) -> dict[str, Tensor]:
+def _weights(modules: Mapping[str, Linear], gradients: Mapping[str, MeanGradient]) -> dict[str, Tensor]:
     """The watched weights as (outputs, inputs), views; a weight that two modules share counts once."""
     weights = {name: m.weight.mT if is_transposed(m) else m.weight for name, m in modules.items()}
     for domain, gradient in gradients.items():

@@ -197,7 +197,7 @@ def plasticity(
 
 
 def _vocabulary(model: nn.Module) -> int:
-    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
     if embeddings is None:
         raise ValueError(f"task: {type(model).__name__} tells no vocabulary; pass task=RandomSequences(vocabulary)")
     return embeddings.weight.shape[0]

@@ -131,7 +131,7 @@ def update_rank(before: Weights, after: Weights, names: Iterable[str] | None = N
         change = torch.linalg.vector_norm(delta).item()
         ranks = effective_rank(sigma).item(), stable_rank(sigma).item()
         weights[name] = WeightUpdate(
-            tuple(old.shape), change / norm if norm else None, *ranks, *gaussian_ranks(*old.shape)
+            (old.shape[0], old.shape[1]), change / norm if norm else None, *ranks, *gaussian_ranks(*old.shape)
         )
         spectra[name] = sigma.cpu()
     return UpdateRanks(weights, spectra)
