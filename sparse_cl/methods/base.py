@@ -65,7 +65,7 @@ class Method(ABC):
 
         Args:
             model: the base model.
-            batches: of the text, as those of a domain; every token is a label. They are iterated over more than once.
+            batches: of the text, like a domain's; every token is a label. They are iterated over more than once.
 
         Raises:
             ValueError: the method protects no text, or has begun its first domain.
@@ -75,7 +75,7 @@ class Method(ABC):
     def steps(self, steps: int, number: int, domains: int) -> int:
         """Optimizer steps in the domain of index `number` of `domains`, where the run's setting is `steps`.
 
-        0: it is not trained, and its scores are those of the domain before.
+        0: the domain is not trained, and its scores are the previous domain's.
         """
         return steps
 
@@ -114,7 +114,7 @@ class Method(ABC):
         return {}
 
     def save(self, folder: Path) -> None:  # noqa: B027
-        """Write into `folder`, where the model was just saved, what the method must remember beside it.
+        """Write into `folder`, where the model was just saved, what the method must remember.
 
         In a distributed run one process calls this.
         """

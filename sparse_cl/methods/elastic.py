@@ -22,7 +22,7 @@ from .lora import ALPHA, RANK, MergedWeights, add_adapter, merged, with_adapters
 from .options import check_above_zero, check_at_least
 
 MAX_WIDTH = 8192
-"""Inputs of layers up to this width have n × n moments and bases, 256 MiB each; wider ones an entry a feature."""
+"""Inputs of layers up to this width have n × n moments and bases, 256 MiB each; wider ones one entry per feature."""
 _FILE = "usage.safetensors"
 
 
@@ -40,11 +40,11 @@ class Elastic(Method):
     a first domain, all this is AdamW.
 
     Args:
-        strength: of the pull that one domain adds, in units of 1/lr: in each step a direction of mean use goes back by
-            lr · strength / (1 + lr · strength) of its way.
-        token_strength: of that of embeddings beside that of layers.
-        text_weight: what the text given to `protect` adds beside a domain.
-        max_width: of a layer with more inputs the q_j are the inputs themselves, as an n × n basis would be too large.
+        strength: of the pull that one domain adds, in units of 1/lr: each step undoes the fraction
+            lr · strength / (1 + lr · strength) of what a direction of mean use has moved.
+        token_strength: strength for embeddings, relative to `strength`.
+        text_weight: weight of the text given to `protect`; a domain has weight 1.
+        max_width: layers with more inputs use the inputs themselves as q_j, since an n × n basis would be too large.
     """
 
     name = "elastic"
@@ -224,7 +224,7 @@ class ElasticLoRA(Elastic):
 
     @torch.no_grad()
     def _confine(self, adapted: nn.Module) -> dict[str, ElasticPull]:
-        """Start each A anew outside what is used, and the pulls of them by name."""
+        """Draws each A again, outside the used directions; returns the pulls by name."""
         layers = {id(layer): name for name, layer in self.usage.modules.items()}
         names = {id(parameter): name for name, parameter in adapted.named_parameters()}
         pulls = {}

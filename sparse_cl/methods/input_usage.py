@@ -21,9 +21,9 @@ _TOKENS = "tokens"
 class InputUsage:
     """Second moments of layers' inputs, and the shares of tokens, summed over texts; each text counts alike.
 
-    A direction q_j, an eigenvector of A = Σ E[x xᵀ], is used u_j = λ_j / μ, μ the mean λ of one text, and of all there
-    is to it u_j / (1 + u_j) counts as taken: the account of capacity needs no threshold then. Of an input with more
-    than `max_width` features the diagonal of A alone is kept, and the features themselves are the directions.
+    The directions q_j are the eigenvectors of A = Σ E[x xᵀ]. The usage of q_j is u_j = λ_j / μ, with μ the mean λ of
+    one text; the fraction u_j / (1 + u_j) counts as taken, so the account of capacity needs no threshold. For inputs
+    with more than `max_width` features only the diagonal of A is kept, and the features themselves are the directions.
 
     Args:
         base: the model without adapters; its layers are known by themselves, whatever wraps them later.
@@ -83,9 +83,9 @@ class InputUsage:
     def _moments(
         model: nn.Module, batches: Iterable[Batch], wide: Mapping[str, nn.Module], narrow: Mapping[str, nn.Module]
     ) -> dict[str, Tensor]:
-        """Means a token, on the CPU: of wide layers' inputs (n,), of narrow ones' (n, n).
+        """Means per token, on the CPU: (n,) for inputs of wide layers, (n, n) for narrow ones.
 
-        What was summed on the device is gone when this returns; nothing there is as large as it.
+        The sums on the device, the largest tensors there, are freed when this returns.
         """
         watches, totals = energy_watches(wide)
         probe = InputProbe(model, narrow, tokens="all") if narrow else None

@@ -1,4 +1,4 @@
-"""Sequential LoRA: one low-rank adapter, trained on and on through the domains."""
+"""Sequential LoRA: one low-rank adapter, trained through all domains."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from .neuron_account import NeuronAccount
 
 
 def check_fraction(fraction: float) -> None:
-    """Errors as those of `neuron_count`."""
+    """Checks a fraction; raises the errors of `neuron_count`."""
     neuron_count(fraction, 1)
 
 

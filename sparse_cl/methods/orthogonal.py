@@ -28,7 +28,7 @@ _FILE = "memory.safetensors"
 
 @contextmanager
 def told_already() -> Iterator[None]:
-    """Without a warning for each layer that has no room: how many have little, and which least, was said before."""
+    """Silences the warning per layer without room: one warning already said how many layers have little."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*(no free direction left|not updated any more)")
         yield
@@ -163,8 +163,8 @@ class SubspaceMethod(Method):
 class Orthogonal(SubspaceMethod):
     """Full fine-tuning whose every update, weight decay included, is projected (GPM's subspaces, Saha et al. 2021).
 
-    Linear layers are protected by their subspaces. From the second domain on, what is no linear layer (embeddings, a
-    head tied to them, norms, biases) is frozen, the optimizer's default: it has no subspace, and would undo the rest.
+    Linear layers are protected by their subspaces. From the second domain on, everything else (embeddings, a head tied
+    to them, norms, biases) is frozen, the optimizer's default: it has no subspace and would undo the rest.
     """
 
     name = "orthogonal"

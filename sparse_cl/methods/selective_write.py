@@ -1,4 +1,4 @@
-"""Selective write: the more earlier domains use a neuron, the less of each update it takes; hubs take none."""
+"""Selective write: neurons that earlier domains use more take less of each update; hubs take none."""
 
 from __future__ import annotations
 

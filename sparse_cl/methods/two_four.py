@@ -39,7 +39,7 @@ class TwoFour(Method):
     reports. The dense model is not kept: the free track writes into the same outputs. And there are no third two of
     four to lock: from the second domain on the free track on, domains write over each other there; a warning says so.
 
-    `record`: `layers`, with weights as their width; `conversion`, nats a token on the domain's first batches "before"
+    `record`: `layers`, with weights as their width; `conversion`, nats per token on the domain's first batches "before"
     it is learned and "after", with all weights (`dense`) and without the free track (`locked`). Before anything is
     locked, `locked` is what the domain's own two of four would give.
 

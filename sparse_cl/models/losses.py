@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .passes import Batch, answer_tokens, call, evaluation
 
 Loss = Callable[[nn.Module, Batch], tuple[Tensor, int]]
-"""Of a model and a batch: the loss summed over tokens (0-d, in the graph), and how many tokens that were."""
+"""Maps a model and a batch to the loss summed over tokens (0-d, in the graph) and the number of these tokens."""
 
 
 def predictions(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -55,7 +55,7 @@ def answer_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
 
 @torch.no_grad()
 def mean_loss(model: nn.Module, batches: Iterable[Batch], loss: Loss | None = None) -> float:
-    """Mean over all tokens that count, in nats a token, in evaluation mode.
+    """Mean over all tokens that count, in nats per token, in evaluation mode.
 
     Raises:
         ValueError: no token counts.

@@ -61,7 +61,7 @@ def output_places(name: str, layer: Linear, copies: int = 1) -> tuple[Place, ...
 def places(mlp: MLP) -> tuple[Place, ...]:
     """Places of an MLP's neurons: rows of the layers into them with their biases, columns of the layer out of them.
 
-    The bias of the layer out belongs to no neuron. Errors as those of `output_places`.
+    The bias of the layer out belongs to no neuron. Errors as for `output_places`.
     """
     copies = 2 if mlp.layout.stacked else 1
     into = [place for name, layer in mlp.into.items() for place in output_places(name, layer, copies)]

@@ -110,7 +110,7 @@ def find_mlps(model: nn.Module) -> list[MLP]:
     """Every MLP of the model with one of the layouts `MLPS`, in the order of its modules.
 
     Raises:
-        ValueError: there is none, or one with parts that are no linear layers; or the model is a mixture of experts.
+        ValueError: there is none, or one with parts that are not linear layers; or the model is a mixture of experts.
     """
     return [
         MLP(*found, next((children[a] for a in _ACTIVATIONS if a in children), None))
@@ -119,7 +119,7 @@ def find_mlps(model: nn.Module) -> list[MLP]:
 
 
 def find_attentions(model: nn.Module) -> list[Attention]:
-    """Every attention of the model with one of the layouts `ATTENTIONS`; errors as those of `find_mlps`."""
+    """Every attention of the model with one of the layouts `ATTENTIONS`; errors as for `find_mlps`."""
     return [Attention(*found) for found, _ in _find(model, "attention", ATTENTIONS)]
 
 
@@ -127,7 +127,7 @@ def find_blocks(model: nn.Module) -> list[Block]:
     """Every residual block: entries of a ModuleList that hold one attention and one MLP.
 
     Raises:
-        ValueError: there is none; and those of `find_mlps`.
+        ValueError: there is none; and as `find_mlps`.
     """
     mlps, attentions = find_mlps(model), find_attentions(model)
     blocks = []

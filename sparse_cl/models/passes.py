@@ -119,7 +119,7 @@ def answer_tokens(batch: Batch, tokens: str) -> Tensor | None:
 
 
 class Halves:
-    """Row numbers of the even and of the odd sequences, found once a batch rather than once a layer."""
+    """Row numbers of the even and of the odd sequences, found once per batch rather than once per layer."""
 
     def __init__(self) -> None:
         self._sequences: Tensor | None = None
@@ -196,7 +196,7 @@ class _Rows:
                 )
         if not watches:
             return
-        # One transfer a batch, not one a layer.
+        # One transfer per batch, not one per layer.
         device = next(iter(self._sums.values())).device
         sums = torch.stack([total.to(device, torch.float64) for total in self._sums.values()])
         if not sums.isfinite().all():

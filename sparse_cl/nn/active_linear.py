@@ -83,21 +83,20 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class ActiveLinear(nn.Linear):
-    """An ``nn.Linear`` of which only some rows or columns of the weight learn.
+    """An ``nn.Linear`` that learns only some rows or columns of its weight.
 
     The forward pass uses all of W. The backward pass gives the input's gradient in full, and the weight's gradient of
     the active part only, to the leaf ``active``; the whole weight gradient never exists. ``weight`` and ``bias`` stay
-    parameters, frozen; ``bias.requires_grad_(True)`` trains the bias, all of it. With active columns only
-    these of the input are kept for the backward pass.
+    frozen parameters; ``bias.requires_grad_(True)`` trains the whole bias. With active columns, the backward pass keeps
+    only those columns of the input.
 
     :class:`~sparse_cl.SparseMaskedAdamW` and :class:`~sparse_cl.SubspaceProjectedAdamW` step the leaf and write the
-    rounded values into W in the same kernel, by the mask's gain if it has one; the leaf is then the master copy of the
-    active entries, so that there is no other. After a step of another optimizer call
-    :func:`~sparse_cl.nn.write_back`.
+    rounded values into W in the same kernel, scaled by the mask's gain if it has one; the leaf is then the only master
+    copy of the active entries. After a step of another optimizer call :func:`~sparse_cl.nn.write_back`.
 
     ``state_dict`` has the keys of an ``nn.Linear``. Loading one sets the leaf to the loaded weight; where the leaf
-    rounds to that already, it keeps its further digits. As with any model whose inputs need no gradient, reentrant
-    checkpointing reaches no layer unless they are made to (``model.enable_input_require_grads()``).
+    already rounds to it, it keeps its further digits. As in any model whose inputs need no gradient, reentrant
+    checkpointing reaches no layer unless the inputs require one (``model.enable_input_require_grads()``).
 
     Args:
         in_features, out_features, bias, device, dtype: as for ``nn.Linear``.
@@ -171,7 +170,7 @@ class ActiveLinear(nn.Linear):
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, mask={self.mask!r}"
 
-    # A linear layer becomes one of these, and back, in place: whatever refers to the module goes on to.
+    # A linear layer becomes one of these, and back, in place, so references to the module stay valid.
 
     def _begin(self, mask: RowMask | ColumnMask, leaf_dtype: torch.dtype) -> None:
         self._place(mask)

@@ -35,7 +35,7 @@ class ActivationProbe:
 
     A neuron of an MLP is an input of the layer out of the neurons, and its activation is that input: part "product".
     For a gated MLP (GLU: act(gate) · up) both factors are measured too: parts "gate", after its non-linearity, where
-    that is a module, and "up". The median for massive activations is that of 16 of a batch's tokens.
+    that is a module, and "up". The median for massive activations is taken over 16 of a batch's tokens.
 
     Args:
         model: any module; without `modules` its MLPs are looked for (`parts.find_mlps`).
@@ -78,14 +78,14 @@ class ActivationProbe:
         self._sums: dict[str, dict[str, _Sums]] = {}
 
     def watches(self) -> list[Watch]:
-        """What `passes.stream` is to show the probe; counting starts anew."""
+        """What `passes.stream` is to show the probe; counting starts again."""
         self._sums = {}
         if self.modules is not None:
             return [self._watch(name, "product", module, "output") for name, module in self.modules.items()]
         return [watch for mlp in self._mlps for watch in self._watch_mlp(mlp)]
 
     def run(self, batches: Iterable[Batch]) -> ActivationScores:
-        """Watches the model on every batch. Errors as those of `passes.stream`."""
+        """Watches the model on every batch. Raises the errors of `passes.stream`."""
         stream(self.model, self.watches(), batches, tokens=self.tokens)
         return self.result()
 

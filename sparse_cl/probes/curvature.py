@@ -129,8 +129,8 @@ class CurvatureProbe:
 
     A = E[x xᵀ] of the layer's inputs and S = E[δ δᵀ] of the gradients at its outputs, over the tokens whose next token
     is an answer token. Its labels are drawn from the model's own prediction: with the data's labels it would be the
-    "empirical Fisher", which is no curvature (Kunstner et al. 2019). δ of a token is of the loss summed over the
-    sequence, later tokens included. Memory: 8 (m² + n²) bytes a layer, whatever the number of tokens, on the layer's
+    "empirical Fisher", which is not a curvature (Kunstner et al. 2019). δ of a token is of the loss summed over the
+    sequence, later tokens included. Memory: 8 (m² + n²) bytes per layer, whatever the number of tokens, on the layer's
     device.
 
     Args:
@@ -330,7 +330,7 @@ def _counted(rows: Tensor, places: Tensor | None) -> Tensor:
 
 
 def _check_finite(what: str, sums: dict[str, Tensor], number: int) -> None:
-    # One transfer a batch, not one a layer.
+    # One transfer per batch, not one per layer.
     device = next(iter(sums.values())).device
     finite = torch.stack([total.to(device, torch.float64) for total in sums.values()]).isfinite()
     if not finite.all():

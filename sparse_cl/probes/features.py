@@ -123,7 +123,7 @@ class Features:
 
 
 class FeatureProbe:
-    """Effective and stable rank of hidden states, from their streamed mean and covariance: 16 n² bytes a layer.
+    """Effective and stable rank of hidden states, from their streamed mean and covariance: 16 n² bytes per layer.
 
     Args:
         model: whose blocks' outputs are the features.
@@ -162,7 +162,7 @@ class FeatureProbe:
         return [Watch(name, module, "output", see(name)) for name, module in self.modules.items()]
 
     def run(self, batches: Iterable[Batch]) -> Features:
-        """Errors as those of `stream`, and of `result`."""
+        """Raises the errors of `stream` and of `result`."""
         stream(self.model, self.watches(), batches, tokens=self.tokens)
         return self.result()
 

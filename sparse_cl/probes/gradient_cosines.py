@@ -1,4 +1,4 @@
-"""Mean gradients of domains beside each other: cosines, and the input directions that they share."""
+"""Mean gradients of domains compared: cosines, and the input directions that they share."""
 
 from __future__ import annotations
 

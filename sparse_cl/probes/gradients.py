@@ -23,7 +23,7 @@ SKETCH = 1021
 
 
 def spearman_brown(half: float | None) -> float | None:
-    """The correlation of two wholes, from that of two halves: 2c/(1+c) (Spearman 1910, Brown 1910); None at c <= -1/2.
+    """The correlation of two wholes, from two halves' c: 2c/(1+c) (Spearman 1910, Brown 1910); None at c <= -1/2.
 
     Noise alone can make the halves' correlation negative. Then so is the result, and far from 0 the formula means
     nothing.
@@ -40,9 +40,9 @@ class MeanGradient:
         sketches: name -> (groups, SKETCH) float64, a count sketch of the gradient summed over each group of batches.
         split_half: name -> cosine of the mean gradients of two halves of the batches; None with less than two batches,
             or where a half is zero. The whole model's is under "".
-        loss: mean loss, in nats a token.
+        loss: mean loss, in nats per token.
         tokens, batches: how many the means are over.
-        seed: of the sketches; only those of one seed can be compared.
+        seed: of the sketches; only sketches with the same seed can be compared.
     """
 
     layers: dict[str, Tensor]
@@ -82,7 +82,7 @@ class GradientProbe:
     """Mean gradients of linear layers' weights over a domain.
 
     A batch's gradient counts by its number of tokens, so the mean is over tokens. The user's ``.grad`` is not touched.
-    While it runs it holds 8 bytes a watched weight on the weight's device, beside one batch's gradient.
+    While it runs it holds 8 bytes per watched weight on the weight's device, plus one batch's gradient.
 
     Args:
         model: any module.
@@ -154,7 +154,7 @@ class GradientProbe:
         return MeanGradient(layers, sketches, halves, float(total) / tokens, tokens, counted, self.seed)
 
     def _check_finite(self, checks: list[Tensor], loss: Tensor, number: int) -> None:
-        # One transfer a batch, not one a layer.
+        # One transfer per batch, not one per layer.
         finite = torch.stack([check.to(loss.device) for check in [*checks, loss.detach()]]).isfinite()
         if not finite.all():
             names = [*self.modules, "the loss"]

@@ -100,6 +100,6 @@ class InputProbe:
         return InputMoments(self._halves, {name: layers for name, (_, layers) in self._inputs.items()}, self._tokens)
 
     def run(self, batches: Iterable[Batch]) -> InputMoments:
-        """One domain's moments; errors as those of `stream`."""
+        """One domain's moments; raises the errors of `stream`."""
         stream(self.model, self.watches(), batches, tokens=self.tokens)
         return self.result()

@@ -32,8 +32,8 @@ class Interference:
         domains: their order.
         step: η, length of each step in the norm of the watched weights.
         relative_step: η / ‖θ‖.
-        loss: of each domain before any step, nats a token.
-        first_order: [A][B], -η g_A·g_B / ‖g_B‖, in nats a token; below 0 the step on B helps A.
+        loss: of each domain before any step, nats per token.
+        first_order: [A][B], -η g_A·g_B / ‖g_B‖, in nats per token; below 0 the step on B helps A.
         measured: [A][B], loss of A after the step on B, less that before.
     """
 
@@ -157,7 +157,7 @@ def _take_step(
         wanted = gradient.layers[name].to(weight.device) * scale
         weight.add_(wanted)
         lost.append(((weight.double() - before[name].double()) - wanted.double()).square().sum())
-    # One transfer, not one a layer.
+    # One transfer, not one per layer.
     total = torch.stack([part.to(lost[0].device) for part in lost]).sum()
     if (share := math.sqrt(float(total)) / length) > _ROUNDED:
         dtype = next(iter(weights.values())).dtype

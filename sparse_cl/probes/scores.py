@@ -176,7 +176,7 @@ class ActivationScores:
 
     @classmethod
     def load(cls, path: str | PathLike) -> ActivationScores:
-        """Reads what `save` wrote; errors as those of `sparse_cl.storage.read`."""
+        """Reads what `save` wrote; raises the errors of `sparse_cl.storage.read`."""
         writer = "ActivationScores.save"
         tensors, facts = storage.read(path, "activation", writer, "parts", "where", "top_share")
         try:
