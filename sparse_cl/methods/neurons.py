@@ -57,10 +57,10 @@ def chosen(model: nn.Module, neurons: Mapping[str, Tensor]) -> dict[str, Tensor]
 
 
 def train_only(model: nn.Module, masks: Mapping[str, RowMask | ColumnMask]) -> None:
-    """Freezes all but the masked entries, in place, until `sparse_cl.nn.restore`; what was frozen stays so.
+    """Freezes all but the masked entries, in place, until `sparse_cl.nn.restore`; what was frozen stays frozen.
 
-    Linear layers without a masked bias compute the gradient of their masked entries alone (`ActiveLinear`). What else
-    is masked gets a whole one, and needs its mask in the optimizer (`trained`).
+    Linear layers without a masked bias compute only the gradient of their masked entries (`ActiveLinear`). Other masked
+    parameters get a full gradient, and need their mask in the optimizer (`trained`).
     """
     opened = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     linear = {name: masks[name] for name in opened if name in masks and can_be_active(model, name, masks)}
@@ -75,7 +75,7 @@ def train_only(model: nn.Module, masks: Mapping[str, RowMask | ColumnMask]) -> N
 def train_most_active(
     method: str, model: nn.Module, batches: Iterable[Batch], fraction: float, account: NeuronAccount
 ) -> dict[str, RowMask | ColumnMask]:
-    """Begins a domain: chooses its neurons, notes them in the account, and freezes all else; the masks.
+    """Begins a domain: chooses its neurons, notes them in the account, freezes the rest, and returns the masks.
 
     Args:
         method: its name, for warnings.

@@ -30,14 +30,14 @@ class TwoFour(Method):
     """Two of each four weights are locked once something is learned; later domains train the other two.
 
     The first domain trains everything. Then, of each four weights along the input of the blocks' linear layers, the two
-    that matter most to it become the locked track, bit-identical for good; later domains train the free track, and
-    everything else (embeddings, norms, biases, head) is frozen. With a text to protect its two are locked before the
+    that matter most to it become the locked track and stay bit-identical. Later domains train the free track;
+    everything else (embeddings, norms, biases, head) is frozen. With a text to protect, its two are locked before the
     first domain, which then trains the free track as well.
 
-    What this keeps: the model with its free track at zero (`sparse_cl.probes.two_four.only_two_four`), which computes
-    what it computed when it was locked, whatever is learned later, at the price of the conversion that `record`
-    reports. The dense model is not kept: the free track writes into the same outputs. And there are no third two of
-    four to lock: from the second domain on the free track on, domains write over each other there; a warning says so.
+    This keeps the model with its free track at zero (`sparse_cl.probes.two_four.only_two_four`): it computes what it
+    computed when it was locked, whatever is learned later, at the cost of the conversion that `record` reports. The
+    dense model is not kept, since the free track writes into the same outputs. Nor can more be locked: domains after
+    the first one on the free track overwrite each other there, and a warning says so.
 
     `record`: `layers`, with weights as their width; `conversion`, nats per token on the domain's first batches "before"
     it is learned and "after", with all weights (`dense`) and without the free track (`locked`). Before anything is

@@ -47,7 +47,7 @@ class ActivationProbe:
         ranked_tokens: tokens of each batch that are sorted for this and for the sparsity curves, evenly spaced. Sums
             of |activation| are over all tokens.
 
-    Sums are of float32 products (float64 for float64 activations) added in float64; memory is 16 bytes a neuron, part
+    Sums are of float32 products (float64 for float64 activations) added in float64; memory is 16 bytes per neuron, part
     and group, whatever the number of tokens.
 
     Raises:
