@@ -18,18 +18,7 @@ from sparse_cl import build_info, ops
 ROOT = Path(__file__).parent.parent
 PACKAGE = Path(sparse_cl.__file__).parent
 
-ONE_STEP = """
-import torch
-import sparse_cl
-from sparse_cl import *
-p = torch.nn.Parameter(torch.ones(4, 4))
-opt = SparseMaskedAdamW([p], masks={p: RowMask([1], (4, 4))})
-p.grad = torch.ones(4, 4)
-opt.step()
-assert (p != 1).any(1).tolist() == [False, True, False, False]
-info = build_info()
-print(info["runs"]["cpu"], info["cpu_levels"] is not None, *sorted(sparse_cl.__all__), sep="\\n")
-"""
+ONE_STEP = (ROOT / "tests" / "cases" / "one_step.py").read_text()
 
 
 # An editable install would find in the repository what a copy of the package lacks.
@@ -93,6 +82,18 @@ def test_without_a_library_the_reference_runs_and_says_so(copied):
     assert done.stdout.split()[:2] == ["reference", "False"]
 
 
+def test_an_unbuilt_tree_that_hides_an_installed_build_is_named(copied):
+    installed = copied / "site-packages" / "sparse_cl"
+    (installed / "lib").mkdir(parents=True)
+    (installed / "lib" / "libsparse_cl_cpu.so").touch()
+    path = {"PYTHONPATH": os.pathsep.join(map(str, (copied, installed.parent)))}
+    done = python("import sparse_cl", copied, **path)
+    assert done.returncode == 0, done.stderr
+    assert f"RuntimeWarning: sparse_cl was imported from {copied / 'sparse_cl'}, where nothing is built" in done.stderr
+    assert f"the copy in {installed} has the native libraries" in done.stderr
+    assert "RuntimeWarning" not in python("import sparse_cl", copied, SPARSE_CL_REFERENCE="1", **path).stderr
+
+
 def test_a_library_that_does_not_load_is_an_error(copied):
     library = copied / "sparse_cl" / "lib" / "libsparse_cl_cpu.so"
     library.parent.mkdir()
@@ -125,6 +126,8 @@ def bare(tmp_path):
             (site / name).symlink_to(installed / name)
     for name in ("setup.py", "pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, tmp_path)
+    (tmp_path / "sparse_cl").mkdir()
+    shutil.copy(PACKAGE / "__init__.py", tmp_path / "sparse_cl")
     return python, site, tmp_path
 
 
@@ -171,6 +174,11 @@ def test_only_the_stable_headers_of_torch_are_included(source):
     unstable = [h for h in included if h.split("/")[0] in ("ATen", "c10", "caffe2", "torch")]
     stable = ("torch/csrc/stable/", "torch/headeronly/", "torch/csrc/inductor/aoti_torch/c/")
     assert [h for h in unstable if not h.startswith(stable)] == []
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda p: p.name)
+def test_no_template_of_the_stable_headers_is_specialised(source):
+    assert not re.search(r"struct\s+torch::|namespace\s+torch\b", source.read_text())
 
 
 def test_only_one_file_says_torch_ops():
