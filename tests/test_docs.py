@@ -23,7 +23,7 @@ def environment(tmp_path_factory, tokenizer):
         import transformers
 
         sizes = {"hidden_size": 16, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 2}
-        config = transformers.LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=256, **sizes)
+        config = transformers.LlamaConfig(vocab_size=len(tokenizer), max_position_embeddings=512, **sizes)
         transformers.LlamaForCausalLM(config).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
