@@ -7,10 +7,11 @@ import multiprocessing
 import os
 import re
 import shlex
-import sys
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -72,14 +73,66 @@ def run_alone(snippet: Snippet, folder: Path, environment: dict[str, str], timeo
 
 
 def _run(snippet: Snippet, folder: Path, environment: dict[str, str], log: Path) -> None:
+    import torch
+
     os.environ.update(environment)
     os.chdir(folder)
-    with log.open("w", encoding="utf-8") as output, contextlib.redirect_stdout(output):
-        with contextlib.redirect_stderr(output):
-            try:
-                exec(compile(snippet.text, snippet.place, "exec"), {"__name__": "__main__"})
-            except BaseException:
-                traceback.print_exc()
-                output.flush()
-                os._exit(1)
-    sys.stdout.flush()
+    names: dict[str, Any] = {"__name__": "__main__"}
+    with log.open("w", encoding="utf-8") as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        try:
+            torch.manual_seed(0)
+            exec(compile(snippet.text, snippet.place, "exec"), names)
+            for mark, check in CHECKS.items():
+                if mark in snippet.text:
+                    check(names, _start(snippet.text))
+        except BaseException:
+            traceback.print_exc()
+            out.flush()
+            os._exit(1)
+
+
+def _start(text: str) -> dict[str, Any]:
+    """The parameters of the snippet's model as they were when it was made, by name."""
+    import torch
+
+    lines = text.splitlines()
+    (made, *_) = [number for number, line in enumerate(lines) if line.startswith("model = ")]
+    names: dict[str, Any] = {}
+    torch.manual_seed(0)
+    exec("\n".join(lines[: made + 1]), names)
+    return dict(names["model"].named_parameters())
+
+
+def _changed_where_masked(names: dict[str, Any], start: dict[str, Any]) -> None:
+    import torch
+
+    for name, param in names["model"].named_parameters():
+        mask = names["masks"].get(name)
+        active = torch.zeros(param.shape).bool() if mask is None else mask.to_dense()
+        assert torch.equal(param[~active], start[name][~active]), name
+        assert not active.any() or (param[active] != start[name][active]).float().mean() > 0.9, name
+
+
+def _kept_out_of_the_memory(names: dict[str, Any], start: dict[str, Any]) -> None:
+    merged, memory = names["adapted"].merge_and_unload(), names["memory"]
+    assert all(leak <= 1e-6 for leak in memory.leak(start, merged).values())
+    assert all(not (merged.get_parameter(name) == start[name]).all() for name in memory.names)
+
+
+def _room_is_left(names: dict[str, Any], start: dict[str, Any]) -> None:
+    assert all(0 < layer["used"] < layer["width"] for layer in names["memory"].capacity().values())
+    assert Path("memory.safetensors").exists()
+
+
+def _two_domains_and_a_text(names: dict[str, Any], start: dict[str, Any]) -> None:
+    assert abs(float(names["method"].usage.moments["tokens"].sum()) - 2.2) < 1e-5
+
+
+CHECKS: dict[str, Callable[[dict[str, Any], dict[str, Any]], None]] = {
+    '"2.bias": RowMask([]': _changed_where_masked,
+    "trainer.train()": _changed_where_masked,
+    "orthogonal_lora(": _kept_out_of_the_memory,
+    "memory.save(": _room_is_left,
+    "method.protect(": _two_domains_and_a_text,
+}
+"""What a snippet must have done: a part of its text, and a check of its names and of its model's first weights."""
