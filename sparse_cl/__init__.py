@@ -3,17 +3,31 @@
 from sparse_cl.info import build_info
 from sparse_cl.linalg import orthonormalize, project_out_, randomized_svd
 from sparse_cl.masks import ColumnMask, ElementMask, RowMask, TwoFourMask, load_masks, save_masks
-from sparse_cl.optim import SparseMaskedAdamW, SubspaceProjectedAdamW
-from sparse_cl.subspace import Subspace, SubspaceMemory
+from sparse_cl.optim import (
+    CurvatureProjection,
+    ElasticPull,
+    LowRankPull,
+    ProjectedAdamW,
+    SparseMaskedAdamW,
+    SubspaceProjectedAdamW,
+    SubspaceProjection,
+)
+from sparse_cl.subspace import Kronecker, Subspace, SubspaceMemory
 
 __all__ = [
     "ColumnMask",
+    "CurvatureProjection",
+    "ElasticPull",
     "ElementMask",
+    "Kronecker",
+    "LowRankPull",
+    "ProjectedAdamW",
     "RowMask",
     "SparseMaskedAdamW",
     "Subspace",
     "SubspaceMemory",
     "SubspaceProjectedAdamW",
+    "SubspaceProjection",
     "TwoFourMask",
     "build_info",
     "load_masks",

@@ -101,7 +101,7 @@ class SubspaceMethod(Method):
     def _remember(self, base: nn.Module, memory: SubspaceMemory) -> None:
         """Take a memory that is bound to `base`."""
         self._memory = memory
-        if memory.source == "inputs":
+        if memory.settings.source == "inputs":
             with memory.watch():
                 pass  # from now on only the probe batches are noted, not training
         parameters = dict(base.named_parameters())

@@ -10,7 +10,7 @@ from torch import Tensor
 from sparse_cl.reference.precision import full_precision
 from sparse_cl.subspace.kronecker import Kronecker
 
-from .projection import WholeProjection
+from .projection import Memoryless, WholeProjection
 
 MODES = ("hard", "soft")
 
@@ -18,25 +18,25 @@ MODES = ("hard", "soft")
 _HUGE = 1e18
 
 
-class CurvatureProjection(WholeProjection):
-    """Removes or damps the coordinates C = Q_Sᵀ ΔW Q_A of an update in which λ_S λ_A is large.
+class CurvatureProjection(WholeProjection, Memoryless):
+    """Removes or damps the coordinates C = Q_Sᵀ ΔW Q_A of an update (m, n) for which λ_S λ_A is large.
 
     "hard": those above τ are removed, so that what is left obeys tr(S ΔW A ΔWᵀ) = Σ λ_S λ_A C² <= τ ‖ΔW‖²_F.
     "soft": each is multiplied by τ/(τ + λ_S λ_A), the gain of a step against a quadratic penalty of that curvature.
 
     Args:
-        curvature: of the parameter; (m, 1) with diagonal rows for one that is no matrix.
+        curvature: of the parameter; for one that is not a matrix, (numel, 1) with diagonal rows.
         threshold: τ >= 0, in the units of λ_S λ_A.
         mode: "hard" or "soft".
 
-    It takes the eigenbases (4 (m² + n²) bytes) and, in a step, two matrices of the update's size. "hard" takes part in
+    It stores the eigenbases (4 (m² + n²) bytes); a step needs two matrices of the update's size besides. "hard" needs
     products with the leading eigenvectors only.
 
     Raises:
         ValueError: a threshold below 0, or another mode.
     """
 
-    def __init__(self, curvature: Kronecker, threshold: float, mode: str = "hard"):
+    def __init__(self, curvature: Kronecker, threshold: float, mode: str = "hard") -> None:
         if mode not in MODES:
             raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {mode!r}")
         if not threshold >= 0:
@@ -88,11 +88,11 @@ class CurvatureProjection(WholeProjection):
         return (ratio > 1).to(ratio.dtype) if self.mode == "hard" else ratio.div_(ratio + 1)
 
     def used(self) -> float:
-        """Σ of what is taken from all coordinates: "hard", how many are removed; "soft", how many that amounts to."""
+        """Σ of the protection: with "hard" the number of removed coordinates, with "soft" what that amounts to."""
         return float(self.protection().sum(dtype=torch.float64))
 
     def share_inside(self, update: Tensor) -> float:
-        """Σ p C² / Σ C² of an update, p the `protection`: which share of its energy lies in protected directions."""
+        """Σ p C² / Σ C² of an update, p its `protection`: the share of its energy in protected directions."""
         update = update.detach().reshape(self.shape).to(self.device, torch.float64)
         total = float(update.square().sum())
         if not total:

@@ -5,11 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .projection import Layer, PullCorrection, WholeProjection
+from .projection import Correction, Layer, WholeProjection
+
+
+class PullCorrection(Correction):
+    """Pulls each layer in AdamW's coordinates, then rotates its update back."""
+
+    def correct_(self, lr: float | Tensor, skipped: Tensor | None) -> None:
+        for layer in self.layers:
+            layer.projection.pull_(layer, lr, skipped)
+            layer.projection.apply_(layer.update)
 
 
 class ElasticPull(WholeProjection):
-    """Pulls a parameter W (m, n) back to an anchor W₀, the harder in a direction, the more that direction matters.
+    """Pulls a parameter W (m, n) back to an anchor W₀, more strongly along directions that matter more.
 
     AdamW runs in the coordinates D = (W - W₀) Q (as SOAP runs Adam in the eigenbasis of Shampoo's preconditioner, Vyas
     et al. 2024), and each step ends with the proximal step of ½ Σ_ij (r_i + c_j) D²_ij, decoupled from the moments as
@@ -19,7 +28,7 @@ class ElasticPull(WholeProjection):
 
     With c the eigenvalues of E[x xᵀ] of a layer's inputs and Q their eigenvectors this is a quadratic penalty on what
     the layer computes for these inputs; EWC (Kirkpatrick et al. 2017) penalizes single weights instead, and by the
-    gradient. Where a new domain insists, a direction gives way; where there is only noise, it goes back.
+    gradient. Consistent gradients override the pull; noise is undone.
 
     Args:
         anchor: W₀ (m, n), or (n,); copied.
@@ -27,8 +36,8 @@ class ElasticPull(WholeProjection):
         columns: c (n,), at least 0; None: zeros.
         rows: r (m,), at least 0; None: zeros.
 
-    It takes the anchor and the basis, 4 n (m + n) bytes, and three products of the gradient's shape a step, in the
-    precision that the caller allows float32 products (`torch.set_float32_matmul_precision`).
+    It stores the anchor and the basis, 4 n (m + n) bytes, and makes three products of the gradient's shape per step, in
+    the precision that the caller allows for float32 products (`torch.set_float32_matmul_precision`).
 
     Raises:
         ValueError: strengths below 0 or of another length than the anchor's, a basis of another width.
@@ -43,7 +52,7 @@ class ElasticPull(WholeProjection):
         basis: Tensor | None = None,
         columns: Tensor | None = None,
         rows: Tensor | None = None,
-    ):
+    ) -> None:
         shape = tuple(anchor.shape)
         if rows is not None and anchor.dim() != 2:
             raise ValueError(f"rows: expected none for an anchor of shape {shape}; give columns")
@@ -61,7 +70,7 @@ class ElasticPull(WholeProjection):
         given = [strengths for strengths in (columns, rows) if strengths is not None]
         self.columns = None if columns is None else columns.to(dtype)
         self.rows = None if rows is None else rows.to(dtype)[:, None]
-        self.any, self.free = any(bool((strengths > 0).any()) for strengths in given), True
+        self.any = any(bool((strengths > 0).any()) for strengths in given)
         self.anchor = anchor.detach().to(dtype, copy=True)
 
     def fits(self, shape: tuple[int, ...]) -> bool:
@@ -78,7 +87,7 @@ class ElasticPull(WholeProjection):
         update.sub_(back if skipped is None else back.mul_(skipped == 0))
 
     def held(self, lr: float | Tensor) -> Tensor:
-        """lr κ / (1 + lr κ), κ = r_i + c_j: which part of its way from the anchor a step takes back; (m, n) or less."""
+        """lr κ / (1 + lr κ), κ = r_i + c_j: the share of the way from the anchor that a step undoes."""
         strengths = sum(part for part in (self.columns, self.rows) if part is not None)
         return 1 - 1 / (1 + lr * strengths)
 
@@ -89,6 +98,7 @@ class ElasticPull(WholeProjection):
             return (weights - self.anchor) @ self.turn
 
     def apply_(self, update: Tensor) -> None:
+        """Rotates an update back to the parameter's coordinates, in place."""
         if self.turn is not None:
             with torch.autocast(update.device.type, enabled=False):
                 update.copy_(update @ self.turn.mT)

@@ -16,11 +16,13 @@ from .projection import Correction, Layer, WholeProjection
 class LowRankCorrection(Correction):
     """P ← P + ΔW U, C = P f, ΔW ← ΔW - C Uᵀ, P ← P - C with f_j = lr κ_j / (1 + lr κ_j): four launches a layer."""
 
-    def __init__(self, layers: Sequence[Layer]):
+    def __init__(self, layers: Sequence[Layer]) -> None:
         super().__init__(layers)
         self.moved = [layer.kept["moved"] for layer in layers]
         self.bases = [layer.projection.basis.to(layer.update.dtype) for layer in layers]
         self.factors: _Factors | None = None
+        self.taken: list[Tensor] = []
+        self.left: list[Tensor] = []
         self.next: list[Tensor] = []
 
     @staticmethod
@@ -48,7 +50,7 @@ class LowRankCorrection(Correction):
 class _Factors:
     """f and 1 - f of all layers of a step, in one buffer each: a few launches a step."""
 
-    def __init__(self, corrections: Sequence[LowRankCorrection]):
+    def __init__(self, corrections: Sequence[LowRankCorrection]) -> None:
         self.corrections = corrections
         layers = [layer for correction in corrections for layer in correction.layers]
         strengths = [layer.projection.strengths for layer in layers]
@@ -89,12 +91,13 @@ class LowRankPull(WholeProjection):
         strengths: κ (r,), finite, at least 0; a coordinate settles at about 1/κ_j, whatever the rate.
 
     The optimizer keeps P = (W - W₀) U, (m, r) in the dtype of the moments, in the parameter's state and its
-    checkpoints (``"projection.moved"``). It is zero at the first step, which makes W₀ the weight of then; a copy of W₀
-    is not kept. For compact leaves of rows P is of these rows. Any pull of the same rank goes on with the P of a
-    checkpoint: load one before a new domain's pull is given, not after.
+    checkpoints (``"projection.moved"``). P is zero at the first step, so W₀ is the weight at that moment; no copy of W₀
+    is kept. For a compact leaf of rows, P has these rows only. A pull of the same rank continues from the P of a
+    checkpoint: load the checkpoint before a new domain's pull is set, not after. An interrupt that Python delivers
+    between the write of the weights and that of P leaves that one step out of P.
 
-    Products are made in the precision that the caller allows float32 products. On half-precision parameters without
-    masters P is of the weights before they are rounded, which it follows without bias only.
+    Products have the precision that the caller allows for float32 products. For half-precision parameters without
+    masters, P follows the weights before they are rounded: without bias, but not exactly.
 
     Raises:
         TypeError, ValueError: a basis that is not orthonormal; strengths below 0, not finite, or of another number.
@@ -102,9 +105,8 @@ class LowRankPull(WholeProjection):
 
     exact = False
     correction = LowRankCorrection
-    free = True
 
-    def __init__(self, basis: Tensor, strengths: Tensor):
+    def __init__(self, basis: Tensor, strengths: Tensor) -> None:
         check_orthonormal(basis)
         if strengths.shape != basis.shape[1:] or not bool((strengths >= 0).all() and strengths.isfinite().all()):
             got = f", from {float(strengths.min()):g} to {float(strengths.max()):g}" if strengths.numel() else ""
@@ -123,6 +125,3 @@ class LowRankPull(WholeProjection):
 
     def new_state(self, shape: Sequence[int], dtype: torch.dtype) -> dict[str, Tensor]:
         return {"moved": torch.zeros(shape[0], self.basis.shape[1], dtype=dtype, device=self.device)}
-
-    def apply_(self, update: Tensor) -> None:
-        raise NotImplementedError("a LowRankPull corrects updates by what it has kept of earlier ones")

@@ -1,53 +1,85 @@
-"""Parameters by name."""
+"""The names of an optimizer's parameters, and what is given by name."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 from torch import Tensor
 
+from .leaf import weight_of
 
-def by_param(
-    given: Mapping[Tensor | str, Any],
-    own: Mapping[int, Tensor],
-    by_name: Mapping[str, Tensor],
-    argument: str,
-    what: str,
-) -> dict[Tensor, Any]:
-    """``given`` with names replaced by the parameters that they stand for.
+Groups = Sequence[Mapping[str, Any]]
+
+
+def parameters_of(groups: Groups) -> Iterator[Tensor]:
+    """All parameters, in the order in which checkpoints number them."""
+    return chain.from_iterable(group["params"] for group in groups)
+
+
+def names_of(groups: Groups) -> dict[Tensor, str]:
+    """The names of the parameters that have one."""
+    return {
+        param: name
+        for group in groups
+        for param, name in zip(group["params"], group.get("param_names", ()), strict=False)
+    }
+
+
+def name_of(groups: Groups, param: Tensor) -> str:
+    """What messages call a parameter: its quoted name, or its place."""
+    name = names_of(groups).get(param)
+    if name is not None:
+        return repr(name)
+    places = ((i, number) for number, group in enumerate(groups) for i, p in enumerate(group["params"]) if p is param)
+    return next((f"number {i} of group {number}" for i, number in places), "of another optimizer")
+
+
+def by_name(groups: Groups) -> dict[str, Tensor]:
+    """Parameters by name; the weight of a leaf also goes by its own name."""
+    names = {name: param for param, name in names_of(groups).items()}
+    leaves = {name: param for name, param in names.items() if weight_of(param) is not param}
+    return names | {name.removesuffix("active") + "weight": param for name, param in leaves.items()}
+
+
+def by_param(groups: Groups, given: Mapping[Tensor | str, Any], argument: str, what: str) -> dict[Tensor, Any]:
+    """``given`` with its keys replaced by the parameters that they stand for.
 
     Args:
-        given: values by parameter or name.
-        own: parameters of the optimizer by the identity of what stands for them.
-        by_name: those that have a name.
+        groups: the optimizer's parameter groups.
+        given: values by parameter, by the weight of a leaf, or by the name of either.
         argument, what: for messages: what ``given`` is called and what its values are.
 
     Raises:
-        TypeError: ``given`` is no mapping.
-        ValueError: a key that is no parameter nor a name, or one given twice.
+        TypeError: ``given`` is not a mapping.
+        ValueError: a key is neither a parameter nor a name, or stands for a parameter that another key stands for.
     """
     if not isinstance(given, Mapping):
         raise TypeError(f"{argument}: expected {{parameter or name: {what}}}, got {type(given).__name__}")
+    own = {id(param): param for param in parameters_of(groups)}
+    own |= {id(weight_of(param)): param for param in own.values()}
+    named = by_name(groups)
     resolved: dict[Tensor, Any] = {}
     for key, value in given.items():
-        if isinstance(key, str):
-            if not by_name:
+        if not isinstance(key, str):
+            if id(key) not in own:
                 raise ValueError(
-                    f"{argument}: {key!r} is a name, but the parameters have none; pass "
-                    "model.named_parameters() as params, or use parameters as keys"
+                    f"{argument}: a key is no parameter of this optimizer; expected parameters or their names"
                 )
-            if key not in by_name:
-                raise ValueError(
-                    f"{argument}: no parameter is named {key!r}; the first names are {', '.join(list(by_name)[:3])}"
-                )
-            param = by_name[key]
-        elif id(key) in own:
             param = own[id(key)]
+        elif key in named:
+            param = named[key]
+        elif named:
+            raise ValueError(
+                f"{argument}: no parameter is named {key!r}; the first names are {', '.join(list(named)[:3])}"
+            )
         else:
-            raise ValueError(f"{argument}: a key is no parameter of this optimizer; expected parameters or their names")
+            raise ValueError(
+                f"{argument}: {key!r} is a name, but the parameters have none; pass model.named_parameters() as "
+                "params, or use parameters as keys"
+            )
         if param in resolved:
-            name = next(name for name, p in by_name.items() if p is param)
-            raise ValueError(f"{argument}: parameter {name!r} is given twice, by name and by itself")
+            raise ValueError(f"{argument}: parameter {name_of(groups, param)} is given twice, by name and by itself")
         resolved[param] = value
     return resolved

@@ -1,101 +1,282 @@
-"""AdamW whose updates pass projections that the caller made."""
+"""AdamW whose updates pass projections."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
+from torch.optim.optimizer import ParamsT
 
+from sparse_cl import ops
+from sparse_cl.layout import state_dtype
 from sparse_cl.masks import Mask
 
-from .projected_step import Scratch
-from .projection import WholeProjection
-from .state import PROJECTION
-from .subspace_projected_adamw import SubspaceProjectedAdamW
+from .names import by_param, names_of
+from .plan import Call, Plan, scalar_on
+from .projected_step import ProjectedCall, Scratch, products, split, starts_of
+from .projection import Fitted, Projection
+from .sparse_masked_adamw import SparseMaskedAdamW
+from .state import PROJECTION, ParameterState, is_capturing
+
+Given = dict[Tensor, Projection]
 
 
-class ProjectedAdamW(SubspaceProjectedAdamW):
-    """AdamW whose whole update of a parameter, weight decay included, passes a projection.
+class ProjectedAdamW(SparseMaskedAdamW):
+    """AdamW that projects each parameter's full update, weight decay included.
 
-    As in :class:`SubspaceProjectedAdamW` it is applied to the float32 master, after AdamW: AdamW divides entry by
-    entry, and would turn a projected gradient back.
+    A projection acts on the float32 master, after AdamW. Projecting the gradient instead is not enough: AdamW divides
+    entry by entry, which rotates the gradient back into what was projected out. A parameter without a projection, or
+    whose projection takes nothing, is stepped as by :class:`SparseMaskedAdamW`.
+
+    An update is made and corrected in a scratch, and only then added: at every moment the parameters hold weights. The
+    scratch takes 64 MB per device, or what its largest projected parameter takes in the dtype of its moments.
 
     Args:
-        params, lr, betas, eps, weight_decay, amsgrad, and further options: as :class:`SubspaceProjectedAdamW`.
-        projections: {parameter or its name: projection}, a ``LowRankPull``, ``ElasticPull`` or ``CurvatureProjection``;
-            one that takes nothing leaves plain AdamW.
-        rest: what happens to parameters without a projection once there is any: ``"freeze"`` or ``"train"``.
+        params, lr, betas, eps, weight_decay, amsgrad, maximize, capturable, masks, master_weights: as for
+            :class:`SparseMaskedAdamW`.
+        projections: ``{parameter or its name: projection}``, each a :class:`SubspaceProjection`, :class:`LowRankPull`,
+            :class:`ElasticPull`, :class:`CurvatureProjection`, or any other ``Projection``.
+        rest: what happens to parameters without a projection once some projection takes anything: ``"freeze"`` or
+            ``"train"``.
 
     Raises:
-        ValueError: as there; masks (what a mask leaves of an update has other coordinates); a projection for another
-            shape or device; AdamW in turned coordinates on a half-precision parameter without a master.
+        TypeError, ValueError: as there; a projection that does not fit its parameter's shape, device or mask; one with
+            AdamW in rotated coordinates for a half-precision parameter without a master.
     """
 
+    _argument = "projections"  # where they come from, for messages
+    _captured: tuple = ()
+
     def __init__(
-        self, params, *arguments: Any, projections: Mapping[Tensor | str, WholeProjection] | None = None, **own: Any
-    ):
-        _refuse_masks(own.get("masks"))
-        super().__init__(params, *arguments, memory=projections, **own)
+        self,
+        params: ParamsT,
+        *arguments: Any,
+        projections: Mapping[Tensor | str, Projection] | None = None,
+        rest: str = "freeze",
+        **options: Any,
+    ) -> None:
+        if rest not in ("freeze", "train"):
+            raise ValueError(f"rest: expected 'freeze' or 'train', got {rest!r}")
+        self._rest = rest
+        self._given: Given = {}
+        self._projections: dict[Tensor, Fitted] = {}  # those that take anything
+        self._warned: set[str] = set()
+        self._scratch = Scratch()
+        self._seen: tuple | None = None
+        super().__init__(params, *arguments, **options)
+        self.set_projections(projections or {})
+
+    @property
+    def projections(self) -> dict[Tensor | str, Projection]:
+        """The projections in force: by name if the parameters are named, else by parameter."""
+        names = names_of(self.param_groups)
+        return {names.get(p, p): projection for p, projection in self._given.items()}
+
+    def set_projections(self, projections: Mapping[Tensor | str, Projection]) -> None:
+        """Replaces all projections; moments and step counts stay.
+
+        What a replaced projection had kept in the parameter's state is dropped.
+
+        Raises:
+            TypeError, ValueError: as the constructor; the optimizer is as before then.
+        """
+        given = by_param(self.param_groups, projections, "projections", "projection")
+        for param, projection in given.items():
+            if not isinstance(projection, Projection):
+                raise TypeError(
+                    f"projections: parameter {self._store.name(param)}: expected a projection (SubspaceProjection, "
+                    f"LowRankPull, ElasticPull, CurvatureProjection), got {type(projection).__name__}"
+                )
+        self._take(given, self._fit(given, "projections"))
 
     def set_masks(self, masks: Mapping[Tensor | str, Mask], carry: str = "intersection") -> None:
-        _refuse_masks(masks)
+        given = self._current()
+        fitted = self._fit(given, "masks", self._store.resolve(masks))
         super().set_masks(masks, carry)
+        self._take(given, fitted)
 
-    def _resolve_memory(self, memory) -> dict[Tensor, WholeProjection]:
-        found = self._by_param(memory or {}, "projections", "projection")
-        for param, projection in found.items():
-            where = f"projections: parameter {self._name(param)}"
-            if not isinstance(projection, WholeProjection):
-                raise TypeError(
-                    f"{where}: expected a LowRankPull, ElasticPull or CurvatureProjection, got "
-                    f"{type(projection).__name__}"
-                )
-            if not projection.fits(tuple(param.shape)):
-                raise ValueError(
-                    f"{where} has shape {tuple(param.shape)}, but its projection is for {projection.expected}"
-                )
-            if projection.device != param.device:
-                raise ValueError(
-                    f"{where} is on {param.device}, but its projection is on {projection.device}; make it there"
-                )
-            if projection.turn is not None and param.element_size() < 4 and not self._options_of(param)["master"]:
-                raise ValueError(
-                    f"{where} is {param.dtype} without a master, which cannot be turned into the directions of its "
-                    "projection; leave master_weights on"
-                )
-        return found
+    set_masks.__doc__ = SparseMaskedAdamW.set_masks.__doc__
 
-    def _options_of(self, param: Tensor) -> dict[str, Any]:
-        group = next(g for g in self.param_groups if any(p is param for p in g["params"]))
-        return self._options(param, group)
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        self._seen = None
 
-    def _take(self, subspaces: dict[Tensor, WholeProjection]) -> None:
-        self._subspaces = subspaces
-        for param, old in self._projections.items():
-            if subspaces.get(param) is not old:
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("_rest", "_given", "_projections", "_warned")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}, "_seen": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._scratch = Scratch()
+
+    # Which projections are in force.
+
+    def _current(self) -> Given:
+        """The projections that are to be in force now."""
+        return self._given
+
+    def _facts(self) -> tuple:
+        """What :meth:`_current` and its fit depend on besides parameters and masks."""
+        return (next((p.device for group in self.param_groups for p in group["params"]), None),)
+
+    def _fit(self, given: Given, argument: str, masks: Mapping[Tensor, Mask] | None = None) -> dict[Tensor, Fitted]:
+        fitted = {}
+        for param, projection in given.items():
+            try:
+                fit = projection.fitted(param, self._store.mask_of(param, masks))
+                if fit.turn is not None and param.element_size() < 4 and not self._has_master(param):
+                    raise ValueError(
+                        f"is {param.dtype} without a master, which cannot be rotated into the directions of its "
+                        "projection; leave master_weights on"
+                    )
+            except ValueError as error:
+                raise ValueError(f"{argument}: parameter {self._store.name(param)} {error}") from None
+            fitted[param] = fit
+        return fitted
+
+    def _has_master(self, param: Tensor) -> bool:
+        group = next(group for group in self.param_groups if any(p is param for p in group["params"]))
+        return self._store.options(param, group)["master"]
+
+    def _take(self, given: Given, fitted: dict[Tensor, Fitted]) -> None:
+        """Puts projections in force."""
+        for param, old in self._given.items():
+            if given.get(param) is not old:
                 # What it kept is of other directions, or of where an earlier domain began.
                 for name in [name for name in self.state.get(param, ()) if name.startswith(PROJECTION)]:
                     del self.state[param][name]
-        self._projections = {param: projection for param, projection in subspaces.items() if projection.any}
-        for param, projection in self._projections.items():
-            if not projection.free and self._name(param) not in self._warned:
-                self._warned.add(self._name(param))
-                warnings.warn(
-                    f"parameter {self._name(param)}: all its directions are protected, so it is not updated any more",
-                    stacklevel=4,
-                )
-        self._group_plans, self._scratch = {}, Scratch()
-        self._seen = self._state_of_memory()
+        self._given = given
+        self._projections = {param: fit for param, fit in fitted.items() if given[param].any}
+        for param, fit in self._projections.items():
+            name = self._store.name(param)
+            if not fit.free and name not in self._warned:
+                self._warned.add(name)
+                warnings.warn(f"parameter {name}: {fit.spent}, so it is not updated any more", stacklevel=4)
+        self._group_plans, self._scratch, self._seen = {}, Scratch(), self._facts()
 
     def _is_rest(self, param: Tensor) -> bool:
-        return param not in self._subspaces
+        return param not in self._given
 
+    # A step.
 
-def _refuse_masks(masks: Mapping[Tensor | str, Mask] | None) -> None:
-    if masks:
-        raise ValueError(
-            "masks: what a mask leaves of an update lies in other directions; use SubspaceProjectedAdamW with "
-            "masks, or leave them out"
-        )
+    def _gathered(self) -> list[Call]:
+        if self._seen != self._facts():
+            given = self._current()
+            self._take(given, self._fit(given, self._argument))
+        return super()._gathered()
+
+    def _takes_part(self, param: Tensor) -> bool:
+        if not super()._takes_part(param):
+            return False
+        if param in self._projections:
+            return self._projections[param].free
+        return not (self._rest == "freeze" and self._projections and self._is_rest(param))
+
+    def _ready(self, param: Tensor, group: dict[str, Any]) -> ParameterState:
+        packed, projection = super()._ready(param, group), self._projections.get(param)
+        if projection is None:
+            return packed
+        own = self.state[param]
+        for name, zeros in projection.new_state(packed.layout.compact_shape, packed.layout.dtype).items():
+            found = own.get(PROJECTION + name)
+            if found is None:
+                self._store.refuse_capture(param)
+                own[PROJECTION + name] = zeros
+            elif found.shape != zeros.shape or found.dtype != zeros.dtype:
+                raise ValueError(
+                    f"state of parameter {self._store.name(param)}: {PROJECTION}{name}: expected {zeros.dtype} of "
+                    f"shape {tuple(zeros.shape)}, got {found.dtype} of shape {tuple(found.shape)}; it was made by "
+                    "another projection"
+                )
+        return packed
+
+    def _split(self, params: list[Tensor], positions: list[int]) -> list[list[int]]:
+        together = [i for i in positions if params[i] not in self._projections]
+        calls = [together] if together else []
+        # What can share a call lies side by side, and what is corrected alike next to each other.
+        by_call: dict[tuple, dict[tuple, list[int]]] = {}
+        for i in positions:
+            if (fit := self._projections.get(params[i])) is not None:
+                call = (fit.exact, state_dtype(params[i].dtype), None if fit.turn is None else i)
+                alike = (fit.correction, params[i].shape, fit.like)
+                by_call.setdefault(call, {}).setdefault(alike, []).append(i)
+        for (_, dtype, _), found in by_call.items():
+            numbers = list(chain.from_iterable(found.values()))
+            masks = [self._store.mask_of(params[i]) for i in numbers]
+            sizes = [params[i].numel() if mask is None else mask.numel for i, mask in zip(numbers, masks, strict=True)]
+            for part in split(sizes):
+                calls.append([numbers[n] for n in part])
+                self._scratch.reserve(params[numbers[0]].device, dtype, starts_of([sizes[n] for n in part])[1])
+        return calls
+
+    def _apply_all(self, calls: list[Call], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        plain: list[Call] = []
+        by_rate: dict[tuple, list[Call]] = {}
+        for call in calls:
+            fit = self._projections.get(call.plan.own[0])
+            key = fit and (fit.exact, call.plan.params[0].device, id(call.group))
+            (by_rate.setdefault(key, []) if key else plain).append(call)
+        super()._apply_all(plain, grad_scale, found_inf)
+        for (exact, device, _), found in by_rate.items():
+            with products(device, exact):
+                self._apply_projected(found, grad_scale, scalar_on(found_inf, device))
+
+    def _apply_projected(self, calls: list[Call], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """The calls of one group on one device."""
+        lr, first = calls[0].group["lr"], calls[0].plan.params[0]
+        if isinstance(lr, Tensor):
+            lr = float(lr) if lr.device.type == "cpu" else scalar_on(lr, first.device).reshape(())
+        ready = [self._projected(call.plan) for call in calls]
+        if is_capturing(first):
+            # Replays read the scratch and what corrections hold, whatever takes their place later.
+            self._captured = (*self._captured, ready)
+        by_kind: dict[tuple, list] = {}
+        for projected in ready:
+            for correction in projected.corrections:
+                by_kind.setdefault((type(correction), projected.buffer.dtype), []).append(correction)
+        for (kind, _), corrections in by_kind.items():
+            kind.begin(corrections, lr, found_inf)
+        try:
+            for call, projected in zip(calls, ready, strict=True):
+                plan = call.plan
+                if projected.layers[0].projection.turn is None:
+                    self._apply(call, grad_scale, found_inf, projected.updates)
+                    projected.correct_(lr, found_inf)
+                else:
+                    self._apply_turned(call, grad_scale, found_inf, lr)
+                ops.apply_updates_(plan.params, plan.buffers, projected.updates, plan.layout, found_inf)
+                projected.settle_()
+        finally:
+            increment_version(chain.from_iterable(call.plan.written() for call in calls))
+
+    def _apply_turned(
+        self, call: Call, grad_scale: Tensor | None, found_inf: Tensor | None, lr: float | Tensor
+    ) -> None:
+        """The update of one layer whose moments are in rotated coordinates."""
+        group, plan, grads = call
+        plan.check(grads, self.param_groups)  # the op would see a rotated gradient, in another dtype
+        (layer,) = plan.projected.layers
+        weights, fade = layer.weights(), -lr * group["weight_decay"]
+        kept = 1 + fade if found_inf is None else torch.where(found_inf == 0, 1 + fade, 1.0)
+        layer.start = layer.projection.turned(weights * kept)
+        with torch.autocast(weights.device.type, enabled=False):
+            turned = grads[0].to(weights.dtype) @ layer.projection.turn
+        self._apply(Call({**group, "weight_decay": 0.0}, plan, [turned]), grad_scale, found_inf, plan.projected.updates)
+        plan.projected.correct_(lr, found_inf)
+        layer.start = None
+        layer.update.add_(weights * fade)
+
+    def _projected(self, plan: Plan) -> ProjectedCall:
+        buffer = self._scratch.buffer(plan.params[0].device, plan.packed[0].layout.dtype)
+        if plan.projected is None or plan.projected.buffer is not buffer:
+            kept = [
+                {k.removeprefix(PROJECTION): v for k, v in self.state[param].items() if k.startswith(PROJECTION)}
+                for param in plan.own
+            ]
+            plan.projected = ProjectedCall(plan, [self._projections[param] for param in plan.own], kept, buffer)
+        return plan.projected

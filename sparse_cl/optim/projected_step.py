@@ -11,8 +11,7 @@ from torch import Tensor
 from sparse_cl.reference.precision import allows_tf32, full_precision
 
 from .plan import Plan
-from .projection import Layer, Projection
-from .state import ParameterState
+from .projection import Correction, Fitted, Layer
 
 #: Entries of updates that are held at a time, if no single one is larger: 64 MB of float32.
 TOGETHER = 1 << 24
@@ -24,7 +23,7 @@ _ALIGNMENT = 16
 class Scratch:
     """One buffer for each device and dtype, as large as was reserved at most."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._sizes: dict[tuple[torch.device, torch.dtype], int] = {}
         self._buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
@@ -45,22 +44,17 @@ class ProjectedCall:
     """What a call of the op needs besides its plan: its updates, in the scratch, and what corrects them."""
 
     def __init__(
-        self,
-        plan: Plan,
-        projections: Sequence[Projection],
-        packed: Sequence[ParameterState],
-        kept: Sequence[dict[str, Tensor]],
-        buffer: Tensor,
-    ):
+        self, plan: Plan, projections: Sequence[Fitted], kept: Sequence[dict[str, Tensor]], buffer: Tensor
+    ) -> None:
         self.buffer = buffer
         self.layers: list[Layer] = []
-        starts, _ = starts_of([state.layout.entries for state in packed])
-        parts = zip(projections, packed, plan.params, kept, starts, strict=True)
+        starts, _ = starts_of([state.layout.entries for state in plan.packed])
+        parts = zip(projections, plan.packed, plan.params, kept, starts, strict=True)
         for projection, state, param, its_own, start in parts:
             update = buffer[start : start + state.layout.entries].view(state.layout.compact_shape)
             self.layers.append(Layer(projection, update, param, state, its_own))
         self.updates = [layer.update for layer in self.layers]
-        by_kind: dict[type, list[Layer]] = {}
+        by_kind: dict[type[Correction], list[Layer]] = {}
         for layer in self.layers:
             by_kind.setdefault(layer.projection.correction, []).append(layer)
         self.corrections = [kind(layers) for kind, layers in by_kind.items()]
@@ -100,7 +94,7 @@ def split(sizes: Sequence[int]) -> list[list[int]]:
 
 @contextmanager
 def products(device: torch.device, exact: bool) -> Iterator[None]:
-    """The precision of a projection's products: autocast is off, TF32 where it may be, see `Projection.exact`."""
+    """The precision of a projection's products: without autocast, in TF32 where that is allowed, see `Fitted.exact`."""
     if exact and not allows_tf32(device):
         with full_precision(device):
             yield

@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from sparse_cl.subspace.memory import EXACT_WIDTH
+from sparse_cl.subspace.settings import EXACT_WIDTH
 
 from .activations import PRECISIONS, activation_bytes, logit_bytes
 from .demand import WIDE, Demand

@@ -1,6 +1,7 @@
 """Subspaces: the directions that earlier domains use, and which new updates keep out of."""
 
+from .kronecker import Kronecker, threshold_of
 from .memory import SubspaceMemory
 from .subspace import Subspace
 
-__all__ = ["Subspace", "SubspaceMemory"]
+__all__ = ["Kronecker", "Subspace", "SubspaceMemory", "threshold_of"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -13,7 +14,7 @@ from sparse_cl.reference.precision import full_precision
 
 from .layers import Layer, Moment
 from .moments import ExactMoment
-from .subspace import Subspace
+from .subspace import Subspace, smaller_half
 
 #: Numbers that one batch holds, so that consolidating takes a part of the memory that the model has.
 _BATCH = 1 << 26
@@ -32,6 +33,34 @@ def batches(layers: Iterable[Layer]) -> Iterator[list[Layer]]:
     for key, group in groups.items():
         for start in range(0, len(group), key[-1]):
             yield group[start : start + key[-1]]
+
+
+def consolidate(layers: Sequence[Layer], energy: float, max_rank: int | None, sum_up: bool) -> dict[str, int]:
+    """Adds what observed layers used to their bases, and forgets their moments.
+
+    Args:
+        energy, max_rank: as for :func:`new_directions`.
+        sum_up: whether each process of a distributed run has observed something else. Gradients are the same in all
+            of them; inputs are not, and bases must be.
+
+    Returns:
+        The number of directions added to each layer, by its name.
+    """
+    if sum_up and dist.is_available() and dist.is_initialized():
+        for layer in layers:
+            for tensor in layer.moment.tensors().values():
+                dist.all_reduce(tensor)
+    added, grown = {}, {}
+    for batch in batches(layers):
+        subspaces = [layer.used() for layer in batch]
+        found = new_directions([layer.moment for layer in batch], subspaces, energy, max_rank)
+        for layer, subspace, directions in zip(batch, subspaces, found, strict=True):
+            added[layer.name] = directions.shape[1]
+            grown[layer.name] = smaller_half(directions) if subspace is None else subspace.extended(directions)
+    # Only now, so that a factorization that fails leaves the domain open.
+    for layer in layers:
+        layer.subspace, layer.moment = grown[layer.name], None
+    return {layer.name: added[layer.name] for layer in layers}
 
 
 def new_directions(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
 from os import PathLike
 from typing import Any
 
@@ -11,14 +12,19 @@ from torch import Tensor
 from sparse_cl import storage
 
 from .layers import Layer
+from .settings import Settings
 from .subspace import Subspace
 
 _KIND, _WRITER = "memory", "SubspaceMemory.save"
-_SETTINGS = ("max_rank", "energy", "source", "oversample", "seed", "domains", "embeddings")
+
+#: Of the settings. Version 1 did not write its number; it had the same entries.
+_VERSION = 2
 
 
-def save(settings: Mapping[str, Any], layers: Mapping[str, Layer], path: str | PathLike) -> None:
-    """Writes a memory: a matrix a layer, what was observed, and in the header all else."""
+def save(
+    path: str | PathLike, settings: Settings, domains: int, embeddings: Sequence[str], layers: Mapping[str, Layer]
+) -> None:
+    """Writes a memory: the matrix of each layer, what was observed, and in the header all else."""
     tensors, index = {}, {}
     for name, layer in layers.items():
         index[name] = {"shape": list(layer.shape), "complement": None}
@@ -27,20 +33,28 @@ def save(settings: Mapping[str, Any], layers: Mapping[str, Layer], path: str | P
             tensors[f"{name}:basis"] = layer.subspace.matrix
         if layer.moment is not None:
             tensors |= {f"{name}:{key}": tensor for key, tensor in layer.moment.tensors().items()}
-    storage.write(path, _KIND, tensors, settings={key: settings[key] for key in _SETTINGS}, layers=index)
+    facts = {"version": _VERSION, **asdict(settings), "domains": domains, "embeddings": list(embeddings)}
+    storage.write(path, _KIND, tensors, settings=facts, layers=index)
 
 
-def load(path: str | PathLike) -> tuple[dict[str, Any], list[tuple[Layer, dict[str, Tensor]]]]:
-    """Settings, and each layer with the tensors of its moment.
+def load(path: str | PathLike) -> tuple[Settings, int, list[str], list[tuple[Layer, dict[str, Tensor]]]]:
+    """Settings, the number of domains, the names of embeddings, and each layer with the tensors of its moment.
 
     Raises:
-        ValueError: the file is truncated, or holds something else.
+        ValueError: the file is truncated, holds something else, or comes from a later sparse_cl.
         FileNotFoundError: there is no such file.
     """
     tensors, facts = storage.read(path, _KIND, _WRITER, "settings", "layers")
+    found = facts["settings"]
+    if isinstance(found, dict) and found.get("version", 1) not in (1, _VERSION):
+        raise ValueError(
+            f"{path}: the memory has settings of version {found['version']}, but this sparse_cl reads up to "
+            f"{_VERSION}; install the sparse_cl that wrote it"
+        )
     try:
-        settings = {key: facts["settings"][key] for key in _SETTINGS}
-        return settings, [_layer(name, entry, tensors) for name, entry in facts["layers"].items()]
+        settings = Settings(**{field.name: found[field.name] for field in fields(Settings)})
+        layers = [_layer(name, entry, tensors) for name, entry in facts["layers"].items()]
+        return settings, found["domains"], found["embeddings"], layers
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path}: the memory is damaged ({error}); write it again with {_WRITER}") from error
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from .moments import ExactMoment, SketchedMoment
-from .subspace import Subspace
+from .moments import ExactMoment, SketchedMoment, row_blocks
+from .subspace import Subspace, energy_of
 
 Moment = ExactMoment | SketchedMoment
 
@@ -37,6 +37,25 @@ class Layer:
     @property
     def rank(self) -> int:
         return 0 if self.subspace is None else self.subspace.rank
+
+    def used(self) -> Subspace | None:
+        """The used subspace, moved to where the parameter is now; None while there is none."""
+        if self.subspace is not None and self.param is not None:
+            self.subspace = self.subspace.to(*self.place())
+        return self.subspace
+
+    def share_inside(self, rows: Tensor) -> float:
+        """‖R U Uᵀ‖²_F / ‖R‖²_F of rows R (..., n), summed in float64; 0 of zeros and without a subspace."""
+        subspace = self.used()
+        if subspace is None or subspace.rank == 0:
+            return 0.0
+        wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
+        subspace = subspace.to(rows.device, wide)
+        total = inside = 0.0
+        for block in row_blocks(rows, wide):
+            total += float(energy_of(block))
+            inside += float(subspace.used_energy(block))
+        return min(1.0, inside / total) if total else 0.0
 
     def place(self) -> tuple[torch.device, torch.dtype]:
         """Where and in what its subspace and moment are kept: float64 for float64 weights, else float32."""

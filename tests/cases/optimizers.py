@@ -36,7 +36,7 @@ def as_bytes(t):
 
 def spread(opt, param, name):
     """A compact state tensor at the active entries of the parameter's shape; zero elsewhere."""
-    mask = opt._masks.get(param)
+    mask = opt._store.masks.get(param)
     dense = torch.zeros(param.shape, dtype=opt.state[param][name].dtype)
     dense.view(-1)[open_entries(mask, param.shape).view(-1)] = opt.state[param][name].reshape(-1)
     return dense

@@ -165,9 +165,9 @@ def test_a_new_pull_begins_where_the_weight_is():
     optimizer = ProjectedAdamW([weight], lr=1e-2, projections={weight: pull()})
     weight.grad = inside(0).float()
     optimizer.step()
-    optimizer.set_memory(optimizer.memory)
+    optimizer.set_projections(optimizer.projections)
     assert optimizer.state[weight][KEY].any()
-    optimizer.set_memory({weight: pull(seed=3, r=4)})
+    optimizer.set_projections({weight: pull(seed=3, r=4)})
     assert KEY not in optimizer.state[weight]
     before = weight.detach().clone()
     optimizer.step()
@@ -219,8 +219,11 @@ def test_what_does_not_fit():
     weight = torch.nn.Parameter(random(M, N + 1, dtype=torch.float32))
     with pytest.raises(ValueError, match=r"'w' has shape \(24, 33\), but its projection is for \(m, 32\)"):
         ProjectedAdamW([("w", weight)], projections={"w": LowRankPull(u, torch.ones(R))})
-    with pytest.raises(ValueError, match="masks: what a mask leaves"):
-        ProjectedAdamW([("w", weight)], projections={}, masks={"w": RowMask([0], (M, N + 1))})
+    masked = {"w": RowMask([0], (M, N + 1))}
+    with pytest.raises(
+        ValueError, match="'w' has a RowMask, but what a mask leaves of an update lies in other directions"
+    ):
+        ProjectedAdamW([("w", weight)], projections={"w": LowRankPull(u, torch.ones(R))}, masks=masked)
 
 
 def test_a_state_of_another_rank_is_refused():

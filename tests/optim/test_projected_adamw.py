@@ -212,16 +212,16 @@ def test_what_does_not_fit():
         ValueError, match=r"projections: parameter 'w' has shape \(6, 5\), but its projection is for \(5, 6\)"
     ):
         ProjectedAdamW([("w", weight)], projections={"w": turned})
-    with pytest.raises(TypeError, match="projections: parameter 'w': expected a LowRankPull, ElasticPull or Curv"):
+    with pytest.raises(TypeError, match="projections: parameter 'w': expected a projection .*, got Kronecker"):
         ProjectedAdamW([("w", weight)], projections={"w": good.curvature})
     with pytest.raises(ValueError, match="projections: no parameter is named 'v'"):
         ProjectedAdamW([("w", weight)], projections={"v": good})
-    with pytest.raises(ValueError, match="masks: what a mask leaves"):
+    with pytest.raises(ValueError, match="projections: parameter 'w' has a RowMask, but what a mask"):
         ProjectedAdamW([("w", weight)], projections={"w": good}, masks={"w": RowMask([0], (6, 5))})
     optimizer = ProjectedAdamW([("w", weight)], projections={"w": good})
     with pytest.raises(ValueError, match="its projection is for"):
-        optimizer.set_memory({"w": turned})
-    assert optimizer.memory == {"w": good}
+        optimizer.set_projections({"w": turned})
+    assert optimizer.projections == {"w": good}
 
     with pytest.raises(ValueError, match="mode: expected one of hard, soft, got 'firm'"):
         CurvatureProjection(good.curvature, 0.1, "firm")

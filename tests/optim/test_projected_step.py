@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparse_cl import RowMask, SparseMaskedAdamW, Subspace, SubspaceProjectedAdamW, linalg, ops
-from sparse_cl.optim import projected_step, projection, state, subspace_projected_adamw
+from sparse_cl.optim import projected_adamw, projected_step, state, subspace_projection
 from sparse_cl.optim.elastic_pull import ElasticPull
 from sparse_cl.optim.low_rank_pull import LowRankPull
 from sparse_cl.optim.projected_adamw import ProjectedAdamW
@@ -86,7 +86,7 @@ def test_tf32_keeps_the_bound_if_made_twice(monkeypatch, rank, enough):
     once, products = leak_of_fifty_steps(rank)
     assert products == 2
     assert (once <= 1e-6) == enough
-    monkeypatch.setattr(projection, "allows_tf32", lambda device: True)
+    monkeypatch.setattr(subspace_projection, "allows_tf32", lambda device: True)
     twice, products = leak_of_fifty_steps(rank)
     assert products == 4
     assert twice <= 1e-7
@@ -94,7 +94,7 @@ def test_tf32_keeps_the_bound_if_made_twice(monkeypatch, rank, enough):
 
 @pytest.mark.parametrize("rank", [64, 128, 192, 230])
 def test_of_a_complement_once_is_enough(monkeypatch, rank):
-    for module in (projected_step, projection):
+    for module in (projected_step, subspace_projection):
         monkeypatch.setattr(module, "allows_tf32", lambda device: True)
     leak, products = leak_of_fifty_steps(rank, complement=True)
     assert products == 2
@@ -108,7 +108,7 @@ def test_tf32_is_used_where_the_caller_allows_it_alone(monkeypatch):
     weight.grad = random(*SHAPE, seed=1)
     counts = []
     for allowed in (False, True):
-        for module in (projected_step, projection):
+        for module in (projected_step, subspace_projection):
             monkeypatch.setattr(module, "allows_tf32", lambda device, allowed=allowed: allowed)
         with Products() as made:
             optimizer.step()
@@ -363,7 +363,7 @@ def test_what_a_projection_keeps_is_not_made_under_capture(monkeypatch):
     weight.grad = random(6, 8)
     optimizer = ProjectedAdamW([("w", weight)], projections={})
     optimizer.step()
-    optimizer.set_memory({"w": LowRankPull(orthogonal(8)[:, :3].float(), torch.ones(3))})
+    optimizer.set_projections({"w": LowRankPull(orthogonal(8)[:, :3].float(), torch.ones(3))})
     monkeypatch.setattr(state, "is_capturing", lambda param: True)
     with pytest.raises(RuntimeError, match="take at least one step before the capture"):
         optimizer.step()
@@ -383,7 +383,7 @@ def test_what_a_captured_step_reads_outlives_what_takes_its_place(monkeypatch):
     weight.grad = random(*SHAPE, seed=1)
     opt.step()
     with monkeypatch.context() as patch:
-        patch.setattr(subspace_projected_adamw, "is_capturing", lambda param: True)
+        patch.setattr(projected_adamw, "is_capturing", lambda param: True)
         opt.step()
     (plan,) = [plan for group in opt._group_plans.values() for plan in group.plans]
     held = [weakref.ref(plan.projected), weakref.ref(plan.projected.buffer)]

@@ -5,7 +5,7 @@ import torch
 from cases.subspace import orthogonal
 
 from sparse_cl import ElementMask, Subspace, TwoFourMask
-from sparse_cl.optim.projection import WeightsProjection
+from sparse_cl.optim.subspace_projection import WeightsProjection
 from sparse_cl.subspace.subspace import complement_of
 
 N, ROWS = 64, 20

@@ -190,7 +190,7 @@ def stepped(dtype, masks_of, shape=(1000, 256), **options):
     for p in params:
         p.grad = torch.ones_like(p)
     opt.step()
-    held = sum(packed.buffer.untyped_storage().nbytes() for packed in opt._packed.values())
+    held = sum(packed.buffer.untyped_storage().nbytes() for packed in opt._store.packed.values())
     return opt, opt.state_bytes(), held, 3 * shape[0] * shape[1]
 
 

@@ -235,7 +235,7 @@ def test_a_master_keeps_what_the_parameter_cannot_hold(implementation):
 def test_an_optimizer_leaves_nothing_behind():
     param, opt = one(RowMask([1], SHAPE))
     opt.step()
-    buffer = weakref.ref(opt._packed[param].buffer)
+    buffer = weakref.ref(opt._store.packed[param].buffer)
     moment = opt.state[param]["exp_avg"]
     expected = moment.clone()
     del opt

@@ -59,9 +59,9 @@ def test_hooks_go_with_the_memory_and_to_no_copy():
     memory = SubspaceMemory(net, source="inputs")
     for twin in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
         twin(batches()[0])
-    assert not memory._pending
+    assert not memory._observer.pending
     net(batches()[0])
-    assert memory._pending.keys() == {"0.weight", "2.weight"}
+    assert memory._observer.pending.keys() == {"0.weight", "2.weight"}
     del memory
     gc.collect()
     assert not any(layer._forward_pre_hooks for layer in net)
@@ -73,7 +73,7 @@ def test_binding_to_another_model_moves_the_hooks():
     first(batches()[1])
     memory.bind(second)
     first(batches()[0])
-    assert not memory._pending
+    assert not memory._observer.pending
     second(batches()[0])
     memory.observe()
     assert torch.allclose(moments(memory)["0.weight"], batches()[0].mT @ batches()[0])

@@ -130,7 +130,7 @@ def test_a_memory_of_another_model(tmp_path):
     memory.consolidate()
     memory.save(tmp_path / "memory.safetensors")
     other = nn.Sequential(nn.Linear(16, 8), nn.Linear(8, 16))
-    with pytest.raises(ValueError, match="tracks '2.weight', which the model has not; .* this one"):
+    with pytest.raises(ValueError, match="tracks '2.weight', which the model does not have; .* this one"):
         SubspaceMemory.load(tmp_path / "memory.safetensors", other)
     wider = trained(24)
     with pytest.raises(ValueError, match=r"tracks '0.weight' of shape \(8, 16\), but the model has \(8, 24\)"):
@@ -180,7 +180,7 @@ def test_files_that_are_no_memories(tmp_path):
 
 
 def test_a_factorization_that_fails_leaves_the_domain_open(monkeypatch):
-    from sparse_cl.subspace import memory as module
+    from sparse_cl.subspace import consolidation as module
 
     memory = SubspaceMemory(trained())
     memory.observe()

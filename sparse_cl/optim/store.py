@@ -1,0 +1,191 @@
+"""The masks and the compact states of all parameters of an optimizer."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from sparse_cl.masks import Mask, same_mask
+
+from . import state as states
+from .leaf import owner_of, weight_of
+from .names import by_param, name_of, parameters_of
+from .state import ParameterState
+
+
+class StateStore:
+    """Keeps each parameter's state in one buffer, packed under the parameter's mask.
+
+    ``optimizer.state[p]`` shows the buffer's sections. Whoever replaces one there (a loaded checkpoint, a tool) has it
+    packed again before the next step.
+
+    Args:
+        optimizer: whose state this is; not kept alive.
+
+    Attributes:
+        masks: by parameter; leaves are not in it, since their layers have the mask.
+        mismatch: which state was made under another mask, in words; None if all fit.
+        packed: the states by parameter.
+    """
+
+    def __init__(self, optimizer: Optimizer, masks: dict[Tensor, Mask] | None = None, mismatch: str | None = None):
+        self._optimizer = weakref.proxy(optimizer)
+        self.masks = masks or {}
+        self.mismatch = mismatch
+        self.packed: dict[Tensor, ParameterState] = {}
+
+    def name(self, param: Tensor) -> str:
+        return name_of(self._optimizer.param_groups, param)
+
+    # Masks.
+
+    def resolve(self, masks: Mapping[Tensor | str, Mask]) -> dict[Tensor, Mask]:
+        """``masks`` by parameter.
+
+        Raises:
+            TypeError, ValueError: a key or a mask that fits no parameter.
+        """
+        resolved = by_param(self._optimizer.param_groups, masks, "masks", "Mask")
+        for param, mask in resolved.items():
+            where = f"masks: parameter {self.name(param)}"
+            if owner_of(param) is not None:
+                raise ValueError(f"{where} is of an ActiveLinear, which has a mask of its own; leave it out here")
+            if not isinstance(mask, Mask):
+                raise TypeError(f"{where}: expected a Mask, got {type(mask).__name__}")
+            if mask.shape != param.shape:
+                raise ValueError(f"{where} has shape {tuple(param.shape)}, but its mask is for {tuple(mask.shape)}")
+        return resolved
+
+    def mask_of(self, param: Tensor, masks: Mapping[Tensor, Mask] | None = None) -> Mask | None:
+        """The mask of what a step of ``param`` writes: its layer's for a leaf, else the one in ``masks``."""
+        owner = owner_of(param)
+        return owner.mask if owner is not None else (self.masks if masks is None else masks).get(param)
+
+    def set_masks(self, masks: dict[Tensor, Mask], carry: bool) -> None:
+        """Puts masks in force; with ``carry``, what stays active keeps its state."""
+        state = self._optimizer.state
+        for param in [p for p in parameters_of(self._optimizer.param_groups) if state.get(p)]:
+            packed, mask = self.ready(param), self.mask_of(param, masks)
+            if same_mask(packed.mask, mask):
+                continue
+            carried = packed.carried(weight_of(param), mask) if carry else None
+            if carried is not None:
+                self.put(param, carried)
+            else:
+                state.pop(param)
+                self.packed.pop(param, None)
+        self.masks, self.mismatch = masks, None
+
+    # States.
+
+    def options(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
+        """What a step of ``param`` in ``group`` asks of its state."""
+        narrow, leaf = param.dtype in (torch.bfloat16, torch.float16), owner_of(param) is not None
+        own = parameters_of(self._optimizer.param_groups)
+        return {
+            "amsgrad": bool(group["amsgrad"]),
+            "master": bool(group["master_weights"]) if narrow else leaf,
+            "seed": next(i for i, p in enumerate(own) if p is param),
+            "compact_grad": leaf,
+        }
+
+    def ready(self, param: Tensor, group: Mapping[str, Any] | None = None) -> ParameterState:
+        """The state of ``param``: made if there is none, packed again if its tensors were replaced.
+
+        Args:
+            group: the parameter group whose options it is to have; None: those that it has.
+
+        Raises:
+            RuntimeError: it would have to be made while a CUDA graph is captured.
+            ValueError: tensors that do not belong together, or that were made under another mask.
+        """
+        shown, packed = self._optimizer.state.get(param), self.packed.get(param)
+        if not shown:
+            assert group is not None, "a state is made for a step only"
+            self.refuse_capture(param)
+            leaf = None if owner_of(param) is None else param
+            options = self.options(param, group)
+            return self.put(param, ParameterState.new(weight_of(param), self.mask_of(param), leaf, **options))
+        if packed is not None and packed.layout.compact_grad and owner_of(param) is None:
+            raise ValueError(
+                f"parameter {self.name(param)}: it was the leaf of an ActiveLinear that has been restored; make a new "
+                "optimizer"
+            )
+        asked = {"amsgrad": "max_exp_avg_sq" in shown, "master_weights": "master" in shown} if group is None else group
+        options = self.options(param, asked)
+        if group is None:
+            options["master"] = asked["master_weights"]
+        if packed is not None and packed.is_shown_in(shown):
+            layout = packed.layout
+            if (layout.amsgrad, layout.master) == (options["amsgrad"], options["master"]):
+                self._follow_leaf(param, packed)
+                return packed
+        self.refuse_capture(param)
+        packed = self.read(param, shown, options)
+        # A copy of the optimizer without its model has lost whose the leaves are; their indices would be out of range.
+        if group is not None and (mismatch := self._mismatch_of(param, packed)):
+            raise ValueError(mismatch)
+        return self.put(param, packed)
+
+    def read(self, param: Tensor, entries: Mapping[str, Tensor], options: Mapping[str, Any]) -> ParameterState:
+        """The state that a checkpoint holds for ``param``, not yet put in force."""
+        try:
+            return ParameterState.read(weight_of(param), entries, **options)
+        except (ValueError, RuntimeError) as error:
+            raise ValueError(f"state of parameter {self.name(param)}: {error}") from error
+
+    def put(self, param: Tensor, packed: ParameterState) -> ParameterState:
+        """Puts a state in force, and shows it."""
+        self.packed[param] = packed
+        self._optimizer.state[param] = packed.shown()
+        if self._is_master(param, packed):
+            param.data = packed.views["master"]
+        return packed
+
+    def find_mismatch(self) -> None:
+        """Looks for a state that was made under another mask than is in force."""
+        found = (self._mismatch_of(param, packed) for param, packed in self.packed.items())
+        self.mismatch = next(filter(None, found), None)
+
+    def refuse_mismatch(self) -> None:
+        if self.mismatch:
+            raise ValueError(self.mismatch)
+
+    def refuse_capture(self, param: Tensor) -> None:
+        """Raises a RuntimeError if the state of ``param`` cannot be made now."""
+        if states.is_capturing(param):
+            raise RuntimeError(
+                f"parameter {self.name(param)}: its state would be made inside the CUDA graph that is being captured, "
+                "and each replay would set it back to what it is now; take at least one step before the capture"
+            )
+
+    def _follow_leaf(self, param: Tensor, packed: ParameterState) -> None:
+        """Makes a leaf whose data were replaced one tensor with its master again, with its values."""
+        moved = param.device != packed.buffer.device  # which is refused before the step
+        if not moved and self._is_master(param, packed) and param.data_ptr() != packed.views["master"].data_ptr():
+            self.refuse_capture(param)
+            packed.views["master"].copy_(param)
+            param.data = packed.views["master"]
+
+    def _is_master(self, param: Tensor, packed: ParameterState) -> bool:
+        """Whether ``param`` is a leaf that is one tensor with the master of its state."""
+        mask = self.mask_of(param)
+        if mask is None or not packed.is_leaf(param):
+            return False
+        if packed.same_as is not mask and same_mask(packed.mask, mask):
+            packed.same_as = mask
+        return packed.same_as is mask
+
+    def _mismatch_of(self, param: Tensor, packed: ParameterState) -> str | None:
+        mine, loaded = self.mask_of(param), packed.mask
+        if same_mask(mine, loaded):
+            return None
+        return (
+            f"parameter {self.name(param)}: its loaded state was made under {loaded or 'no mask'}, but this optimizer "
+            f"has {mine or 'no mask'}; call set_masks with the masks to go on with"
+        )

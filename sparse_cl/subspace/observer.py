@@ -1,0 +1,179 @@
+"""Observing a domain: the gradients or inputs of each layer, added up until the domain is consolidated."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from .layers import Layer, Moment
+from .moments import ExactMoment, SketchedMoment
+from .settings import Settings
+
+
+class Observer:
+    """Adds up what the layers of one memory see.
+
+    Args:
+        settings: of the memory.
+        layers: of the memory, by name; the moments of what was observed are put there.
+        domains: how many domains have ended. Each has random signs of its own.
+    """
+
+    def __init__(self, settings: Settings, layers: Mapping[str, Layer], domains: int = 0) -> None:
+        self.settings, self.layers, self.domains = settings, layers, domains
+        #: Inputs that forward passes brought since the last call of :meth:`observe`.
+        self.pending: dict[str, Moment] = {}
+        #: Test matrices of sketches.
+        self.tests: dict[tuple, Tensor] = {}
+        self._handles: list[RemovableHandle] = []
+        self.attach()
+
+    def __del__(self) -> None:
+        for handle in getattr(self, "_handles", ()):
+            handle.remove()
+
+    def attach(self) -> None:
+        """Puts hooks on the modules that the layers have now, if inputs are observed."""
+        for handle in self._handles:
+            handle.remove()
+        self.pending = {}
+        #: Which forward passes are noted: those in "training" (gradients enabled), "all", or "nothing".
+        self._noting, self._tokens = "training", None
+        named = [(name, module) for name, layer in self.layers.items() for module in layer.modules]
+        self._handles = [
+            module.register_forward_pre_hook(_InputHook(self, name), with_kwargs=True)
+            for name, module in (named if self.settings.source == "inputs" else ())
+        ]
+
+    @contextmanager
+    def watch(self, tokens: Tensor | None) -> Iterator[None]:
+        """See :meth:`SubspaceMemory.watch`."""
+        if self.settings.source != "inputs":
+            raise ValueError(f'watch: the memory\'s source is "{self.settings.source}"; build it with source="inputs"')
+        if not self._handles:
+            raise ValueError("watch: the memory is bound to no model; call memory.bind(model) first")
+        if self._noting == "training":
+            self.pending = {}
+        self._noting, self._tokens = "all", tokens
+        try:
+            yield
+        finally:
+            self._noting, self._tokens = "nothing", None
+
+    def note(self, name: str, inputs: Tensor) -> None:
+        """Notes the inputs (..., n) of a layer, if passes count now."""
+        if self._noting == "all" or (self._noting == "training" and torch.is_grad_enabled()):
+            with torch.no_grad():
+                self._note(self.layers[name], inputs)
+
+    def _note(self, layer: Layer, inputs: Tensor) -> None:
+        if inputs.shape[-1] != layer.width:
+            return  # the layer itself says best what is wrong
+        rows = inputs.reshape(-1, layer.width)
+        if self._tokens is not None:
+            keep = self._tokens.reshape(-1).ne(0)
+            if inputs.shape[:-1] in (self._tokens.shape, keep.shape):
+                rows = rows[keep.to(rows.device)]
+        if layer.name not in self.pending:
+            self.pending[layer.name] = self._new_moment(layer)
+        self._add(self.pending[layer.name], rows, layer)
+
+    @torch.no_grad()
+    def observe(self) -> None:
+        """See :meth:`SubspaceMemory.observe`."""
+        if self.settings.source == "inputs":
+            pending, self.pending = self.pending, {}
+            if not pending:
+                raise ValueError(
+                    "observe: no forward pass was noted since the last call; run the model with gradients enabled, or "
+                    "inside `with memory.watch():`"
+                )
+            self._refuse_not_finite("input", {name: moment.energy() for name, moment in pending.items()})
+            for name, moment in pending.items():
+                layer = self.layers[name]
+                if layer.moment is None:
+                    layer.moment = moment
+                else:
+                    self.moment(layer).merge(moment.tensors())
+            return
+        gradients = {
+            name: layer.param.grad
+            for name, layer in self.layers.items()
+            if layer.param is not None and layer.param.grad is not None
+        }
+        if not gradients:
+            raise ValueError("observe: no tracked weight has a gradient; call it after backward, before zero_grad")
+        norms = {
+            name: torch.linalg.vector_norm(gradient, dtype=self.layers[name].place()[1])
+            for name, gradient in gradients.items()
+        }
+        self._refuse_not_finite("gradient", norms)
+        for name, gradient in gradients.items():
+            self._add(self.moment(self.layers[name]), gradient, self.layers[name])
+
+    def end_domain(self) -> None:
+        self.pending, self.tests = {}, {}
+        self.domains += 1
+
+    def moment(self, layer: Layer) -> Moment:
+        """What was observed of a layer, where its parameter is now; empty if nothing was."""
+        old = layer.moment
+        if old is not None and old.place == layer.place():
+            return old
+        layer.moment = new = self._new_moment(layer)
+        if old is not None:
+            new.merge({key: tensor.to(new.place[0]) for key, tensor in old.tensors().items()})
+        return new
+
+    def _add(self, moment: Moment, rows: Tensor, layer: Layer) -> None:
+        # Under a caller's autocast products would be in bfloat16, and not fit the sums.
+        with torch.autocast(rows.device.type, enabled=False):
+            moment.add(rows, layer.used())
+
+    def _new_moment(self, layer: Layer) -> Moment:
+        device, dtype = layer.place()
+        columns = self.settings.sketch_columns(layer.width)
+        if columns is None:
+            return ExactMoment(layer.width, dtype, device)
+        key = (layer.width, device, dtype)
+        if key not in self.tests:
+            # Signs are exact in every dtype, and drawn on the CPU they are the same on every device.
+            generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + self.domains)
+            signs = torch.randint(0, 2, (layer.width, columns), generator=generator)
+            self.tests[key] = (2 * signs - 1).to(device=device, dtype=dtype)
+        return SketchedMoment(self.tests[key])
+
+    def _refuse_not_finite(self, what: str, norms: Mapping[str, Tensor]) -> None:
+        first = next(iter(norms.values())).device
+        finite = torch.stack([norm.double().to(first) for norm in norms.values()]).isfinite().tolist()
+        if not all(finite):
+            raise ValueError(
+                f"observe: the {what} of {list(norms)[finite.index(False)]!r} holds NaN or infinity, so nothing was "
+                "observed; skip this step and go on"
+            )
+
+
+class _InputHook:
+    """Tells an observer of each input of a layer.
+
+    It does not keep the observer alive, and a copy or a pickle of it tells nobody: a copied model is another model.
+    """
+
+    def __init__(self, observer: Observer, name: str) -> None:
+        self._observer: weakref.ref[Observer] | None = weakref.ref(observer)
+        self._name = name
+
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+        observer = self._observer and self._observer()
+        given = inputs or tuple(named.values())
+        if observer is not None and given:
+            observer.note(self._name, given[0])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_observer": None, "_name": self._name}
