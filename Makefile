@@ -1,5 +1,6 @@
 # make demo: the four-domain sequence on embedded data, with a report in out/demo
 # make test: lint and all tests
+# make wheel: an sdist and a wheel in dist, the wheel tested in a fresh environment
 # make bench: CPU benchmarks; on a machine with a GPU, benchmarks/gpu.sh does the rest
 PYTHON ?= python3
 VENV ?= .venv
@@ -9,7 +10,7 @@ INSTALL := $(BIN)/pip -q --disable-pip-version-check install --no-compile -c con
 SOURCES := setup.py CMakeLists.txt pyproject.toml $(wildcard csrc/*)
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh tests/cuda_emulation/*.h tests/cuda_emulation/*.cpp)
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test lint format wheel bench clean
 
 demo: $(VENV)/.built
 	rm -rf out/demo
@@ -22,17 +23,26 @@ lint: $(VENV)/.tools
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
+	$(BIN)/mypy
 
 format: $(VENV)/.tools
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
 
+# Outside the tree, whose sparse_cl would be imported; no isolation, since the build environment has the torch to use.
+wheel: $(VENV)/.tools
+	rm -rf dist build/wheel
+	$(BIN)/python -m build --no-isolation
+	$(PYTHON) -m venv build/wheel
+	build/wheel/bin/pip -q --disable-pip-version-check install --no-compile -c constraints.txt dist/*.whl
+	cd / && $(CURDIR)/build/wheel/bin/python -I $(CURDIR)/tests/cases/one_step.py native
+
 bench: $(VENV)/.tools
 	$(BIN)/python -m pytest benchmarks --results out/bench.json
 
 clean:
-	rm -rf $(VENV) build out
+	rm -rf $(VENV) build dist out
 
 $(VENV)/.packages: constraints.txt
 	@echo "Installing packages into $(VENV); the first time this takes a few minutes."

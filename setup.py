@@ -73,7 +73,14 @@ class CMakeBuild(build_ext):
                 sys.exit(f"Building sparse_cl failed: see above. The command was {' '.join(command)}")
 
 
-# Before pip resolves dependencies: else it would fetch a torch, gigabytes of it, only to learn that one must be chosen.
-if "sdist" not in sys.argv:
+# Neither command needs torch. All others find it, or fail before pip resolves dependencies: else pip would fetch a
+# torch, gigabytes of it, only to learn that one must be chosen.
+if not {"sdist", "egg_info"} & set(sys.argv):
     find_torch()
-setup(ext_modules=[Extension("sparse_cl._build_info", sources=[])], cmdclass={"build_ext": CMakeBuild})
+# `python -m build` unpacks the sdist in an environment of its own, which holds only what is asked for.
+alone = Path(sys.prefix).name.startswith("build-env-") and (ROOT / "PKG-INFO").exists()
+setup(
+    ext_modules=[Extension("sparse_cl._build_info", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+    setup_requires=[f"torch>={'.'.join(map(str, TORCH_MINIMUM))}"] if alone and "egg_info" in sys.argv else [],
+)

@@ -18,17 +18,17 @@ CONTENDERS = ["ours", "torch.linalg.qr"]
 
 @pytest.mark.parametrize("contender", CONTENDERS)
 @pytest.mark.parametrize("case", CASES)
-def test_orthonormalize(benchmark, case, contender):
+def test_orthonormalize(benchmark, device, waiting, case, contender):
     batch, n, k, r = CASES[case]
     torch.manual_seed(0)
-    y = torch.randn(batch, n, k)
-    old = torch.linalg.qr(torch.randn(batch, n, r))[0] if r else None
+    y = torch.randn(batch, n, k, device=device)
+    old = torch.linalg.qr(torch.randn(batch, n, r, device=device))[0] if r else None
 
     def call():
         return orthonormalize(y, old)[0] if contender == "ours" else torch.linalg.qr(y)[0]
 
     wide = call().double()
-    facts = {"largest |QtQ - I|": (wide.mT @ wide - torch.eye(k)).abs().max().item()}
+    facts = {"largest |QtQ - I|": (wide.mT @ wide - torch.eye(k, device=device)).abs().max().item()}
     benchmark.group = case
     benchmark.extra_info.update(case=case, contender=contender, baseline="torch.linalg.qr", **facts)
-    benchmark.pedantic(call, rounds=5, warmup_rounds=1)
+    benchmark.pedantic(waiting(call), rounds=5, warmup_rounds=1)

@@ -15,7 +15,7 @@ CONTENDERS = ["ours", "svd_lowrank", "linalg.svd"]
 
 
 @pytest.fixture(scope="module")
-def matrices():
+def matrices(device):
     """n, spectrum -> float32 matrix, its singular values in float64."""
     made = {}
 
@@ -24,7 +24,7 @@ def matrices():
             torch.manual_seed(0)
             values = SPECTRA[spectrum](torch.arange(n, dtype=torch.float64))
             left, right = (torch.linalg.qr(torch.randn(n, n, dtype=torch.float64))[0] for _ in range(2))
-            made[n, spectrum] = ((left * values) @ right.mT).float(), values
+            made[n, spectrum] = ((left * values) @ right.mT).float().to(device), values.to(device)
         return made[n, spectrum]
 
     return make
@@ -34,7 +34,7 @@ def matrices():
 @pytest.mark.parametrize("power_iterations", [1, 2])
 @pytest.mark.parametrize("spectrum", SPECTRA)
 @pytest.mark.parametrize("n", [1024, 2048])
-def test_randomized_svd(benchmark, matrices, n, spectrum, power_iterations, contender):
+def test_randomized_svd(benchmark, waiting, matrices, n, spectrum, power_iterations, contender):
     if contender == "linalg.svd" and (n > 1024 or power_iterations > 1 or spectrum != "1/i"):
         pytest.skip("takes long, and has no power iterations")
     a, values = matrices(n, spectrum)
@@ -58,4 +58,4 @@ def test_randomized_svd(benchmark, matrices, n, spectrum, power_iterations, cont
     case = f"{n}, {spectrum}, {power_iterations} iterations"
     benchmark.group = case
     benchmark.extra_info.update(case=case, contender=contender, baseline="svd_lowrank", **facts)
-    benchmark.pedantic(call, rounds=1 if contender == "linalg.svd" else 5, warmup_rounds=1)
+    benchmark.pedantic(waiting(call), rounds=1 if contender == "linalg.svd" else 5, warmup_rounds=1)

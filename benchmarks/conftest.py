@@ -20,16 +20,48 @@ _RESERVED = ("case", "contender", "baseline", "bytes", "copy_gb_per_s")
 
 def pytest_addoption(parser):
     parser.addoption("--results", metavar="FILE", help="write a summary as JSON")
+    parser.addoption("--device", choices=("cpu", "cuda"), default="cpu", help="where ops run")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--device") == "cuda":
+        for item in items:
+            if "device" not in item.fixturenames:
+                item.add_marker(pytest.mark.skip(reason="runs on the CPU only"))
 
 
 @pytest.fixture(scope="session")
-def copy_gb_per_s():
-    source = torch.ones(150_000_000)
+def device(request):
+    """Of --device. A benchmark that asks for it makes its tensors ``with device:`` and times what ``waiting`` gives."""
+    chosen = torch.device(request.config.getoption("--device"))
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        pytest.exit("--device cuda: torch sees no GPU", returncode=4)
+    return chosen
+
+
+@pytest.fixture(scope="session")
+def waiting(device):
+    """Turns a call into one that returns when the device is done."""
+
+    def of(call):
+        def waited(*args):
+            result = call(*args)
+            torch.cuda.synchronize()
+            return result
+
+        return call if device.type == "cpu" else waited
+
+    return of
+
+
+@pytest.fixture(scope="session")
+def copy_gb_per_s(device, waiting):
+    source = torch.ones(150_000_000, device=device)
     target = torch.zeros_like(source)
-    times = []
+    copy, times = waiting(target.copy_), []
     for _ in range(7):
         start = time.perf_counter()
-        target.copy_(source)
+        copy(source)
         times.append(time.perf_counter() - start)
     return 2 * source.nbytes / sorted(times)[len(times) // 2] / 1e9
 
@@ -56,7 +88,7 @@ def pytest_terminal_summary(terminalreporter, config):
         copies = [
             bench.extra_info["copy_gb_per_s"] for bench in session.benchmarks if "copy_gb_per_s" in bench.extra_info
         ]
-        summary = {**_machine(), **({"copy_gb_per_s": round(copies[0], 2)} if copies else {}), "rows": rows}
+        summary = {**_machine(config), **({"copy_gb_per_s": round(copies[0], 2)} if copies else {}), "rows": rows}
         path = Path(config.getoption("results"))
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(summary, indent=1) + "\n")
@@ -91,7 +123,7 @@ def _line(row) -> str:
     return "  ".join(shown)
 
 
-def _machine() -> dict:
+def _machine(config) -> dict:
     cpu = platform.processor()
     info = Path("/proc/cpuinfo")
     if info.exists():
@@ -99,6 +131,7 @@ def _machine() -> dict:
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
     return {
         "cpu": cpu,
+        **({"gpu": torch.cuda.get_device_name()} if config.getoption("--device") == "cuda" else {}),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),

@@ -15,4 +15,4 @@ mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd) || exit
 export OUT PYTHONUNBUFFERED=1 PYTHONPATH=$root:$root/tests:$root/benchmarks PATH=$PATH:/usr/local/cuda/bin
 # Threads that wait for one another on a busy machine take longer than all the tiny work.
 [[ " $* " = *" --dry-run "* ]] && export CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1
-"${PYTHON:-python3}" "$root/benchmarks/gpu_phases.py" "$@" 2>&1 | tee "$OUT/gpu.log"
+"${PYTHON:-python3}" "$root/benchmarks/gpu/phases.py" "$@" 2>&1 | tee "$OUT/gpu.log"

@@ -6,14 +6,22 @@ import gc
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+
 _STATUS, _RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-def peak_mib(call: Callable[[], object]) -> float:
-    """Resident MiB at the peak of ``call`` over those before it; only on Linux, elsewhere NaN.
+def peak_mib(call: Callable[[], object], device: torch.device | str = "cpu") -> float:
+    """MiB at the peak of ``call`` over those before it: allocated ones of a GPU, else resident ones.
 
-    Memory that the allocator has kept from before is not seen; it gives back what is larger than 32 MiB.
+    Resident memory is known on Linux only; elsewhere this is NaN. What the allocator has kept from before is not seen;
+    it gives back what is larger than 32 MiB.
     """
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
     if not _RESET.exists():
         call()
         return float("nan")

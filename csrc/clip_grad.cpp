@@ -178,6 +178,6 @@ void scale_active_(const TensorList& grads, const TensorList& states, Tensor lay
 }  // namespace sparse_cl
 
 STABLE_TORCH_LIBRARY_IMPL(sparse_cl, CPU, m) {
-  m.impl("active_norm", TORCH_BOX(&sparse_cl::active_norm));
-  m.impl("scale_active_", TORCH_BOX(&sparse_cl::scale_active_));
+  m.impl("active_norm", TORCH_BOX(&sparse_cl::FromHandles<&sparse_cl::active_norm>::call));
+  m.impl("scale_active_", TORCH_BOX(&sparse_cl::FromHandles<&sparse_cl::scale_active_>::call));
 }

@@ -83,8 +83,8 @@ inline void check_row(const int64_t* field, const TensorView& t, size_t i, const
                           (by_unit && scope == static_cast<int64_t>(Scope::kPerUnit));
   const int64_t compact = field[kFieldCompactGrad];
   const bool grad_fits = compact == 0 || (by_unit && compact == 1);
-  STD_TORCH_CHECK(fits && units >= 0 && scope_fits && grad_fits && cohorts >= 1 && cohorts <= 256, op, ": layout[", i,
-                  "]: not a row that StateLayout.row() makes");
+  STD_TORCH_CHECK(fits && units >= 0 && scope_fits && grad_fits && cohorts >= 1 && cohorts <= kMaxCohorts, op,
+                  ": layout[", i, "]: not a row that StateLayout.row() makes");
 }
 
 }  // namespace sparse_cl

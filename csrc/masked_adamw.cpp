@@ -118,6 +118,6 @@ void apply_updates_(const TensorList& params, const TensorList& states, const Te
 }  // namespace sparse_cl
 
 STABLE_TORCH_LIBRARY_IMPL(sparse_cl, CPU, m) {
-  m.impl("masked_adamw_", TORCH_BOX(&sparse_cl::masked_adamw_));
-  m.impl("apply_updates_", TORCH_BOX(&sparse_cl::apply_updates_));
+  m.impl("masked_adamw_", TORCH_BOX(&sparse_cl::FromHandles<&sparse_cl::masked_adamw_>::call));
+  m.impl("apply_updates_", TORCH_BOX(&sparse_cl::FromHandles<&sparse_cl::apply_updates_>::call));
 }

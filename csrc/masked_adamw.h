@@ -10,8 +10,9 @@ namespace sparse_cl {
 enum class Kind : uint8_t { kDense, kRows, kColumns, kElements, kTwoFour };
 enum class Scope : uint8_t { kShared, kPerUnit, kPerEntry };
 
-constexpr int64_t kBlock = 1024;     // weights of an element mask that share one rank; layout.BLOCK
-constexpr int64_t kOffsetUnit = 64;  // layout.ALIGNMENT
+constexpr int64_t kBlock = 1024;      // weights of an element mask that share one rank; layout.BLOCK
+constexpr int64_t kOffsetUnit = 64;   // layout.ALIGNMENT
+constexpr int64_t kMaxCohorts = 256;  // layout.MAX_COHORTS
 
 // What is done with active entries: AdamW, with or without the running maximum, or adding a given update to them.
 enum class Mode : uint8_t { kAdamw, kAmsgrad, kAdd };

@@ -138,8 +138,8 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename Storage<P>::acc) == 
     cohorts[c] = {r.step_size, r.rsqrt_correction, step};
   }
   __syncthreads();
-  // The block that is the last to have read the counts may advance them. The ticket is back at 0 then, and its answer
-  // is not waited for before the end.
+  // The last block to read the counts advances them. atomicInc wraps the ticket to 0, and its result is needed only at
+  // the end.
   uint32_t readers = 0;
   if (kAdvance && threadIdx.x == 0) {
     __threadfence();

@@ -41,10 +41,10 @@ struct TensorView {
   }
 };
 
-// An argument Tensor[] of an op.
+// An argument Tensor[] of an op, made of the handle that the stable ABI passes.
 class TensorList {
  public:
-  explicit TensorList(StableListHandle list) {
+  TensorList(StableListHandle list) {
     size_t size = 0;
     bool failed = torch_list_size(list, &size);
     handles_.reserve(size);
@@ -87,12 +87,23 @@ inline const DTypeCodes& dtype_codes() {
   return codes;
 }
 
-}  // namespace sparse_cl
-
-// Lets TORCH_BOX hand a kernel its lists as TensorList.
+template <typename T>
+struct Passed {
+  using type = T;
+};
 template <>
-struct torch::stable::detail::ToImpl<sparse_cl::TensorList> {
-  static sparse_cl::TensorList call(StableIValue value, uint64_t, bool) {
-    return sparse_cl::TensorList(to<StableListHandle>(value));
+struct Passed<const TensorList&> {
+  using type = StableListHandle;
+};
+
+// TORCH_BOX cannot unbox a TensorList: &FromHandles<&kernel>::call takes the handles of the lists instead.
+template <auto kernel>
+struct FromHandles;
+template <typename Result, typename... Arguments, Result (*kernel)(Arguments...)>
+struct FromHandles<kernel> {
+  static Result call(typename Passed<Arguments>::type... arguments) {
+    return kernel(std::forward<typename Passed<Arguments>::type>(arguments)...);
   }
 };
+
+}  // namespace sparse_cl

@@ -36,4 +36,4 @@ __all__ = [
     "randomized_svd",
     "save_masks",
 ]
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import warnings
+from pathlib import Path
 from typing import Any
 
 from sparse_cl.ops import LOADED
@@ -18,7 +22,7 @@ def build_info() -> dict[str, Any]:
         libraries load on; ``compiler``. All but ``runs`` are None where nothing was built.
     """
     try:
-        from sparse_cl._build_info import built
+        from sparse_cl._build_info import built  # type: ignore[import-not-found]  # exists where it was built
     except ModuleNotFoundError:
         names = ("cpu_levels", "cpu_level", "cuda_architectures", "torch_target", "compiler")
         info: dict[str, Any] = dict.fromkeys(names)
@@ -28,3 +32,23 @@ def build_info() -> dict[str, Any]:
             info[name] = info[name].split()
     info["runs"] = {device: "native" if loaded else "reference" for device, loaded in LOADED.items()}
     return info
+
+
+def _warn_if_unbuilt_tree_hides_build() -> None:
+    """Python started in a clone imports the clone, built or not, before what ``pip install .`` installed."""
+    if LOADED["cpu"] or os.environ.get("SPARSE_CL_REFERENCE", "0") not in ("", "0"):
+        return
+    here = Path(__file__).parent
+    for folder in (Path(entry or ".").absolute() / "sparse_cl" for entry in sys.path):
+        if folder != here and (folder / "lib" / "libsparse_cl_cpu.so").exists():
+            warnings.warn(
+                f"sparse_cl was imported from {here}, where nothing is built, so the plain PyTorch reference runs; the "
+                f"copy in {folder} has the native libraries. Start Python in another folder, or build this one: "
+                "`pip install -e .`",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            return
+
+
+_warn_if_unbuilt_tree_hides_build()

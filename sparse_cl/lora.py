@@ -24,7 +24,7 @@ _PLAIN = (True, False, "gaussian")
 def orthogonal_lora(
     peft_model: nn.Module, memory: SubspaceMemory, adapter_name: str = "default"
 ) -> dict[nn.Parameter, Subspace]:
-    """Starts an adapter anew, outside the directions that a memory protects of its base layers.
+    """Draws an adapter again, outside the directions that a memory protects of its base layers.
 
     Each ``lora_A`` (r, n) is drawn as PEFT draws it (uniform on ±1/√n), its rows are projected to the complement of the
     base layer's basis, and scaled so that their mean square norm is again PEFT's, 1/3. Each ``lora_B`` becomes zero.

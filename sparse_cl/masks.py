@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from os import PathLike
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -51,7 +51,7 @@ class Mask:
     def device(self) -> torch.device:
         return self.index.device
 
-    def layout(self, dtype: torch.dtype = torch.float32, **options) -> StateLayout:
+    def layout(self, dtype: torch.dtype = torch.float32, **options: Any) -> StateLayout:
         """How the state of a parameter of ``dtype`` under this mask lies in memory."""
         return StateLayout(
             kind=self.kind,
@@ -94,7 +94,7 @@ class Mask:
         mine, theirs = self.sections(), other.sections()
         return mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k].to(mine[k].device)) for k in mine)
 
-    __hash__ = None
+    __hash__ = None  # type: ignore[assignment]
 
     def __or__(self, other: Mask) -> Mask:
         return self._combine(other, torch.logical_or, torch.maximum)
@@ -105,7 +105,7 @@ class Mask:
     def __invert__(self) -> Mask:
         return ElementMask(~self.to_dense())
 
-    def _combine(self, other: Mask, select, blend) -> Mask:
+    def _combine(self, other: Mask, select: Callable, blend: Callable) -> Mask:
         if not isinstance(other, Mask):
             return NotImplemented
         _check_same_shape(self, other)
@@ -174,7 +174,7 @@ class _UnitMask(Mask):
     def units(self) -> int:
         return self.index.numel()
 
-    def _combine(self, other: Mask, select, blend) -> Mask:
+    def _combine(self, other: Mask, select: Callable, blend: Callable) -> Mask:
         if type(other) is not type(self):
             return super()._combine(other, select, blend)
         _check_same_shape(self, other)
@@ -208,7 +208,9 @@ class RowMask(_UnitMask):
     _dim = 0
     _argument = "rows"
 
-    def __init__(self, rows, shape, gain=None):
+    def __init__(
+        self, rows: Sequence[int] | Tensor, shape: Sequence[int], gain: Sequence[float] | Tensor | None = None
+    ):
         super().__init__(rows, shape, gain)
 
 
@@ -219,7 +221,9 @@ class ColumnMask(_UnitMask):
     _dim = 1
     _argument = "columns"
 
-    def __init__(self, columns, shape, gain=None):
+    def __init__(
+        self, columns: Sequence[int] | Tensor, shape: Sequence[int], gain: Sequence[float] | Tensor | None = None
+    ):
         super().__init__(columns, shape, gain)
 
 
@@ -279,7 +283,7 @@ class TwoFourMask(Mask):
         return TwoFourMask(~self.to_dense())
 
 
-_CLASSES = {cls.kind: cls for cls in (RowMask, ColumnMask, ElementMask, TwoFourMask)}
+_CLASSES: dict[int, Any] = {cls.kind: cls for cls in (RowMask, ColumnMask, ElementMask, TwoFourMask)}
 
 
 def from_sections(kind: int, shape: Sequence[int], sections: Mapping[str, Tensor]) -> Mask:
@@ -299,7 +303,8 @@ def save_masks(masks: Mapping[str, Mask], path: str | PathLike) -> None:
     Raises:
         TypeError: a name is no string or a value no mask.
     """
-    tensors, index = {}, {}
+    tensors: dict[str, Tensor] = {}
+    index: dict[str, Any] = {}
     for name, mask in masks.items():
         if not isinstance(name, str) or not isinstance(mask, Mask):
             raise TypeError(f"masks: expected {{name: mask}}, got {name!r}: {type(mask).__name__}")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ _LIBRARY_FOLDER = Path(__file__).parent / "lib"
 _library = torch.library.Library("sparse_cl", "DEF")
 
 
-def _define(schema: str, implementation, fake):
+def _define(schema: str, implementation: Callable, fake: Callable) -> Any:
     """Defines an op with its reference, which a native kernel outranks on its device once it is loaded."""
     name = schema.split("(")[0]
     _library.define(schema)
@@ -25,7 +26,7 @@ def _define(schema: str, implementation, fake):
     return getattr(torch.ops.sparse_cl, name).default
 
 
-def _nothing(*args) -> None:
+def _nothing(*args: Any) -> None:
     """The fake of an op that returns nothing."""
 
 
@@ -35,25 +36,6 @@ def _active_norm_fake(grads: Sequence[Tensor], states: Sequence[Tensor], layout:
 
 def _gram_factor_fake(gram: Tensor, squared_norms: Tensor, rtol: float) -> tuple[Tensor, Tensor]:
     return gram.new_empty(gram.shape, dtype=torch.float64), gram.new_empty(gram.shape[:-2], dtype=torch.int64)
-
-
-def _orthonormalize(y: Tensor, against: Tensor | None = None, rtol: float | None = None) -> tuple[Tensor, Tensor]:
-    return reference.orthonormalize(y, against, rtol, gram_factor)
-
-
-def _orthonormalize_fake(y: Tensor, against: Tensor | None = None, rtol: float | None = None) -> tuple[Tensor, Tensor]:
-    return y.new_empty(y.shape), y.new_empty(y.shape[:-2], dtype=torch.int64)
-
-
-def _randomized_svd(a: Tensor, test_matrix: Tensor, rank: int, power_iterations: int) -> tuple[Tensor, Tensor, Tensor]:
-    return reference.randomized_svd(a, test_matrix, rank, power_iterations, orthonormalize)
-
-
-def _randomized_svd_fake(
-    a: Tensor, test_matrix: Tensor, rank: int, power_iterations: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    *batch, m, n = a.shape
-    return a.new_empty([*batch, m, rank]), a.new_empty([*batch, rank]), a.new_empty([*batch, rank, n])
 
 
 masked_adamw_ = _define(
@@ -82,18 +64,6 @@ gram_factor = _define(
     reference.gram_factor,
     _gram_factor_fake,
 )
-orthonormalize = _define(
-    "orthonormalize(Tensor y, Tensor? against=None, float? rtol=None) -> (Tensor q, Tensor rank)",
-    _orthonormalize,
-    _orthonormalize_fake,
-)
-randomized_svd = _define(
-    "randomized_svd(Tensor a, Tensor test_matrix, int rank, int power_iterations) -> (Tensor u, Tensor s, Tensor vh)",
-    _randomized_svd,
-    _randomized_svd_fake,
-)
-project_out_ = _define("project_out_(Tensor(a!) x, Tensor basis) -> ()", reference.project_out_, _nothing)
-project_onto_ = _define("project_onto_(Tensor(a!) x, Tensor basis) -> ()", reference.project_onto_, _nothing)
 
 
 def _load(name: str, wanted: bool) -> bool:

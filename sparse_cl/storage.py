@@ -28,7 +28,7 @@ def read(path: str | PathLike, kind: str, writer: str, *names: str) -> tuple[dic
         writer: the public function that writes such files, for error messages.
 
     Raises:
-        ValueError: the file is truncated, no safetensors file, of another kind or version, or lacks a fact.
+        ValueError: the file is truncated, not a safetensors file, of another kind or version, or lacks a fact.
         FileNotFoundError: there is no such file.
     """
     from safetensors import SafetensorError, safe_open

@@ -1,14 +1,20 @@
-"""Where the sections of a state buffer lie."""
+"""Where the sections of a state buffer lie, and that the C++ sources read the table of layout.py."""
 
 import math
+import re
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sparse_cl import layout as table
+from sparse_cl import ops, reference
 from sparse_cl.layout import (
     ALIGNMENT,
+    BLOCK,
     COLUMNS,
     DENSE,
     ELEMENTS,
@@ -24,6 +30,7 @@ from sparse_cl.layout import (
     state_dtype,
 )
 
+CSRC = Path(__file__).parents[1] / "csrc"
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -127,3 +134,73 @@ def test_compact_shapes(kind, shape, units, compact):
 )
 def test_impossible_layouts_are_known(kind, shape, units, options):
     assert not StateLayout(kind, shape, units, torch.float32, **options).is_valid()
+
+
+def camel(name):
+    return "k" + "".join(word.capitalize() for word in name.lower().split("_"))
+
+
+def by_value(*names):
+    """Names of constants of layout.py as C++ spells them, in the order of their values, which must count from 0."""
+    ordered = sorted(names, key=lambda name: getattr(table, name))
+    assert [getattr(table, name) for name in ordered] == list(range(len(names)))
+    return [camel(name) for name in ordered]
+
+
+def field_names():
+    shorter = {"cohort_scope": "scope"}
+    return ["kField" + camel(shorter.get(f, f.removesuffix("_offset")))[1:] for f in FIELDS] + ["kFields"]
+
+
+@pytest.mark.parametrize(
+    "file, enum, expected",
+    [
+        ("layout_args.h", "enum Field", field_names()),
+        ("masked_adamw.h", "enum class Kind : uint8_t", by_value("DENSE", "ROWS", "COLUMNS", "ELEMENTS", "TWO_FOUR")),
+        ("masked_adamw.h", "enum class Scope : uint8_t", by_value("SHARED", "PER_UNIT", "PER_ENTRY")),
+    ],
+)
+def test_the_enums_of_the_kernels_follow_the_table(file, enum, expected):
+    found = re.search(re.escape(enum) + r" \{([^}]*)\}", (CSRC / file).read_text())
+    names = re.findall(r"\w+", found.group(1)) if found else []
+    assert names == expected, f"csrc/{file} must say, as sparse_cl/layout.py does: {enum} {{{', '.join(expected)}}};"
+
+
+@pytest.mark.parametrize(
+    "constant, value", [("kBlock", BLOCK), ("kOffsetUnit", ALIGNMENT), ("kMaxCohorts", MAX_COHORTS)]
+)
+def test_the_constants_of_the_kernels_are_those_of_the_table(constant, value):
+    line = f"constexpr int64_t {constant} = {value};"
+    assert line in (CSRC / "masked_adamw.h").read_text(), f"csrc/masked_adamw.h must say, as layout.py does: {line}"
+
+
+def refusal(op, layout, param_dtype):
+    """Why a step of a parameter of this layout is refused; None if it is not. Nothing is ever written."""
+    param = torch.zeros(layout.shape, dtype=param_dtype)
+    state = torch.zeros(max(layout.nbytes, 0), dtype=torch.uint8)
+    rows = torch.tensor([layout.row()])
+    try:
+        grad = torch.zeros(layout.grad_shape, dtype=param_dtype)
+        op([param], [grad], [state], [], rows, 0.1, None, 0.9, 0.999, 1e-8, 0.0, False, None, torch.ones(()))
+    except RuntimeError as error:
+        return str(error)
+
+
+@pytest.mark.skipif(not ops.LOADED["cpu"], reason="no native library was built")
+@given(data=st.data())
+def test_native_code_and_the_table_allow_the_same(data):
+    """One fact of a possible layout is replaced: both allow what is left, or neither does."""
+    layout = data.draw(layouts())
+    facts = {
+        "kind": st.integers(-1, 5),
+        "units": st.integers(0, 50),
+        "cohorts": st.sampled_from((0, 1, 2, MAX_COHORTS, MAX_COHORTS + 1)),
+        "cohort_scope": st.integers(-1, 3),
+        "compact_grad": st.booleans(),
+        "shape": st.lists(st.integers(0, 9), min_size=2, max_size=3).map(tuple),
+    }
+    name = data.draw(st.sampled_from(sorted(facts)))
+    changed = replace(layout, **{name: data.draw(facts[name])})
+    param_dtype = torch.float64 if changed.dtype == torch.float64 else torch.float32
+    for op in (ops.masked_adamw_, reference.masked_adamw_):
+        assert (refusal(op, changed, param_dtype) is None) == changed.is_valid()

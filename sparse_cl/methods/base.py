@@ -65,7 +65,7 @@ class Method(ABC):
 
         Args:
             model: the base model.
-            batches: of the text, as those of a domain; every token is a label. They are iterated over more than once.
+            batches: of the text, like a domain's; every token is a label. They are iterated over more than once.
 
         Raises:
             ValueError: the method protects no text, or has begun its first domain.
@@ -75,7 +75,7 @@ class Method(ABC):
     def steps(self, steps: int, number: int, domains: int) -> int:
         """Optimizer steps in the domain of index `number` of `domains`, where the run's setting is `steps`.
 
-        0: it is not trained, and its scores are those of the domain before.
+        0: the domain is not trained, and its scores are the previous domain's.
         """
         return steps
 
@@ -114,7 +114,7 @@ class Method(ABC):
         return {}
 
     def save(self, folder: Path) -> None:  # noqa: B027
-        """Write into `folder`, where the model was just saved, what the method must remember beside it.
+        """Write into `folder`, where the model was just saved, what the method must remember.
 
         In a distributed run one process calls this.
         """
@@ -127,6 +127,7 @@ class Method(ABC):
             folders: one for each finished domain, in order: what `save_pretrained` and `save` wrote. At least one.
         """
         # Into the model that is there: a second one would take its room on the device for the rest of the run.
-        saved = type(base).from_pretrained(folders[-1], dtype=base.dtype)
+        model: Any = base  # of transformers, which no module here imports
+        saved = type(model).from_pretrained(folders[-1], dtype=model.dtype)
         base.load_state_dict(saved.state_dict())
         return base

@@ -31,12 +31,12 @@ Factors = tuple[Tensor, Tensor]
 
 
 class Curvature(Method):
-    """Full fine-tuning whose every update is taken out of, or damped in, curved directions of earlier domains (CDCL).
+    """Full fine-tuning that removes or damps each update in the curved directions of earlier domains (CDCL).
 
-    Of each linear layer of the residual blocks the Kronecker factors A = E[x xᵀ] and S = E[δ δᵀ] of the Fisher with
-    sampled labels (Martens & Grosse 2015) are summed over the domains learned, and the text protected: the products of
-    the sums stand for the sum of the domains' curvatures, and have the cross terms besides. They are those of the model
-    as it was when each domain had been learned.
+    For each linear layer of the residual blocks, the Kronecker factors A = E[x xᵀ] and S = E[δ δᵀ] of the Fisher with
+    sampled labels (Martens & Grosse 2015) are summed over the domains learned and the protected text. The product of
+    sums approximates the sum of the domains' Kronecker products, with extra cross terms. Each domain's factors are
+    measured on the model right after it learned that domain.
 
     Args:
         mode: "hard": an update's coordinates in the two eigenbases with λ_S λ_A above a threshold τ are removed;
@@ -204,7 +204,8 @@ class Curvature(Method):
         for name, pair in self.factors.items():
             parameter = model.get_parameter(name)
             dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-            yield name, Kronecker.of(*(factor.to(parameter.device) for factor in pair), dtype)
+            rows, columns = pair
+            yield name, Kronecker.of(rows.to(parameter.device), columns.to(parameter.device), dtype)
 
 
 def _sum(first: Factors, second: Factors) -> Factors:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from .lora import ALPHA, RANK, MergedWeights, add_adapter, merged, with_adapters
 from .options import check_above_zero, check_at_least
 
 MAX_WIDTH = 8192
-"""Inputs of layers up to this width have n × n moments and bases, 256 MiB each; wider ones an entry a feature."""
+"""Inputs of layers up to this width have n × n moments and bases, 256 MiB each; wider ones one entry per feature."""
 _FILE = "usage.safetensors"
 
 
@@ -40,16 +40,16 @@ class Elastic(Method):
     a first domain, all this is AdamW.
 
     Args:
-        strength: of the pull that one domain adds, in units of 1/lr: in each step a direction of mean use goes back by
-            lr · strength / (1 + lr · strength) of its way.
-        token_strength: of that of embeddings beside that of layers.
-        text_weight: what the text given to `protect` adds beside a domain.
-        max_width: of a layer with more inputs the q_j are the inputs themselves, as an n × n basis would be too large.
+        strength: of the pull that one domain adds, in units of 1/lr: each step undoes the fraction
+            lr · strength / (1 + lr · strength) of what a direction of mean use has moved.
+        token_strength: strength for embeddings, relative to `strength`.
+        text_weight: weight of the text given to `protect`; a domain has weight 1.
+        max_width: layers with more inputs use the inputs themselves as q_j, since an n × n basis would be too large.
     """
 
     name = "elastic"
     protects = True
-    options = ("strength", "token_strength", "text_weight", "max_width")
+    options: tuple[str, ...] = ("strength", "token_strength", "text_weight", "max_width")
     default_lr = 2e-3
 
     def __init__(
@@ -63,11 +63,18 @@ class Elastic(Method):
         self.token_strength = check_at_least("token_strength", token_strength, 0)
         self.text_weight = check_above_zero("text_weight", text_weight)
         self.max_width = check_at_least("max_width", max_width, 0)
-        self.usage: InputUsage | None = None
+        self._usage: InputUsage | None = None
         self._pulls: dict[str, ElasticPull] = {}
         self._before: dict[str, Tensor] = {}
         self._layers: dict[str, dict[str, Any]] = {}
         self._begun = False
+
+    @property
+    def usage(self) -> InputUsage:
+        """Of the domains learned so far, and the text protected; there is none before the first of them begins."""
+        if self._usage is None:
+            raise RuntimeError(f"{self.name}: before_domain, protect or restore comes first")
+        return self._usage
 
     def settings(self) -> dict[str, Any]:
         return {option: getattr(self, option) for option in self.options}
@@ -81,10 +88,10 @@ class Elastic(Method):
                 )
 
     def protect(self, model: nn.Module, batches: Iterable[Batch]) -> None:
-        check_first(self.name, self.usage is None)
+        check_first(self.name, self._usage is None)
         usage = InputUsage(model, self.max_width)
         usage.observe(model, batches, self.text_weight)
-        self.usage = usage
+        self._usage = usage
 
     def before_domain(self, model: nn.Module, batches: Iterable[Batch]) -> nn.Module:
         self._begin(model, batches)
@@ -114,8 +121,8 @@ class Elastic(Method):
 
     def _begin(self, base: nn.Module, batches: Iterable[Batch]) -> None:
         """Measure, before a domain is learned, what of its gradient is free."""
-        if self.usage is None:
-            self.usage = InputUsage(base, self.max_width)
+        if self._usage is None:
+            self._usage = InputUsage(base, self.max_width)
         self._layers = {name: {"surviving": 1.0, "leak": None} for name in self.usage.modules}
         self._before, self._begun = {}, True
         if not self.usage.moments:
@@ -150,7 +157,7 @@ class Elastic(Method):
             layer |= self.usage.account(name)
 
     def _load(self, base: nn.Module, folder: Path) -> None:
-        self.usage = InputUsage(base, self.max_width)
+        self._usage = InputUsage(base, self.max_width)
         self.usage.take(storage.read(folder / _FILE, "usage", f"a run of the method {self.name}")[0])
 
     def _make_pulls(self, model: nn.Module) -> dict[str, ElasticPull]:
@@ -184,7 +191,7 @@ class ElasticLoRA(Elastic):
     """
 
     name = "elastic-lora"
-    options = ("strength", "text_weight", "max_width", "rank", "alpha")
+    options: tuple[str, ...] = ("strength", "text_weight", "max_width", "rank", "alpha")
     default_lr = 4e-3
 
     def __init__(
@@ -217,12 +224,13 @@ class ElasticLoRA(Elastic):
 
     @torch.no_grad()
     def _confine(self, adapted: nn.Module) -> dict[str, ElasticPull]:
-        """Start each A anew outside what is used, and the pulls of them by name."""
+        """Draws each A again, outside the used directions; returns the pulls by name."""
         layers = {id(layer): name for name, layer in self.usage.modules.items()}
         names = {id(parameter): name for name, parameter in adapted.named_parameters()}
         pulls = {}
-        for module in adapted.modules():
-            if hasattr(module, "lora_A") and (layer := layers.get(id(module.get_base_layer()))):
+        adapters: Iterator[Any] = (module for module in adapted.modules() if hasattr(module, "lora_A"))
+        for module in adapters:
+            if layer := layers.get(id(module.get_base_layer())):
                 a = module.lora_A["default"].weight
                 basis, use = self.usage.bases[layer]
                 use = use.to(a.dtype)

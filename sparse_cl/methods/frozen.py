@@ -8,20 +8,20 @@ from torch import nn
 
 
 class Frozen:
-    """Knows which parameters it froze, so that what the caller froze stays so."""
+    """Knows which parameters it froze, so that what the caller froze stays frozen."""
 
     def __init__(self) -> None:
         self._parameters: list[nn.Parameter] = []
 
     def freeze(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Freezes these, and nothing else that it froze before."""
+        """Freezes these parameters, and thaws what it froze before."""
         self.thaw()
         self._parameters = [parameter for parameter in parameters if parameter.requires_grad]
         for parameter in self._parameters:
             parameter.requires_grad_(False)
 
     def thaw(self) -> None:
-        """Lets learn again what `freeze` froze."""
+        """Unfreezes what `freeze` froze."""
         for parameter in self._parameters:
             parameter.requires_grad_(True)
         self._parameters = []

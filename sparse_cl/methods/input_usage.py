@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_cl.models.parts import find_blocks, shape_of
+from sparse_cl.models.parts import Linear, find_blocks, shape_of
 from sparse_cl.models.passes import answer_tokens, stream
 from sparse_cl.probes.inputs import InputProbe, energy_watches
 
@@ -21,9 +21,9 @@ _TOKENS = "tokens"
 class InputUsage:
     """Second moments of layers' inputs, and the shares of tokens, summed over texts; each text counts alike.
 
-    A direction q_j, an eigenvector of A = Σ E[x xᵀ], is used u_j = λ_j / μ, μ the mean λ of one text, and of all there
-    is to it u_j / (1 + u_j) counts as taken: the account of capacity needs no threshold then. Of an input with more
-    than `max_width` features the diagonal of A alone is kept, and the features themselves are the directions.
+    The directions q_j are the eigenvectors of A = Σ E[x xᵀ]. The usage of q_j is u_j = λ_j / μ, with μ the mean λ of
+    one text; the fraction u_j / (1 + u_j) counts as taken, so the account of capacity needs no threshold. For inputs
+    with more than `max_width` features only the diagonal of A is kept, and the features themselves are the directions.
 
     Args:
         base: the model without adapters; its layers are known by themselves, whatever wraps them later.
@@ -37,20 +37,21 @@ class InputUsage:
         bases: by layer Q (n, n), or None for the features themselves, and u (n,), where its weight is.
     """
 
-    def __init__(self, base: nn.Module, max_width: int):
+    def __init__(self, base: nn.Module, max_width: int) -> None:
         self.max_width = max_width
-        self.modules: dict[str, nn.Module] = {}
+        self.modules: dict[str, Linear] = {}
         self._readers: dict[str, str] = {}
         for block in find_blocks(base):
             for part in (block.attention, block.mlp):
                 self.modules |= {**part.into, part.out_name: part.out}
                 self._readers |= {**dict.fromkeys(part.into, next(iter(part.into))), part.out_name: part.out_name}
-        output = base.get_output_embeddings()
+        model: Any = base  # of transformers, which no module here imports
+        output = model.get_output_embeddings()
         self.heads = {
             name: module for name, module in base.named_modules() if module is output and isinstance(module, nn.Linear)
         }
         self._readers |= {name: name for name in self.heads}
-        self.embedding = base.get_input_embeddings()
+        self.embedding = model.get_input_embeddings()
         self.moments: dict[str, Tensor] = {}
         self.bases: dict[str, tuple[Tensor | None, Tensor]] = {}
 
@@ -82,9 +83,9 @@ class InputUsage:
     def _moments(
         model: nn.Module, batches: Iterable[Batch], wide: Mapping[str, nn.Module], narrow: Mapping[str, nn.Module]
     ) -> dict[str, Tensor]:
-        """Means a token, on the CPU: of wide layers' inputs (n,), of narrow ones' (n, n).
+        """Means per token, on the CPU: (n,) for inputs of wide layers, (n, n) for narrow ones.
 
-        What was summed on the device is gone when this returns; nothing there is as large as it.
+        The sums on the device, the largest tensors there, are freed when this returns.
         """
         watches, totals = energy_watches(wide)
         probe = InputProbe(model, narrow, tokens="all") if narrow else None
@@ -92,7 +93,7 @@ class InputUsage:
         found = {name: total.cpu() / seen for name, total in totals.items()}
         if probe:
             for name, halves in probe.result().halves.items():
-                found[name] = sum(half.moment for half in halves).cpu() / seen
+                found[name] = (halves[0].moment + halves[1].moment).cpu() / seen
         return found
 
     def take(self, moments: Mapping[str, Tensor]) -> None:

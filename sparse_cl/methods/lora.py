@@ -1,4 +1,4 @@
-"""Sequential LoRA: one low-rank adapter, trained on and on through the domains."""
+"""Sequential LoRA: one low-rank adapter, trained through all domains."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def add_adapter(
 
 def merged(model: nn.Module) -> nn.Module:
     """The model without adapters: what one holds is added to the weights."""
-    return model.merge_and_unload() if hasattr(model, "merge_and_unload") else model
+    return getattr(model, "merge_and_unload", lambda: model)()
 
 
 class MergedWeights(Mapping):
@@ -54,8 +54,8 @@ class MergedWeights(Mapping):
 
     def __init__(self, model: nn.Module, weights: Mapping[str, nn.Parameter]) -> None:
         self._weights = weights
-        adapted = (layer for layer in model.modules() if hasattr(layer, "get_delta_weight"))
-        self._layers = {layer.get_base_layer().weight: layer for layer in adapted}
+        adapted: Iterator[Any] = (layer for layer in model.modules() if hasattr(layer, "get_delta_weight"))
+        self._layers: dict[nn.Parameter, Any] = {layer.get_base_layer().weight: layer for layer in adapted}
 
     def __getitem__(self, name: str) -> Tensor:
         weight = self._weights[name]

@@ -24,12 +24,12 @@ _FILE = "neurons.safetensors"
 class NeuronAccount:
     """What a method leaves open of each MLP in a domain, and what domains have used so far.
 
-    A domain's entries in `layers`, one a MLP:
+    `layers` has one entry per MLP for the present domain:
 
     - `width`: its neurons;
     - `surviving`: the share of the energy of the domain's gradient, before it is learned, that the gains let through:
-      Σ_j gain_j² ‖G_j‖² / Σ_j ‖G_j‖², where G_j is that of all weights and biases of neuron j, and ‖G_j‖² is summed
-      over halves of the first batches;
+      Σ_j gain_j² ‖G_j‖² / Σ_j ‖G_j‖², where G_j is the gradient of neuron j's weights and biases, and ‖G_j‖² is
+      summed over halves of the first batches;
     - `leak`: the share of the energy of the MLP's change over the domain that is in closed neurons; None: none is
       closed;
     - `used`, `free`: neurons in use once the domain is learned, and the others.
@@ -87,12 +87,13 @@ class NeuronAccount:
         """Measure the leak of a domain that was learned, and count what is in use now.
 
         Args:
-            used: MLP → (neurons,) bool: what the domain took, besides what was in use.
+            used: MLP → (neurons,) bool: what the domain took, in addition to what was in use.
             learned: the weights of neurons as the next domain will find them; None: as the parameters now are.
         """
         learned = self._weights if learned is None else learned
         for layer, where in self._where.items():
-            change = sum(p.energies(learned[p.parameter].detach().cpu() - self._before[p.parameter]) for p in where)
+            changes = (p.energies(learned[p.parameter].detach().cpu() - self._before[p.parameter]) for p in where)
+            change = sum(changes, torch.zeros(()))
             closed = self._gains[layer] == 0
             total = float(change.sum())
             leak = (float(change[closed].sum()) / total if total else 0.0) if bool(closed.any()) else None

@@ -12,6 +12,7 @@ from sparse_cl.masks import ColumnMask, RowMask
 from sparse_cl.models.neuron_masks import neuron_count, neuron_masks, places, top_neurons
 from sparse_cl.models.parts import find_mlps
 from sparse_cl.nn import activate
+from sparse_cl.nn.activation import remember_frozen
 from sparse_cl.probes.activation import ActivationProbe
 
 from .base import Batch
@@ -19,7 +20,7 @@ from .neuron_account import NeuronAccount
 
 
 def check_fraction(fraction: float) -> None:
-    """Errors as those of `neuron_count`."""
+    """Checks a fraction; raises the errors of `neuron_count`."""
     neuron_count(fraction, 1)
 
 
@@ -56,17 +57,17 @@ def chosen(model: nn.Module, neurons: Mapping[str, Tensor]) -> dict[str, Tensor]
 
 
 def train_only(model: nn.Module, masks: Mapping[str, RowMask | ColumnMask]) -> None:
-    """Freezes all but the masked entries, in place, until `sparse_cl.nn.restore`; what was frozen stays so.
+    """Freezes all but the masked entries, in place, until `sparse_cl.nn.restore`; what was frozen stays frozen.
 
-    Linear layers without a masked bias compute the gradient of their masked entries alone (`ActiveLinear`). What else
-    is masked gets a whole one, and needs its mask in the optimizer (`trained`).
+    Linear layers without a masked bias compute only the gradient of their masked entries (`ActiveLinear`). Other masked
+    parameters get a full gradient, and need their mask in the optimizer (`trained`).
     """
     opened = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     linear = {name: masks[name] for name in opened if name in masks and can_be_active(model, name, masks)}
     if linear:
         activate(model, linear)
     else:
-        model.frozen_by_activate = opened
+        remember_frozen(model, opened)
     for name in opened:
         model.get_parameter(name).requires_grad_(name in masks and name not in linear)
 
@@ -74,7 +75,7 @@ def train_only(model: nn.Module, masks: Mapping[str, RowMask | ColumnMask]) -> N
 def train_most_active(
     method: str, model: nn.Module, batches: Iterable[Batch], fraction: float, account: NeuronAccount
 ) -> dict[str, RowMask | ColumnMask]:
-    """Begins a domain: chooses its neurons, notes them in the account, and freezes all else; the masks.
+    """Begins a domain: chooses its neurons, notes them in the account, freezes the rest, and returns the masks.
 
     Args:
         method: its name, for warnings.

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+from typing import TypeVar
+
+Number = TypeVar("Number", int, float)
 
 
 def check_share(name: str, value: float, *, one: bool = True) -> float:
@@ -27,7 +30,7 @@ def check_above_zero(name: str, value: float) -> float:
     return value
 
 
-def check_at_least(name: str, value: float, least: float) -> float:
+def check_at_least(name: str, value: Number, least: float) -> Number:
     """`value`, if it is a finite number of at least `least`.
 
     Raises:

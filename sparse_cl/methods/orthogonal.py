@@ -28,7 +28,7 @@ _FILE = "memory.safetensors"
 
 @contextmanager
 def told_already() -> Iterator[None]:
-    """Without a warning for each layer that has no room: how many have little, and which least, was said before."""
+    """Silences the warning per layer without room: one warning already said how many layers have little."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*(no free direction left|not updated any more)")
         yield
@@ -49,7 +49,7 @@ class SubspaceMethod(Method):
     """
 
     protects = True
-    options = ("energy", "source", "max_rank")
+    options: tuple[str, ...] = ("energy", "source", "max_rank")
 
     def __init__(self, energy: float, source: str, max_rank: int | None) -> None:
         check_share("energy", energy)
@@ -58,10 +58,17 @@ class SubspaceMethod(Method):
         if max_rank is not None and max_rank < 1:
             raise ValueError(f"max_rank: expected at least 1, or none for no limit, got {max_rank}")
         self.energy, self.source, self.max_rank = energy, source, max_rank
-        self.memory: SubspaceMemory | None = None
+        self._memory: SubspaceMemory | None = None
         self._weights: dict[str, nn.Parameter] = {}
         self._before: dict[str, torch.Tensor] = {}
         self._layers: dict[str, dict[str, Any]] = {}
+
+    @property
+    def memory(self) -> SubspaceMemory:
+        """Of the domains learned so far, and the text protected; there is none before the first of them begins."""
+        if self._memory is None:
+            raise RuntimeError(f"{self.name}: before_domain, protect or restore comes first")
+        return self._memory
 
     def settings(self) -> dict[str, Any]:
         return {"energy": self.energy, "source": self.source, "max_rank": self.max_rank}
@@ -77,7 +84,7 @@ class SubspaceMethod(Method):
         self._new_memory(model)
 
     def protect(self, model: nn.Module, batches: Iterable[Batch]) -> None:
-        check_first(self.name, self.memory is None)
+        check_first(self.name, self._memory is None)
         self._remember(model, self._new_memory(model))
         self._observe(model, batches)
         self.memory.consolidate()
@@ -93,7 +100,7 @@ class SubspaceMethod(Method):
 
     def _remember(self, base: nn.Module, memory: SubspaceMemory) -> None:
         """Take a memory that is bound to `base`."""
-        self.memory = memory
+        self._memory = memory
         if memory.settings.source == "inputs":
             with memory.watch():
                 pass  # from now on only the probe batches are noted, not training
@@ -110,7 +117,7 @@ class SubspaceMethod(Method):
         Args:
             base: the model without adapters; the first time, a memory of its linear layers is made.
         """
-        if self.memory is None:
+        if self._memory is None:
             self._remember(base, self._new_memory(base))
         self._layers = {name: {"surviving": 1.0} for name in self._weights}
         self._before = {}
@@ -156,8 +163,8 @@ class SubspaceMethod(Method):
 class Orthogonal(SubspaceMethod):
     """Full fine-tuning whose every update, weight decay included, is projected (GPM's subspaces, Saha et al. 2021).
 
-    Linear layers are protected by their subspaces. From the second domain on, what is no linear layer (embeddings, a
-    head tied to them, norms, biases) is frozen, the optimizer's default: it has no subspace, and would undo the rest.
+    Linear layers are protected by their subspaces. From the second domain on, everything else (embeddings, a head tied
+    to them, norms, biases) is frozen, the optimizer's default: it has no subspace and would undo the rest.
     """
 
     name = "orthogonal"

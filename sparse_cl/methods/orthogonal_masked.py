@@ -20,18 +20,18 @@ from .orthogonal import Orthogonal, told_already
 
 
 class OrthogonalMasked(Orthogonal):
-    """`Orthogonal`, of the top-K neurons that `SparseMasked` chooses; all else stays bit-identical.
+    """`Orthogonal` on the top-K neurons that `SparseMasked` chooses; everything else stays bit-identical.
 
-    Rows of the layers into the neurons are projected as without a mask: the two commute. Of the layer out of them the
-    update has columns of its own neurons alone, and must be orthogonal to what those columns see of the basis: where
-    earlier domains use as many directions of it as there are neurons chosen, nothing of that layer is updated.
+    Rows of the layers into the neurons are projected as without a mask, since the two commute. The update of the layer
+    out of them has only the columns of the chosen neurons, and must be orthogonal to what those columns see of the
+    basis. If earlier domains use as many directions there as neurons are chosen, that layer is not updated.
 
-    The account has an entry for each of the MLPs' matrices, as that of `Orthogonal`, and for each MLP, as that of
+    The account has an entry for each matrix of the MLPs, as in `Orthogonal`, and one for each MLP, as in
     `SparseMasked`: what survives the projection without the mask, and the mask without the projection.
 
     Args:
         fraction: K over the neurons of a layer, in (0, 1].
-        energy, source, max_rank: as there.
+        energy, source, max_rank: as for `Orthogonal`.
     """
 
     name = "orthogonal-masked"

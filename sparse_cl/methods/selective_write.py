@@ -1,4 +1,4 @@
-"""Selective write: the more earlier domains use a neuron, the less of each update it takes; hubs take none."""
+"""Selective write: neurons that earlier domains use more take less of each update; hubs take none."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def gains_of(usage: Tensor, closed: float, sharpness: float) -> Tensor:
         usage: (neurons,), E|h_j| / mean_k E|h_k| (Sokar et al. 2023): 0 for a neuron that is never active, 1 for the
             average one.
         closed: share of the neurons that are hubs, those used most; rounded.
-        sharpness: 0: all that are open take the whole update.
+        sharpness: 0: all open neurons take the whole update.
 
     Returns:
         (neurons,) float32 in [0, 1], falling with usage.
@@ -42,14 +42,14 @@ def gains_of(usage: Tensor, closed: float, sharpness: float) -> Tensor:
 
 
 class SelectiveWrite(Method):
-    """AdamW whose steps are scaled, neuron by neuron, by how little earlier domains use it.
+    """AdamW that scales the step of each neuron down by how much earlier domains use it.
 
-    Usage of a neuron is the mean over the domains learned so far, and the text given to `protect`, of its Sokar score
-    (`gains_of`), measured on each when it was learned. Gains act on the optimizer's step, weight decay included, after
-    the division by the second moment: a gain on the gradient would be divided out again. Neurons are those of the MLPs;
-    what belongs to none has a gain of its own. Until there is anything to protect all is trained as by AdamW.
+    A neuron's usage is the mean of its Sokar score (`gains_of`) over the domains learned so far and the text given to
+    `protect`, each measured when it was learned. Gains act on the optimizer's step, weight decay included, after the
+    division by the second moment: a gain on the gradient would be divided out again. Neurons are the MLPs' neurons;
+    parameters of no neuron share the gain `rest`. Until there is anything to protect, all is trained as by AdamW.
 
-    The account (`NeuronAccount`) has those neurons in use that hold 90 % of a learned domain's mean |activation|
+    The account (`NeuronAccount`) counts as used the neurons that hold 90 % of a learned domain's mean |activation|
     (`capacity.neurons_holding`).
 
     Args:
@@ -114,10 +114,10 @@ class SelectiveWrite(Method):
     def make_optimizer(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         masks = {name: self.masks[name] for name, _ in trained if name in self.masks}
-        neurons = {"params": [(name, p) for name, p in trained if name in masks], "lr": lr}
-        rest = {"params": [(name, p) for name, p in trained if name not in masks]}
-        rest["lr"] = lr * self.rest if self.masks else lr
-        return SparseMaskedAdamW([g for g in (neurons, rest) if g["params"]], lr=lr, masks=masks)
+        neurons = [(name, p) for name, p in trained if name in masks]
+        rest = [(name, p) for name, p in trained if name not in masks]
+        groups = ({"params": neurons, "lr": lr}, {"params": rest, "lr": lr * self.rest if self.masks else lr})
+        return SparseMaskedAdamW([g for g in groups if g["params"]], lr=lr, masks=masks)
 
     def after_domain(self, model: nn.Module, batches: Iterable[Batch]) -> None:
         self._frozen.thaw()

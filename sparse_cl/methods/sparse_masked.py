@@ -21,9 +21,9 @@ from .neurons import check_fraction, train_most_active, trained
 class SparseMasked(Method):
     """Updates the top-K neurons of each MLP by mean |activation| on the new domain; all else stays bit-identical.
 
-    While a domain is learned, linear layers are `sparse_cl.nn.ActiveLinear`, which compute the gradients of these
-    neurons alone (but for those into the neurons that have a bias). The account (`NeuronAccount`) has a neuron in use
-    once a domain trained it.
+    While a domain is learned, linear layers are `sparse_cl.nn.ActiveLinear`, which compute only the gradients of these
+    neurons (except layers into the neurons that have a bias). The account (`NeuronAccount`) counts a neuron as in use
+    once a domain has trained it.
 
     Args:
         fraction: K over the neurons of a layer, in (0, 1].
@@ -31,7 +31,7 @@ class SparseMasked(Method):
 
     name = "sparse-masked"
     default_lr = 4e-3
-    options = ("fraction",)
+    options: tuple[str, ...] = ("fraction",)
 
     def __init__(self, fraction: float = 0.1) -> None:
         check_fraction(fraction)

@@ -21,12 +21,12 @@ from .sparse_masked import SparseMasked
 
 
 class SparseMaskedLoRA(SparseMasked):
-    """A fresh LoRA adapter each domain on the MLPs' matrices, zero outside the domain's top-K neurons.
+    """A fresh LoRA adapter for each domain on the MLPs' matrices, zero outside the domain's top-K neurons.
 
-    ΔW = s B A of the layers into the neurons is zero outside the neurons' rows, as B's other rows are frozen at 0; that
-    of the layer out of them outside the neurons' columns, as A's other columns are. The adapter of the domain before is
-    merged into the weights first, so that its neurons keep what they learned unless they are chosen again. Neurons are
-    those of `SparseMasked`, and so is the account.
+    In the layers into the neurons, ΔW = s B A is zero outside the neurons' rows, because B's other rows are frozen at
+    0. In the layer out of them it is zero outside the neurons' columns, because A's other columns are frozen at 0. The
+    previous domain's adapter is merged into the weights first, so its neurons keep what they learned unless they are
+    chosen again. Neurons and account are as in `SparseMasked`.
 
     Args:
         fraction: K over the neurons of a layer, in (0, 1].
@@ -55,7 +55,7 @@ class SparseMaskedLoRA(SparseMasked):
         names = {parameter: name for name, parameter in adapted.named_parameters()}
         self.masks = {}
         for mlp in mlps:
-            self.masks |= _confine(mlp, adapted.base_model.model, opened[mlp.name], names)
+            self.masks |= _confine(mlp, adapted.get_submodule("base_model.model"), opened[mlp.name], names)
         return adapted
 
     def make_optimizer(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
@@ -74,19 +74,19 @@ class SparseMaskedLoRA(SparseMasked):
 def _confine(
     mlp: MLP, base: nn.Module, opened: Tensor, names: dict[nn.Parameter, str]
 ) -> dict[str, RowMask | ColumnMask]:
-    """Makes the fresh adapters of an MLP zero outside the open neurons; the masks that keep them so.
+    """Makes the fresh adapters of an MLP zero outside the open neurons; returns the masks that keep them so.
 
     Args:
         mlp: as found before the adapters were added.
         base: the model that now has them.
-        names: those of the parameters.
+        names: of the parameters.
     """
     masks: dict[str, RowMask | ColumnMask] = {}
     copies = 2 if mlp.layout.stacked else 1
     for name in mlp.into:
-        b = base.get_submodule(name).lora_B["default"].weight
+        b = base.get_parameter(f"{name}.lora_B.default.weight")
         masks[names[b]] = RowMask(opened.repeat(copies).nonzero().flatten(), b.shape)
-    a = base.get_submodule(mlp.out_name).lora_A["default"].weight
+    a = base.get_parameter(f"{mlp.out_name}.lora_A.default.weight")
     a[:, ~opened.to(a.device)] = 0
     masks[names[a]] = ColumnMask(opened.nonzero().flatten(), a.shape)
     return masks

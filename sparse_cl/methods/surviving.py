@@ -54,9 +54,9 @@ def each_gradient(
 ) -> None:
     """Shows the gradient of each weight on each half of the first batches, by the mean answer loss, in evaluation mode.
 
-    One gradient at a time is held, and half a batch, as its float32 activations may take the room of a whole one's
-    under autocast: where an adapter can be trained there is memory for this, unless activations are checkpointed, which
-    models do in training mode only. Modes, flags and gradients are put back.
+    Holds one gradient at a time, and runs half a batch, since its float32 activations may take as much memory as a
+    whole batch under autocast. Whoever can train an adapter has the memory for this, unless activations are
+    checkpointed, which models do in training mode only. Modes, flags and gradients are restored.
 
     Args:
         weights: by name. No other parameter gets a gradient.
@@ -69,6 +69,7 @@ def each_gradient(
 
     def show(name: str, weight: Tensor) -> None:
         gradient, weight.grad = weight.grad, None
+        assert gradient is not None  # the hook runs once it is there
         if not gradient.sum(dtype=torch.promote_types(gradient.dtype, torch.float32)).isfinite():
             raise ValueError(_not_finite(f"gradient of {name}", number))
         see(name, gradient)

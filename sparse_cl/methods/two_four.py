@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,16 +30,16 @@ class TwoFour(Method):
     """Two of each four weights are locked once something is learned; later domains train the other two.
 
     The first domain trains everything. Then, of each four weights along the input of the blocks' linear layers, the two
-    that matter most to it become the locked track, bit-identical for good; later domains train the free track, and
-    everything else (embeddings, norms, biases, head) is frozen. With a text to protect its two are locked before the
+    that matter most to it become the locked track and stay bit-identical. Later domains train the free track;
+    everything else (embeddings, norms, biases, head) is frozen. With a text to protect, its two are locked before the
     first domain, which then trains the free track as well.
 
-    What this keeps: the model with its free track at zero (`sparse_cl.probes.two_four.only_two_four`), which computes
-    what it computed when it was locked, whatever is learned later, at the price of the conversion that `record`
-    reports. The dense model is not kept: the free track writes into the same outputs. And there are no third two of
-    four to lock: from the second domain on the free track on, domains write over each other there; a warning says so.
+    This keeps the model with its free track at zero (`sparse_cl.probes.two_four.only_two_four`): it computes what it
+    computed when it was locked, whatever is learned later, at the cost of the conversion that `record` reports. The
+    dense model is not kept, since the free track writes into the same outputs. Nor can more be locked: domains after
+    the first one on the free track overwrite each other there, and a warning says so.
 
-    `record`: `layers`, with weights as their width; `conversion`, nats a token on the domain's first batches "before"
+    `record`: `layers`, with weights as their width; `conversion`, nats per token on the domain's first batches "before"
     it is learned and "after", with all weights (`dense`) and without the free track (`locked`). Before anything is
     locked, `locked` is what the domain's own two of four would give.
 
@@ -56,7 +56,7 @@ class TwoFour(Method):
         if score not in SCORES:
             raise ValueError(f"score: expected {' or '.join(map(repr, SCORES))}, got {score!r}")
         self.score = score
-        self.locked: dict[str, TwoFourMask] = {}
+        self.locked: Mapping[str, TwoFourMask] = {}
         self.sharing = 0
         self._before: dict[str, Tensor] = {}
         self._record: dict[str, Any] = {}
@@ -121,7 +121,8 @@ class TwoFour(Method):
 
     def restore(self, base: nn.Module, folders: Sequence[Path]) -> nn.Module:
         model = super().restore(base, folders)
-        self.locked = load_masks(folders[-1] / _FILE, model.device)
+        masks = load_masks(folders[-1] / _FILE, next(model.parameters()).device)
+        self.locked = cast("dict[str, TwoFourMask]", masks)  # as `save` wrote them
         self.sharing = json.loads((folders[-1] / _SHARING).read_text())["sharing"]
         return model
 
@@ -132,7 +133,7 @@ class TwoFour(Method):
         return float(squares[self.locked[name].to(squares.device).to_dense()].sum()) / total if total else 0.0
 
 
-def _losses(model: nn.Module, masks: dict[str, TwoFourMask], batches: Iterable[Batch]) -> dict[str, float]:
+def _losses(model: nn.Module, masks: Mapping[str, TwoFourMask], batches: Iterable[Batch]) -> dict[str, float]:
     first = list(islice(batches, _BATCHES))
     dense = mean_loss(model, first)
     with only_two_four(model, masks):

@@ -13,6 +13,8 @@ import transformers
 from safetensors import SafetensorError
 from torch import nn
 
+import sparse_cl
+
 from .processes import processes
 
 
@@ -47,18 +49,19 @@ def _listed(folder: Path) -> str:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that a result depends on."""
-    packages = ("torch", "transformers", "peft", "accelerate", "datasets", "sparse_cl")
+    packages = ("torch", "transformers", "peft", "accelerate", "datasets")
     found = {"python": platform.python_version()}
     for package in packages:
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             found[package] = "not installed"
-    return found
+    # The metadata of an editable install may be older than the source.
+    return found | {"sparse_cl": sparse_cl.__version__}
 
 
 def quiet() -> None:
-    """Of transformers, errors only: no bars beside our own, no advice, no deprecations inside it and peft."""
+    """Silences transformers' progress bars, advice and deprecation warnings; errors remain."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

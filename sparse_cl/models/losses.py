@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .passes import Batch, answer_tokens, call, evaluation
 
 Loss = Callable[[nn.Module, Batch], tuple[Tensor, int]]
-"""Of a model and a batch: the loss summed over tokens (0-d, in the graph), and how many tokens that were."""
+"""Maps a model and a batch to the loss summed over tokens (0-d, in the graph) and the number of these tokens."""
 
 
 def predictions(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -28,6 +28,7 @@ def predictions(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor | None, 
     counted = answer_tokens(batch, "answers")
     if counted is None:
         return output.reshape(-1, output.shape[-1]), None, None
+    assert isinstance(batch, Mapping)  # a batch with tokens is
     # A token is predicted from the one before it.
     before = torch.zeros_like(counted)
     before[:, :-1] = counted[:, 1:]
@@ -54,12 +55,13 @@ def answer_loss(model: nn.Module, batch: Batch) -> tuple[Tensor, int]:
 
 @torch.no_grad()
 def mean_loss(model: nn.Module, batches: Iterable[Batch], loss: Loss | None = None) -> float:
-    """Mean over all tokens that count, in nats a token, in evaluation mode.
+    """Mean over all tokens that count, in nats per token, in evaluation mode.
 
     Raises:
         ValueError: no token counts.
     """
-    total, count = 0.0, 0
+    total: float | Tensor = 0.0
+    count = 0
     with evaluation(model):
         for batch in batches:
             summed, tokens = (loss or answer_loss)(model, batch)

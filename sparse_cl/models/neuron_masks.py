@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparse_cl.masks import ColumnMask, RowMask
 
-from .parts import MLP, is_transposed, matrix_of
+from .parts import MLP, Linear, is_transposed, matrix_of
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Place:
         return wide.double().square().view(self.copies, -1).sum(0)
 
 
-def output_places(name: str, layer: nn.Module, copies: int = 1) -> tuple[Place, ...]:
+def output_places(name: str, layer: Linear, copies: int = 1) -> tuple[Place, ...]:
     """Places of the neurons that a linear layer's outputs are: rows of its weight, entries of its bias.
 
     Raises:
@@ -61,7 +61,7 @@ def output_places(name: str, layer: nn.Module, copies: int = 1) -> tuple[Place, 
 def places(mlp: MLP) -> tuple[Place, ...]:
     """Places of an MLP's neurons: rows of the layers into them with their biases, columns of the layer out of them.
 
-    The bias of the layer out belongs to no neuron. Errors as those of `output_places`.
+    The bias of the layer out belongs to no neuron. Errors as for `output_places`.
     """
     copies = 2 if mlp.layout.stacked else 1
     into = [place for name, layer in mlp.into.items() for place in output_places(name, layer, copies)]

@@ -5,8 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
+
+Linear: TypeAlias = Any
+"""A linear layer: `nn.Linear`, transformers' Conv1D, or an adapted or quantized one. They share no base class."""
 
 _MIXTURE = re.compile("Experts|Router|M[oO][eE]")
 
@@ -47,8 +51,8 @@ class Attention:
 
     name: str
     layout: Layout
-    into: dict[str, nn.Module]
-    out: nn.Module
+    into: dict[str, Linear]
+    out: Linear
     out_name: str
 
 
@@ -79,14 +83,14 @@ def is_transposed(layer: nn.Module) -> bool:
     return type(layer).__name__ == "Conv1D"
 
 
-def shape_of(layer: nn.Module) -> tuple[int, int]:
+def shape_of(layer: Linear) -> tuple[int, int]:
     """Outputs and inputs of a linear layer, adapted or quantized ones too."""
     if is_transposed(layer):
         return layer.weight.shape[1], layer.weight.shape[0]
     return layer.out_features, layer.in_features
 
 
-def matrix_of(layer: nn.Module, name: str) -> Tensor:
+def matrix_of(layer: Linear, name: str) -> Tensor:
     """The weight of a linear layer as (outputs, inputs), a view.
 
     Raises:
@@ -106,7 +110,7 @@ def find_mlps(model: nn.Module) -> list[MLP]:
     """Every MLP of the model with one of the layouts `MLPS`, in the order of its modules.
 
     Raises:
-        ValueError: there is none, or one with parts that are no linear layers; or the model is a mixture of experts.
+        ValueError: there is none, or one with parts that are not linear layers; or the model is a mixture of experts.
     """
     return [
         MLP(*found, next((children[a] for a in _ACTIVATIONS if a in children), None))
@@ -115,7 +119,7 @@ def find_mlps(model: nn.Module) -> list[MLP]:
 
 
 def find_attentions(model: nn.Module) -> list[Attention]:
-    """Every attention of the model with one of the layouts `ATTENTIONS`; errors as those of `find_mlps`."""
+    """Every attention of the model with one of the layouts `ATTENTIONS`; errors as for `find_mlps`."""
     return [Attention(*found) for found, _ in _find(model, "attention", ATTENTIONS)]
 
 
@@ -123,7 +127,7 @@ def find_blocks(model: nn.Module) -> list[Block]:
     """Every residual block: entries of a ModuleList that hold one attention and one MLP.
 
     Raises:
-        ValueError: there is none; and those of `find_mlps`.
+        ValueError: there is none; and as `find_mlps`.
     """
     mlps, attentions = find_mlps(model), find_attentions(model)
     blocks = []
@@ -132,11 +136,10 @@ def find_blocks(model: nn.Module) -> list[Block]:
             continue
         for number, child in module.named_children():
             full = f"{name}.{number}" if name else number
-            inside = [
-                [part for part in parts if f"{part.name}.".startswith(f"{full}.")] for parts in (attentions, mlps)
-            ]
-            if [len(parts) for parts in inside] == [1, 1]:
-                blocks.append(Block(full, child, inside[0][0], inside[1][0]))
+            own_attentions = [part for part in attentions if f"{part.name}.".startswith(f"{full}.")]
+            own_mlps = [part for part in mlps if f"{part.name}.".startswith(f"{full}.")]
+            if len(own_attentions) == len(own_mlps) == 1:
+                blocks.append(Block(full, child, own_attentions[0], own_mlps[0]))
     if not blocks:
         raise ValueError(
             f"{type(model).__name__} has no residual blocks that are known here. Looked for entries of a "
@@ -156,13 +159,13 @@ def spread(blocks: Sequence[Block], count: int) -> list[Block]:
     return [blocks[round(i * (len(blocks) - 1) / (count - 1))] for i in range(count)]
 
 
-def linear_layers(model: nn.Module, blocks: Sequence[Block] | None = None) -> dict[str, nn.Module]:
+def linear_layers(model: nn.Module, blocks: Sequence[Block] | None = None) -> dict[str, Linear]:
     """The linear layers of the blocks (None: of all) by name: embeddings and head left out.
 
     Raises:
         ValueError: as `find_blocks`.
     """
-    layers = {}
+    layers: dict[str, Linear] = {}
     for block in find_blocks(model) if blocks is None else blocks:
         for part in (block.attention, block.mlp):
             layers |= {**part.into, part.out_name: part.out}
@@ -181,7 +184,7 @@ def refuse_mixtures(model: nn.Module, why: str) -> None:
 
 def _find(
     model: nn.Module, kind: str, layouts: tuple[Layout, ...]
-) -> Iterator[tuple[tuple[str, Layout, dict[str, nn.Module], nn.Module, str], dict[str, nn.Module]]]:
+) -> Iterator[tuple[tuple[str, Layout, dict[str, Linear], Linear, str], dict[str, nn.Module]]]:
     refuse_mixtures(
         model,
         "which the probes do not support: a token passes only some of its neurons. Take a dense model, or give the "

@@ -54,7 +54,7 @@ def stream(model: nn.Module, watches: Sequence[Watch], batches: Iterable[Batch],
         raise ValueError(f"tokens: expected one of {', '.join(TOKENS)}, got {tokens!r}")
     kept = number = sequences = 0
     rows = _Rows()
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = getattr(model, "get_output_embeddings", lambda: None)()
     logits = any(watch.module is head for watch in watches)
     with ExitStack() as stack:
         stack.enter_context(evaluation(model))
@@ -97,7 +97,7 @@ def call(model: nn.Module, batch: Batch, *, logits: bool = True) -> Any:
         return model(batch.to(device))
     if not isinstance(batch, Mapping):
         return model(*(part.to(device) for part in batch))
-    arguments = {name: part.to(device) for name, part in batch.items() if name != "labels"}
+    arguments: dict[str, Any] = {name: part.to(device) for name, part in batch.items() if name != "labels"}
     accepted = inspect.signature(model.forward).parameters
     if "use_cache" in accepted:
         arguments["use_cache"] = False
@@ -119,14 +119,14 @@ def answer_tokens(batch: Batch, tokens: str) -> Tensor | None:
 
 
 class Halves:
-    """Row numbers of the even and of the odd sequences, found once a batch rather than once a layer."""
+    """Row numbers of the even and of the odd sequences, found once per batch rather than once per layer."""
 
     def __init__(self) -> None:
         self._sequences: Tensor | None = None
         self._split: tuple[Tensor, Tensor] | None = None
 
     def of(self, sequences: Tensor) -> tuple[Tensor, Tensor]:
-        if self._sequences is not sequences:
+        if self._split is None or self._sequences is not sequences:
             odd = sequences % 2 == 1
             self._sequences, self._split = sequences, ((~odd).nonzero().flatten(), odd.nonzero().flatten())
         return self._split
@@ -138,24 +138,23 @@ class _Rows:
     def __init__(self) -> None:
         self.entries = 0
         self._first = 0
-        self._total: int | None = None
-        self._index: Tensor | None = None
-        self._sequences: Tensor | None = None
+        # Of a batch with tokens: how many there are, indices of those that count, and the sequence of each.
+        self._counted: tuple[int, Tensor, Tensor] | None = None
         self._sums: dict[str, Tensor] = {}
-        self._on_device: dict[torch.device, tuple[Tensor | None, Tensor]] = {}
+        self._on_device: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def begin(self, batch: Batch, tokens: str, first: int) -> int:
         """Takes in a batch whose first sequence is number `first`; how many of its tokens count, as far as is known."""
         self._first, self._sums, self._on_device = first, {}, {}
         mask = answer_tokens(batch, tokens)
         if mask is None:
-            part = batch if isinstance(batch, Tensor) else next(iter(getattr(batch, "values", lambda: batch)()))
-            self.entries, self._total, self._index, self._sequences = len(part), None, None, None
+            parts = batch.values() if isinstance(batch, Mapping) else batch
+            part = parts if isinstance(parts, Tensor) else next(iter(parts))
+            self.entries, self._counted = len(part), None
             return part.shape[:-1].numel() if part.is_floating_point() else part.numel()
-        self.entries, self._total = len(mask), mask.numel()
-        self._index = mask.flatten().nonzero().flatten()
-        self._sequences = first + self._index // mask.shape[1]
-        return len(self._index)
+        index = mask.flatten().nonzero().flatten()
+        self.entries, self._counted = len(mask), (mask.numel(), index, first + index // mask.shape[1])
+        return len(index)
 
     def hook(self, watch: Watch) -> Any:
         if watch.side not in ("input", "output"):
@@ -169,26 +168,23 @@ class _Rows:
     def _show(self, watch: Watch, value: Any) -> None:
         value = value[0] if isinstance(value, tuple) else value
         rows = value.reshape(-1, value.shape[-1])
-        if self._total is None:
+        if self._counted is None:
             each = max(1, len(rows) // max(1, self.entries))
             sequences = self._first + torch.arange(len(rows), device=rows.device) // each
         else:
-            if len(rows) != self._total:
+            total, *found = self._counted
+            if len(rows) != total:
                 raise ValueError(
-                    f"{watch.name} has {len(rows)} rows for the {self._total} tokens of a batch; "
+                    f"{watch.name} has {len(rows)} rows for the {total} tokens of a batch; "
                     "watch modules that see every token"
                 )
-            index, sequences = self._place(rows.device)
+            if rows.device not in self._on_device:
+                self._on_device[rows.device] = (found[0].to(rows.device), found[1].to(rows.device))
+            index, sequences = self._on_device[rows.device]
             rows = rows if len(index) == len(rows) else rows[index]
         wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
-        total = rows.sum(dtype=wide)
-        self._sums[watch.name] = self._sums.get(watch.name, 0) + total
+        self._sums[watch.name] = self._sums.get(watch.name, 0) + rows.sum(dtype=wide)
         watch.see(rows, sequences)
-
-    def _place(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        if device not in self._on_device:
-            self._on_device[device] = (self._index.to(device), self._sequences.to(device))
-        return self._on_device[device]
 
     def finish(self, number: int, watches: Sequence[Watch]) -> None:
         """After the pass of batch `number`: whether all watched ran, on finite numbers."""
@@ -200,7 +196,7 @@ class _Rows:
                 )
         if not watches:
             return
-        # One transfer a batch, not one a layer.
+        # One transfer per batch, not one per layer.
         device = next(iter(self._sums.values())).device
         sums = torch.stack([total.to(device, torch.float64) for total in self._sums.values()])
         if not sums.isfinite().all():

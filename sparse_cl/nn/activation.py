@@ -16,7 +16,7 @@ from .active_linear import ActiveLinear, check_mask, leaf_dtype_for
 def activate(
     model: nn.Module, masks: Mapping[str, RowMask | ColumnMask], *, leaf_dtype: torch.dtype | None = None
 ) -> None:
-    """Makes active layers of the ``nn.Linear`` layers that ``masks`` names, in place, and freezes everything else.
+    """Turns the ``nn.Linear`` layers that ``masks`` names into active ones, in place, and freezes everything else.
 
     Every module, parameter and name stays what it was; each of these layers gets one more parameter, ``active``. All
     other parameters have ``requires_grad`` False and no gradient until :func:`restore`. A layer whose mask is empty
@@ -28,9 +28,8 @@ def activate(
         leaf_dtype: as for :class:`ActiveLinear`.
 
     Raises:
-        TypeError, ValueError: a name that is no weight of an ``nn.Linear``, a weight that another layer shares, a mask
-            of another kind or shape, no active entry at all, a model that has active layers. The model is as before
-            then.
+        TypeError, ValueError: a name that is not an ``nn.Linear``'s weight, a weight that another layer shares, a mask
+            of another kind or shape, no active entry at all, a model that has active layers. The model stays as it was.
     """
     if not isinstance(masks, Mapping):
         raise TypeError(f"masks: expected {{name of a weight: mask}}, got {type(masks).__name__}")
@@ -53,18 +52,19 @@ def activate(
     if not chosen:
         raise ValueError(f"masks: no entry of {len(masks)} masks is active, so nothing would be trained")
 
-    model.frozen_by_activate = [name for name, param in model.named_parameters() if param.requires_grad]
+    remember_frozen(model, [name for name, param in model.named_parameters() if param.requires_grad])
     for param in model.parameters():
         param.requires_grad_(False)
         # An optimizer would step a frozen weight by the gradient of before.
         param.grad = None
     for name, layer in chosen.items():
         layer.__class__ = ActiveLinear
+        assert isinstance(layer, ActiveLinear)
         layer._begin(masks[name], dtypes[name])
 
 
 def write_back(model: nn.Module) -> None:
-    """Writes the leaves of all active layers into their weights, as is needed after steps of other optimizers.
+    """Writes the leaves of all active layers into their weights; other optimizers' steps need it.
 
     ``optimizer.register_step_post_hook(lambda *_: write_back(model))`` does so after each.
     """
@@ -83,6 +83,11 @@ def restore(model: nn.Module) -> None:
     for module in model.modules():
         for name in module.__dict__.pop("frozen_by_activate", ()):
             module.get_parameter(name).requires_grad_(True)
+
+
+def remember_frozen(model: nn.Module, names: list[str]) -> None:
+    """Notes parameters of a module for :func:`restore`, which sets ``requires_grad`` of them again."""
+    model.__dict__["frozen_by_activate"] = names
 
 
 def _active_layers(model: nn.Module) -> list[ActiveLinear]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -22,7 +23,15 @@ class _LinearOfActive(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, active, index, columns_of_x):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        active: Tensor,
+        index: Tensor,
+        columns_of_x: Tensor | None,
+    ) -> Tensor:
         kept = None
         ctx.rowwise = columns_of_x is None
         if ctx.needs_input_grad[3]:
@@ -31,7 +40,7 @@ class _LinearOfActive(torch.autograd.Function):
         return functional.linear(x, weight, bias)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, kept, active, index = ctx.saved_tensors
         grad_x = grad_active = None
         if weight is not None:
@@ -49,14 +58,14 @@ class _OfInput(torch.autograd.Function):
     """The gradient G W of a linear layer's inputs, (t, n), once differentiable in G and in ``active``."""
 
     @staticmethod
-    def forward(ctx, grad, weight, active, index, rowwise):
+    def forward(ctx: Any, grad: Tensor, weight: Tensor, active: Tensor, index: Tensor, rowwise: bool) -> Tensor:
         ctx.save_for_backward(grad, weight, index)
         ctx.rowwise, ctx.leaf_dtype = rowwise, active.dtype
         return grad.mm(weight)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, second):
+    def backward(ctx: Any, second: Tensor) -> tuple[Tensor | None, ...]:
         grad, weight, index = ctx.saved_tensors
         if ctx.rowwise:
             grad_active = grad.index_select(1, index).t().mm(second)
@@ -74,21 +83,20 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class ActiveLinear(nn.Linear):
-    """An ``nn.Linear`` of which only some rows or columns of the weight learn.
+    """An ``nn.Linear`` that learns only some rows or columns of its weight.
 
     The forward pass uses all of W. The backward pass gives the input's gradient in full, and the weight's gradient of
     the active part only, to the leaf ``active``; the whole weight gradient never exists. ``weight`` and ``bias`` stay
-    parameters, frozen; ``bias.requires_grad_(True)`` trains the bias, all of it. With active columns only
-    these of the input are kept for the backward pass.
+    frozen parameters; ``bias.requires_grad_(True)`` trains the whole bias. With active columns, the backward pass keeps
+    only those columns of the input.
 
     :class:`~sparse_cl.SparseMaskedAdamW` and :class:`~sparse_cl.SubspaceProjectedAdamW` step the leaf and write the
-    rounded values into W in the same kernel, by the mask's gain if it has one; the leaf is then the master copy of the
-    active entries, so that there is no other. After a step of another optimizer call
-    :func:`~sparse_cl.nn.write_back`.
+    rounded values into W in the same kernel, scaled by the mask's gain if it has one; the leaf is then the only master
+    copy of the active entries. After a step of another optimizer call :func:`~sparse_cl.nn.write_back`.
 
     ``state_dict`` has the keys of an ``nn.Linear``. Loading one sets the leaf to the loaded weight; where the leaf
-    rounds to that already, it keeps its further digits. As with any model whose inputs need no gradient, reentrant
-    checkpointing reaches no layer unless they are made to (``model.enable_input_require_grads()``).
+    already rounds to it, it keeps its further digits. As in any model whose inputs need no gradient, reentrant
+    checkpointing reaches no layer unless the inputs require one (``model.enable_input_require_grads()``).
 
     Args:
         in_features, out_features, bias, device, dtype: as for ``nn.Linear``.
@@ -125,7 +133,8 @@ class ActiveLinear(nn.Linear):
             self.get_parameter(name).requires_grad_(False)
 
     def forward(self, input: Tensor) -> Tensor:
-        weight, bias = self.weight, self.bias
+        weight: Tensor = self.weight
+        bias: Tensor | None = self.bias
         learning = torch.is_grad_enabled()
         if learning and weight.requires_grad:
             raise RuntimeError(
@@ -161,7 +170,7 @@ class ActiveLinear(nn.Linear):
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, mask={self.mask!r}"
 
-    # A linear layer becomes one of these, and back, in place: whatever refers to the module goes on to.
+    # A linear layer becomes one of these, and back, in place, so references to the module stay valid.
 
     def _begin(self, mask: RowMask | ColumnMask, leaf_dtype: torch.dtype) -> None:
         self._place(mask)
@@ -172,14 +181,16 @@ class ActiveLinear(nn.Linear):
     def _end(self) -> None:
         self.write_back()
         del self.active, self.mask, self._index, self._dim
-        self.__class__ = nn.Linear
+        self.__class__ = nn.Linear  # type: ignore[assignment]  # the way back of activate()
 
     def _place(self, mask: RowMask | ColumnMask) -> None:
-        self.mask = mask.to(self.weight.device)
+        moved = mask.to(self.weight.device)
+        assert isinstance(moved, RowMask | ColumnMask)
+        self.mask: RowMask | ColumnMask = moved
         self._index = self.mask.index
         self._dim = 0 if isinstance(mask, RowMask) else 1
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ActiveLinear:
         super()._apply(fn, recurse)
         self._place(self.mask)
         set_owner(self.active, self)
@@ -191,11 +202,11 @@ class ActiveLinear(nn.Linear):
         if owner_of(self.active) is None:
             set_owner(self.active, self)
 
-    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         destination.pop(f"{prefix}active", None)
 
-    def _load_from_state_dict(self, state_dict, prefix, *arguments) -> None:
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *arguments: Any) -> None:
         leaf = self._parameters.pop("active")
         try:
             super()._load_from_state_dict(state_dict, prefix, *arguments)

@@ -20,9 +20,12 @@ class Owner(Protocol):
         active: the leaf.
     """
 
-    weight: Tensor
-    mask: RowMask | ColumnMask
-    active: Tensor
+    @property
+    def weight(self) -> Tensor: ...
+    @property
+    def mask(self) -> RowMask | ColumnMask: ...
+    @property
+    def active(self) -> Tensor: ...
 
 
 # Kept apart from the tensors, since an attribute of a parameter does not survive copies and would drag its module into

@@ -1,7 +1,12 @@
-"""Probes: what domains use of a model, what they share, and what is free. They need torch alone."""
+"""Probes: what domains use of a model, what they share, and what is free. They need torch alone.
 
-from sparse_cl.models.parts import find_attentions, find_blocks, find_mlps, linear_layers
-from sparse_cl.models.passes import Watch, stream
+Blocks, MLPs, attentions and the passes that probes watch are in :mod:`sparse_cl.models`.
+"""
+
+import warnings
+from typing import Any
+
+from sparse_cl import models
 
 from .activation import ActivationProbe
 from .capacity import Capacity, capacity, forecast
@@ -31,7 +36,6 @@ __all__ = [
     "GradientProbe",
     "InputProbe",
     "MeanGradient",
-    "Watch",
     "agreement",
     "capacity",
     "compare_gradients",
@@ -41,20 +45,29 @@ __all__ = [
     "dormant",
     "drift",
     "effective_rank",
-    "find_attentions",
-    "find_blocks",
-    "find_mlps",
     "fit_exponent",
     "forecast",
     "hubs",
     "interference",
-    "linear_layers",
     "overlap",
     "plasticity",
     "smearing",
     "stable_rank",
     "steps_to_fit",
-    "stream",
     "update_rank",
     "weight_hubs",
 ]
+
+_MOVED_TO_MODELS = ("Watch", "find_attentions", "find_blocks", "find_mlps", "linear_layers", "stream")
+
+
+def __getattr__(name: str) -> Any:
+    """Names that moved in 0.2, until 0.3."""
+    if name not in _MOVED_TO_MODELS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn(
+        f"sparse_cl.probes.{name} has moved; import sparse_cl.models.{name}. The old name goes in sparse_cl 0.3",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    return getattr(models, name)

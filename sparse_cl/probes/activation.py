@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +35,7 @@ class ActivationProbe:
 
     A neuron of an MLP is an input of the layer out of the neurons, and its activation is that input: part "product".
     For a gated MLP (GLU: act(gate) · up) both factors are measured too: parts "gate", after its non-linearity, where
-    that is a module, and "up". The median for massive activations is that of 16 of a batch's tokens.
+    that is a module, and "up". The median for massive activations is taken over 16 of a batch's tokens.
 
     Args:
         model: any module; without `modules` its MLPs are looked for (`parts.find_mlps`).
@@ -46,7 +47,7 @@ class ActivationProbe:
         ranked_tokens: tokens of each batch that are sorted for this and for the sparsity curves, evenly spaced. Sums
             of |activation| are over all tokens.
 
-    Sums are of float32 products (float64 for float64 activations) added in float64; memory is 16 bytes a neuron, part
+    Sums are of float32 products (float64 for float64 activations) added in float64; memory is 16 bytes per neuron, part
     and group, whatever the number of tokens.
 
     Raises:
@@ -77,14 +78,14 @@ class ActivationProbe:
         self._sums: dict[str, dict[str, _Sums]] = {}
 
     def watches(self) -> list[Watch]:
-        """What `passes.stream` is to show the probe; counting starts anew."""
+        """What `passes.stream` is to show the probe; counting starts again."""
         self._sums = {}
         if self.modules is not None:
             return [self._watch(name, "product", module, "output") for name, module in self.modules.items()]
         return [watch for mlp in self._mlps for watch in self._watch_mlp(mlp)]
 
     def run(self, batches: Iterable[Batch]) -> ActivationScores:
-        """Watches the model on every batch. Errors as those of `passes.stream`."""
+        """Watches the model on every batch. Raises the errors of `passes.stream`."""
         stream(self.model, self.watches(), batches, tokens=self.tokens)
         return self.result()
 
@@ -120,12 +121,12 @@ class ActivationProbe:
     def _where(self) -> dict[str, tuple[Place, ...] | str]:
         """For each layer the places of its neurons, or why there are none."""
         if self.modules is None:
-            return {mlp.name: _places_or_reason(lambda mlp=mlp: places(mlp)) for mlp in self._mlps}
+            return {mlp.name: _places_or_reason(places, mlp) for mlp in self._mlps}
         names = {module: name for name, module in self.model.named_modules()}
         where: dict[str, tuple[Place, ...] | str] = {}
         for layer, module in self.modules.items():
             if hasattr(module, "weight") and hasattr(module, "in_features") and module in names:
-                where[layer] = _places_or_reason(lambda m=module: output_places(names[m], m))
+                where[layer] = _places_or_reason(output_places, names[module], module)
             else:
                 where[layer] = (
                     f"{layer} is a {type(module).__name__}, and which weights lead to its output is not known"
@@ -133,9 +134,9 @@ class ActivationProbe:
         return where
 
 
-def _places_or_reason(find) -> tuple[Place, ...] | str:
+def _places_or_reason(find: Callable[..., tuple[Place, ...]], *of: Any) -> tuple[Place, ...] | str:
     try:
-        return find()
+        return find(*of)
     except ValueError as error:
         return str(error)
 

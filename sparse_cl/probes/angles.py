@@ -39,7 +39,7 @@ def subspace_overlap(u: Tensor, v: Tensor) -> float:
     """‖UᵀV‖²_F / min(k, l): mean squared cosine of the principal angles.
 
     1 where the smaller span lies in the larger, 0 where they are orthogonal. Of a random span of k dimensions and any
-    of l >= k it is l/n on average, which is the null to print beside it.
+    of l >= k it is l/n on average, which is the null to print with it.
 
     Args:
         u, v: as for :func:`principal_angles`.

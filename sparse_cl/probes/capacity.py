@@ -29,7 +29,7 @@ that lies inside that basis (None where there was none)."""
 
 
 def scarcity(layers: Layers) -> str | None:
-    """A sentence on the layers in which less than `SCARCE` of the gradient survives; None where there is no such."""
+    """A sentence on the layers in which less than `SCARCE` of the gradient survives; None where there are none."""
     scarce = [name for name, layer in layers.items() if layer["surviving"] < SCARCE]
     if not scarce:
         return None
@@ -50,7 +50,7 @@ class LayerCapacity:
         used: directions in use after each domain.
         used_null: the same had each domain's directions been turned at random: its spectrum in a random eigenbasis.
         repeated: directions that the second half of each domain adds to those of its first: near 0 when the directions
-            are known well; what a domain adds to others is to be read beside it.
+            are known well; read what a domain adds to others against it.
         surviving: B, the share of the energy of each domain's mean gradient outside what earlier domains use, the
             mean over `layers` by energy; None where no gradients were given.
     """
@@ -174,11 +174,11 @@ def forecast(used: Sequence[int], width: int) -> dict[str, float | None]:
 
 def forecast_of_model(layers: Sequence[Mapping[str, float | None]]) -> dict[str, float | None]:
     """The median over layers of each of `forecast`'s numbers, and `first`: the layer that is full first."""
-    numbers = {
-        key: statistics.median(math.inf if layer[key] is None else layer[key] for layer in layers)
+    known = {
+        key: [math.inf if (value := layer[key]) is None else value for layer in layers]
         for key in ("low", "expected", "high")
     }
-    numbers["first"] = min(math.inf if layer["expected"] is None else layer["expected"] for layer in layers)
+    numbers = {key: statistics.median(values) for key, values in known.items()} | {"first": min(known["expected"])}
     return {key: None if math.isinf(value) else value for key, value in numbers.items()}
 
 
@@ -221,7 +221,7 @@ def _sum(halves: tuple[ExactMoment, ExactMoment]) -> ExactMoment:
 
 
 def _grown(subspace: Subspace | None, moment: ExactMoment, energy: float) -> Subspace:
-    """With the directions that the moment needs besides."""
+    """With the further directions that the moment needs."""
     directions = new_directions([moment], [subspace], energy, None)[0]
     return smaller_half(directions) if subspace is None else subspace.extended(directions)
 

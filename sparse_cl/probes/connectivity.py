@@ -113,7 +113,7 @@ def _sums_by_half(model: nn.Module, batches: Iterable[Batch], domain: str) -> Te
     sums, first = torch.zeros(2, 2, dtype=torch.float64), 0
     for batch in batches:
         logits, targets, places = predictions(model, batch)
-        if targets is None:
+        if targets is None or places is None or not isinstance(batch, Mapping):
             raise ValueError(f"batches of {domain}: expected mappings with input_ids, got a batch of {type(batch)}")
         length = batch["input_ids"].shape[1]
         wide = logits if logits.dtype == torch.float64 else logits.float()
@@ -132,17 +132,19 @@ def _path(line: Sequence[float], sums: Tensor) -> DomainPath:
     total = sums.sum(1)
     losses = total[:, 0] / total[:, 1]
     barrier, where = _barrier(line, losses)
-    halves = None
+    barriers = changes = None
     if (sums[0, :, 1] > 0).all():
-        halves = [sums[:, half, 0] / sums[:, half, 1] for half in (0, 1)]
+        even, odd = (sums[:, half, 0] / sums[:, half, 1] for half in (0, 1))
+        barriers = (_barrier(line, even)[0], _barrier(line, odd)[0])
+        changes = ((even[-1] - even[0]).item(), (odd[-1] - odd[0]).item())
     return DomainPath(
         tuple(losses.tolist()),
         int(total[0, 1]),
         barrier,
         where,
-        halves and tuple(_barrier(line, half)[0] for half in halves),
+        barriers,
         (losses[-1] - losses[0]).item(),
-        halves and tuple((half[-1] - half[0]).item() for half in halves),
+        changes,
     )
 
 

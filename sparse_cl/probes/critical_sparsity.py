@@ -27,7 +27,7 @@ class CriticalSparsity:
         share: that share; the loss was measured there, and at most `tolerance` above it, where it is too high.
         interval: 95 %, batches resampled; None with a single batch.
         increase: as given.
-        base: the loss without dropping, in nats a token.
+        base: the loss without dropping, in nats per token.
         curve: every share that was measured and its loss, by share.
         tokens: how many tokens the loss is the mean of.
     """

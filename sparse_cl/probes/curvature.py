@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sparse_cl.linalg import randomized_svd
 from sparse_cl.models.losses import predictions
-from sparse_cl.models.parts import shape_of
+from sparse_cl.models.parts import Linear, shape_of
 from sparse_cl.models.passes import Batch, evaluation
 from sparse_cl.subspace.moments import ExactMoment
 
@@ -129,8 +129,8 @@ class CurvatureProbe:
 
     A = E[x xᵀ] of the layer's inputs and S = E[δ δᵀ] of the gradients at its outputs, over the tokens whose next token
     is an answer token. Its labels are drawn from the model's own prediction: with the data's labels it would be the
-    "empirical Fisher", which is no curvature (Kunstner et al. 2019). δ of a token is of the loss summed over the
-    sequence, later tokens included. Memory: 8 (m² + n²) bytes a layer, whatever the number of tokens, on the layer's
+    "empirical Fisher", which is not a curvature (Kunstner et al. 2019). δ of a token is of the loss summed over the
+    sequence, later tokens included. Memory: 8 (m² + n²) bytes per layer, whatever the number of tokens, on the layer's
     device.
 
     Args:
@@ -207,7 +207,7 @@ class CurvatureProbe:
         def factors(pair: Sequence[Tensor], tokens: int, halves: tuple[Factors, ...] = ()) -> Factors:
             inputs, outputs = pair[0] / tokens, pair[1] / (tokens * self.samples)
             values = [torch.linalg.eigvalsh(m.double()).flip(0).clamp(min=0) for m in (inputs, outputs)]
-            return Factors(inputs, outputs, *values, halves)
+            return Factors(inputs, outputs, values[0], values[1], halves)
 
         first, second = ([moment.moment.cpu() for moment in pair] for pair in (even, odd))
         halves = (factors(first, evens), factors(second, odds)) if odds else ()
@@ -306,10 +306,11 @@ def _leading(moment: Tensor, share: float) -> Tensor:
     return randomized_svd(moment, count, power_iterations=2, generator=generator)[0]
 
 
-def _moments(module: nn.Module) -> _Pair:
+def _moments(module: Linear) -> _Pair:
     outputs, inputs = shape_of(module)
     dtype = torch.float64 if module.weight.dtype == torch.float64 else torch.float32
-    return tuple(ExactMoment(width, dtype, module.weight.device) for width in (inputs, outputs))
+    device = module.weight.device
+    return ExactMoment(inputs, dtype, device), ExactMoment(outputs, dtype, device)
 
 
 def _note(seen: dict[str, tuple[Tensor, Tensor, int]], name: str) -> Callable:
@@ -329,7 +330,7 @@ def _counted(rows: Tensor, places: Tensor | None) -> Tensor:
 
 
 def _check_finite(what: str, sums: dict[str, Tensor], number: int) -> None:
-    # One transfer a batch, not one a layer.
+    # One transfer per batch, not one per layer.
     device = next(iter(sums.values())).device
     finite = torch.stack([total.to(device, torch.float64) for total in sums.values()]).isfinite()
     if not finite.all():

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -94,7 +94,7 @@ class Drift:
         }
 
     def tensors(self) -> dict[str, Tensor]:
-        found = {}
+        found: dict[str, Tensor] = {}
         for name, layer in self.layers.items():
             found |= {f"{name}.cosines": layer.cosines, f"{name}.displacements": layer.displacements}
         for when in ("before", "after"):
@@ -105,7 +105,7 @@ class Drift:
 class _Both(nn.Module):
     """Runs two models on a batch, the first one first; one model that is given twice only once."""
 
-    def __init__(self, before: nn.Module, after: nn.Module):
+    def __init__(self, before: nn.Module, after: nn.Module) -> None:
         super().__init__()
         self.before, self.after = before, after
 
@@ -121,10 +121,11 @@ class _Seen:
 
     rows: Tensor | None = None
     moments: tuple[PairedMoments, PairedMoments] | None = None
-    squared_change: list[Tensor] | None = None
+    squared_change: list[Tensor] = field(default_factory=list)
 
     def compare(self, y: Tensor, halves: tuple[Tensor, Tensor]) -> None:
         x, self.rows = self.rows, None
+        assert x is not None  # the model before runs first
         y = y.to(x.device, x.dtype)
         if self.moments is None:
             first = PairedMoments.about(x, y)
@@ -173,16 +174,18 @@ def drift(
         )
     seen, halves = {name: _Seen() for name in names}, Halves()
 
-    def keep(name: str):
+    def keep(name: str) -> Callable[[Tensor, Tensor], None]:
         def see(rows: Tensor, sequences: Tensor) -> None:
             seen[name].rows = rows
 
         return see
 
-    def compare(name: str):
+    def compare(name: str) -> Callable[[Tensor, Tensor], None]:
         def see(rows: Tensor, sequences: Tensor) -> None:
             # On the device of the rows before, where the comparison is made.
-            place = seen[name].rows.device
+            before = seen[name].rows
+            assert before is not None  # the model before runs first
+            place = before.device
             seen[name].compare(rows, halves.of(sequences if sequences.device == place else sequences.to(place)))
 
         return see
@@ -192,12 +195,13 @@ def drift(
         watches.append(Watch(f"{name} before", x, "output", keep(name)))
         watches.append(Watch(f"{name} after", y, "output", compare(name)))
     stream(_Both(before, after), watches, batches, tokens=tokens)
-    layers = {name: _layer(name, layer, rank) for name, layer in seen.items()}
+    moments = {name: layer.moments for name, layer in seen.items() if layer.moments is not None}
+    layers = {name: _layer(name, *pair, seen[name].squared_change, rank) for name, pair in moments.items()}
     _warn_of_width(layers)
     return Drift(
         layers,
-        features({name: tuple(half.x for half in layer.moments) for name, layer in seen.items()}, center=True),
-        features({name: tuple(half.y for half in layer.moments) for name, layer in seen.items()}, center=True),
+        features({name: (even.x, odd.x) for name, (even, odd) in moments.items()}, center=True),
+        features({name: (even.y, odd.y) for name, (even, odd) in moments.items()}, center=True),
     )
 
 
@@ -208,8 +212,9 @@ def _module(model: nn.Module, name: str) -> nn.Module:
         raise ValueError(f"modules: {type(model).__name__} has no module {name!r}; give names of modules") from error
 
 
-def _layer(name: str, seen: _Seen, rank: int | None) -> LayerDrift:
-    even, odd = seen.moments
+def _layer(
+    name: str, even: PairedMoments, odd: PairedMoments, squared_change: list[Tensor], rank: int | None
+) -> LayerDrift:
     both = even.joined(odd)
     count, width = both.x.count, len(both.x.sum)
     if count < MIN_TOKENS:
@@ -218,11 +223,11 @@ def _layer(name: str, seen: _Seen, rank: int | None) -> LayerDrift:
     if not 1 <= k <= width:
         raise ValueError(f"rank: expected 1 to {width}, the width of {name}, got {rank}")
     values, directions = _principal(both.x.covariance(), k)
-    measured, cosines, displacements = _measure(both, sum(seen.squared_change), values, directions)
+    measured, cosines, displacements = _measure(both, squared_change[0] + squared_change[1], values, directions)
     halves = ceiling = None
     if min(even.x.count, odd.x.count) >= MIN_TOKENS:
-        pairs = zip((even, odd), seen.squared_change, strict=True)
-        halves = tuple(_measure(half, change, values, directions)[0] for half, change in pairs)
+        first, second = zip((even, odd), squared_change, strict=True)
+        halves = (_measure(*first, values, directions)[0], _measure(*second, values, directions)[0])
         ceiling = subspace_overlap(*(_principal(half.x.covariance(), k)[1] for half in (even, odd)))
     return LayerDrift(width, count, k, measured, halves, k / width, ceiling, cosines.cpu(), displacements.cpu())
 
@@ -259,15 +264,16 @@ def _principal(covariance: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def _warn_of_width(layers: Mapping[str, LayerDrift]) -> None:
     tokens = next(iter(layers.values())).tokens
-    if any(layer.halves is None for layer in layers.values()):
+    halves = {name: layer.halves for name, layer in layers.items() if layer.halves is not None}
+    if len(halves) < len(layers):
         warnings.warn(
             f"drift: {tokens} tokens of too few sequences for an interval; give at least two sequences of text",
             stacklevel=3,
         )
         return
-    similarities = {name: [half.cka for half in layer.halves] for name, layer in layers.items()}
-    widths = {name: abs(even - odd) for name, (even, odd) in similarities.items() if None not in (even, odd)}
-    name = max(widths, key=widths.get, default=None)
+    similarities = {name: (even.cka, odd.cka) for name, (even, odd) in halves.items()}
+    widths = {n: abs(even - odd) for n, (even, odd) in similarities.items() if even is not None and odd is not None}
+    name = max(widths, key=widths.__getitem__, default=None)
     if name is not None and widths[name] > WIDE_INTERVAL:
         warnings.warn(
             f"drift: on {tokens} tokens the CKA of the two halves of the text differs by {widths[name]:.2f} in {name}; "

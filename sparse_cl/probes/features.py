@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -123,7 +123,7 @@ class Features:
 
 
 class FeatureProbe:
-    """Effective and stable rank of hidden states, from their streamed mean and covariance: 16 n² bytes a layer.
+    """Effective and stable rank of hidden states, from their streamed mean and covariance: 16 n² bytes per layer.
 
     Args:
         model: whose blocks' outputs are the features.
@@ -149,7 +149,7 @@ class FeatureProbe:
         """What to look at in a pass; what was seen before is dropped."""
         self._moments, halves = {}, Halves()
 
-        def see(name: str):
+        def see(name: str) -> Callable[[Tensor, Tensor], None]:
             def add(rows: Tensor, sequences: Tensor) -> None:
                 if name not in self._moments:
                     first = Moment.about(rows)
@@ -162,7 +162,7 @@ class FeatureProbe:
         return [Watch(name, module, "output", see(name)) for name, module in self.modules.items()]
 
     def run(self, batches: Iterable[Batch]) -> Features:
-        """Errors as those of `stream`, and of `result`."""
+        """Raises the errors of `stream` and of `result`."""
         stream(self.model, self.watches(), batches, tokens=self.tokens)
         return self.result()
 
@@ -195,15 +195,19 @@ def features(moments: Mapping[str, tuple[Moment, Moment]], *, center: bool) -> F
         if both.count < 2:
             raise ValueError(f"batches: expected at least 2 tokens for the ranks of {name}, got {both.count}")
         sigma = standard_deviations(both, center)
-        split = [standard_deviations(m, center) for m in (even, odd)] if min(even.count, odd.count) >= 2 else None
+        effective = stable = None
+        if min(even.count, odd.count) >= 2:
+            first, second = (standard_deviations(m, center) for m in (even, odd))
+            effective = (effective_rank(first).item(), effective_rank(second).item())
+            stable = (stable_rank(first).item(), stable_rank(second).item())
         width = len(sigma)
         layers[name] = LayerFeatures(
             width,
             both.count,
             effective_rank(sigma).item(),
             stable_rank(sigma).item(),
-            split and tuple(effective_rank(s).item() for s in split),
-            split and tuple(stable_rank(s).item() for s in split),
+            effective,
+            stable,
             *gaussian_ranks(both.count - center, width),
         )
         spectra[name], means[name] = sigma.cpu(), both.mean().cpu()

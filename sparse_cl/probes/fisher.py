@@ -19,7 +19,7 @@ def diagonal_fisher(
 ) -> dict[str, Tensor]:
     """Diagonal of the Fisher information, mean over the tokens that predict an answer token.
 
-    One squared gradient a sequence, with labels drawn from the model (`sampled_gradients`): a sum over fewer tokens
+    One squared gradient per sequence, with labels drawn from the model (`sampled_gradients`): a sum over fewer tokens
     than a whole batch's has less variance, at a pass forward and backward for each sequence.
 
     Args:
@@ -28,8 +28,8 @@ def diagonal_fisher(
         seed: of the labels.
 
     Returns:
-        name -> as the parameter, float32 (float64 for float64 parameters), in nats² a token; zero for a parameter that
-        the prediction does not depend on.
+        name -> as the parameter, float32 (float64 for float64 parameters), in nats² per token; zero for a parameter
+        that the prediction does not depend on.
 
     Raises:
         ValueError: as `sampled_gradients`.

@@ -1,4 +1,4 @@
-"""Mean gradients of domains beside each other: cosines, and the input directions that they share."""
+"""Mean gradients of domains compared: cosines, and the input directions that they share."""
 
 from __future__ import annotations
 
@@ -122,7 +122,9 @@ def compare_gradients(
     generator = torch.Generator().manual_seed(seed)
     counts = [resamples(size, bootstrap, generator) if size > 1 else None for size in sizes]
 
-    def cosines(name: str, product: dict, gram: Tensor, shape: tuple[int, int] | None, entries: int, **more) -> Cosines:
+    def cosines(
+        name: str, product: dict, gram: Tensor, shape: tuple[int, int] | None, entries: int, **more: Any
+    ) -> Cosines:
         reliability = {domain: gradients[domain].reliability(name) for domain in domains}
         values = [_cosine(product, a, b) for a, b in pairs]
         intervals = [
@@ -151,7 +153,7 @@ def compare_gradients(
             name,
             products[name],
             grams[name],
-            tuple(some.shape),
+            (some.shape[0], some.shape[1]),
             some.numel(),
             overlap=[overlap for overlap, _, _ in shared],
             overlap_null=[null for _, null, _ in shared],
@@ -159,7 +161,7 @@ def compare_gradients(
         )
     summed = {key: sum(product[key] for product in products.values()) for key in next(iter(products.values()))}
     entries = sum(layer.entries for layer in layers.values())
-    model = cosines("", summed, sum(grams.values()), None, entries)
+    model = cosines("", summed, sum(grams.values(), torch.zeros(())), None, entries)
     tokens = {domain: gradient.tokens for domain, gradient in gradients.items()}
     _warn_of_width(model, pairs, tokens)
     return GradientComparison(domains, pairs, tokens, rank, layers, model)
@@ -201,7 +203,8 @@ def _ceiling(a: float | None, b: float | None, least: float) -> float | None:
 def _interval(
     exact: float | None, gram: Tensor, sizes: list[int], counts: list[Tensor | None], a: int, b: int
 ) -> tuple[float | None, float | None]:
-    if exact is None or counts[a] is None or counts[b] is None:
+    counts_a, counts_b = counts[a], counts[b]
+    if exact is None or counts_a is None or counts_b is None:
         return None, None
     blocks = [list(row.split(sizes, 1)) for row in gram.split(sizes)]
 
@@ -211,7 +214,7 @@ def _interval(
         second = ((weights_b @ blocks[b][b]) * weights_b).sum(1)
         return product / (first * second).sqrt()
 
-    drawn = sketched(counts[a], counts[b])
+    drawn = sketched(counts_a, counts_b)
     drawn = drawn[drawn.isfinite()]
     if not len(drawn):
         return None, None

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_cl.models.losses import Loss, answer_loss
-from sparse_cl.models.parts import is_transposed, linear_layers, matrix_of
+from sparse_cl.models.parts import Linear, is_transposed, linear_layers, matrix_of
 from sparse_cl.models.passes import Batch, evaluation
 
 from .resampling import GROUPS
@@ -23,7 +23,7 @@ SKETCH = 1021
 
 
 def spearman_brown(half: float | None) -> float | None:
-    """The correlation of two wholes, from that of two halves: 2c/(1+c) (Spearman 1910, Brown 1910); None at c <= -1/2.
+    """The correlation of two wholes, from two halves' c: 2c/(1+c) (Spearman 1910, Brown 1910); None at c <= -1/2.
 
     Noise alone can make the halves' correlation negative. Then so is the result, and far from 0 the formula means
     nothing.
@@ -40,9 +40,9 @@ class MeanGradient:
         sketches: name -> (groups, SKETCH) float64, a count sketch of the gradient summed over each group of batches.
         split_half: name -> cosine of the mean gradients of two halves of the batches; None with less than two batches,
             or where a half is zero. The whole model's is under "".
-        loss: mean loss, in nats a token.
+        loss: mean loss, in nats per token.
         tokens, batches: how many the means are over.
-        seed: of the sketches; only those of one seed can be compared.
+        seed: of the sketches; only sketches with the same seed can be compared.
     """
 
     layers: dict[str, Tensor]
@@ -82,7 +82,7 @@ class GradientProbe:
     """Mean gradients of linear layers' weights over a domain.
 
     A batch's gradient counts by its number of tokens, so the mean is over tokens. The user's ``.grad`` is not touched.
-    While it runs it holds 8 bytes a watched weight on the weight's device, beside one batch's gradient.
+    While it runs it holds 8 bytes per watched weight on the weight's device, plus one batch's gradient.
 
     Args:
         model: any module.
@@ -119,7 +119,8 @@ class GradientProbe:
         """
         weights = [module.weight for module in self.modules.values()]
         sums = [_GradientSum(weight, self.groups, self.seed * 1_000_003 + i) for i, weight in enumerate(weights)]
-        total, tokens, number, counted = 0.0, 0, 0, 0
+        total: float | Tensor = 0.0
+        tokens = number = counted = 0
         with evaluation(self.model), requiring_grad(weights), torch.enable_grad():
             for number, batch in enumerate(batches, 1):
                 loss, count = self.loss(self.model, batch)
@@ -143,7 +144,7 @@ class GradientProbe:
             )
         split = [own.halves() for own in sums]
         halves = {name: _cosine(*parts.tolist()) for name, parts in zip(self.modules, split, strict=True)}
-        halves[""] = _cosine(*sum(split).tolist())
+        halves[""] = _cosine(*sum(split, torch.zeros(())).tolist())
         used = min(self.groups, counted)
         layers, sketches = {}, {}
         for (name, module), own in zip(self.modules.items(), sums, strict=True):
@@ -153,7 +154,7 @@ class GradientProbe:
         return MeanGradient(layers, sketches, halves, float(total) / tokens, tokens, counted, self.seed)
 
     def _check_finite(self, checks: list[Tensor], loss: Tensor, number: int) -> None:
-        # One transfer a batch, not one a layer.
+        # One transfer per batch, not one per layer.
         finite = torch.stack([check.to(loss.device) for check in [*checks, loss.detach()]]).isfinite()
         if not finite.all():
             names = [*self.modules, "the loss"]
@@ -200,21 +201,21 @@ class _GradientSum:
         return total
 
 
-def watched_layers(model: nn.Module, modules: Mapping[str, nn.Module] | None) -> dict[str, nn.Module]:
+def watched_layers(model: nn.Module, modules: Mapping[str, nn.Module] | None) -> dict[str, Linear]:
     """The layers to watch by name: those given, or the linear layers of all residual blocks.
 
     Raises:
         ValueError: there is none, or one without a plain weight matrix.
     """
-    modules = linear_layers(model) if modules is None else dict(modules)
-    if not modules:
+    layers: dict[str, Linear] = linear_layers(model) if modules is None else dict(modules)
+    if not layers:
         raise ValueError("modules: expected at least one layer, got none")
-    for name, module in modules.items():
+    for name, module in layers.items():
         if not isinstance(getattr(module, "weight", None), Tensor) or module.weight.dim() != 2:
             raise ValueError(f"modules: expected layers with a weight matrix, got {type(module).__name__} for {name}")
         if isinstance(module, nn.Linear) or is_transposed(module) or hasattr(module, "get_base_layer"):
             matrix_of(module, name)
-    return modules
+    return layers
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +32,7 @@ def energy_watches(modules: Mapping[str, nn.Module]) -> tuple[list[Watch], dict[
     """What `stream` needs to add up Σ x_j² of what enters modules; and where it does: name → (n,), once it has run."""
     energies: dict[str, Tensor] = {}
 
-    def see(name: str):
+    def see(name: str) -> Callable[[Tensor, Tensor], None]:
         def add(rows: Tensor, sequences: Tensor) -> None:
             wide = rows if rows.dtype == torch.float64 else rows.float()
             total = wide.square().sum(0)
@@ -81,14 +81,14 @@ class InputProbe:
         split = Halves()
         return [Watch(name, module, "input", self._see(name, split)) for name, (module, _) in self._inputs.items()]
 
-    def _see(self, name: str, split: Halves):
+    def _see(self, name: str, split: Halves) -> Callable[[Tensor, Tensor], None]:
         width = shape_of(self._inputs[name][0])[1]
         counts = name == next(iter(self._inputs))
 
         def see(rows: Tensor, sequences: Tensor) -> None:
             if name not in self._halves:
                 wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
-                self._halves[name] = tuple(ExactMoment(width, wide, rows.device) for _ in range(2))
+                self._halves[name] = (ExactMoment(width, wide, rows.device), ExactMoment(width, wide, rows.device))
             self._tokens += len(rows) if counts else 0
             for half, moment in zip(split.of(sequences), self._halves[name], strict=True):
                 moment.add(rows[half], None)
@@ -100,6 +100,6 @@ class InputProbe:
         return InputMoments(self._halves, {name: layers for name, (_, layers) in self._inputs.items()}, self._tokens)
 
     def run(self, batches: Iterable[Batch]) -> InputMoments:
-        """One domain's moments; errors as those of `stream`."""
+        """One domain's moments; raises the errors of `stream`."""
         stream(self.model, self.watches(), batches, tokens=self.tokens)
         return self.result()

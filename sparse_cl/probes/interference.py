@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_cl.models.losses import Loss, mean_loss
-from sparse_cl.models.parts import is_transposed
+from sparse_cl.models.parts import Linear, is_transposed
 from sparse_cl.models.passes import Batch
 
 from .gradients import MeanGradient, dot, watched_layers
@@ -32,8 +32,8 @@ class Interference:
         domains: their order.
         step: η, length of each step in the norm of the watched weights.
         relative_step: η / ‖θ‖.
-        loss: of each domain before any step, nats a token.
-        first_order: [A][B], -η g_A·g_B / ‖g_B‖, in nats a token; below 0 the step on B helps A.
+        loss: of each domain before any step, nats per token.
+        first_order: [A][B], -η g_A·g_B / ‖g_B‖, in nats per token; below 0 the step on B helps A.
         measured: [A][B], loss of A after the step on B, less that before.
     """
 
@@ -129,7 +129,7 @@ def interference(
     )
 
 
-def _weights(modules: Mapping[str, nn.Module], gradients: Mapping[str, MeanGradient]) -> dict[str, Tensor]:
+def _weights(modules: Mapping[str, Linear], gradients: Mapping[str, MeanGradient]) -> dict[str, Tensor]:
     """The watched weights as (outputs, inputs), views; a weight that two modules share counts once."""
     weights = {name: m.weight.mT if is_transposed(m) else m.weight for name, m in modules.items()}
     for domain, gradient in gradients.items():
@@ -157,7 +157,7 @@ def _take_step(
         wanted = gradient.layers[name].to(weight.device) * scale
         weight.add_(wanted)
         lost.append(((weight.double() - before[name].double()) - wanted.double()).square().sum())
-    # One transfer, not one a layer.
+    # One transfer, not one per layer.
     total = torch.stack([part.to(lost[0].device) for part in lost]).sum()
     if (share := math.sqrt(float(total)) / length) > _ROUNDED:
         dtype = next(iter(weights.values())).dtype

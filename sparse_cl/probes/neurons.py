@@ -266,7 +266,8 @@ def dormant(
     if any(tau < 0 for tau in taus):
         raise ValueError(f"taus: expected thresholds of at least 0, got {list(taus)}")
     generator = torch.Generator().manual_seed(seed)
-    found, intervals = {}, {}
+    found: dict[str, Any] = {}
+    intervals: dict[str, Any] = {}
     for domain, one in by_domain.items():
         parts = one.part(part)
         found[domain] = {layer: _relative(p.magnitude.sum(0)) for layer, p in parts.items()}

@@ -129,14 +129,15 @@ def overlap(
     for number, layer in enumerate(layers):
         ks = [row[number] for row in sizes]
         ranks = {name: layer_ranks(parts[name][layer], draws[name], generator) for name in domains}
-        found["ceiling"].append(torch.stack([_iou(*ranks[name]["halves"], ks, _SPLITS).mean(1) for name in domains]))
-        for result, key, count in (
+        both = [ranks[name]["halves"] for name in domains]
+        found["ceiling"].append(torch.stack([_iou(even, odd, ks, _SPLITS).mean(1) for even, odd in both]))
+        for kind, key, count in (
             ("iou", "plain", 1),
             ("massive_iou", "massive", 1),
             ("resampled", "drawn", bootstrap),
         ):
             both = [_iou(ranks[a][key], ranks[b][key], ks, count) for a, b in combinations(domains, 2)]
-            found[result].append(torch.stack(both))
+            found[kind].append(torch.stack(both))
     iou, massive_iou = (torch.stack(found[name], -1)[:, :, 0] for name in ("iou", "massive_iou"))
     ceiling = torch.stack(found["ceiling"], -1)
     resampled = torch.stack(found["resampled"], -1).movedim(2, 0)  # (bootstrap, P, F, L)

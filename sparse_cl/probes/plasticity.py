@@ -59,7 +59,7 @@ class Fit:
     Attributes:
         seed: of the task.
         steps: optimizer steps until the loss was at most the target; None where it was not within max_steps.
-        losses: before each step, and after the last; nats a token.
+        losses: before each step, and after the last; nats per token.
         loss_after: after the fixed number of steps.
     """
 
@@ -75,7 +75,7 @@ class Plasticity:
 
     Attributes:
         fits: one a seed.
-        target: loss in nats a token; max_steps; fixed_steps; lr: as they were given.
+        target: loss in nats per token; max_steps; fixed_steps; lr: as they were given.
     """
 
     fits: tuple[Fit, ...]
@@ -157,7 +157,7 @@ def steps_to_fit(
         seeds: of the tasks; the spread over them is the interval.
         task: what is learned; None: `RandomSequences` of the model's vocabulary.
         lr: of AdamW.
-        target: loss in nats a token that counts as learned.
+        target: loss in nats per token that counts as learned.
         max_steps: where it gives up.
         fixed_steps: at which the loss is compared, whether the target was reached or not; at most `max_steps`.
         fitted: called after each task, to move a progress bar.
@@ -197,7 +197,7 @@ def plasticity(
 
 
 def _vocabulary(model: nn.Module) -> int:
-    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    embeddings = getattr(model, "get_input_embeddings", lambda: None)()
     if embeddings is None:
         raise ValueError(f"task: {type(model).__name__} tells no vocabulary; pass task=RandomSequences(vocabulary)")
     return embeddings.weight.shape[0]

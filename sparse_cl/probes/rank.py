@@ -1,4 +1,4 @@
-"""Ranks of features and of updates, and of random ones beside them."""
+"""Ranks of features and of updates, and the ranks of random ones to compare with."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .pairing import Weights, paired_matrices
 
 
 def effective_rank(singular_values: Tensor) -> Tensor:
-    """exp of the entropy of σ / Σσ: 1 where one value is all there is, k for k equal ones (Roy & Vetterli 2007).
+    """exp of the entropy of σ / Σσ: 1 where only one value is not zero, k for k equal ones (Roy & Vetterli 2007).
 
     Args:
         singular_values: (..., k), not negative; any order.
@@ -33,7 +33,7 @@ def effective_rank(singular_values: Tensor) -> Tensor:
 
 
 def stable_rank(singular_values: Tensor) -> Tensor:
-    """Σσ² / σ₁² (Rudelson & Vershynin 2007). Arguments, result and errors as those of `effective_rank`."""
+    """Σσ² / σ₁² (Rudelson & Vershynin 2007). Arguments, result and errors as for `effective_rank`."""
     sigma = _checked(singular_values)
     if not sigma.shape[-1]:
         return sigma.sum(-1)
@@ -131,7 +131,7 @@ def update_rank(before: Weights, after: Weights, names: Iterable[str] | None = N
         change = torch.linalg.vector_norm(delta).item()
         ranks = effective_rank(sigma).item(), stable_rank(sigma).item()
         weights[name] = WeightUpdate(
-            tuple(old.shape), change / norm if norm else None, *ranks, *gaussian_ranks(*old.shape)
+            (old.shape[0], old.shape[1]), change / norm if norm else None, *ranks, *gaussian_ranks(*old.shape)
         )
         spectra[name] = sigma.cpu()
     return UpdateRanks(weights, spectra)

@@ -24,7 +24,7 @@ def sampled_gradients(
     seed: int = 0,
     samples: int = 1,
 ) -> int:
-    """Calls `see` with the gradient of each batch's loss, summed over the tokens that count, for labels drawn anew.
+    """Calls `see` with the gradient of each batch's loss, summed over the tokens that count, for sampled labels.
 
     Labels drawn from the prediction have gradients of mean zero, independent of each other given the inputs. So the
     square of a batch's summed gradient is an unbiased estimate of the sum over its tokens of their squares, the
@@ -79,7 +79,7 @@ def sampled_gradients(
 
 
 def _check_finite(gradients: Mapping[str, Tensor], number: int) -> None:
-    # One transfer a batch, not one a parameter.
+    # One transfer per batch, not one per parameter.
     if not gradients:
         return
     norms = [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in gradients.values()]

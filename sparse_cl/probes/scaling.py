@@ -9,7 +9,7 @@ from collections.abc import Sequence
 def fit_exponent(widths: Sequence[float], values: Sequence[float]) -> tuple[float, float]:
     """b and its standard error in value = c · width^b, by least squares on logarithms.
 
-    The error is that of a straight line with independent residuals of one variance (n - 2 degrees of freedom): it
+    The error is the one of a straight line with independent residuals of one variance (n - 2 degrees of freedom): it
     knows of the scatter of seeds and of a curve that is not straight, not of what all models share.
 
     Args:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from os import PathLike
 from typing import Any
@@ -134,7 +134,8 @@ class ActivationScores:
         """
         gated = any(len(parts) > 1 for parts in self.parts.values())
         names = sorted({part for parts in self.parts.values() for part in parts})
-        mean, by_layer, chance = {}, {layer: {} for layer in self.parts}, {}
+        mean, chance = {}, {}
+        by_layer: dict[str, dict[str, Any]] = {layer: {} for layer in self.parts}
         for name in names:
             product = gated and name == "product"
             curves = self.curve(name)
@@ -175,7 +176,7 @@ class ActivationScores:
 
     @classmethod
     def load(cls, path: str | PathLike) -> ActivationScores:
-        """Reads what `save` wrote; errors as those of `sparse_cl.storage.read`."""
+        """Reads what `save` wrote; raises the errors of `sparse_cl.storage.read`."""
         writer = "ActivationScores.save"
         tensors, facts = storage.read(path, "activation", writer, "parts", "where", "top_share")
         try:
@@ -220,7 +221,7 @@ def _needed_with_intervals(parts: Mapping[str, PartScores]) -> tuple[dict[str, A
             for i, level in enumerate(LEVELS)
         }
 
-    drawn = resampled or [None] * len(estimates)
+    drawn: Sequence[Tensor | None] = resampled or [None] * len(estimates)
     by_layer = {layer: record(e, d) for layer, e, d in zip(parts, estimates, drawn, strict=True)}
     together = torch.stack(resampled).mean(0) if resampled else None
     return by_layer, record(torch.stack(estimates).mean(0), together)

@@ -141,7 +141,7 @@ def smearing(before: Weights, after: Weights, hubs: Mapping[str, Sequence[int] |
         mlps[mlp.name] = _spread(energy, sum(old_energies[name] for name in (*mlp.into, mlp.out_name)))
         by_mlp[mlp.name] = energy.cpu()
         if mlp.name in hubs:
-            shares[mlp.name] = _hub_share(by_mlp[mlp.name], hubs[mlp.name])
+            shares[mlp.name] = _hub_share(by_mlp[mlp.name], torch.as_tensor(hubs[mlp.name]))
     return Smearing(layers, mlps, shares, by_mlp)
 
 

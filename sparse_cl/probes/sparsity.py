@@ -60,7 +60,7 @@ def chance_needed(level: float, product: bool) -> float:
 
 
 def chance_curve(product: bool, shares: tuple[float, ...] = SHARES) -> list[float]:
-    """The curve of `curve_at` for activations as those of `chance_needed`."""
+    """The curve of `curve_at` for activations as in `chance_needed`."""
     at, masses = _chance(product)
     return np.interp(shares, at, masses).tolist()
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_cl.masks import TwoFourMask
-from sparse_cl.models.parts import is_transposed
+from sparse_cl.models.parts import Linear, is_transposed
 from sparse_cl.models.passes import Batch, stream
 
 from .fisher import diagonal_fisher
@@ -19,7 +19,7 @@ from .inputs import energy_watches
 SCORES = ("wanda", "fisher")
 
 
-def two_four_layers(model: nn.Module) -> dict[str, nn.Module]:
+def two_four_layers(model: nn.Module) -> dict[str, Linear]:
     """Weight name -> the linear layer of a residual block that has it.
 
     Raises:
@@ -41,7 +41,7 @@ def two_four_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def two_four_masks(
-    model: nn.Module, batches: Iterable[Batch], score: str = "wanda", *, seed: int = 0
+    model: nn.Module, batches: Iterable[Mapping[str, Tensor]], score: str = "wanda", *, seed: int = 0
 ) -> dict[str, TwoFourMask]:
     """The two of each four weights along the input that matter most to a text, for each linear layer of the blocks.
 
@@ -121,7 +121,7 @@ def _compressed(weight: Tensor, name: str) -> Tensor:
         ) from error
 
 
-def _input_norms(model: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Batch]) -> dict[str, Tensor]:
+def _input_norms(model: nn.Module, layers: Mapping[str, Linear], batches: Iterable[Batch]) -> dict[str, Tensor]:
     """‖x_j‖₂ of each layer's inputs, (n,)."""
     watches, energies = energy_watches(layers)
     stream(model, watches, batches, tokens="text")

@@ -13,25 +13,17 @@ from .masked_adamw import (
     stochastic_round,
     unpack_bits,
 )
-from .orthonormalize import default_rtol, orthonormalize
-from .project_out import project_onto_, project_out_
-from .randomized_svd import randomized_svd
 
 __all__ = [
     "active_norm",
     "active_positions",
     "apply_updates_",
     "block_ranks",
-    "default_rtol",
     "gram_factor",
     "masked_adamw_",
     "norm_dtype",
-    "orthonormalize",
     "pack_bits",
-    "project_onto_",
-    "project_out_",
     "random_bits",
-    "randomized_svd",
     "scale_active_",
     "spread_units",
     "stochastic_round",

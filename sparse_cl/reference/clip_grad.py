@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sparse_cl.layout import COLUMNS, DENSE, FIELDS, INDEX_NAME, ROWS, StateLayout
 
-from .masked_adamw import active_positions
+from .masked_adamw import active_positions, check_state, requirement, rows_of
 
 
 def active_norm(grads: Sequence[Tensor], states: Sequence[Tensor], layout: Tensor) -> Tensor:
@@ -68,26 +68,14 @@ def _take(grad: Tensor, positions: Tensor | None) -> Tensor:
     return grad if positions is None else grad.reshape(-1)[positions]
 
 
-def _check(op: str, grads, states, layout) -> list[Tensor | None]:
+def _check(op: str, grads: Sequence[Tensor], states: Sequence[Tensor], layout: Tensor) -> list[Tensor | None]:
     """The active positions of each gradient, None for all, after everything that could fail."""
-
-    def require(holds: bool, message: str) -> None:
-        if not holds:
-            raise RuntimeError(f"{op}: {message}")
-
-    count = len(grads)
+    require, count = requirement(op), len(grads)
     require(len(states) == count, f"expected as many states as grads ({count})")
-    require(
-        layout.device.type == "cpu" and layout.dtype == torch.int64 and layout.shape == (count, len(FIELDS)),
-        f"layout: expected an int64 CPU tensor of shape ({count}, {len(FIELDS)})",
-    )
-    chosen = []
-    for i, (grad, state, row) in enumerate(zip(grads, states, layout.tolist(), strict=True)):
+    chosen: list[Tensor | None] = []
+    for i, (grad, state, row) in enumerate(zip(grads, states, rows_of(layout, count, require), strict=True)):
         require(grads[0].device == grad.device == state.device, f"grads[{i}] and its state: expected all on one device")
-        require(
-            state.dtype == torch.uint8 and state.is_contiguous() and state.dim() == 1,
-            f"states[{i}]: expected a contiguous uint8 vector",
-        )
+        check_state(i, state, require)
         require(grad.dtype.is_floating_point, f"grads[{i}]: expected float32, bfloat16, float16 or float64")
         field = dict(zip(FIELDS, row, strict=True))
         if field["compact_grad"] == 1:

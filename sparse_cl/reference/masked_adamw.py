@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from sparse_cl.layout import BLOCK, COLUMNS, DENSE, FIELDS, PER_UNIT, ROWS, SHARED, StateLayout
+from sparse_cl.layout import BLOCK, COLUMNS, DENSE, FIELDS, INDEX_NAME, PER_UNIT, ROWS, SHARED, StateLayout
 
 _U32 = 0xFFFFFFFF
+
+Require = Callable[[bool, str], None]
 
 
 def pack_bits(dense: Tensor) -> Tensor:
@@ -49,8 +51,7 @@ def active_positions(layout: StateLayout, views: dict[str, Tensor], device: torc
     if layout.kind == COLUMNS:
         row = torch.arange(layout.shape[0], device=device) * layout.shape[1]
         return (row[:, None] + views["columns"].long()).view(-1)
-    bits = views.get("bits", views.get("two_four_bits"))
-    return unpack_bits(bits, layout.numel).nonzero().view(-1)
+    return unpack_bits(views[INDEX_NAME[layout.kind]], layout.numel).nonzero().view(-1)
 
 
 def spread_units(layout: StateLayout, per_unit: Tensor) -> Tensor:
@@ -160,21 +161,13 @@ def check_call(
     Args:
         grads: None for an op that takes none, which must be given updates.
     """
-
-    def require(holds: bool, message: str) -> None:
-        if not holds:
-            raise RuntimeError(f"{op}: {message}")
-
-    count = len(params)
+    require, count = requirement(op), len(params)
     if grads is None:
         require(len(states) == len(updates) == count, f"expected as many updates and states as params ({count})")
     else:
         require(len(grads) == len(states) == count, f"expected as many grads and states as params ({count})")
         require(len(updates) in (0, count), f"updates: expected none, or as many as params ({count})")
-    require(
-        layout.device.type == "cpu" and layout.dtype == torch.int64 and layout.shape == (count, len(FIELDS)),
-        f"layout: expected an int64 CPU tensor of shape ({count}, {len(FIELDS)})",
-    )
+    rows = rows_of(layout, count, require)
     for scalar in scalars:
         if scalar is not None and count:
             require(
@@ -182,7 +175,7 @@ def check_call(
                 "lr_tensor, grad_scale and found_inf: expected one float32 element on the parameters' device",
             )
     layouts = []
-    for i, (param, state, row) in enumerate(zip(params, states, layout.tolist(), strict=True)):
+    for i, (param, state, row) in enumerate(zip(params, states, rows, strict=True)):
         where = StateLayout.from_row(row, param.shape, param.dtype)
         require(param.dtype.is_floating_point, f"params[{i}]: expected float32, bfloat16, float16 or float64")
         require(
@@ -191,10 +184,7 @@ def check_call(
         )
         if grads is not None:
             _check_gradient(require, i, param, grads[i], where)
-        require(
-            state.dtype == torch.uint8 and state.is_contiguous() and state.dim() == 1,
-            f"states[{i}]: expected a contiguous uint8 vector",
-        )
+        check_state(i, state, require)
         require(where.is_valid() and where.row() == row, f"layout[{i}]: not a row that StateLayout.row() makes for it")
         if where.entries:
             require(state.numel() == where.nbytes, f"states[{i}]: does not hold what layout[{i}] says")
@@ -212,7 +202,29 @@ def check_call(
     return layouts
 
 
-def _check_gradient(require, i: int, param: Tensor, grad: Tensor, where: StateLayout) -> None:
+def requirement(op: str) -> Require:
+    """What raises an error in the name of ``op`` where something does not hold."""
+
+    def require(holds: bool, message: str) -> None:
+        if not holds:
+            raise RuntimeError(f"{op}: {message}")
+
+    return require
+
+
+def rows_of(layout: Tensor, count: int, require: Require) -> list[list[int]]:
+    """The rows of an op's ``layout`` tensor, which must be ``count``."""
+    fits = layout.device.type == "cpu" and layout.dtype == torch.int64 and layout.shape == (count, len(FIELDS))
+    require(fits, f"layout: expected an int64 CPU tensor of shape ({count}, {len(FIELDS)})")
+    return layout.tolist()
+
+
+def check_state(i: int, state: Tensor, require: Require) -> None:
+    fits = state.dtype == torch.uint8 and state.is_contiguous() and state.dim() == 1
+    require(fits, f"states[{i}]: expected a contiguous uint8 vector")
+
+
+def _check_gradient(require: Require, i: int, param: Tensor, grad: Tensor, where: StateLayout) -> None:
     what = "compact shape" if where.compact_grad and where.is_valid() else "shape"
     fits = grad.shape == (where.grad_shape if where.is_valid() else param.shape)
     require(fits, f"grads[{i}]: expected the {what} of params[{i}]")
@@ -266,7 +278,17 @@ def _steps(where: StateLayout, view: dict[str, Tensor]) -> Tensor:
 
 
 def _step_one(
-    param, grad, where, view, lr, beta1, beta2, eps, weight_decay, maximize, grad_scale
+    param: Tensor,
+    grad: Tensor,
+    where: StateLayout,
+    view: dict[str, Tensor],
+    lr: float | Tensor,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    maximize: bool,
+    grad_scale: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """The active weights before and after; writes moments and step counts only."""
     dtype = where.dtype

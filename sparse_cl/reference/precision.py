@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -18,9 +18,10 @@ def allows_tf32(device: torch.device) -> bool:
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """Turns autocast, TF32 and bf16 products of float32 matrices off, and sets them back as they were."""
-    cuda, onednn = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    cuda, onednn = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = cuda.fp32_precision, onednn.fp32_precision
-    with torch.autocast(device.type, enabled=False):
+    known = torch.amp.is_autocast_available(device.type)  # it is not of the meta device
+    with torch.autocast(device.type, enabled=False) if known else nullcontext():
         if not any(precision in _REDUCED for precision in before):
             yield
             return

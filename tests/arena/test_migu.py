@@ -8,7 +8,7 @@ from cases.methods import copy_of, domain, learn, same, weights
 
 from benchmarks.arena import MIGU
 from sparse_cl.methods import AdamW
-from sparse_cl.probes import linear_layers
+from sparse_cl.models import linear_layers
 
 
 def second_domain(model, quantile=0.7):

@@ -21,16 +21,15 @@ UNMEASURED = ("peak",) if find_spec("sparse_cl.optim.low_rank_pull") else ("peak
 
 @pytest.fixture
 def modules(monkeypatch, tmp_path):
-    monkeypatch.syspath_prepend(BENCHMARKS)
     for name, value in {"OUT": str(tmp_path / "out"), "COMMIT": "abc", "SECONDS_LIMIT": "", "PHASES": ""}.items():
         monkeypatch.setenv(name, value)
     (tmp_path / "out").mkdir()
-    return lambda name: importlib.import_module(name)
+    return lambda name: importlib.import_module(f"benchmarks.gpu.{name}")
 
 
 @pytest.fixture
 def phases(modules):
-    return modules("gpu_phases")
+    return modules("phases")
 
 
 @pytest.fixture
@@ -129,7 +128,7 @@ def test_without_time_all_is_named_as_not_reached(phases, stubs, tmp_path, monke
 
 
 def test_a_phase_names_the_cases_that_time_did_not_reach(modules, tmp_path):
-    run = modules("gpu_run").Run("steps", tmp_path / "x.json", time.time() + 60)
+    run = modules("run").Run("steps", tmp_path / "x.json", time.time() + 60)
     assert run.case("short", lambda: {"ms": 1.0})["status"] == "passed"
     assert run.case("long", lambda: {"ms": 1.0}, needs=100) is None
     assert run.finish() == 3
@@ -137,7 +136,7 @@ def test_a_phase_names_the_cases_that_time_did_not_reach(modules, tmp_path):
 
 
 def test_a_failed_case_is_recorded_and_the_next_runs(modules, tmp_path):
-    module = modules("gpu_run")
+    module = modules("run")
     run = module.Run("steps", tmp_path / "x.json")
 
     def fails():
@@ -217,7 +216,7 @@ def test_the_sanitizer_must_say_that_it_watched(phases, tmp_path, monkeypatch, c
 
 def test_a_ratio_is_of_one_device_and_size(modules):
     case = {"status": "passed", "device": "H100", "layers": 4, "tokens": 8, "step_ms": 2.0}
-    results = modules("gpu_table").Results(
+    results = modules("table").Results(
         {"steps": {"a": case, "b": case | {"step_ms": 4.0}, "c": case | {"device": "H200"}, "d": case | {"layers": 5}}}
     )
     assert [results.ratio("a", other) for other in "bcde"] == [0.5, None, None, None]
@@ -225,7 +224,7 @@ def test_a_ratio_is_of_one_device_and_size(modules):
 
 def test_probes_are_compared_with_the_plain_pass_of_the_same_round(modules, monkeypatch):
     """A machine that gets slower: the ratio is 1.5 in every round, whatever the medians are."""
-    probes = modules("gpu_probes")
+    probes = modules("probes")
     clock = iter([99.0, 99.0, 10.0, 15.0, 20.0, 30.0, 40.0, 60.0])
 
     def once_ms(call):

@@ -1,4 +1,4 @@
-"""Bad input of the linear-algebra functions: named, explained, and nothing changed."""
+"""The linear-algebra functions: bad input is named and explained, and shapes come without values."""
 
 import pytest
 import torch
@@ -15,9 +15,13 @@ U = torch.linalg.qr(torch.randn(10, 3))[0]
         ((Y.long(),), TypeError, r"y: expected float32, float64, bfloat16 or float16, got torch.int64"),
         ((Y.to(torch.complex64),), TypeError, r"y: expected float32.*got torch.complex64"),
         ((torch.randn(4),), ValueError, r"y: expected a matrix or a batch of them, got shape \(4,\)"),
-        ((Y, U.double()), TypeError, r"against: expected torch.float32, got torch.float64; convert it with .to"),
-        ((Y.bfloat16(), U.bfloat16()), TypeError, r"against: expected torch.float32, got torch.bfloat16"),
-        ((Y, U[:8]), ValueError, r"against: expected 10 rows, as y \(10, 4\) has, got \(8, 3\)"),
+        (
+            (Y, U.double()),
+            TypeError,
+            r"against: expected torch.float32 for y in torch.float32, got torch.float64; conv",
+        ),
+        ((Y.bfloat16(), U.bfloat16()), TypeError, r"against: expected torch.float32 for y in torch.bfloat16, got"),
+        ((Y, U[:8]), ValueError, r"against: expected 10 rows, the height of y \(10, 4\), got shape \(8, 3\)"),
         (
             (Y, U[None]),
             ValueError,
@@ -81,3 +85,14 @@ def test_projections(project, x, basis, error, message):
     with pytest.raises(error, match=message):
         project(x, basis)
     assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tensors_without_values_give_shapes(dtype):
+    """What a dry run counts with."""
+    y, u = torch.empty(2, 40, 8, device="meta", dtype=dtype), torch.empty(40, 6, device="meta")
+    q, rank = orthonormalize(y, u)
+    assert (q.shape, q.dtype, rank.shape, rank.dtype) == (y.shape, torch.float32, (2,), torch.int64)
+    assert [t.shape for t in randomized_svd(y, 5)] == [(2, 40, 5), (2, 5), (2, 5, 8)]
+    for project in (project_out_, project_onto_):
+        assert project(y.mT, u).shape == (2, 8, 40)

@@ -1,4 +1,4 @@
-"""The op on the CPU: the native kernel against the reference and a float64 oracle, and what both refuse."""
+"""masked_adamw_ on the CPU: the native kernel against the reference and a float64 oracle, and what stays as it was."""
 
 import os
 import subprocess
@@ -21,60 +21,12 @@ from cases.adamw import (
     numbers,
     same_random_bits,
 )
+from cases.masked_adamw import DTYPES, EMPTY, LARGE, both, native, precisions
 
 from sparse_cl import build_info, ops, reference
-from sparse_cl.layout import COLUMNS, DENSE, ELEMENTS, FIELDS, PER_ENTRY, PER_UNIT, ROWS, TWO_FOUR
+from sparse_cl.layout import COLUMNS, DENSE, ELEMENTS, PER_ENTRY, PER_UNIT, ROWS
 
 TESTS = Path(__file__).parents[1]
-native = pytest.mark.skipif(not ops.LOADED["cpu"], reason="no native library was built")
-both = pytest.mark.parametrize(
-    "op", [pytest.param(ops.masked_adamw_, id="native", marks=native), pytest.param(reference.masked_adamw_, id="ref")]
-)
-
-#: Storage types of parameter and gradient.
-DTYPES = {
-    "fp32": (torch.float32, None),
-    "fp64": (torch.float64, None),
-    "fp64-fp32": (torch.float64, torch.float32),
-    "bf16": (torch.bfloat16, None),
-    "bf16-fp32": (torch.bfloat16, torch.float32),
-    "fp16": (torch.float16, None),
-    "fp16-fp32": (torch.float16, torch.float32),
-}
-LARGE = [
-    Case(DENSE, (301, 400)),
-    Case(DENSE, (70001,), cohorts=9, scope=PER_ENTRY),
-    Case(ROWS, (400, 401)),
-    Case(ROWS, (6, 9000), gain=True, cohorts=5, scope=PER_ENTRY),
-    Case(ROWS, (90001,), density=0.9),
-    Case(COLUMNS, (301, 401)),
-    Case(COLUMNS, (20, 9001), gain=True, cohorts=3, scope=PER_UNIT),
-    Case(COLUMNS, (301, 401), compact_grad=True),
-    Case(ROWS, (400, 401), compact_grad=True),
-    Case(ELEMENTS, (1333, 401)),
-    Case(ELEMENTS, (333, 401), density=0.01, amsgrad=True),
-    Case(ELEMENTS, (257, 401), density=1.0, cohorts=9, scope=PER_ENTRY),
-    Case(TWO_FOUR, (301, 400)),
-]
-EMPTY = [
-    Case(DENSE, (0,)),
-    Case(DENSE, (0, 3)),
-    Case(ROWS, (5, 0)),
-    Case(ROWS, (5, 4), density=0.0),
-    Case(COLUMNS, (0, 5)),
-    Case(COLUMNS, (4, 5), density=0.0),
-    Case(ELEMENTS, (0, 4)),
-    Case(ELEMENTS, (40, 50), density=0.0),
-    Case(TWO_FOUR, (0, 4)),
-    Case(TWO_FOUR, (3, 0)),
-]
-
-
-def precisions():
-    """(parameter dtype, gradient dtype, master) of all that the op takes."""
-    plain = [pytest.param(*dtypes, False, id=name) for name, dtypes in DTYPES.items()]
-    narrow = {name: dtypes for name, dtypes in DTYPES.items() if dtypes[0].itemsize == 2}
-    return plain + [pytest.param(*dtypes, True, id=f"{name}-master") for name, dtypes in narrow.items()]
 
 
 @native
@@ -275,25 +227,11 @@ ON_ANOTHER_LEVEL = """
 import sys
 import torch
 from sparse_cl import build_info
-from test_masked_adamw import step_all
+from cases.masked_adamw import step_all
 
 assert build_info()["cpu_level"] == sys.argv[1], build_info()
 torch.save(step_all(), sys.argv[2])
 """
-
-
-def step_all():
-    """Checks parameters of all kinds and precisions; returns the bytes that the op leaves."""
-    result = []
-    for dtype, grad_dtype in DTYPES.values():
-        for master in (False, True) if dtype.itemsize == 2 else (False,):
-            common = dict(grad_dtype=grad_dtype, master=master)
-            cases = kinds(dtype, **common) + (LARGE if dtype == torch.float32 else [])
-            cases += kinds(dtype, amsgrad=True, cohorts=3, scope=PER_ENTRY, **common)
-            cases += kinds(dtype, gain=True, cohorts=3, scope=PER_UNIT, **common)
-            problem = check_step(ops.masked_adamw_, cases, grad_scale=torch.tensor(3.0))
-            result += [bits(t) for t in problem.params + problem.states]
-    return result
 
 
 @native
@@ -305,7 +243,7 @@ def test_every_cpu_level_is_as_accurate(tmp_path):
         environment = {
             **os.environ,
             "SPARSE_CL_CPU_LEVEL": level,
-            "PYTHONPATH": f"{Path(__file__).parent}{os.pathsep}{TESTS}",
+            "PYTHONPATH": str(TESTS),
         }
         command = [sys.executable, "-c", ON_ANOTHER_LEVEL, level, str(tmp_path / level)]
         folder = TESTS.parent
@@ -329,94 +267,6 @@ def test_the_reference_meets_its_own_float64_oracle():
     check_accuracy(mine, mine, oracle, cases)
 
 
-def malformed():
-    """Ways to spoil the second of two parameters, each with what the message must say."""
-
-    def field(name, value):
-        def spoil(args):
-            args["layout"][1][FIELDS.index(name)] = value
-
-        return spoil
-
-    def put(part, make):
-        def spoil(args):
-            args[part][1] = make(args[part][1])
-
-        return spoil
-
-    def scalar(name, value):
-        return lambda args: args.__setitem__(name, value)
-
-    return {
-        "a gradient is missing": (lambda args: args["grads"].pop(), "as many grads and states as params"),
-        "a state is missing": (lambda args: args["states"].pop(), "as many grads and states as params"),
-        "a row of the layout is missing": (scalar("layout", torch.zeros(1, len(FIELDS), dtype=torch.long)), "layout"),
-        "a column of the layout is missing": (lambda args: scalar("layout", args["layout"][:, 1:])(args), "layout"),
-        "layout of floats": (lambda args: scalar("layout", args["layout"].double())(args), "layout"),
-        "unknown kind": (field("kind", 5), "layout.1."),
-        "negative kind": (field("kind", -1), "layout.1."),
-        "unknown scope": (field("cohort_scope", 3), "layout.1."),
-        "no cohort": (field("cohorts", 0), "layout.1."),
-        "too many cohorts": (field("cohorts", 257), "layout.1."),
-        "cohorts that wrap to one": (field("cohorts", 65537), "layout.1."),
-        "a gradient that is neither compact nor not": (field("compact_grad", 2), r"\[1\]"),
-        "a gradient that should be compact": (field("compact_grad", 1), r"\[1\]"),
-        "more units than there are": (field("units", 37 * 40 + 1), "layout.1."),
-        "negative units": (field("units", -1), "layout.1."),
-        "moments past the end": (field("exp_avg_sq_offset", 1 << 20), r"\[1\]"),
-        "moments nowhere": (field("exp_avg_offset", 0), r"\[1\]"),
-        "moments not aligned": (field("exp_avg_offset", 260), r"\[1\]"),
-        "fewer columns than the state is for": (lambda args: narrow(args, slice(None), slice(39)), r"\[1\]"),
-        "fewer rows than the state is for": (lambda args: narrow(args, slice(20), slice(None)), r"\[1\]"),
-        "another shape of as many elements": (lambda args: reshape(args, (40, 37)), r"\[1\]"),
-        "short state": (put("states", lambda t: t[:-4].clone()), r"states\[1\]"),
-        "long state": (put("states", lambda t: torch.cat([t, t])), r"states\[1\]"),
-        "empty state": (put("states", lambda t: t[:0]), r"states\[1\]"),
-        "state of floats": (put("states", lambda t: t.view(torch.float32)), r"states\[1\]"),
-        "strided state": (put("states", lambda t: torch.stack([t, t], 1)[:, 0]), r"states\[1\]"),
-        "gradient of another shape": (put("grads", lambda t: t[:, :1]), r"grads\[1\]"),
-        "gradient of one dimension": (put("grads", lambda t: t.view(-1)), r"grads\[1\]"),
-        "narrow gradient": (put("grads", lambda t: t.bfloat16()), r"grads\[1\]"),
-        "wide gradient": (put("grads", lambda t: t.double()), r"grads\[1\]"),
-        "integer parameter": (lambda args: both_as(args, torch.int32), r"params\[1\]"),
-        "parameter of another dtype": (lambda args: both_as(args, torch.float64), r"\[1\]"),
-        "two learning rates": (scalar("lr_tensor", torch.ones(2)), "lr_tensor"),
-        "float64 scale": (scalar("grad_scale", torch.ones((), dtype=torch.float64)), "grad_scale"),
-        "integer found_inf": (scalar("found_inf", torch.ones((), dtype=torch.int32)), "found_inf"),
-    }
-
-
-def narrow(args, *index):
-    for part in ("params", "grads"):
-        args[part][1] = args[part][1][index].contiguous()
-
-
-def reshape(args, shape):
-    for part in ("params", "grads"):
-        args[part][1] = args[part][1].view(shape)
-
-
-def both_as(args, dtype):
-    for part in ("params", "grads"):
-        args[part][1] = args[part][1].to(dtype)
-
-
-@both
-@pytest.mark.parametrize("kind", [ROWS, ELEMENTS])
-@pytest.mark.parametrize("spoil, message", malformed().values(), ids=malformed())
-def test_malformed_calls_raise_and_change_nothing(op, kind, spoil, message):
-    problem = make_problem([Case(DENSE), Case(kind, cohorts=2, scope=PER_ENTRY)])
-    layout = torch.tensor([where.row() for where in problem.layouts])
-    tensors = {"params": problem.params, "grads": problem.grads, "states": problem.states, "updates": []}
-    args = {**tensors, "layout": layout, **HYPER}
-    spoil(args)
-    before = [bits(t).clone() for t in args["params"] + args["states"]]
-    with pytest.raises(RuntimeError, match=message):
-        op(*args.values())
-    for old, new in zip(before, args["params"] + args["states"], strict=True):
-        assert torch.equal(old, bits(new))
-
-
 @both
 @pytest.mark.parametrize("kind", [ROWS, COLUMNS])
 @pytest.mark.parametrize("dtype, grad_dtype, master", precisions())
@@ -431,12 +281,3 @@ def test_a_compact_gradient_gives_the_bits_of_the_whole_one(op, kind, dtype, gra
             # The native kernel steps gathered float32 weights by other instructions than contiguous ones.
             rtol = 1e-5 if kind == COLUMNS and dtype == torch.float32 else 0
             assert torch.allclose(numbers(compact, i)[name], value, rtol=rtol, atol=0), name
-
-
-@both
-def test_a_compact_gradient_of_another_shape_is_refused(op):
-    for kind in (ROWS, COLUMNS):
-        problem = make_problem([Case(kind, (40, 64), compact_grad=True)])
-        problem.grads[0] = torch.zeros(40, 64)
-        with pytest.raises(RuntimeError, match=r"grads\[0\]: expected the compact shape"):
-            problem.step(op)

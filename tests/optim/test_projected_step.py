@@ -21,10 +21,10 @@ from sparse_cl import (
     Subspace,
     SubspaceProjectedAdamW,
     SubspaceProjection,
+    linalg,
     ops,
 )
 from sparse_cl.optim import projected_adamw, projected_step, state, subspace_projection
-from sparse_cl.reference import project_out
 
 ATEN = torch.ops.aten
 PRODUCTS = (ATEN.mm, ATEN.bmm, ATEN.addmm, ATEN.addmm_, ATEN.baddbmm_, ATEN.baddbmm)
@@ -436,7 +436,7 @@ def test_a_matrix_of_llama_is_one_slice_on_a_device():
     """Sixteen on the CPU, where a slice should stay in the cache."""
     x, basis = torch.empty(14336, 4096, device="meta", dtype=torch.bfloat16), torch.empty(4096, 64, device="meta")
     slices = []
-    project_out._project(x, basis, lambda part, *_: slices.append(part.shape))
+    linalg._project(x, basis, lambda part, *_: slices.append(part.shape))
     assert slices == [x.shape]
 
 

@@ -145,12 +145,13 @@ def _needed(domains: Mapping[str, Mapping[str, Any]]) -> Figure:
 
 
 def _bars(means: Sequence[float], intervals: Sequence[Sequence[float] | None]) -> list[list[float]] | None:
-    if any(interval is None for interval in intervals):
+    known = [interval for interval in intervals if interval is not None]
+    if len(known) < len(intervals):
         return None
     # A reflected interval need not hold its estimate; an error bar must.
     return [
-        [max(0.0, m - low) for m, (low, _) in zip(means, intervals, strict=True)],
-        [max(0.0, high - m) for m, (_, high) in zip(means, intervals, strict=True)],
+        [max(0.0, m - low) for m, (low, _) in zip(means, known, strict=True)],
+        [max(0.0, high - m) for m, (_, high) in zip(means, known, strict=True)],
     ]
 
 

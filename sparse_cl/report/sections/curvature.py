@@ -126,7 +126,7 @@ def _mean_spectrum(record: Mapping[str, Any], key: str, np: Any) -> tuple[Any, A
 def _table(domains: Mapping[str, Mapping[str, Any]]) -> Table:
     first = next(iter(domains.values()))
     at = _at(first)
-    header = ("layer", "m × n")
+    header: tuple[str, ...] = ("layer", "m × n")
     header += (
         tuple(f"flat, {name}" for name in domains) + ("white noise",) + tuple(f"carry, {name}" for name in domains)
     )

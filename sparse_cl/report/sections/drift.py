@@ -40,7 +40,7 @@ def _sentence(layers: Mapping[str, Mapping[str, Any]]) -> str:
         return f"{where} no hidden state changed in any bit: there is no drift in any of the {len(layers)} layers."
     parts = []
     if known:
-        most = max(known, key=known.get)
+        most = max(known, key=known.__getitem__)
         halves = _halves(layers[most], "cka")
         interval = f"; the halves of the text give {span([1 - half for half in halves])}" if halves else ""
         parts.append(

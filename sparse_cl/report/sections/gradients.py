@@ -35,7 +35,8 @@ def section(cosines: Mapping[str, Any], interference: Mapping[str, Any] | None =
     else:
         figures.append(_interference_figure(interference))
         note = note.format(rank=cosines["rank"], step=interference["relative_step"])
-    sentence = " ".join(filter(None, (_sentence(cosines), interference and _interference_sentence(interference))))
+    sentences = [_sentence(cosines)] + ([_interference_sentence(interference)] if interference else [])
+    sentence = " ".join(filter(None, sentences))
     return Section("Gradients: do domains pull the same way?", sentence, tuple(figures), _table(cosines), note)
 
 

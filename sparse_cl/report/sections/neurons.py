@@ -75,7 +75,7 @@ def _dormant_sentence(dormant: Mapping[str, Any]) -> str:
     if not any(somewhere.values()):
         return f"No neuron is dormant in any domain, even at τ = {tau:g}."
     width = sum(dormant["neurons"])
-    most = max(somewhere, key=somewhere.get)
+    most = max(somewhere, key=somewhere.__getitem__)
     text = f"At τ = {tau:g} {everywhere} of {width:,} neurons ({everywhere / width:.2%}) are dormant"
     if len(somewhere) == 1:
         return text + "."
@@ -108,7 +108,7 @@ def _hub_figure(hubs: Mapping[str, Any], weights: Mapping[str, Any] | None) -> F
     if weights:
         axis = axes[0][1]
         axis.bar(range(len(weights)), [layer["iou"] for layer in weights.values()], color="tab:green", label="IoU")
-        lows, highs = zip(*(layer["null_interval"] for layer in weights.values()), strict=True)
+        lows, highs = map(list, zip(*(layer["null_interval"] for layer in weights.values()), strict=True))
         edges = [i - 0.5 for i in range(len(weights) + 1)]
         axis.stairs(highs, edges, baseline=lows, color="tab:red", label="95% of random sets")
         axis.set_ylabel("IoU of the most used and\nthe largest weights", fontsize=8)

@@ -94,7 +94,9 @@ def _heat(record: Mapping[str, Any], at: int) -> Figure:
     figure, axes = new_figure(1, 2, height=max(2.6, min(8.0, 1.4 + 0.3 * layers)))
     iou = [[row[at][layer] for row in record["iou"]] for layer in range(layers)]
     null = record["null"][at]
-    panels = [(iou, f"IoU at K = {record['fractions'][at]:.0%} (chance {mean(null):.3f})", 0.0, None)]
+    panels: list[tuple[list[list[float]], str, float, float | None]] = [
+        (iou, f"IoU at K = {record['fractions'][at]:.0%} (chance {mean(null):.3f})", 0.0, None)
+    ]
     if not any(value is None for row in record["ceiling"] for value in row[at]):
         relative = [
             [

@@ -193,7 +193,7 @@ def _draw_conjecture(axis: Any, values: Sequence[tuple[int, float]]) -> None:
 
 
 def _table(models: Sequence[Mapping[str, Any]]) -> Table:
-    header = ("model", "width", "parameters", "overlap", "null", "ceiling")
+    header: tuple[str, ...] = ("model", "width", "parameters", "overlap", "null", "ceiling")
     header += ("|cosine|", "cosine", "null", "ceiling", "corrected", "neurons for 99 %", "null")
     rows = []
     for model in models:

@@ -41,7 +41,7 @@ def _of_spread(mlps: Mapping[str, Mapping[str, Any]]) -> str:
     shares = {name: spread["share90"] for name, spread in mlps.items() if spread["share90"] is not None}
     if not shares:
         return f"None of the {len(mlps)} MLPs changed."
-    least, most = min(shares, key=shares.get), max(shares, key=shares.get)
+    least, most = min(shares, key=shares.__getitem__), max(shares, key=shares.__getitem__)
     average = mean(shares.values())
     text = (
         f"90 % of the update's energy lies in {average:.1%} of an MLP's neurons on average ({shares[least]:.1%} in "
@@ -95,7 +95,7 @@ def _figure(record: Mapping[str, Any]) -> Figure:
 
 
 def _table(record: Mapping[str, Any]) -> Table:
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name, spread in record["mlps"].items():
         hub = record["hubs"].get(name)
         within = hub and hub["null_interval"]

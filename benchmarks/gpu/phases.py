@@ -19,22 +19,18 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from pathlib import Path
 
-from gpu_run import FAILED, NOT_REACHED, ROOT, Run, commit, write
-from gpu_table import table
+from benchmarks.gpu.run import FAILED, NOT_REACHED, ROOT, Run, commit, write
+from benchmarks.gpu.table import table
 
 #: Seconds after which a phase starts no further case, so that no phase takes the time of all.
 LIMITS = {"build": 150, "tests": 90, "sanitizer": 90, "bandwidth": 75, "steps": 150, "projector": 45, "probes": 45}
-SCRIPTS = {
-    "bandwidth": "gpu_masked_adamw.py",
-    "steps": "gpu_steps.py",
-    "projector": "gpu_orthonormalize.py",
-    "probes": "gpu_probes.py",
-}
+#: Phases that are scripts of this folder, by these names.
+SCRIPTS = ("bandwidth", "steps", "projector", "probes")
 #: What a case that has started may take past the deadline before it is killed.
 GRACE = 15
 WORKERS = 6
 
-BENCHMARKS = ROOT / "benchmarks"
+HERE = Path(__file__).parent
 
 
 def execute(command: list, end: float, capture: bool = True, **environment: str) -> tuple[int, str]:
@@ -59,7 +55,7 @@ def run_here(name: str, *options: str) -> tuple[int, str]:
     said, code = io.StringIO(), 0
     try:
         with contextlib.redirect_stdout(said):
-            runpy.run_path(str(BENCHMARKS / name), run_name="__main__")
+            runpy.run_path(str(HERE / name), run_name="__main__")
     except SystemExit as ended:
         code = ended.code
     finally:
@@ -78,7 +74,7 @@ def build(run: Run, end: float, dry: bool) -> int:
     """Takes the libraries that lie in the tree if they load and are of these sources, and else builds them."""
 
     def inspect() -> dict | None:
-        code, output = execute([sys.executable, BENCHMARKS / "gpu_run.py"], end)
+        code, output = execute([sys.executable, HERE / "run.py"], end)
         if code:
             return None
         found = json.loads(next(line for line in output.splitlines() if line.startswith("{")))
@@ -153,10 +149,10 @@ def tests(run: Run, end: float, dry: bool) -> int:
 def sanitizer(run: Run, end: float, dry: bool) -> int:
     def check(tool: str) -> dict:
         if dry:
-            code, output = run_here("gpu_sanitize.py")
+            code, output = run_here("sanitize.py")
         else:
             command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable]
-            script = BENCHMARKS / "gpu_sanitize.py"
+            script = HERE / "sanitize.py"
             code, output = execute([*command, script], end, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
         lines = {mark: [line for line in output.splitlines() if mark in line] for mark in ("SUMMARY", "checked")}
         if code or not lines["checked"] or not (dry or lines["SUMMARY"]):
@@ -171,9 +167,9 @@ def sanitizer(run: Run, end: float, dry: bool) -> int:
 def script(run: Run, end: float, dry: bool) -> int:
     options = ["--json", str(run.path), "--deadline", f"{end:.1f}"]
     if dry:
-        return run_here(SCRIPTS[run.phase], *options)[0]
+        return run_here(f"{run.phase}.py", *options)[0]
     # A process of its own: an illegal access of one phase would fail all later ones.
-    return execute([sys.executable, BENCHMARKS / SCRIPTS[run.phase], *options], end, capture=False)[0]
+    return execute([sys.executable, HERE / f"{run.phase}.py", *options], end, capture=False)[0]
 
 
 RUNNERS: dict[str, Callable[[Run, float, bool], int]] = {

@@ -24,7 +24,7 @@ import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ON_GPU = DEVICE == "cuda"
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 #: Exit codes of a phase: a case failed; none failed, but time did not reach for all.
 FAILED, NOT_REACHED = 1, 3

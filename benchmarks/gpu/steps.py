@@ -1,6 +1,6 @@
 """Whole training steps on a GPU in bf16, beside full AdamW's: active layers and LoRA, projected and pulled updates.
 
-    python benchmarks/gpu_steps.py --json out/gpu.json [--tiny]
+    python benchmarks/gpu/steps.py --json out/gpu.json [--tiny]
 
 Shapes of Llama-3.2-1B and Llama-3-8B at random weights. Active layers train 5 % of the MLP neurons, LoRA as many
 parameters, with adapters in float32, as PEFT makes them, and in bfloat16. Projected and pulled steps have a basis of
@@ -23,11 +23,21 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from bench_active_linear import LR, MLP, Contender, Shape, choose_neurons, llama, rank_for, train, trained_parameters
-from gpu_run import DEVICE, ON_GPU, Run, Skipped, device_bytes, host_ms, main, synchronize
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from benchmarks.bench_active_linear import (
+    LR,
+    MLP,
+    Contender,
+    Shape,
+    choose_neurons,
+    llama,
+    rank_for,
+    train,
+    trained_parameters,
+)
+from benchmarks.gpu.run import DEVICE, ON_GPU, Run, Skipped, device_bytes, host_ms, main, synchronize
 from sparse_cl import SparseMaskedAdamW, SubspaceProjectedAdamW
 from sparse_cl.nn import activate
 from sparse_cl.optim.projected_adamw import ProjectedAdamW

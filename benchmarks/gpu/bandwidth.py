@@ -1,6 +1,6 @@
 """masked_adamw_ on a GPU against torch's fused AdamW, beside the copy bandwidth of the same process.
 
-    python benchmarks/gpu_masked_adamw.py --json out/gpu.json [--tiny]
+    python benchmarks/gpu/bandwidth.py --json out/gpu.json [--tiny]
 
 Times are medians of CUDA events around whole steps of Llama-3-8B's parameter list, which is far beyond the L2 cache;
 where memory does not hold it, with fewer layers of the same shapes.
@@ -20,9 +20,10 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
-from gpu_run import DEVICE, ON_GPU, Run, Skipped, device_bytes, free, host_ms, main, median_ms
 from torch import Tensor
 
+from benchmarks.gpu.run import DEVICE, ON_GPU, Run, Skipped, device_bytes, free, host_ms, main, median_ms
+from benchmarks.random_masks import mask_for
 from sparse_cl import ColumnMask, ElementMask, RowMask, SparseMaskedAdamW, TwoFourMask, ops
 from sparse_cl.layout import DENSE, StateLayout, state_dtype
 
@@ -73,31 +74,6 @@ def copy_bandwidth(entries: int) -> float:
     return 2 * source.nbytes / median_ms(lambda: target.copy_(source)) / 1e6
 
 
-def chosen(size: int, density: float) -> Tensor:
-    return torch.randperm(size, device=DEVICE)[: round(density * size)]
-
-
-def mask_for(kind: str, shape: tuple[int, ...], density: float):
-    """A random mask, made on the device; None for a dense parameter. Vectors of columns and 2:4 get an empty mask."""
-    if kind == "dense":
-        return None
-    if kind == "rows":
-        return RowMask(chosen(shape[0], density), shape)
-    if kind == "elements":
-        return ElementMask(torch.rand(shape, device=DEVICE) < density)
-    if kind == "band":
-        dense = torch.zeros(shape, dtype=torch.bool, device=DEVICE)
-        dense[: round(density * shape[0])] = True
-        return ElementMask(dense)
-    if len(shape) != 2:
-        return RowMask(torch.empty(0, dtype=torch.int64, device=DEVICE), shape)
-    if kind == "columns":
-        return ColumnMask(chosen(shape[1], density), shape)
-    pair = torch.tensor([[1, 1, 0, 0], [1, 0, 1, 0], [1, 0, 0, 1], [0, 1, 1, 0], [0, 1, 0, 1], [0, 0, 1, 1]])
-    choice = torch.randint(6, (shape[0], shape[1] // 4), device=DEVICE)
-    return TwoFourMask(pair.bool().to(DEVICE)[choice].view(shape))
-
-
 def touched(mask, shape: tuple[int, ...], per_sector: int) -> int:
     """Entries of the sectors that hold an active one."""
     if isinstance(mask, ElementMask):
@@ -115,7 +91,7 @@ class Ours:
         self.params, self.grads, self.states = [], [], []
         rows, self.bytes, self.entries = [], 0.0, 0
         for shape in shapes:
-            mask = mask_for(kind, shape, density)
+            mask = mask_for(kind, shape, density, DEVICE)
             options = dict(master=master, compact_grad=compact and isinstance(mask, ColumnMask))
             if mask is None:
                 layout = StateLayout(DENSE, shape, torch.Size(shape).numel(), state_dtype(dtype), **options)

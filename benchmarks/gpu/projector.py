@@ -1,6 +1,6 @@
 """orthonormalize, projection and the refresh of subspaces on a GPU, at the shapes of Llama-3-8B.
 
-    python benchmarks/gpu_orthonormalize.py --json out/gpu.json [--tiny]
+    python benchmarks/gpu/projector.py --json out/gpu.json [--tiny]
 
 Times are medians of CUDA events. Where memory does not hold all 32 layers, those that fit are timed and the result is
 scaled by the number of layers. A refresh is observe + consolidate of rank 128; peers are timed on one matrix of each
@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from gpu_masked_adamw import LAYERS, layers_that_fit
-from gpu_run import DEVICE, Run, free, main, median_ms, once_ms
 from torch import Tensor
 
+from benchmarks.gpu.bandwidth import LAYERS, layers_that_fit
+from benchmarks.gpu.run import DEVICE, Run, free, main, median_ms, once_ms
 from sparse_cl import SubspaceMemory, ops
 from sparse_cl.linalg import orthonormalize, project_out_
 

@@ -1,6 +1,6 @@
 """What probing costs beside the plain passes that it needs, on a random Llama of 1 G parameters in bfloat16.
 
-    python benchmarks/gpu_probes.py --json out/gpu.json [--tiny]
+    python benchmarks/gpu/probes.py --json out/gpu.json [--tiny]
 
 Forward probes are compared with the same forward passes without anything watched (no logits but the last, as the probes
 run them), backward probes with a forward and backward pass to the same weights. Times are medians over rounds in which
@@ -14,12 +14,12 @@ from collections.abc import Callable
 from functools import cache, partial
 
 import torch
-from bench_active_linear import llama
-from gpu_run import DEVICE, ON_GPU, Run, free, main, once_ms
-from gpu_steps import make_model
 from torch import Tensor, nn
 from transformers import LlamaConfig
 
+from benchmarks.bench_active_linear import llama
+from benchmarks.gpu.run import DEVICE, ON_GPU, Run, free, main, once_ms
+from benchmarks.gpu.steps import make_model
 from sparse_cl.models.losses import answer_loss
 from sparse_cl.models.parts import linear_layers
 from sparse_cl.models.passes import evaluation, stream

@@ -1,6 +1,6 @@
 """The kernels on small problems, for compute-sanitizer to watch; results are compared on the CPU.
 
-    PYTHONPATH=.:tests PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer python benchmarks/gpu_sanitize.py [--tiny]
+    PYTHONPATH=.:tests PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer python benchmarks/gpu/sanitize.py [--tiny]
 
 Nothing else runs on the device: a reference there would be many more kernels to watch, and none of ours. Without the
 caching every tensor is an allocation of its own, or the tool would see no access past its end.
@@ -13,8 +13,8 @@ import sys
 import cases.gram_factor as gram_factor_cases
 import torch
 from cases.adamw import OPTIONS, Problem, check_accuracy, check_untouched, kinds, make_problem
-from gpu_run import DEVICE
 
+from benchmarks.gpu.run import DEVICE
 from sparse_cl import ops, reference
 
 ADAMW = ("plain", "amsgrad", "unit-cohorts", "entry-cohorts", "sparse", "misaligned", "compact-gradient-gain")

@@ -1,0 +1,1 @@
+"""The phases of benchmarks/gpu.sh, and what they share."""
