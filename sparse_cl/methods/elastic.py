@@ -63,18 +63,17 @@ class Elastic(Method):
         self.token_strength = check_at_least("token_strength", token_strength, 0)
         self.text_weight = check_above_zero("text_weight", text_weight)
         self.max_width = check_at_least("max_width", max_width, 0)
-        self._usage: InputUsage | None = None
+        self.usage: InputUsage | None = None
         self._pulls: dict[str, ElasticPull] = {}
         self._before: dict[str, Tensor] = {}
         self._layers: dict[str, dict[str, Any]] = {}
         self._begun = False
 
     @property
-    def usage(self) -> InputUsage:
-        """Of the domains learned so far, and the text protected; there is none before the first of them begins."""
-        if self._usage is None:
+    def _known(self) -> InputUsage:
+        if self.usage is None:
             raise RuntimeError(f"{self.name}: before_domain, protect or restore comes first")
-        return self._usage
+        return self.usage
 
     def settings(self) -> dict[str, Any]:
         return {option: getattr(self, option) for option in self.options}
@@ -88,14 +87,14 @@ class Elastic(Method):
                 )
 
     def protect(self, model: nn.Module, batches: Iterable[Batch]) -> None:
-        check_first(self.name, self._usage is None)
+        check_first(self.name, self.usage is None)
         usage = InputUsage(model, self.max_width)
         usage.observe(model, batches, self.text_weight)
-        self._usage = usage
+        self.usage = usage
 
     def before_domain(self, model: nn.Module, batches: Iterable[Batch]) -> nn.Module:
         self._begin(model, batches)
-        self._pulls = self._make_pulls(model) if self.usage.moments else {}
+        self._pulls = self._make_pulls(model) if self._known.moments else {}
         return model
 
     def make_optimizer(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
@@ -112,7 +111,7 @@ class Elastic(Method):
         return {"layers": self._layers}
 
     def save(self, folder: Path) -> None:
-        storage.write(folder / _FILE, "usage", self.usage.moments)
+        storage.write(folder / _FILE, "usage", self._known.moments)
 
     def restore(self, base: nn.Module, folders: Sequence[Path]) -> nn.Module:
         model = super().restore(base, folders)
@@ -121,17 +120,17 @@ class Elastic(Method):
 
     def _begin(self, base: nn.Module, batches: Iterable[Batch]) -> None:
         """Measure, before a domain is learned, what of its gradient is free."""
-        if self._usage is None:
-            self._usage = InputUsage(base, self.max_width)
-        self._layers = {name: {"surviving": 1.0, "leak": None} for name in self.usage.modules}
+        if self.usage is None:
+            self.usage = InputUsage(base, self.max_width)
+        self._layers = {name: {"surviving": 1.0, "leak": None} for name in self._known.modules}
         self._before, self._begun = {}, True
-        if not self.usage.moments:
+        if not self._known.moments:
             return
-        for name, share in self.usage.surviving(base, batches).items():
+        for name, share in self._known.surviving(base, batches).items():
             self._layers[name]["surviving"] = share
         if message := scarcity(self._layers):
             warnings.warn(f"{self.name}: {message}", stacklevel=3)
-        self._before = {name: weight.detach().to("cpu", copy=True) for name, weight in self.usage.weights().items()}
+        self._before = {name: weight.detach().to("cpu", copy=True) for name, weight in self._known.weights().items()}
 
     def _check_begun(self, call: str) -> None:
         if not self._begun:
@@ -147,24 +146,24 @@ class Elastic(Method):
             model: what was trained, adapter and all.
         """
         self._check_begun("after_domain")
-        learned = MergedWeights(model, self.usage.weights())
+        learned = MergedWeights(model, self._known.weights())
         for name, before in self._before.items():
-            self._layers[name]["leak"] = self.usage.share_taken(name, learned[name].detach().cpu() - before)
+            self._layers[name]["leak"] = self._known.share_taken(name, learned[name].detach().cpu() - before)
         self._before = {}
-        self.usage.observe(model, batches)
+        self._known.observe(model, batches)
         self._begun = False
         for name, layer in self._layers.items():
-            layer |= self.usage.account(name)
+            layer |= self._known.account(name)
 
     def _load(self, base: nn.Module, folder: Path) -> None:
-        self._usage = InputUsage(base, self.max_width)
-        self.usage.take(storage.read(folder / _FILE, "usage", f"a run of the method {self.name}")[0])
+        self.usage = InputUsage(base, self.max_width)
+        self._known.take(storage.read(folder / _FILE, "usage", f"a run of the method {self.name}")[0])
 
     def _make_pulls(self, model: nn.Module) -> dict[str, ElasticPull]:
         """Of all trained parameters that have any, by name, with their present values as anchors."""
-        layers = self.usage.modules | self.usage.heads
-        bases = {id(layer.weight): self.usage.bases[name] for name, layer in layers.items()}
-        embedding, shares = self.usage.embedding.weight, self.usage.token_shares()
+        layers = self._known.modules | self._known.heads
+        bases = {id(layer.weight): self._known.bases[name] for name, layer in layers.items()}
+        embedding, shares = self._known.embedding.weight, self._known.token_shares()
         rows = self.strength * self.token_strength * len(shares) * shares
         pulls = {}
         for name, parameter in model.named_parameters():
@@ -210,7 +209,7 @@ class ElasticLoRA(Elastic):
         base = merged(model)
         self._begin(base, batches)
         adapted = add_adapter(base, self.rank, self.alpha)
-        self._pulls = self._confine(adapted) if self.usage.moments else {}
+        self._pulls = self._confine(adapted) if self._known.moments else {}
         return adapted
 
     def after_domain(self, model: nn.Module, batches: Iterable[Batch]) -> None:
@@ -225,14 +224,14 @@ class ElasticLoRA(Elastic):
     @torch.no_grad()
     def _confine(self, adapted: nn.Module) -> dict[str, ElasticPull]:
         """Draws each A again, outside the used directions; returns the pulls by name."""
-        layers = {id(layer): name for name, layer in self.usage.modules.items()}
+        layers = {id(layer): name for name, layer in self._known.modules.items()}
         names = {id(parameter): name for name, parameter in adapted.named_parameters()}
         pulls = {}
         adapters: Iterator[Any] = (module for module in adapted.modules() if hasattr(module, "lora_A"))
         for module in adapters:
             if layer := layers.get(id(module.get_base_layer())):
                 a = module.lora_A["default"].weight
-                basis, use = self.usage.bases[layer]
+                basis, use = self._known.bases[layer]
                 use = use.to(a.dtype)
                 if basis is None:
                     a.div_(1 + use)

@@ -58,17 +58,16 @@ class SubspaceMethod(Method):
         if max_rank is not None and max_rank < 1:
             raise ValueError(f"max_rank: expected at least 1, or none for no limit, got {max_rank}")
         self.energy, self.source, self.max_rank = energy, source, max_rank
-        self._memory: SubspaceMemory | None = None
+        self.memory: SubspaceMemory | None = None
         self._weights: dict[str, nn.Parameter] = {}
         self._before: dict[str, torch.Tensor] = {}
         self._layers: dict[str, dict[str, Any]] = {}
 
     @property
-    def memory(self) -> SubspaceMemory:
-        """Of the domains learned so far, and the text protected; there is none before the first of them begins."""
-        if self._memory is None:
+    def _known(self) -> SubspaceMemory:
+        if self.memory is None:
             raise RuntimeError(f"{self.name}: before_domain, protect or restore comes first")
-        return self._memory
+        return self.memory
 
     def settings(self) -> dict[str, Any]:
         return {"energy": self.energy, "source": self.source, "max_rank": self.max_rank}
@@ -84,23 +83,23 @@ class SubspaceMethod(Method):
         self._new_memory(model)
 
     def protect(self, model: nn.Module, batches: Iterable[Batch]) -> None:
-        check_first(self.name, self._memory is None)
+        check_first(self.name, self.memory is None)
         self._remember(model, self._new_memory(model))
         self._observe(model, batches)
-        self.memory.consolidate()
+        self._known.consolidate()
 
     def record(self) -> dict[str, Any]:
         return {"layers": self._layers}
 
     def save(self, folder: Path) -> None:
-        self.memory.save(folder / _FILE)
+        self._known.save(folder / _FILE)
 
     def _new_memory(self, base: nn.Module) -> SubspaceMemory:
         return SubspaceMemory(base, max_rank=self.max_rank, energy=self.energy, source=self.source)
 
     def _remember(self, base: nn.Module, memory: SubspaceMemory) -> None:
         """Take a memory that is bound to `base`."""
-        self._memory = memory
+        self.memory = memory
         if memory.settings.source == "inputs":
             with memory.watch():
                 pass  # from now on only the probe batches are noted, not training
@@ -117,13 +116,13 @@ class SubspaceMethod(Method):
         Args:
             base: the model without adapters; the first time, a memory of its linear layers is made.
         """
-        if self._memory is None:
+        if self.memory is None:
             self._remember(base, self._new_memory(base))
         self._layers = {name: {"surviving": 1.0} for name in self._weights}
         self._before = {}
-        if not self.memory.domains:
+        if not self._known.domains:
             return
-        for name, share in surviving_shares(base, self._weights, batches, self.memory.share_inside).items():
+        for name, share in surviving_shares(base, self._weights, batches, self._known.share_inside).items():
             self._layers[name]["surviving"] = share
         self._before = {name: weight.detach().to("cpu", copy=True) for name, weight in self._weights.items()}
         if message := scarcity(self._layers):
@@ -136,13 +135,13 @@ class SubspaceMethod(Method):
             model: what was trained, adapter and all.
             learned: the tracked weights as the next domain will find them.
         """
-        leak = self.memory.leak(self._before, learned) if self._before else {}
+        leak = self._known.leak(self._before, learned) if self._before else {}
         for name, layer in self._layers.items():
-            layer["leak"] = leak[name] if leak and self.memory.rank(name) else None
+            layer["leak"] = leak[name] if leak and self._known.rank(name) else None
         self._before = {}
         self._observe(model, batches)
-        self.memory.consolidate()
-        for name, capacity in self.memory.capacity().items():
+        self._known.consolidate()
+        for name, capacity in self._known.capacity().items():
             self._layers[name] |= capacity
 
     def _observe(self, model: nn.Module, batches: Iterable[Batch]) -> None:
@@ -151,13 +150,13 @@ class SubspaceMethod(Method):
                 with only_gradients_of(model, self._weights.values()):
                     for batch in batches:
                         model(**batch).loss.backward()
-                        self.memory.observe()
+                        self._known.observe()
                         model.zero_grad(set_to_none=True)
                 return
             for batch in batches:
-                with torch.no_grad(), self.memory.watch(tokens=answer_tokens(batch, "all")):
+                with torch.no_grad(), self._known.watch(tokens=answer_tokens(batch, "all")):
                     model(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"))
-                self.memory.observe()
+                self._known.observe()
 
 
 class Orthogonal(SubspaceMethod):
@@ -220,7 +219,7 @@ class OrthogonalLoRA(SubspaceMethod):
         self._begin(base, batches)
         adapted = add_adapter(base, self.rank, self.alpha)
         with told_already():
-            self._subspaces = orthogonal_lora(adapted, self.memory)
+            self._subspaces = orthogonal_lora(adapted, self._known)
         return adapted
 
     def make_optimizer(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
