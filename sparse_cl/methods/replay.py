@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from .adamw import AdamW
-from .mixture import Mixture
 from .options import check_share
 
 
@@ -39,11 +38,13 @@ class Replay(AdamW):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
         places = torch.randperm(length, generator=generator)[: max(1, round(self.share * length))].tolist()
         orders = [torch.randperm(len(old), generator=generator).tolist() for old in datasets[:number]]
-        picks = [(number, item) for item in range(length)]
+        joined = ConcatDataset(datasets[: number + 1])
+        starts = [0, *joined.cumulative_sizes]
+        picks = list(range(starts[number], starts[number] + length))
         for turn, place in enumerate(places):
             times, old = divmod(turn, number)
-            picks[place] = (old, orders[old][times % len(orders[old])])
-        return Mixture(datasets, picks)
+            picks[place] = starts[old] + orders[old][times % len(orders[old])]
+        return Subset(joined, picks)
 
 
 class Replay1(Replay):
