@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,12 +35,12 @@ class Replay(AdamW):
     def training_data(self, number: int, datasets: Sequence[Dataset], seed: int) -> Dataset:
         if number == 0:
             return datasets[0]
-        length = len(datasets[number])
+        joined: ConcatDataset[Any] = ConcatDataset(datasets[: number + 1])
+        starts = [0, *joined.cumulative_sizes]
+        *old_lengths, length = (stop - start for start, stop in itertools.pairwise(starts))
         generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
         places = torch.randperm(length, generator=generator)[: max(1, round(self.share * length))].tolist()
-        orders = [torch.randperm(len(old), generator=generator).tolist() for old in datasets[:number]]
-        joined = ConcatDataset(datasets[: number + 1])
-        starts = [0, *joined.cumulative_sizes]
+        orders = [torch.randperm(old, generator=generator).tolist() for old in old_lengths]
         picks = list(range(starts[number], starts[number] + length))
         for turn, place in enumerate(places):
             times, old = divmod(turn, number)

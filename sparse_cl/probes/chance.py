@@ -55,7 +55,7 @@ def mean_iou_interval(layers: Sequence[tuple[int, int]], generator: torch.Genera
     if len(layers) == 1:
         ((width, size),) = layers
         low, high = central_interval(hypergeometric(width, size, size))
-        return iou_of(low, size), iou_of(high, size)
+        return float(iou_of(low, size)), float(iou_of(high, size))
     total = torch.zeros(_DRAWS, dtype=torch.float64)
     laws: dict[tuple[int, int], Tensor] = {}
     for width, size in layers:
