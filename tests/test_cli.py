@@ -67,7 +67,7 @@ def test_wrong_options_print_the_usage(arguments, capsys):
     [
         (
             ["run", "--seed", "0,1"],
-            "--seed 0,1: a run has one seed. For several runs, and means over them: `pyt",
+            "--seed 0,1: a run has one seed. For several runs, and means over them: `python",
         ),
         (["run", "--order", "given,reverse"], "--order given,reverse: a run has one order. For several runs"),
         (["compare", "here"], "compare: finished runs are compared by `python -m benchmarks.arena compare DIR …`"),
