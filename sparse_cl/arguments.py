@@ -101,10 +101,12 @@ def names(text: str) -> tuple[str, ...]:
 def _value(text: str, kind: Any) -> Any:
     if typing.get_origin(kind) is tuple:
         return tuple(_value(part, typing.get_args(kind)[0]) for part in names(text))
-    choices: dict[str, Any] = {type(None): {"none": None, "null": None}, bool: {"true": True, "false": False}}.get(
-        kind, {}
-    )
-    if typing.get_origin(kind) is Literal:
+    choices: dict[str, Any] = {}
+    if kind is type(None):
+        choices = {"none": None, "null": None}
+    elif kind is bool:
+        choices = {"true": True, "false": False}
+    elif typing.get_origin(kind) is Literal:
         choices = {str(choice): choice for choice in typing.get_args(kind)}
     return choices[text if text in choices else text.lower()] if choices else kind(text)
 

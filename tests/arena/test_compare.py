@@ -14,6 +14,7 @@ from benchmarks.arena.compare_report import compare
 from benchmarks.arena.intervals import interval
 from benchmarks.arena.pareto import lines_of
 from benchmarks.arena.sweep import runs_of
+from sparse_cl.four_domains import experiment
 from sparse_cl.four_domains.metrics import summarize
 from sparse_cl.four_domains.results import add_intransigence, read_runs, write_runs
 from sparse_cl.four_domains.settings import Settings
@@ -211,6 +212,30 @@ def test_the_verdict_when_none_learned_enough_or_nothing_can_be_said():
     assert verdict([outcome("one", 1.0, None)]) == []
     best = verdict([outcome("adamw lr=1", 1.0, 0.1, "baseline"), ADAMW, outcome("own", 1.95, 0.5)])[0]
     assert best.startswith("own forgot least"), "the yardstick is the learning rate with which adamw learned most"
+
+
+def test_the_sweep_takes_the_options_of_a_run_with_several_orders_and_seeds(tmp_path, monkeypatch, capsys):
+    made = {}
+    monkeypatch.setattr(experiment, "run", lambda settings, out: made.update({out.name: settings}) or [])
+    arguments = [
+        "sweep",
+        "--domains",
+        "code,math",
+        "--order",
+        "given,reverse",
+        "--seed",
+        "0,3",
+        "--method",
+        "adamw,lora",
+    ]
+    assert main([*arguments, "--lr", "1e-3", "--steps", "7", "--out", str(tmp_path)]) == 0
+    assert list(made) == ["given-seed0", "given-seed3", "reverse-seed0", "reverse-seed3"]
+    last = made["reverse-seed3"]
+    assert (last.domains, last.seed, last.steps) == (("math", "code"), 3, 7)
+    assert last.lr == {"adamw": 1e-3, "lora": 1e-3} and last.methods == ("adamw", "lora")
+    assert "4 runs in it" in capsys.readouterr().out
+    assert main([*arguments[:-1], "sgd", "--out", str(tmp_path)]) == 2
+    assert "python -m benchmarks.arena: unknown method 'sgd'" in capsys.readouterr().err
 
 
 def test_orders_and_seeds_make_a_folder_each(tmp_path):
