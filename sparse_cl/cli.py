@@ -11,7 +11,7 @@ from typing import Any
 
 from .four_domains import command as four_domains
 from .planner import command as planner
-from .report import command as studies
+from .report import command as report
 
 
 def _probe(settings: Any, out: Path) -> list[str]:
@@ -32,17 +32,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the exit status: 0; 1 where a method failed; 2 for input that cannot be used (why: stderr)."""
     parser = argparse.ArgumentParser(prog="sparse-cl", description="Continual learning in the room that is free.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    four_domains.add_parsers(commands, _probe)
-    studies.add_parsers(commands)
+    four_domains.add_parser(commands, _probe)
+    report.add_parsers(commands)
     planner.add_parser(commands)
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["compare"]:
+        moved = "compare: finished runs are compared by `python -m benchmarks.arena compare DIR …`, in a checkout"
+        print(f"sparse-cl: {moved} of sparse_cl", file=sys.stderr)
+        return 2
+    return run_command(parser, argv)
+
+
+def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
+    """Parse, and call what a command set as `command` with what was parsed; `main`'s exit status."""
     arguments = parser.parse_args(argv)
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _tell
             return arguments.command(arguments) or 0
     except (ValueError, OSError) as error:
-        print(f"sparse-cl: {error}", file=sys.stderr)
+        print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("sparse-cl: interrupted; the same command goes on after the last finished domain", file=sys.stderr)
+        print(f"{parser.prog}: interrupted; the same command goes on after the last finished domain", file=sys.stderr)
         return 130

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+import sparse_cl
 from sparse_cl.cli import main
 
 
@@ -57,6 +60,54 @@ def test_wrong_options_print_the_usage(arguments, capsys):
         main(arguments)
     assert stopped.value.code == 2
     assert "usage:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["run", "--seed", "0,1"],
+            "--seed 0,1: a run has one seed. For several runs, and means over them: `python",
+        ),
+        (["run", "--order", "given,reverse"], "--order given,reverse: a run has one order. For several runs"),
+        (["compare", "here"], "compare: finished runs are compared by `python -m benchmarks.arena compare DIR …`"),
+    ],
+)
+def test_what_moved_to_the_arena_says_so(tmp_path, capsys, arguments, message):
+    assert main([*arguments, "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"sparse-cl: {message}") and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_package_without_the_arena_has_its_own_methods_and_says_where_the_others_are(tmp_path):
+    (tmp_path / "sparse_cl").symlink_to(Path(sparse_cl.__file__).parent)
+    code = (
+        "import sys\n"
+        "from sparse_cl.four_domains.settings import methods_named\n"
+        "from sparse_cl.methods import METHODS\n"
+        "from sparse_cl.cli import main\n"
+        "assert 'benchmarks' not in sys.modules\n"
+        "print(*METHODS)\n"
+        "print(*methods_named(['all']))\n"
+        "print(*methods_named(['baselines']))\n"
+        "for method in ('bounds', 'ewc'):\n"
+        "    assert main(['run', '--method', method, '--out', 'out']) == 2\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    methods, all_of_them, baselines = (line.split() for line in result.stdout.splitlines())
+    assert methods == all_of_them and {"elastic", "two-four", *baselines} < {*methods}
+    assert baselines == ["adamw", "lora", "replay-1", "replay-5"]
+    bounds, ewc = result.stderr.splitlines()
+    assert bounds.startswith("sparse-cl: bounds: there is no such method here (more baselines and the bounds are in ")
+    assert "unknown method 'ewc'; there are adamw, lora" in ewc and "benchmarks/arena of a checkout" in ewc
 
 
 def test_as_a_module_and_help_needs_no_transformers():

@@ -6,11 +6,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from torch import Tensor, nn
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from sparse_cl.methods.adamw import AdamW
 from sparse_cl.methods.base import Batch
-from sparse_cl.methods.mixture import Mixture
 
 
 class Single(AdamW):
@@ -55,7 +54,8 @@ class Joint(AdamW):
         return 0 if number else steps * domains
 
     def training_data(self, number: int, datasets: Sequence[Dataset], seed: int) -> Dataset:
+        joined = ConcatDataset(datasets)
+        starts = [0, *joined.cumulative_sizes]
         longest = max(len(dataset) for dataset in datasets)
-        return Mixture(
-            datasets, [(d, item % len(dataset)) for item in range(longest) for d, dataset in enumerate(datasets)]
-        )
+        places = list(zip(starts, map(len, datasets), strict=False))
+        return Subset(joined, [start + item % length for item in range(longest) for start, length in places])

@@ -1,15 +1,16 @@
 """All methods on the same data, each tuned on validation with the same budget, then tested over seeds and orders.
 
-    python benchmarks/compare_methods.py tune --model DIR --data DIR --reference FILE --out DIR
-    python benchmarks/compare_methods.py test --model DIR --data DIR --reference FILE --out DIR
+    python -m benchmarks.arena.compare_methods tune --model DIR --data DIR --reference FILE --out DIR
+    python -m benchmarks.arena.compare_methods test --model DIR --data DIR --reference FILE --out DIR
 
 `tune` tries each method four times: with three learning rates of one grid, then with the next rate if the best lay at
 an edge, and else with another value of its main option; and takes what has the lowest mean bits per byte after the
 last domain, on records held out of training; with `--by learned` what learned most, for methods that others are to be
 measured against at full learning. `test` runs what was chosen with other seeds on the test records, in the given order
-and in reverse; `sparse-cl compare OUT/test` compares. With `--protect FILE` that text is protected: `tune` then tries
-weights of it with the settings that were chosen without, and takes the largest whose score is within 1 % of the best;
-such runs stand beside those without. Both run several processes of one thread, and go on where they were stopped.
+and in reverse; `python -m benchmarks.arena compare OUT/test` compares. With `--protect FILE` that text is protected:
+`tune` then tries weights of it with the settings that were chosen without, and takes the largest whose score is within
+1 % of the best; such runs stand beside those without. Both run several processes of one thread, and go on where they
+were stopped.
 """
 
 from __future__ import annotations
@@ -21,6 +22,12 @@ import shutil
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
+
+import torch
+
+from sparse_cl.four_domains import experiment
+from sparse_cl.four_domains.data import DEFAULT_DOMAINS
+from sparse_cl.four_domains.settings import Settings, methods_named
 
 GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 FIRST = (3e-4, 1e-3, 3e-3)
@@ -57,12 +64,6 @@ Choice = dict[str, Any]
 
 def learn(settings: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
     """A run, and of its folder what is not the weights of models."""
-    import torch
-
-    torch.set_num_threads(1)
-    from sparse_cl.four_domains import experiment
-    from sparse_cl.four_domains.settings import Settings
-
     runs = experiment.run(Settings(**settings), folder)
     for weights in folder.glob("*/*-*/"):
         shutil.rmtree(weights)
@@ -83,7 +84,6 @@ def attempt(common: dict[str, Any], method: str, choice: Choice, out: Path) -> d
             "methods": (method,),
             "lr": {method: choice["lr"]},
             "method_options": {method: choice["options"]} if choice["options"] else {},
-            "seed": TUNING_SEED,
             "split": "validation",
             "metrics": ("bits_per_byte",),
             "reference": None,
@@ -162,16 +162,15 @@ def main() -> None:
     parser.add_argument("--eval-records", type=int, default=32)
     parser.add_argument("--jobs", type=int, default=2, help="processes (default: %(default)s)")
     arguments = parser.parse_args()
-    from sparse_cl.four_domains.settings import methods_named
-
     common = {name: getattr(arguments, name) for name in ("model", "data", "reference", "protect", "steps")}
     common |= {name: getattr(arguments, name) for name in ("batch_size", "eval_records")}
-    common |= {"autocast": "bf16", "domains": ("code", "math", "medical", "general")}
+    common |= {"autocast": "bf16", "domains": DEFAULT_DOMAINS, "seed": TUNING_SEED}
     folder = arguments.out / "tuned"
     folder.mkdir(parents=True, exist_ok=True)
     names = methods_named(arguments.method.split(","))
     files = {name: folder / f"{run_name(name, common, arguments.by)}.json" for name in names}
-    with ProcessPoolExecutor(arguments.jobs, multiprocessing.get_context("spawn")) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(arguments.jobs, spawn, torch.set_num_threads, (1,)) as pool:
         if arguments.stage == "tune":
             missing = [name for name, path in files.items() if not path.is_file()]
             if arguments.protect:

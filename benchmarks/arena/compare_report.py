@@ -1,4 +1,4 @@
-"""What `sparse-cl compare` writes: one table and one picture of many runs."""
+"""What `python -m benchmarks.arena compare` writes: one table and one picture of many runs."""
 
 from __future__ import annotations
 

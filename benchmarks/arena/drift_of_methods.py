@@ -1,6 +1,6 @@
 """What each method's last checkpoint did to the base model: drift, spread, rank, dormant neurons, plasticity.
 
-    python benchmarks/drift_of_methods.py --model BASE --data DIR --text FILE RUN [RUN …] [--out FILE.json]
+    python -m benchmarks.arena.drift_of_methods --model BASE --data DIR --text FILE RUN [RUN …] [--out FILE.json]
 
 RUN: folders of `sparse-cl run` on that model, in each of which every method's checkpoint is compared with the base. The
 reference text is the beginning of FILE and the domains' validation records; hubs are neurons that are in the top fifth

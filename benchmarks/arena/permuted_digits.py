@@ -1,7 +1,7 @@
 """Permuted digits: the same handwritten digits ten times over, each time under another permutation of their pixels.
 
-    python benchmarks/permuted_digits.py --out DIR           # compare the methods, a minute or two on two cores
-    python benchmarks/permuted_digits.py --out DIR --tune    # choose their settings, on validation images
+    python -m benchmarks.arena.permuted_digits --out DIR           # compare the methods, a minute or two on two cores
+    python -m benchmarks.arena.permuted_digits --out DIR --tune    # choose their settings, on validation images
 
 A network 784-256-256-10, one head for all tasks, learns task after task without seeing earlier ones again. `orthogonal`
 is ours. Each method gets the same number of settings to choose from, the same epochs and batches, and in each seed the

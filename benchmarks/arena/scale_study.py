@@ -1,8 +1,8 @@
 """Overlap, gradient cosine and sparsity against the width of a model, random-init and briefly pretrained.
 
-    python benchmarks/scale_study.py tune --tokenizer DIR --text FILE
-    python benchmarks/scale_study.py train --tokenizer DIR --text FILE --models DIR
-    python benchmarks/scale_study.py measure --models DIR --data DIR --extra MODEL ... --out benchmarks/results
+    python -m benchmarks.arena.scale_study tune --tokenizer DIR --text FILE
+    python -m benchmarks.arena.scale_study train --tokenizer DIR --text FILE --models DIR
+    python -m benchmarks.arena.scale_study measure --models DIR --data DIR --extra MODEL ... --out benchmarks/results
 
 The models are Llamas of two layers that differ in width alone, each width with three seeds. A random-init model is one
 before training; the pretrained one of the same seed started from it and has read the same tokens at every width.

@@ -2,41 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from sparse_cl.four_domains import experiment
+from sparse_cl.four_domains.command import settings_of
+from sparse_cl.four_domains.report import comparison
 from sparse_cl.four_domains.results import completed
 from sparse_cl.four_domains.settings import Settings
+from sparse_cl.report.around import probe_run
 
 from .compare_report import compare
-
-GIVEN, REVERSE = "given", "reverse"
-
-
-def arranged(domains: Sequence[str], order: str) -> tuple[str, ...]:
-    """Domains in another order.
-
-    Args:
-        domains: as `Settings.domains` has them.
-        order: "given", "reverse", or the names with + between them.
-
-    Raises:
-        ValueError: names that are not those of the domains, each once.
-    """
-    if order == GIVEN:
-        return tuple(domains)
-    if order == REVERSE:
-        return tuple(reversed(domains))
-    entries = {entry.partition("=")[0]: entry for entry in domains}
-    names = order.split("+")
-    if sorted(names) != sorted(entries):
-        raise ValueError(
-            f"--order {order}: expected {GIVEN}, {REVERSE}, or all of {'+'.join(entries)} in another order"
-        )
-    return tuple(entries[name] for name in names)
 
 
 def runs_of(settings: Settings, orders: Sequence[str], seeds: Sequence[int], out: Path) -> dict[Path, Settings]:
@@ -48,14 +26,9 @@ def runs_of(settings: Settings, orders: Sequence[str], seeds: Sequence[int], out
     for name, given in (("order", orders), ("seed", seeds)):
         if not given or len(set(given)) < len(given):
             raise ValueError(f"--{name}: expected at least one, each once; got {', '.join(map(str, given)) or 'none'}")
-    arrangements = {order: arranged(settings.domains, order) for order in orders}
-    if len(set(arrangements.values())) < len(orders):
+    chosen = {out / f"{order}-seed{seed}": settings.arranged(order, seed) for order in orders for seed in seeds}
+    if len({of.domains for of in chosen.values()}) < len(orders):
         raise ValueError(f"--order {','.join(orders)}: two of these are the same order of {','.join(settings.domains)}")
-    chosen = {
-        out / f"{order}-seed{seed}": replace(settings, domains=arrangements[order], seed=seed)
-        for order in orders
-        for seed in seeds
-    }
     return {out: next(iter(chosen.values()))} if len(chosen) == 1 else chosen
 
 
@@ -78,3 +51,20 @@ def run_all(runs: dict[Path, Settings], out: Path) -> tuple[list[dict[str, Any]]
     if len(runs) == 1 or not completed(records) or not experiment.is_main_process():
         return records, None
     return records, compare(list(runs), out)
+
+
+def sweep(arguments: argparse.Namespace) -> int:
+    """The command; its exit status is 1 where a method failed."""
+    runs = runs_of(settings_of(arguments), arguments.order, arguments.seed, arguments.out)
+    records, compared = run_all(runs, arguments.out)
+    failed = len(records) > len(completed(records))
+    if not experiment.is_main_process():
+        return int(failed)
+    print(compared or comparison(records))
+    print(f"\nWritten to {arguments.out}, and {len(runs)} {'run' if len(runs) == 1 else 'runs'} in it", flush=True)
+    if arguments.probe and failed:
+        print("Nothing was probed, since a method failed.")
+    elif arguments.probe:
+        for folder, settings in runs.items():
+            print(*probe_run(settings, folder), sep="\n")
+    return int(failed)

@@ -1,7 +1,7 @@
 """Choose each method's default settings on validation, never on test, with the same number of settings for each.
 
-    python benchmarks/tune_four_domains.py [--model M --data D] [--lr 1e-3,2e-3] [--method adamw,lora]
-    python benchmarks/tune_four_domains.py --method orthogonal --lr 2e-3,4e-3 --energy 0.8,0.9,0.95 --source inputs
+    python -m benchmarks.arena.tune_four_domains [--model M --data D] [--lr 1e-3,2e-3] [--method adamw,lora]
+    python -m benchmarks.arena.tune_four_domains --method orthogonal --lr 2e-3,4e-3 --energy 0.9,0.95 --source inputs
 
 A method that takes --energy and --source runs every combination of them with the learning rates; the other methods run
 the learning rates alone. Learning rates are chosen by learning accuracy, mean_j R[j][j] in bits per byte: what a user
@@ -18,13 +18,9 @@ import tempfile
 import warnings
 from pathlib import Path
 
-from sparse_cl.four_domains import experiment
-from sparse_cl.four_domains.data import load_domains
-from sparse_cl.four_domains.embedded_model import embedded_model_folder
-from sparse_cl.four_domains.metrics import summarize
-from sparse_cl.four_domains.sequence import Progress, matrix, run_sequence, score_all
-from sparse_cl.four_domains.settings import Settings
 from sparse_cl.methods import METHODS
+
+from .compare_methods import attempt
 
 
 def _grid(method: str, energies: list[float], sources: list[str]) -> list[dict]:
@@ -49,47 +45,18 @@ def main() -> None:
     energies = [float(value) for value in arguments.energy.split(",") if value]
     sources = [value for value in arguments.source.split(",") if value]
 
-    experiment.quiet()
-    # The bars go on; which layers have little room left is in the records of a run, not of interest here.
+    # Which layers have little room left is in the records of a run, not of interest here.
     warnings.filterwarnings("ignore", message=".*gradient survives")
-    source = arguments.model or str(embedded_model_folder())
-    base = None
+    common = {name: getattr(arguments, name) for name in ("model", "data", "steps", "eval_records", "seed")}
+    common["protect"] = None
     for method in arguments.method.split(","):
         for lr, options in itertools.product(map(float, arguments.lr.split(",")), _grid(method, energies, sources)):
-            settings = Settings(
-                model=arguments.model,
-                data=arguments.data,
-                steps=arguments.steps,
-                eval_records=arguments.eval_records,
-                seed=arguments.seed,
-                methods=(method,),
-                lr={method: lr},
-                options=options,
-                split="validation",
-            )
-            domains = load_domains(settings.domains, settings.data, settings.seed)
-            model, tokenizer = experiment.load_model(source)
-            base = base or score_all(model, tokenizer, domains, None, settings)
-            progress = Progress([base])
             with tempfile.TemporaryDirectory() as folder:
-                run_sequence(
-                    settings.make_method(method),
-                    model,
-                    tokenizer,
-                    domains,
-                    None,
-                    settings,
-                    Path(folder),
-                    progress,
-                )
-            R = matrix(progress.stages, "bits_per_byte")
-            summary = summarize(R, lower_is_better=True)
+                summary = attempt(common, method, {"lr": lr, "options": options}, Path(folder))
             chosen = "".join(f" {name} {value}" for name, value in options.items())
-            print(
-                f"{method:15} lr {lr:<8g}{chosen} learning accuracy {summary['learning_accuracy']:.4f} "
-                f"forgetting {summary['forgetting']:.4f} acc {summary['acc']:.4f} bits/byte",
-                flush=True,
-            )
+            scores = ("learning_accuracy", "forgetting", "acc")
+            words = [f"{score.replace('_', ' ')} {summary[score]:.4f}" for score in scores] if summary else ["failed"]
+            print(f"{method:15} lr {lr:<8g}{chosen} {' '.join(words)} bits/byte", flush=True)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ from pathlib import Path
 from . import embedded
 
 DEFAULT_DOMAINS = embedded.DOMAINS
+REFERENCE_CHARACTERS = 32768
+"""How much of a reference text is read: its beginning."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,22 @@ class Domain:
 
 class DataError(ValueError):
     """Data that cannot be used. The message says where it stands and what was expected."""
+
+
+def read_text(path: str, option: str, characters: int = REFERENCE_CHARACTERS) -> str:
+    """The beginning of a file of plain text.
+
+    Raises:
+        DataError: it cannot be read as UTF-8 text, or is empty; `option` is named.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read(characters)
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{option} {path}: cannot be read as UTF-8 text: {error}") from error
+    if not text.strip():
+        raise DataError(f"{option} {path}: the file is empty")
+    return text
 
 
 def check_record(record: object, where: str, *, for_eval: bool) -> dict:

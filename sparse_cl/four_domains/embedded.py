@@ -214,7 +214,8 @@ def _sentence(rng: random.Random) -> str:
     high, low = max(a, b), min(a, b)
     one, two = rng.sample(_PEOPLE, 2)
     x, y = rng.sample(_VARIABLES, 2)
-    thing, place, goods, day = (rng.choice(words) for words in (_OBJECTS, _PLACES, _GOODS, range(7)))
+    thing, place, goods = (rng.choice(words) for words in (_OBJECTS, _PLACES, _GOODS))
+    day = rng.choice(range(7))
     wait = rng.randint(1, 6)
     lines = (
         f"{number_word(a)} plus {number_word(b)} is {number_word(a + b)}.",

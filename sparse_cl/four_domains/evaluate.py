@@ -152,9 +152,7 @@ def extract_answer(text: str) -> str:
 
 
 @torch.no_grad()
-def exact_match(
-    model: nn.Module, tokenizer: Any, records: Sequence[dict], max_length: int, batch_size: int = 32
-) -> float:
+def exact_match(model: Any, tokenizer: Any, records: Sequence[dict], max_length: int, batch_size: int = 32) -> float:
     """Part of the records where the greedy continuation gives the answer (`extract_answer` of both).
 
     The continuation may be a quarter longer than the longest reference response of the batch, and 8 tokens.

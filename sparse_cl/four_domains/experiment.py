@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import sys
@@ -17,22 +16,21 @@ from accelerate.utils.memory import clear_device_cache
 from torch import nn
 from tqdm.auto import tqdm
 
-from sparse_cl.models.loading import load_model, quiet, versions
+from sparse_cl.models.loading import load_model, quiet
 from sparse_cl.models.processes import check_processes, processes
 
 from . import embedded, figures
-from .data import DataError, Domain, load_domains
+from .data import DataError, Domain, load_domains, read_text
 from .embedded_model import embedded_model_folder
 from .files import is_disk_full, write_json
+from .prepared import Prepared
 from .protection import text_to_protect
 from .report import comparison, runs_with_capacity
 from .results import RESULTS, add_intransigence, completed, failed_record, read_runs, run_record, write_runs
-from .sequence import Progress, Scores, run_sequence, score_all, scores_in_all
+from .sequence import Progress, Scores, run_sequence, score_all
 from .settings import Settings
 
 SETTINGS, INPUTS = "settings.json", "inputs.json"
-REFERENCE_CHARACTERS = 32768
-"""How much of the reference text is scored: its beginning."""
 
 
 class FolderError(ValueError):
@@ -81,21 +79,6 @@ def check_folder(out: Path, settings: Settings) -> None:
         raise FolderError(f"{out} is not empty and holds no run of sparse-cl. Give another --out")
 
 
-def read_text(path: str, option: str) -> str:
-    """The first `REFERENCE_CHARACTERS` of a file of plain text.
-
-    Raises:
-        DataError: it cannot be read as UTF-8 text, or is empty; `option` is named.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{option} {path}: cannot be read as UTF-8 text: {error}") from error
-    if not text.strip():
-        raise DataError(f"{option} {path}: the file is empty")
-    return text[:REFERENCE_CHARACTERS]
-
-
 def _reference_text(settings: Settings) -> str | None:
     if settings.reference is None:
         return embedded.reference_text() if settings.model is None else None
@@ -125,70 +108,83 @@ def run(settings: Settings, out: Path) -> list[dict[str, Any]]:
         runs = read_runs(out)
         if len(completed(runs)) == len(runs):
             return runs
+    prepared, base_scores = prepare(settings, out)
+    return finish([run_method(name, prepared, base_scores, out) for name in settings.methods], out)
+
+
+def prepare(settings: Settings, out: Path) -> tuple[Prepared, Scores]:
+    """Check all that a run reads, then write what the run is into `out` and score the base model.
+
+    Raises:
+        as `run`; nothing is written then.
+    """
     reference = _reference_text(settings)
     protected = text_to_protect(settings.protect, settings.reference, reference, settings.max_length)
     domains = load_domains(settings.domains, settings.data, settings.seed)
     source = settings.model or str(embedded_model_folder())
     model, tokenizer = load_model(source)
+    prepared = Prepared(settings, source, tokenizer, domains, reference, protected)
     _check_methods(settings, model)
     limit = getattr(model.config, "max_position_embeddings", settings.max_length)
     if settings.max_length > limit:
         raise ValueError(f"max_length {settings.max_length} exceeds the model's context of {limit} tokens")
-    for option, text in (("reference", reference), ("protect", protected)):
+    for name, text in (("reference", reference), ("protect", protected)):
         if text is not None and not len(tokenizer(text[:1024], add_special_tokens=False)["input_ids"]) > 1:
-            raise DataError(f"--{option}: the text is too short: fewer than 2 tokens")
-
+            raise DataError(f"--{name}: the text is too short: fewer than 2 tokens")
     inputs = _digests(domains, reference, protected)
     _check_inputs(out, inputs)
 
     # A process that is late would find the folder of one that is early, half written.
     processes().wait_for_everyone()
-    is_main = is_main_process()
     out.mkdir(parents=True, exist_ok=True)
-    if is_main:
+    if is_main_process():
         write_json(out / SETTINGS, settings.to_json())
         write_json(out / INPUTS, inputs)
-    base_scores = _base_scores(model, tokenizer, domains, reference, settings, out)
-    del model
-    runs = []
-    for name in settings.methods:
-        folder = out / name
-        folder.mkdir(exist_ok=True)
-        path = folder / "progress.json"
-        progress = Progress([base_scores])
-        if path.is_file():
-            progress = Progress.from_json(json.loads(path.read_text(encoding="utf-8")))
-        method = settings.make_method(name)
-        record = functools.partial(run_record, name, method.settings(), settings, progress, versions())
-        try:
-            if len(progress.stages) <= len(domains):
-                run_sequence(
-                    method,
-                    load_model(source)[0],
-                    tokenizer,
-                    domains,
-                    reference,
-                    settings,
-                    folder,
-                    progress,
-                    lambda so_far, path=path: write_json(path, so_far.to_json()) if is_main else None,
-                    protected=protected,
-                    load_base=lambda: load_model(source)[0],
-                )
-            runs.append(record())
-        except Exception as error:
-            if is_disk_full(error):
-                raise OSError(
-                    f"the disk of {out} is full ({error}). Free some of it; the same command then goes on after the "
-                    "last domain that was finished"
-                ) from error
-            warnings.warn(f"{name} failed and is left out: {type(error).__name__}: {error}", stacklevel=2)
-            tqdm.write(traceback.format_exc(), file=sys.stderr)
-            runs.append(failed_record(name, method.settings(), settings, error, versions()))
-            # What the method held is not to be in the way of the next.
-            clear_device_cache(garbage_collection=True)
+    return prepared, _base_scores(model, prepared, out)
+
+
+def run_method(name: str, prepared: Prepared, base_scores: Scores, out: Path) -> dict[str, Any]:
+    """The record of one method, trained on what it has not learned yet; of a failure where it fails.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    folder = out / name
+    folder.mkdir(exist_ok=True)
+    path = folder / "progress.json"
+    progress = Progress([base_scores])
+    if path.is_file():
+        progress = Progress.from_json(json.loads(path.read_text(encoding="utf-8")))
+    settings = prepared.settings
+    method = settings.make_method(name)
+
+    def keep(progress: Progress) -> None:
+        if is_main_process():
+            write_json(path, progress.to_json())
+
+    try:
+        if len(progress.stages) <= len(prepared.domains):
+            run_sequence(method, prepared.load_base(), prepared, folder, progress, keep)
+        return run_record(name, method, settings, progress)
+    except Exception as error:
+        if is_disk_full(error):
+            raise OSError(
+                f"the disk of {out} is full ({error}). Free some of it; the same command then goes on after the "
+                "last domain that was finished"
+            ) from error
+        warnings.warn(f"{name} failed and is left out: {type(error).__name__}: {error}", stacklevel=2)
+        tqdm.write(traceback.format_exc(), file=sys.stderr)
+        record = failed_record(name, method, settings, error)
+    # What the method held must not be in the way of the next.
+    del method
+    clear_device_cache(garbage_collection=True)
+    return record
+
+
+def finish(runs: list[dict[str, Any]], out: Path) -> list[dict[str, Any]]:
+    """Write what the records of all methods say together, and return them."""
     add_intransigence(runs)
-    if is_main:
+    if is_main_process():
         draw_all(runs, out)
         (out / "comparison.txt").write_text(comparison(runs) + "\n", encoding="utf-8")
         write_runs(out, runs)
@@ -254,16 +250,13 @@ def draw_all(runs: Sequence[dict[str, Any]], out: Path) -> None:
         figures.draw_capacity(protecting, out / "capacity.png")
 
 
-def _base_scores(
-    model: nn.Module, tokenizer: Any, domains: list, reference: str | None, settings: Settings, out: Path
-) -> Scores:
+def _base_scores(model: nn.Module, prepared: Prepared, out: Path) -> Scores:
     path = out / "base.json"
     if path.is_file():
         return Scores(**json.loads(path.read_text(encoding="utf-8")))
-    total = scores_in_all(settings, len(domains), reference)
-    with tqdm(total=total, desc="scoring the base model", mininterval=0.5) as bar:
-        scores = score_all(model, tokenizer, domains, reference, settings, tick=bar.update)
-    if reference is not None:
+    with tqdm(total=prepared.scores_in_all(), desc="scoring the base model", mininterval=0.5) as bar:
+        scores = score_all(model, prepared, drift=False, tick=bar.update)
+    if prepared.reference is not None:
         scores = replace(scores, drift=0.0)
     if is_main_process():
         write_json(path, scores.to_json())

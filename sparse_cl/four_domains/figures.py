@@ -136,7 +136,9 @@ def capacity_bars(axis: Axes, domains: Sequence[str], used: Mapping[str, Sequenc
     from matplotlib import colormaps
 
     groups = by_kind(list(used))
-    edge, ticks, places = 0.0, {}, {}
+    edge = 0.0
+    ticks: dict[str, float] = {}
+    places: dict[str, float] = {}
     for kind, names in groups.items():
         edges = [edge + i for i in range(len(names) + 1)]
         places |= {name: left + 0.5 for name, left in zip(names, edges, strict=False)}

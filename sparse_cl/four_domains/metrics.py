@@ -34,10 +34,11 @@ earlier scores. Learning accuracy: Riemer et al. 2019. Intransigence: Chaudhry e
 was trained on domain j alone (method `single`), and the mean of all domains.
 """
 
-Matrix = Sequence[Sequence[float | None]]
+Matrix = Sequence[Sequence[Any]]
+"""R: rows of floats, None where a domain has no such score."""
 
 
-def _mean(values: list[float]) -> float | None:
+def _mean(values: list[Any]) -> float | None:
     return sum(values) / len(values) if values else None
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from . import embedded
-from .data import DataError
+from .data import DataError, read_text
 
 EMBEDDED = "embedded"
 WINDOWS = 128
@@ -64,13 +64,7 @@ def text_to_protect(path: str | None, reference: str | None, scored: str | None,
         return "\n".join(line for line in embedded.reference_text(_SEED, _LINES).splitlines() if line not in held_out)
     if reference is not None and Path(path).resolve() == Path(reference).resolve():
         raise DataError(f"--protect {path}: this is the text that --reference scores; protect another one")
-    try:
-        with open(path, encoding="utf-8") as file:
-            text = file.read(WINDOWS * max_length * _BYTES_A_TOKEN)
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--protect {path}: cannot be read as UTF-8 text: {error}") from error
-    if not text.strip():
-        raise DataError(f"--protect {path}: the file is empty")
+    text = read_text(path, "--protect", WINDOWS * max_length * _BYTES_A_TOKEN)
     if scored is not None and (text.startswith(scored) or scored.startswith(text)):
         raise DataError(f"--protect {path}: it begins with the text that is scored; protect another one")
     return text

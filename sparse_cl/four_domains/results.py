@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sparse_cl.methods import METHODS
+from sparse_cl.methods import Method
+from sparse_cl.models.loading import versions
 
 from .evaluate import METRICS
 from .files import write_json
@@ -21,28 +22,19 @@ CLOCKED = ("seconds", "step_seconds", "peak_memory_bytes")
 """What is measured by a clock, or of the machine; no two runs have the same."""
 
 
-def _header(
-    method: str, method_settings: dict[str, Any], settings: Settings, versions: dict[str, str]
-) -> dict[str, Any]:
-    chosen = METHODS[method]
+def _header(name: str, method: Method, settings: Settings) -> dict[str, Any]:
     return {
-        "method": method,
-        "kind": chosen.kind,
+        "method": name,
+        "kind": method.kind,
         "domains": [entry.partition("=")[0] for entry in settings.domains],
         "seed": settings.seed,
-        "settings": {**settings.to_json(), "method": method_settings, "lr": settings.lr_of(method)},
-        "protects": settings.protect is not None and chosen.protects,
-        "versions": versions,
+        "settings": {**settings.to_json(), "method": method.settings(), "lr": settings.lr_of(name)},
+        "protects": settings.protect is not None and method.protects,
+        "versions": versions(),
     }
 
 
-def run_record(
-    method: str,
-    method_settings: dict[str, Any],
-    settings: Settings,
-    progress: Progress,
-    versions: dict[str, str],
-) -> dict[str, Any]:
+def run_record(name: str, method: Method, settings: Settings, progress: Progress) -> dict[str, Any]:
     """A method's run.
 
     `summary` has the numbers for bits per byte, which every domain has, and under `by_metric` those of every
@@ -57,11 +49,11 @@ def run_record(
     R = {metric: matrix(progress.stages, metric) for metric in METRICS}
     R = {metric: rows for metric, rows in R.items() if any(value is not None for value in rows[0])}
     by_metric = {metric: summarize(rows, lower_is_better=metric in LOWER_IS_BETTER) for metric, rows in R.items()}
-    if METHODS[method].separate:
+    if method.separate:
         by_metric = {metric: of_separate_models(summary) for metric, summary in by_metric.items()}
     steps = [seconds for seconds in progress.step_seconds if seconds is not None]
     return {
-        **_header(method, method_settings, settings, versions),
+        **_header(name, method, settings),
         "R": R,
         "R_reference": [stage.reference for stage in progress.stages],
         "drift": [stage.drift for stage in progress.stages],
@@ -75,12 +67,9 @@ def run_record(
     }
 
 
-def failed_record(
-    method: str, method_settings: dict[str, Any], settings: Settings, error: Exception, versions: dict[str, str]
-) -> dict[str, Any]:
+def failed_record(name: str, method: Method, settings: Settings, error: Exception) -> dict[str, Any]:
     """A method's run that an error ended; the error's words are under `failed`."""
-    words = f"{type(error).__name__}: {error}".strip()
-    return {**_header(method, method_settings, settings, versions), "failed": words}
+    return {**_header(name, method, settings), "failed": f"{type(error).__name__}: {error}".strip()}
 
 
 def completed(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

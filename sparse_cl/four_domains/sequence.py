@@ -13,19 +13,17 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from sparse_cl.methods import Method
 from sparse_cl.models.processes import processes
 
-from .data import Domain
 from .encoding import EncodedRecords, pad
 from .evaluate import drift_nats, evaluate_domain, text_bits_per_byte
 from .files import check_complete, complete
 from .memory import peak_memory_bytes, reset_peak_memory
+from .prepared import Prepared
 from .protection import Windows
-from .settings import Settings
 from .state import state_bytes
 from .training import train
 
@@ -73,28 +71,17 @@ class Scores:
         return dict(vars(self))
 
 
-def scores_in_all(settings: Settings, domains: int, reference: str | None) -> int:
-    """How often `score_all` ticks."""
-    return domains * len(settings.metrics) + 2 * (reference is not None)
-
-
 def score_all(
-    model: nn.Module,
-    tokenizer: Any,
-    domains: Sequence[Domain],
-    reference: str | None,
-    settings: Settings,
-    *,
-    load_base: Callable[[], nn.Module] | None = None,
-    tick: Callable[[], object] = lambda: None,
+    model: nn.Module, prepared: Prepared, *, drift: bool = True, tick: Callable[[], object] = lambda: None
 ) -> Scores:
     """Scores of the model on every domain and on the reference text.
 
     Args:
-        load_base: a fresh base model, for the drift, which is None without it. It is loaded when it is needed and let
-            go: kept beside the model it would count in every method's memory.
-        tick: as in `evaluate_domain`.
+        drift: whether to measure the drift. The base model is loaded when it is needed and let go: kept beside the
+            model it would count in every method's memory.
+        tick: called `prepared.scores_in_all()` times, to move a progress bar.
     """
+    settings, tokenizer, reference = prepared.settings, prepared.tokenizer, prepared.reference
     scores = [
         evaluate_domain(
             model,
@@ -106,22 +93,22 @@ def score_all(
             metrics=settings.metrics,
             tick=tick,
         )
-        for domain in domains
+        for domain in prepared.domains
     ]
-    text = drift = None
-    if reference is not None:
-        was_training = model.training
-        model.eval()
-        try:
-            text = text_bits_per_byte(model, tokenizer, reference, settings.max_length)
-            tick()
-            if load_base is not None:
-                windows = Windows(tokenizer, reference, settings.max_length, DRIFT_WINDOWS)
-                drift = drift_nats(load_base().eval(), model, windows.windows)
-            tick()
-        finally:
-            model.train(was_training)
-    return Scores(scores, text, drift)
+    if reference is None:
+        return Scores(scores, None)
+    was_training = model.training
+    model.eval()
+    try:
+        text, nats = text_bits_per_byte(model, tokenizer, reference, settings.max_length), None
+        tick()
+        if drift:
+            windows = Windows(tokenizer, reference, settings.max_length, DRIFT_WINDOWS)
+            nats = drift_nats(prepared.load_base().eval(), model, windows.windows)
+        tick()
+    finally:
+        model.train(was_training)
+    return Scores(scores, text, nats)
 
 
 @dataclass
@@ -202,12 +189,13 @@ def finished_folders(folder: Path, domains: Sequence[str], steps: Sequence[int],
 class _Learner:
     """Trains domain after domain; what each of them needs is held here."""
 
-    def __init__(
-        self, method: Method, datasets: Sequence[Dataset], tokenizer: Any, settings: Settings, folder: Path
-    ) -> None:
-        self.method, self.datasets, self.settings, self.folder = method, datasets, settings, folder
-        self.lr = settings.lr_of(method.name)
-        self.collator = transformers.DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=-100)
+    def __init__(self, method: Method, prepared: Prepared, folder: Path) -> None:
+        self.method, self.settings, self.folder = method, prepared.settings, folder
+        self.datasets = [
+            EncodedRecords(domain.train, prepared.tokenizer, self.settings.max_length) for domain in prepared.domains
+        ]
+        self.lr = self.settings.lr_of(method.name)
+        self.collator = transformers.DataCollatorForSeq2Seq(prepared.tokenizer, label_pad_token_id=-100)
 
     def learn(self, model: nn.Module, number: int, name: str, steps: int, progress: Progress, bar: tqdm) -> nn.Module:
         """Train on the `number`-th domain (from 1), save, and bring all of `progress` but the scores up to date."""
@@ -258,18 +246,12 @@ class _Learner:
 def run_sequence(
     method: Method,
     base: nn.Module,
-    tokenizer: Any,
-    domains: Sequence[Domain],
-    reference: str | None,
-    settings: Settings,
+    prepared: Prepared,
     folder: Path,
     progress: Progress,
     on_stage: Callable[[Progress], None] = lambda progress: None,
-    *,
-    protected: str | None = None,
-    load_base: Callable[[], nn.Module] | None = None,
 ) -> nn.Module:
-    """Learn the domains that `progress` has not yet, and return the model.
+    """Learn the domains that `progress` does not have yet, and return the model.
 
     A domain that was trained and not scored when the run ended is trained again: then the model that is scored is
     the one that was trained, whatever a method's `restore` makes of it.
@@ -279,27 +261,25 @@ def run_sequence(
         folder: of this method; the model after each domain is saved in `stage_folder`.
         progress: with the base's scores at least; it is brought up to date after each domain, then `on_stage` is
             called with it.
-        protected: text that the method is given to protect, if it protects.
-        load_base: see `score_all`.
 
     Raises:
         CheckpointError: the folder of a finished domain is not whole.
     """
+    domains, settings = prepared.domains, prepared.settings
     steps = [method.steps(settings.steps, number, len(domains)) for number in range(len(domains))]
     finished = finished_folders(folder, [domain.name for domain in domains], steps, progress)
     done = len(progress.stages) - 1
-    datasets = [EncodedRecords(domain.train, tokenizer, settings.max_length) for domain in domains]
-    learner = _Learner(method, datasets, tokenizer, settings, folder)
+    learner = _Learner(method, prepared, folder)
     if finished:
         model = method.restore(base, finished)
     else:
         model = base
-        if protected is not None and method.protects:
+        if prepared.protected is not None and method.protects:
             transformers.set_seed(settings.seed)
-            windows = Windows(tokenizer, protected, settings.max_length)
+            windows = Windows(prepared.tokenizer, prepared.protected, settings.max_length)
             method.protect(model, DomainBatches(windows, settings.batch_size, next(model.parameters()).device))
-    scoring = scores_in_all(settings, len(domains), reference)
-    with tqdm(total=sum(steps[done:]) + scoring * sum(map(bool, steps[done:])), mininterval=0.5) as bar:
+    ticks = sum(count + prepared.scores_in_all() for count in steps[done:] if count)
+    with tqdm(total=ticks, mininterval=0.5) as bar:
         for number, domain in enumerate(domains[done:], done + 1):
             if not steps[number - 1]:
                 progress.stages.append(progress.stages[-1])
@@ -312,8 +292,6 @@ def run_sequence(
             progress.seconds += time.perf_counter() - start
             progress.peak_memory_bytes = max(progress.peak_memory_bytes, peak_memory_bytes())
             bar.set_description(f"{method.name}: scoring after {domain.name}")
-            progress.stages.append(
-                score_all(model, tokenizer, domains, reference, settings, load_base=load_base, tick=bar.update)
-            )
+            progress.stages.append(score_all(model, prepared, tick=bar.update))
             on_stage(progress)
     return model

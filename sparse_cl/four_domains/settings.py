@@ -3,33 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
 
-from sparse_cl.methods import METHODS, Method
+from sparse_cl.arguments import check_options, option
+from sparse_cl.methods import METHODS, Method, method_named
+from sparse_cl.methods.registry import elsewhere
 
 from .data import DEFAULT_DOMAINS
 from .evaluate import METRICS
-from .method_options import known_options
+from .method_options import check_option
 
 KINDS = {"ours": "ours", "baselines": "baseline", "bounds": "bound"}
 """Words for all methods of a kind, and the kind."""
-SPLITS = ("test", "validation")
-AUTOCASTS = ("bf16",)
+GIVEN, REVERSE = "given", "reverse"
+"""Orders of the domains; others are their names with + between them."""
 
 
 def methods_named(entries: Sequence[str]) -> tuple[str, ...]:
-    """Names of methods, each once, from names and the words "all", "ours", "baselines" and "bounds"."""
+    """Names of methods, each once, from names and the words "all", "ours", "baselines" and "bounds".
+
+    Raises:
+        ValueError: there is no method of that kind here.
+    """
     chosen: dict[str, None] = {}
     for entry in entries:
-        if entry == "all":
-            chosen |= dict.fromkeys(METHODS)
-        elif entry in KINDS:
-            chosen |= dict.fromkeys(name for name, method in METHODS.items() if method.kind == KINDS[entry])
-        elif entry in chosen and entry in METHODS:
-            continue
-        else:
-            chosen[entry] = None
+        found = [name for name, method in METHODS.items() if entry == "all" or method.kind == KINDS.get(entry)]
+        if entry in KINDS and not found:
+            raise ValueError(f"{entry}: there is no such method here{elsewhere()}")
+        chosen |= dict.fromkeys(found or [entry])
     return tuple(chosen)
 
 
@@ -37,68 +39,69 @@ def methods_named(entries: Sequence[str]) -> tuple[str, ...]:
 class Settings:
     """Settings of `sparse-cl run`; two runs with equal settings are the same run.
 
-    Attributes:
-        model: folder or Hub name of a causal language model; None: the embedded one.
-        data: see `data.load_domains`; None: the embedded domains.
-        domains: in training order.
+    Attributes that are no options themselves:
         methods: names in `METHODS`.
-        reference: file of plain text whose bits per byte are measured too; None: with the embedded model its own
-            pretraining text, held out; else none.
-        steps: optimizer steps a domain.
-        batch_size: per device.
-        max_length: tokens of prompt and response together.
         lr: peak learning rate by method; a method that is not in it takes its default.
-        seed: of everything random.
-        eval_records: records of each kind and domain that are scored, the first ones.
         options: settings of the methods' own by name (`Method.options`); each goes to the methods that take it.
         method_options: method → settings of its own; they go before `options`.
-        autocast: None, or "bf16": training under autocast. Scoring and probes stay in float32.
-        split: which records are scored: "test", or "validation" (held out of training) to choose settings by.
-        protect: file of plain text whose knowledge the methods that protect are to keep, or "embedded"; not the text
-            that is scored.
-        metrics: what is scored, of `evaluate.METRICS`; bits per byte always.
+        seed: of everything random.
     """
 
-    model: str | None = None
-    data: str | None = None
-    domains: tuple[str, ...] = DEFAULT_DOMAINS
-    methods: tuple[str, ...] = tuple(METHODS)
-    reference: str | None = None
-    steps: int = 150
-    batch_size: int = 16
-    max_length: int = 256
+    model: str | None = option(
+        None, "causal language model: a folder or a name on the Hub (default: embedded)", metavar="PATH_OR_HUB_NAME"
+    )
+    data: str | None = option(
+        None,
+        "folder of <domain>.{train,test,eval}.jsonl, or a data set of the Hub with a configuration for each domain "
+        "(default: embedded)",
+        metavar="DIR",
+    )
+    domains: tuple[str, ...] = option(
+        DEFAULT_DOMAINS, "in training order; NAME=DATASET[:CONFIG] takes one from the Hub", metavar="NAME[,NAME…]"
+    )
+    methods: tuple[str, ...] = field(default_factory=lambda: tuple(METHODS))
+    reference: str | None = option(
+        None,
+        "plain text that the base model knows, scored as well (default: none; with the embedded model its own "
+        "pretraining text, held out)",
+        metavar="FILE.txt",
+    )
+    steps: int = option(150, "optimizer steps per domain", least=1, metavar="N")
+    batch_size: int = option(16, "records per step and device", least=1, metavar="N")
+    max_length: int = option(256, "tokens of prompt and response together", least=16, metavar="N")
     lr: Mapping[str, float] = field(default_factory=dict)
     seed: int = 0
-    eval_records: int = 64
+    eval_records: int = option(
+        64, "first records of each kind and domain that are scored: test, choices, answers", least=1, metavar="N"
+    )
     options: Mapping[str, Any] = field(default_factory=dict)
     method_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    autocast: str | None = None
-    split: str = "test"
-    protect: str | None = None
-    metrics: tuple[str, ...] = METRICS
+    autocast: Literal["bf16"] | None = option(
+        None, "train under autocast; scoring and probes stay in float32 (default: off)"
+    )
+    split: Literal["test", "validation"] = option(
+        "test",
+        "records that are scored; validation (held out of training, bits per byte alone) to choose settings by",
+    )
+    protect: str | None = option(
+        None,
+        "plain text whose knowledge the methods that protect are to keep; not the text that is scored. The others run "
+        "without it, and the report says so",
+        metavar="FILE.txt|embedded",
+    )
+    metrics: tuple[str, ...] = option(METRICS, "to leave out slow ones; bits_per_byte always", metavar="NAME[,NAME…]")
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "eval_records"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.max_length < 16:
-            raise ValueError(f"max_length must be at least 16 tokens, got {self.max_length}")
+        check_options(self)
         if not self.methods or len(set(self.methods)) < len(self.methods):
             raise ValueError(f"methods must be named, each once; got {list(self.methods)}")
         for name in (*self.methods, *self.lr):
-            if name not in METHODS:
-                words = ", ".join(("all", *KINDS))
-                raise ValueError(f"unknown method {name!r}; there are {', '.join(METHODS)}; or {words}")
+            method_named(name, "all", *KINDS)
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed must be at least 0 and below 2**32, got {self.seed}")
         for name, lr in self.lr.items():
             if not 0 < lr < float("inf"):
                 raise ValueError(f"the learning rate must be positive, got {lr} for {name}")
-
-        if self.autocast not in (None, *AUTOCASTS):
-            raise ValueError(f"autocast: expected {' or '.join(AUTOCASTS)}, or none, got {self.autocast!r}")
-        if self.split not in SPLITS:
-            raise ValueError(f"split: expected {' or '.join(SPLITS)}, got {self.split!r}")
         if unknown := [name for name in self.metrics if name not in METRICS]:
             raise ValueError(f"metrics: unknown {', '.join(unknown)}; there are {', '.join(METRICS)}")
         if METRICS[0] not in self.metrics:
@@ -106,17 +109,32 @@ class Settings:
         for name, options in self.method_options.items():
             if name not in self.methods:
                 raise ValueError(f"options are set for {name}, which this run has not: {', '.join(self.methods)}")
-            if unknown := [option for option in options if option not in METHODS[name].options]:
-                raise ValueError(f"{name} has no option {unknown[0]!r}; it has: {known_options(METHODS[name])}")
-        for option in self.options:
-            if not any(option in METHODS[name].options for name in self.methods):
-                taking = [name for name, method in METHODS.items() if option in method.options]
+            for own in options:
+                check_option(name, own)
+        for common in self.options:
+            if not any(common in METHODS[name].options for name in self.methods):
+                taking = [name for name, method in METHODS.items() if common in method.options]
                 raise ValueError(
-                    f"{option} is set, but no method of this run takes it: {', '.join(self.methods)}. "
+                    f"{common} is set, but no method of this run takes it: {', '.join(self.methods)}. "
                     + (f"Leave it out, or run {' or '.join(taking)}" if taking else "No method does")
                 )
         for name in self.methods:
             self.make_method(name)
+
+    def arranged(self, order: str, seed: int) -> Settings:
+        """These with the domains in another order, and a seed.
+
+        Args:
+            order: "given", "reverse", or the names with + between them.
+
+        Raises:
+            ValueError: names that are not those of the domains, each once.
+        """
+        domains = {entry.partition("=")[0]: entry for entry in self.domains}
+        names = {GIVEN: list(domains), REVERSE: [*reversed(domains)]}.get(order, order.split("+"))
+        if sorted(names) != sorted(domains):
+            raise ValueError(f"--order {order}: expected {GIVEN}, {REVERSE}, or all of {'+'.join(domains)} in an order")
+        return replace(self, domains=tuple(domains[name] for name in names), seed=seed)
 
     def make_method(self, name: str) -> Method:
         """A fresh instance of a method, with those of `options` that it takes and its own."""

@@ -47,7 +47,7 @@ def _tensors(value: Any, seen: set[int]) -> Iterator[Tensor]:
     elif isinstance(value, (list, tuple, set)):
         for part in value:
             yield from _tensors(part, seen)
-    elif type(value).__module__.startswith("sparse_cl."):
+    elif isinstance(value, Method) or type(value).__module__.startswith(("sparse_cl.", "benchmarks.arena.")):
         for name, part in getattr(value, "__dict__", {}).items():
             if name != MEASURING:
                 yield from _tensors(part, seen)

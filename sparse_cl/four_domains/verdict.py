@@ -48,9 +48,9 @@ def _times(row: Outcome, others: Sequence[Outcome]) -> str:
     parts = []
     for cost, words in COSTS.items():
         ratios = [
-            f"{row.costs[cost] / other.costs[cost]:.2f} times {other.name}'s"
+            f"{own / theirs:.2f} times {other.name}'s"
             for other in others
-            if row.costs.get(cost) is not None and other.costs.get(cost)
+            if (own := row.costs.get(cost)) is not None and (theirs := other.costs.get(cost))
         ]
         if ratios:
             parts.append(f"{words} {' and '.join(ratios)}")
@@ -73,7 +73,7 @@ def verdict(rows: Sequence[Outcome]) -> list[str]:
     adamw = next((row for row in yardsticks if row.method == "adamw"), None)
 
     def least(of: Sequence[Outcome]) -> Outcome:
-        return min(of, key=lambda row: row.forgetting)
+        return min(of, key=lambda row: row.forgetting or 0.0)
 
     if adamw is None or adamw.learned <= 0:
         best = least(rows)

@@ -9,7 +9,7 @@ from .elastic import Elastic, ElasticLoRA
 from .lora import LoRA
 from .orthogonal import Orthogonal, OrthogonalLoRA
 from .orthogonal_masked import OrthogonalMasked
-from .registry import METHODS, join_arena, register
+from .registry import METHODS, join_arena, method_named, register
 from .replay import Replay1, Replay5
 from .selective_write import SelectiveWrite
 from .sparse_masked import SparseMasked
@@ -53,5 +53,6 @@ __all__ = [
     "SparseMasked",
     "SparseMaskedLoRA",
     "TwoFour",
+    "method_named",
     "register",
 ]

@@ -10,7 +10,9 @@ from .base import Method
 
 METHODS: dict[str, type[Method]] = {}
 """Name → class, in the order in which they registered."""
-ELSEWHERE = "more baselines are in benchmarks/arena of a checkout of sparse_cl, and register themselves there"
+ARENA = "benchmarks.arena"
+ELSEWHERE = "more baselines and the bounds are in benchmarks/arena of a checkout of sparse_cl, and register themselves"
+"""Where the methods are that an installed package does not have."""
 
 
 def register(method: type[Method]) -> type[Method]:
@@ -26,10 +28,30 @@ def register(method: type[Method]) -> type[Method]:
     return method
 
 
+def method_named(name: str, *others: str) -> type[Method]:
+    """The method of a name.
+
+    Args:
+        others: words that would do as well, for the message.
+
+    Raises:
+        ValueError: no method has this name; those that exist are named, and where others are.
+    """
+    if name in METHODS:
+        return METHODS[name]
+    words = f"; or {', '.join(others)}" if others else ""
+    raise ValueError(f"unknown method {name!r}; there are {', '.join(METHODS)}{words}{elsewhere()}")
+
+
+def elsewhere() -> str:
+    """The end of a message that says where the arena's methods are; empty where they are registered."""
+    return "" if ARENA in sys.modules else f" ({ELSEWHERE})"
+
+
 def join_arena() -> None:
     """Has the arena's methods register themselves, where the package runs from a checkout."""
     root = Path(__file__).parents[2]
     if (root / "benchmarks" / "arena" / "__init__.py").is_file():
         if str(root) not in sys.path:
             sys.path.append(str(root))
-        importlib.import_module("benchmarks.arena")
+        importlib.import_module(ARENA)

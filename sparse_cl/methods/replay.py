@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from .adamw import AdamW
-from .mixture import Mixture
 from .options import check_share
 
 
@@ -35,15 +35,17 @@ class Replay(AdamW):
     def training_data(self, number: int, datasets: Sequence[Dataset], seed: int) -> Dataset:
         if number == 0:
             return datasets[0]
-        length = len(datasets[number])
+        joined: ConcatDataset[Any] = ConcatDataset(datasets[: number + 1])
+        starts = [0, *joined.cumulative_sizes]
+        *old_lengths, length = (stop - start for start, stop in itertools.pairwise(starts))
         generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
         places = torch.randperm(length, generator=generator)[: max(1, round(self.share * length))].tolist()
-        orders = [torch.randperm(len(old), generator=generator).tolist() for old in datasets[:number]]
-        picks = [(number, item) for item in range(length)]
+        orders = [torch.randperm(old, generator=generator).tolist() for old in old_lengths]
+        picks = list(range(starts[number], starts[number] + length))
         for turn, place in enumerate(places):
             times, old = divmod(turn, number)
-            picks[place] = (old, orders[old][times % len(orders[old])])
-        return Mixture(datasets, picks)
+            picks[place] = starts[old] + orders[old][times % len(orders[old])]
+        return Subset(joined, picks)
 
 
 class Replay1(Replay):

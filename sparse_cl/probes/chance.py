@@ -12,18 +12,10 @@ _DRAWS = 20_000
 
 def hypergeometric(width: int, first: int, second: int) -> Tensor:
     """P(x neurons are in both) for random sets of `first` and `second` of `width` neurons: (min + 1,) float64."""
-    x = torch.arange(min(first, second) + 1, dtype=torch.float64)
+    # scipy.stats takes longer to import than all probes.
+    from scipy.stats import hypergeom
 
-    def ln_choose(n: Tensor | int, k: Tensor) -> Tensor:
-        n = torch.as_tensor(n, dtype=torch.float64)
-        return torch.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma(n - k + 1)
-
-    possible = x >= first + second - width
-    # lgamma of what cannot be is infinite, or not a number.
-    inside = torch.where(possible, x, float(min(first, second)))
-    chosen = torch.tensor(float(second), dtype=torch.float64)
-    ln = ln_choose(first, inside) + ln_choose(width - first, chosen - inside) - ln_choose(width, chosen)
-    return torch.where(possible, ln.exp(), 0.0)
+    return torch.from_numpy(hypergeom.pmf(range(min(first, second) + 1), width, first, second))
 
 
 def common_to_all(width: int, size: int, sets: int) -> Tensor:
@@ -63,7 +55,7 @@ def mean_iou_interval(layers: Sequence[tuple[int, int]], generator: torch.Genera
     if len(layers) == 1:
         ((width, size),) = layers
         low, high = central_interval(hypergeometric(width, size, size))
-        return iou_of(low, size), iou_of(high, size)
+        return float(iou_of(low, size)), float(iou_of(high, size))
     total = torch.zeros(_DRAWS, dtype=torch.float64)
     laws: dict[tuple[int, int], Tensor] = {}
     for width, size in layers:

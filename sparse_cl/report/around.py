@@ -13,7 +13,7 @@ from .checkpoints import load_checkpoint
 from .comparison import comparison
 from .drift import drift_study
 from .probe_study import study_model
-from .settings import ProbeSettings
+from .settings import DriftSettings, ProbeSettings
 
 FOLDER = "probes"
 
@@ -27,14 +27,8 @@ def probe_run(settings: Settings, out: Path) -> list[str]:
     """
     source = settings.model or str(embedded_model_folder())
     domains = load_domains(settings.domains, settings.data, settings.seed)
-    probes = ProbeSettings(
-        models=() if settings.model is None else (settings.model,),
-        data=settings.data,
-        domains=settings.domains,
-        batch_size=settings.batch_size,
-        max_length=settings.max_length,
-        seed=settings.seed,
-    )
+    same = {name: getattr(settings, name) for name in ("data", "domains", "batch_size", "max_length", "seed")}
+    probes = ProbeSettings(() if settings.model is None else (settings.model,), **same)
     for name in ("base", *settings.methods):
         folder = out / FOLDER / name
         if not (folder / "results.json").is_file():
@@ -44,19 +38,7 @@ def probe_run(settings: Settings, out: Path) -> list[str]:
             study_model(model, tokenizer, name, domains, probes, folder)
         folder = out / FOLDER / f"{name}-drift"
         if name != "base" and not (folder / "results.json").is_file():
-            drift_study(
-                source,
-                str(out / name),
-                folder,
-                text=settings.reference,
-                data=settings.data,
-                domains=settings.domains,
-                records=probes.records,
-                batch_size=settings.batch_size,
-                max_length=settings.max_length,
-                plasticity=False,
-                seed=settings.seed,
-            )
+            drift_study(DriftSettings(source, str(out / name), settings.reference, **same), folder)
     table = comparison(
         {name: out / FOLDER / name for name in ("base", *settings.methods)},
         {name: out / FOLDER / f"{name}-drift" for name in settings.methods},

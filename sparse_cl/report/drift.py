@@ -33,7 +33,7 @@ from .sections import drift as drift_section
 from .sections import plasticity as plasticity_section
 from .sections import rank as rank_section
 from .sections import smearing as smearing_section
-from .settings import check_out
+from .settings import DriftSettings, check_out
 from .text import reference_text, text_batches
 
 BLOCKS = 16
@@ -46,36 +46,11 @@ TASKS = 3
 """Random tasks that are fitted for plasticity."""
 
 
-def drift_study(
-    before: str,
-    after: str,
-    out: Path,
-    *,
-    text: str | None = None,
-    data: str | None = None,
-    domains: Sequence[str] = (),
-    records: int = 128,
-    batch_size: int = 16,
-    max_length: int = 256,
-    dtype: str = "float32",
-    plasticity: bool = False,
-    seed: int = 0,
-) -> dict[str, Any]:
+def drift_study(settings: DriftSettings, out: Path) -> dict[str, Any]:
     """Compares two checkpoints, and writes `results.json`, `tensors.safetensors` and `report.html` into `out`.
 
     Args:
-        before: folder or Hub name of a causal language model.
-        after: the same model, trained on: what `load_checkpoint` takes.
         out: a folder that is absent or empty.
-        text: file of reference text, of which the beginning is used; None: the embedded one.
-        data, domains: see `load_domains`; with domains the losses on the line between are measured too, and how much
-            of the update falls on hubs (with two domains at least).
-        records: validation records of each domain, the first ones.
-        batch_size: windows or records a pass.
-        max_length: in tokens, of a window and of a record.
-        dtype: of the weights, "float32" or "bfloat16".
-        plasticity: whether to fit random tasks from both.
-        seed: of the embedded domains, of the hubs' intervals, and of the first random task.
 
     Returns:
         What results.json holds.
@@ -85,40 +60,38 @@ def drift_study(
     """
     quiet()
     check_out(out)
-    _check_numbers(records=records, batch_size=batch_size, max_length=max_length)
-    reference = reference_text(text)
-    loaded = load_domains(domains, data, seed) if domains else []
-    wanted = getattr(torch, dtype)
-    model, tokenizer = load_model(before, wanted)
-    limit = getattr(model.config, "max_position_embeddings", max_length)
-    if max_length > limit:
-        raise ValueError(f"max_length: expected at most the model's context of {limit} tokens, got {max_length}")
-    other = load_checkpoint(after, load_model(before, wanted)[0])
-    by_domain = domain_batches(
-        loaded, tokenizer, model, records=records, batch_size=batch_size, max_length=max_length, split="validation"
-    )
-    windows = text_batches(tokenizer, reference, max_length, batch_size)
-    study = _Study(model, other, windows, by_domain, seed)
-    with tqdm(total=study.passes(plasticity), mininterval=0.5) as bar:
-        record, tensors = study.run(bar, plasticity)
+    reference = reference_text(settings.text)
+    loaded = load_domains(settings.domains, settings.data, settings.seed) if settings.domains else []
+    wanted, length = getattr(torch, settings.dtype), settings.max_length
+    model, tokenizer = load_model(settings.before, wanted)
+    limit = getattr(model.config, "max_position_embeddings", length)
+    if length > limit:
+        raise ValueError(f"max_length: expected at most the model's context of {limit} tokens, got {length}")
+    other = load_checkpoint(settings.after, load_model(settings.before, wanted)[0])
+    sizes = {"records": settings.records, "batch_size": settings.batch_size, "max_length": length}
+    by_domain = domain_batches(loaded, tokenizer, model, **sizes, split="validation")
+    windows = text_batches(tokenizer, reference, length, settings.batch_size)
+    study = _Study(model, other, windows, by_domain, settings.seed)
+    with tqdm(total=study.passes(settings.plasticity), mininterval=0.5) as bar:
+        record, tensors = study.run(bar, settings.plasticity)
     facts = {
-        "before": before,
-        "after": after,
-        "text": text or "embedded",
+        "before": settings.before,
+        "after": settings.after,
+        "text": settings.text or "embedded",
         "tokens of text": sum(int(batch["attention_mask"].sum()) for batch in windows),
-        "data": data or ("embedded" if by_domain else None),
+        "data": settings.data or ("embedded" if by_domain else None),
         "domains": list(by_domain),
-        "records": records if by_domain else None,
-        "max_length": max_length,
-        "dtype": dtype,
-        "seed": seed,
+        "records": settings.records if by_domain else None,
+        "max_length": length,
+        "dtype": settings.dtype,
+        "seed": settings.seed,
     }
     record = {"settings": facts, **record}
     out.mkdir(parents=True, exist_ok=True)
     storage.write(out / "tensors.safetensors", "drift", tensors)
     write_report(
         out / "report.html",
-        f"What changed from {Path(before).name} to {Path(after).name}",
+        f"What changed from {Path(settings.before).name} to {Path(settings.after).name}",
         {name: ", ".join(value) if isinstance(value, list) else str(value) for name, value in facts.items() if value},
         sections(record),
     )
@@ -137,12 +110,6 @@ def sections(record: Mapping[str, Any]) -> list[Section]:
     if "plasticity" in record:
         found.append(plasticity_section.section(record["plasticity"]))
     return found
-
-
-def _check_numbers(**numbers: int) -> None:
-    for name, value in numbers.items():
-        if value < 1:
-            raise ValueError(f"{name}: expected at least 1, got {value}")
 
 
 class _Study:

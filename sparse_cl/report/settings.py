@@ -1,55 +1,68 @@
-"""What `sparse-cl probe` is told to do."""
+"""What `sparse-cl probe` and `sparse-cl drift` are told to do."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from sparse_cl.arguments import check_options, option
+from sparse_cl.four_domains.data import DEFAULT_DOMAINS
+from sparse_cl.methods.options import check_share
 
 PROBES = ("activation", "gradients", "curvature", "rank", "capacity")
 """What can be asked for. "activation": sparsity, overlap, hubs and dormant neurons; "gradients": cosines, angles and
 interference."""
 
 
-@dataclass(frozen=True)
-class ProbeSettings:
-    """Settings of `sparse-cl probe`.
+@dataclass(frozen=True, kw_only=True)
+class _Reading:
+    """How records are read, and by a model of which dtype."""
 
-    Attributes:
-        models: folders or Hub names of causal language models; none: the embedded one.
-        data, domains: see `data.load_domains`.
-        probes: some of `PROBES`.
-        records: training records of each domain, the first ones.
-        batch_size: records a pass.
-        max_length: tokens of prompt and response together.
-        blocks: residual blocks that probes which keep matrices look at, evenly spread; activations are seen in all.
-        energy: share of the inputs' energy that the directions in use explain.
-        critical: whether to search the critical sparsity, which takes about ten passes more over each domain.
-        dtype: of the weights: "float32", or "bfloat16" for models that are large.
-        seed: of everything random.
-    """
-
-    models: tuple[str, ...] = ()
-    data: str | None = None
-    domains: tuple[str, ...] = ("code", "math", "medical", "general")
-    probes: tuple[str, ...] = PROBES
-    records: int = 128
-    batch_size: int = 16
-    max_length: int = 256
-    blocks: int = 8
-    energy: float = 0.95
-    critical: bool = False
-    dtype: str = "float32"
-    seed: int = 0
+    records: int = option(128, "of each domain, the first ones", least=1, metavar="N")
+    batch_size: int = option(16, "records per pass", least=1, metavar="N")
+    max_length: int = option(256, "tokens of prompt and response together", least=16, metavar="N")
+    dtype: Literal["float32", "bfloat16"] = option("float32", "of the weights; bfloat16 for large models")
+    seed: int = option(0, "of everything random", metavar="N")
 
     def __post_init__(self) -> None:
-        for name in ("records", "batch_size", "blocks"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.max_length < 16:
-            raise ValueError(f"max_length must be at least 16 tokens, got {self.max_length}")
-        if not 0 < self.energy <= 1:
-            raise ValueError(f"energy: expected a share in (0, 1], got {self.energy}")
+        check_options(self)
+
+
+@dataclass(frozen=True)
+class ProbeSettings(_Reading):
+    """Settings of `sparse-cl probe`: models (none: the embedded one), `data` and `domains` as `data.load_domains` takes
+    them, of which training records are used, and `probes`, some of `PROBES`."""
+
+    models: tuple[str, ...] = option(
+        (),
+        "causal language models; several make a scale study (default: embedded)",
+        flag="--model",
+        nargs="+",
+        metavar="PATH_OR_HUB_NAME",
+    )
+    data: str | None = option(
+        None, "as for `sparse-cl run`; training records are used (default: embedded)", metavar="DIR"
+    )
+    domains: tuple[str, ...] = option(
+        DEFAULT_DOMAINS, "NAME=DATASET[:CONFIG] takes one from the Hub", metavar="NAME[,NAME…]"
+    )
+    probes: tuple[str, ...] = option(PROBES, "what to measure", metavar="NAME[,NAME…]")
+    blocks: int = option(
+        8,
+        "residual blocks, evenly spread, of which gradients, curvature, rank and capacity keep matrices; activations "
+        "are seen in all",
+        least=1,
+        metavar="N",
+    )
+    energy: float = option(0.95, "share of the inputs' energy that the directions in use explain", metavar="X")
+    critical: bool = option(
+        False, "also search the sparsity that raises the loss by 1 %: about ten passes more over each domain"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_share("energy", self.energy)
         for name in self.probes:
             if name not in PROBES:
                 raise ValueError(f"unknown probe {name!r}; there are {', '.join(PROBES)}")
@@ -58,6 +71,33 @@ class ProbeSettings:
 
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), **{name: list(getattr(self, name)) for name in ("models", "domains", "probes")}}
+
+
+@dataclass(frozen=True)
+class DriftSettings(_Reading):
+    """Settings of `sparse-cl drift`. With domains the losses on the line between the checkpoints are measured too, and
+    how much of the update falls on hubs (with two domains at least). `after` is what `load_checkpoint` takes."""
+
+    before: str = option(MISSING, "folder or Hub name of a causal language model", flag="before", metavar="BEFORE")
+    after: str = option(MISSING, "folder of the same model, trained on", flag="after", metavar="AFTER")
+    text: str | None = option(
+        None, "plain reference text, of which the beginning is used (default: embedded)", metavar="FILE.txt"
+    )
+    data: str | None = option(None, "as for `sparse-cl run`; validation records are used", metavar="DIR")
+    domains: tuple[str, ...] = option(
+        (),
+        f"NAME=DATASET[:CONFIG] takes one from the Hub (default: with --data {','.join(DEFAULT_DOMAINS)}, else none; "
+        "embedded ones can be named)",
+        metavar="NAME[,NAME…]",
+    )
+    plasticity: bool = option(False, "also fit new random tasks from both (slow)")
+
+
+@dataclass(frozen=True)
+class Out:
+    """Where a report goes."""
+
+    out: Path = option(MISSING, "new folder for the report", metavar="DIR")
 
 
 def check_out(out: Path) -> None:

@@ -11,6 +11,7 @@ from sparse_cl.four_domains import embedded
 from sparse_cl.four_domains.data import DataError, Domain
 from sparse_cl.four_domains.evaluate import drift_nats
 from sparse_cl.four_domains.method_options import parse_set
+from sparse_cl.four_domains.prepared import Prepared
 from sparse_cl.four_domains.protection import Windows, text_to_protect
 from sparse_cl.four_domains.sequence import score_all
 from sparse_cl.four_domains.settings import Settings, methods_named
@@ -97,7 +98,7 @@ def test_methods_by_kind():
         ({"metrics": ("accuracy",)}, "bits_per_byte is what all is compared by; got only accuracy"),
         ({"metrics": ("bits_per_byte", "f1")}, "unknown f1; there are bits_per_byte, accuracy, exact_match"),
         ({"split": "train"}, "split: expected test or validation, got 'train'"),
-        ({"autocast": "fp8"}, "autocast: expected bf16, or none, got 'fp8'"),
+        ({"autocast": "fp8"}, "autocast: expected bf16 or none, got 'fp8'"),
     ],
 )
 def test_settings_out_of_range(other, message):
@@ -119,7 +120,8 @@ def test_only_what_is_asked_for_is_scored(tiny_llama, tokenizer):
 
     def scores(**other):
         chosen = Settings(max_length=32, **other)
-        return score_all(tiny_llama, tokenizer, [domain], None, chosen, tick=lambda: ticks.append(1)).domains[0]
+        prepared = Prepared(chosen, "", tokenizer, [domain])
+        return score_all(tiny_llama, prepared, tick=lambda: ticks.append(1)).domains[0]
 
     everything = scores()
     assert None not in everything.values() and len(ticks) == 3

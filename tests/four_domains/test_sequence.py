@@ -13,6 +13,7 @@ from sparse_cl.four_domains import experiment
 from sparse_cl.four_domains.data import DataError, load_domains
 from sparse_cl.four_domains.embedded import DOMAINS
 from sparse_cl.four_domains.evaluate import bits_per_byte
+from sparse_cl.four_domains.prepared import Prepared
 from sparse_cl.four_domains.results import CLOCKED, read_runs
 from sparse_cl.four_domains.sequence import Progress, Scores, _Learner, run_sequence
 from sparse_cl.four_domains.settings import Settings
@@ -281,7 +282,8 @@ def test_every_method_sees_the_same_batches_in_the_same_order(world, tmp_path, t
         # Draws of a method's own must not shift the order.
         torch.rand(len(seen))
         blank = Progress([Scores([dict.fromkeys(("bits_per_byte", "accuracy", "exact_match"))] * 2, None)])
-        run_sequence(method(), model, tokenizer, domains, None, settings, tmp_path / name, blank)
+        prepared = Prepared(settings, str(world / "model"), tokenizer, domains)
+        run_sequence(method(), model, prepared, tmp_path / name, blank)
     assert len(seen["adamw"]) == 8, "four steps a domain"
     assert all(batches == seen["adamw"] for batches in seen.values())
 
@@ -310,7 +312,7 @@ def test_clipping_follows_the_active_entries_only(world, tmp_path, tokenizer, mo
         ({"methods": ("adam",)}, "unknown method 'adam'; there are adamw, lora, .*; or all, ours"),
         ({"methods": ("adamw", "adamw")}, "each once"),
         ({"methods": ()}, "must be named"),
-        ({"steps": 0}, "steps must be at least 1"),
+        ({"steps": 0}, "steps: expected at least 1, got 0"),
         ({"lr": {"adamw": -1.0}}, "must be positive"),
         ({"lr": {"adamw": float("nan")}}, "must be positive"),
         ({"max_length": 8}, "at least 16"),

@@ -20,6 +20,7 @@ from sparse_cl.four_domains.settings import Settings
 from sparse_cl.report import drift
 from sparse_cl.report.checkpoints import load_checkpoint
 from sparse_cl.report.drift import drift_study, sections
+from sparse_cl.report.settings import DriftSettings
 from sparse_cl.report.text import reference_text, text_batches
 
 DOMAINS = ("code", "medical")
@@ -94,16 +95,16 @@ def test_the_study_writes_a_record_that_makes_the_same_report(world, tmp_path, m
     monkeypatch.setattr(drift, "TASKS", 1)
     monkeypatch.setattr(drift, "probe_plasticity", partial(drift.probe_plasticity, max_steps=20))
     folder, _, _ = world
-    record = drift_study(
+    settings = DriftSettings(
         str(folder / "model"),
         str(folder / "out" / "orthogonal-lora"),
-        tmp_path / "report",
         text=str(folder / "text.txt"),
         data=str(folder / "data"),
         domains=DOMAINS,
         plasticity=True,
         **SMALL,
     )
+    record = drift_study(settings, tmp_path / "report")
     assert sorted(path.name for path in (tmp_path / "report").iterdir()) == [
         "report.html",
         "results.json",
@@ -129,7 +130,7 @@ def test_the_same_checkpoint_twice_did_not_drift(world, tmp_path, monkeypatch):
     monkeypatch.setattr(drift, "write_report", lambda path, title, facts, sections: shown.extend(sections))
     folder, _, _ = world
     model = str(folder / "model")
-    record = drift_study(model, model, tmp_path / "out", text=str(folder / "text.txt"), **SMALL)
+    record = drift_study(DriftSettings(model, model, text=str(folder / "text.txt"), **SMALL), tmp_path / "out")
     assert all(layer["change"] == 0.0 and layer["cka"] == 1.0 for layer in record["drift"]["layers"].values())
     assert "connectivity" not in record
     assert [section.title for section in shown] == ["Drift of hidden states", "Smearing", "Rank"]
@@ -149,19 +150,19 @@ def test_bad_input_is_refused_and_nothing_is_written(world, tmp_path, tokenizer)
     with pytest.raises(
         ValueError, match=r"layers\.0\.mlp\.gate_proj\.weight is \(40, 16\) before and \(20, 16\) after"
     ):
-        drift_study(model, str(tmp_path / "narrow"), out, **SMALL)
+        drift_study(DriftSettings(model, str(tmp_path / "narrow"), **SMALL), out)
     with pytest.raises(ValueError, match="records: expected at least 1, got 0"):
-        drift_study(model, model, out, **{**SMALL, "records": 0})
+        drift_study(DriftSettings(model, model, **{**SMALL, "records": 0}), out)
     with pytest.raises(ValueError, match="max_length: expected at most the model's context of 256 tokens, got 512"):
-        drift_study(model, model, out, **{**SMALL, "max_length": 512})
+        drift_study(DriftSettings(model, model, **{**SMALL, "max_length": 512}), out)
     with pytest.raises(ValueError, match=r"--text \S+: cannot be read as UTF-8 text"):
-        drift_study(model, model, out, text=str(tmp_path / "nowhere.txt"), **SMALL)
+        drift_study(DriftSettings(model, model, text=str(tmp_path / "nowhere.txt"), **SMALL), out)
     (tmp_path / "empty.txt").write_text(" \n")
     with pytest.raises(ValueError, match="empty.txt: the file is empty"):
-        drift_study(model, model, out, text=str(tmp_path / "empty.txt"), **SMALL)
+        drift_study(DriftSettings(model, model, text=str(tmp_path / "empty.txt"), **SMALL), out)
     assert not out.exists()
     with pytest.raises(ValueError, match="is not empty"):
-        drift_study(model, model, tmp_path / "narrow", **SMALL)
+        drift_study(DriftSettings(model, model, **SMALL), tmp_path / "narrow")
 
 
 def test_windows_hold_every_token_of_the_text_once_and_in_order(tokenizer):

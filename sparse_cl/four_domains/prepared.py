@@ -1,0 +1,42 @@
+"""What all methods of a run share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from sparse_cl.models.loading import load_model
+
+from .data import Domain
+from .settings import Settings
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run that was checked: it can begin.
+
+    Attributes:
+        source: folder or Hub name of the base model.
+        tokenizer: the base model's.
+        domains: in training order.
+        reference: text that is scored; None: there is none.
+        protected: text that methods are given to protect; None: there is none.
+    """
+
+    settings: Settings
+    source: str
+    tokenizer: Any
+    domains: Sequence[Domain]
+    reference: str | None = None
+    protected: str | None = None
+
+    def load_base(self) -> nn.Module:
+        """A fresh base model."""
+        return load_model(self.source)[0]
+
+    def scores_in_all(self) -> int:
+        """How many scores a stage has; a progress bar ticks for each."""
+        return len(self.domains) * len(self.settings.metrics) + 2 * (self.reference is not None)
