@@ -7,6 +7,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # Compiling every file of every package takes longer than compiling those that are imported, when they are.
 INSTALL := $(BIN)/pip -q --disable-pip-version-check install --no-compile -c constraints.txt
+# Some machines say that no bytecode is to be kept. Then each of many processes would compile torch and transformers.
+export PYTHONDONTWRITEBYTECODE :=
 SOURCES := setup.py CMakeLists.txt pyproject.toml $(wildcard csrc/*)
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh tests/cuda_emulation/*.h tests/cuda_emulation/*.cpp)
 
@@ -17,7 +19,7 @@ demo: $(VENV)/.built
 	$(BIN)/sparse-cl run --method adamw,lora,elastic --steps 100 --out out/demo
 
 test: lint
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 lint: $(VENV)/.tools
 	$(BIN)/ruff check .
@@ -51,7 +53,7 @@ $(VENV)/.packages: constraints.txt
 	touch $@
 
 $(VENV)/.built: $(VENV)/.packages $(SOURCES)
-	$(INSTALL) --no-build-isolation -e '.[run]'
+	SPARSE_CL_WERROR=1 $(INSTALL) --no-build-isolation -e '.[run]'
 	touch $@
 
 # The installed package's own extra: what is built is not built again.

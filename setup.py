@@ -63,6 +63,7 @@ class CMakeBuild(build_ext):
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DSPARSE_CL_CUDA={os.environ.get('SPARSE_CL_CUDA', 'auto')}",
+            f"-DSPARSE_CL_WERROR={os.environ.get('SPARSE_CL_WERROR', '0')}",
         ]
         if "CMAKE_CUDA_ARCHITECTURES" in os.environ:
             configure.append(f"-DCMAKE_CUDA_ARCHITECTURES={os.environ['CMAKE_CUDA_ARCHITECTURES']}")

@@ -13,6 +13,15 @@ settings.register_profile("repeatable", derandomize=True, deadline=None, max_exa
 settings.load_profile("repeatable")
 
 
+def pytest_terminal_summary(terminalreporter) -> None:
+    """What ran; a header would be left out of quiet output."""
+    from sparse_cl import build_info
+
+    info = build_info()
+    levels = " ".join(info["cpu_levels"] or ())
+    terminalreporter.write_line(f"sparse_cl ran on {info['runs']}, at CPU level {info['cpu_level']} of {levels}")
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     """What a test draws from the global generator is the same whatever ran before it."""

@@ -3,12 +3,10 @@
 import hashlib
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from ctypes import CDLL, c_int64
 from pathlib import Path
 
-import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
@@ -17,10 +15,11 @@ SOURCES = sorted([*(ROOT / "csrc").glob("*.[hc]*"), *Path(__file__).parent.glob(
 _definition = torch.library.Library("sparse_cl_emulated", "DEF")
 
 
-def build(name: str, *flags: str) -> Path:
-    """The emulated library of ``csrc/<name>.cu``, built once for each state of its sources."""
-    if given := os.environ.get("SPARSE_CL_EMULATED"):
-        return Path(given)
+def build(name: str) -> Path:
+    """The emulated library of ``csrc/<name>.cu``, built once for each state of its sources.
+
+    ``SPARSE_CL_EMULATED_FLAGS``: further flags of the compiler.
+    """
     torch_folder = Path(torch.__file__).parent
     command = [
         *(
@@ -38,7 +37,8 @@ def build(name: str, *flags: str) -> Path:
         *("-Wall", "-Werror", "-Wno-unknown-pragmas", "-DTORCH_TARGET_VERSION=0x020b000000000000ULL", "-DUSE_CUDA"),
         "-DSPARSE_CL_CUDA_THREADS=64",  # a barrier costs a context switch a thread
         f'-DSPARSE_CL_EMULATED_SOURCE="{ROOT / "csrc" / f"{name}.cu"}"',
-        *("-I", str(Path(__file__).parent), "-isystem", str(torch_folder / "include"), *flags),
+        *("-I", str(Path(__file__).parent), "-isystem", str(torch_folder / "include")),
+        *os.environ.get("SPARSE_CL_EMULATED_FLAGS", "").split(),
         str(Path(__file__).parent / "emulated_op.cpp"),
         *("-L", str(torch_folder / "lib"), "-ltorch", "-ltorch_cpu", "-lc10"),
     ]
@@ -78,17 +78,3 @@ class Emulated:
         moved = self._library.emulated_bytes_moved
         moved.restype = c_int64
         return moved()
-
-
-def run_sanitized(name: str, test_file: str, chosen: str) -> None:
-    """Runs the tests of a file that ``chosen`` selects on a build in which every access is checked."""
-    asan = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
-    if not Path(asan).is_absolute():
-        pytest.skip("needs libasan")
-    library = build(name, "-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=undefined")
-    environment = os.environ | dict(
-        LD_PRELOAD=asan, ASAN_OPTIONS="detect_leaks=0", SPARSE_CL_EMULATED=str(library), OMP_NUM_THREADS="1"
-    )
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-s", "-p", "no:cacheprovider", test_file, "-k", chosen]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

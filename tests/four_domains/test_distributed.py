@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
+from cases.forked import start
 from cases.world import write_world
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from sparse_cl.cli import main
 
@@ -33,19 +33,20 @@ def results(out):
     return json.loads((out / "results.json").read_text())["runs"]
 
 
-def test_two_processes_are_one_run_with_twice_the_batch(world):
+def launch(arguments, logs):
+    """`torchrun --standalone --nproc-per-node 2`, but that the two are forked: nothing is imported again."""
+    logs = DefaultLogsSpecs(log_dir=str(logs), redirects=Std.ALL)
+    meeting = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}
+    config = LaunchConfig(1, 1, nproc_per_node=2, start_method="fork", logs_specs=logs, **meeting)
+    return max(elastic_launch(config, main)(arguments).values())
+
+
+def test_two_processes_are_one_run_with_twice_the_batch(world, tmp_path):
+    launcher = start(launch, arguments(world, world / "two", 2), tmp_path, ACCELERATE_USE_CPU="1")
     assert main(arguments(world, world / "one", 4)) == 0
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "sparse_cl"]
-    done = subprocess.run(
-        [*command, *arguments(world, world / "two", 2)],
-        env={**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        timeout=120,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Written to") == 1
+    launcher.join(120)
+    assert launcher.exitcode == 0
+    assert "".join(file.read_text() for file in tmp_path.rglob("stdout.log")).count("Written to") == 1
     for one, two in zip(results(world / "one"), results(world / "two"), strict=True):
         single, both = (torch.tensor(run["R"]["bits_per_byte"], dtype=torch.float64) for run in (one, two))
         assert (single[1:] - single[0]).abs().max() > 0.05, "it learned"

@@ -1,44 +1,25 @@
 """A run that is killed at any moment, and started again by the same command, ends with the same results.json.
 
-`SPARSE_CL_KILLS=300 pytest tests/test_kill.py` kills more often, and all methods.
+`SPARSE_CL_KILLS=300 pytest tests/four_domains/test_kill.py` kills more often, and all methods.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import time
-from pathlib import Path
 
-import pytest
-from cases.kill_job import job
+from cases.forked import start
 from cases.world import write_world
 
+from sparse_cl.cli import main
 from sparse_cl.methods import METHODS
 
-KILLS = int(os.environ.get("SPARSE_CL_KILLS", "20"))
+KILLS = int(os.environ.get("SPARSE_CL_KILLS", "8"))
 LEARNERS = ("lora", "orthogonal") if KILLS <= 20 else tuple(METHODS)
 
 
-@pytest.fixture
-def start(monkeypatch):
-    """Starts a command in a process of its own, forked from one that has imported what takes seconds to import."""
-    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
-    # Until Python 3.12 the server does not look where this process looks for modules.
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]), prepend=os.pathsep)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["cases.kill_job"])
-
-    def start(arguments):
-        process = context.Process(target=job, args=(arguments,))
-        process.start()
-        return process
-
-    return start
-
-
-def test_twenty_kills_at_random_moments_change_no_bit(tmp_path, tokenizer, start):
+def test_kills_at_random_moments_change_no_bit(tmp_path, tokenizer):
     world = write_world(tmp_path / "world", tokenizer)
     (world / "text.txt").write_text("Once upon a time there was a text. " * 20)
     arguments = ["run", "--model", str(world / "model"), "--data", str(world / "data"), "--domains", "code,math"]
@@ -47,7 +28,7 @@ def test_twenty_kills_at_random_moments_change_no_bit(tmp_path, tokenizer, start
 
     def run(out, seconds=None):
         """Whether it was killed, having run for so many seconds."""
-        process = start([*arguments, str(out)])
+        process = start(main, [*arguments, str(out)], TOKENIZERS_PARALLELISM="false")
         process.join(seconds)
         killed = process.is_alive()
         if killed:

@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from cases.active_mlp import active_mlp, batches, losses
+from cases.forked import start_two
 from torch.nn.parallel import DistributedDataParallel
 
 from sparse_cl import SparseMaskedAdamW
@@ -41,7 +41,7 @@ def work(rank, folder):
 
 @pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 def test_two_processes_agree_with_one(tmp_path):
-    mp.spawn(work, args=(tmp_path,), nprocs=2)
+    start_two(work, tmp_path)
     first, second = (torch.load(tmp_path / str(rank)) for rank in range(2))
     alone = active_mlp()
     two_steps(alone, [batch[:2] for batch in batches()])

@@ -7,7 +7,7 @@ import cases.clip_grad as cases
 import pytest
 import torch
 from cases.adamw import FLOAT_GRADIENTS, SAME_DTYPES, Case, bits, make_problem
-from cuda_emulation.emulated import Emulated, build, run_sanitized
+from cuda_emulation.emulated import Emulated, build
 
 from sparse_cl import ops
 from sparse_cl.layout import COLUMNS, DENSE, ELEMENTS, ROWS, TWO_FOUR
@@ -92,10 +92,3 @@ def test_bytes_moved_are_those_of_the_active_entries(pair, dtype):
     least = dtype.itemsize * (96 * 64 + 16 * 128 + 32 * 64)
     assert pair[0].bytes_moved(lambda: pair[0](*args)) == least
     assert pair[1].bytes_moved(lambda: pair[1](*args, torch.tensor(0.5))) == 2 * least
-
-
-def test_addresses_and_undefined_behaviour():
-    """A smaller run of this file with every access checked."""
-    run_sanitized(
-        "clip_grad", __file__, "several_chunks or float32_gradients or (count and (plain or misaligned)) or nothing"
-    )

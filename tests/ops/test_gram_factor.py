@@ -1,12 +1,9 @@
 """gram_factor on the CPU: its promises, and native code against the reference."""
 
-import os
-import subprocess
-import sys
-
 import cases.gram_factor as cases
 import pytest
 import torch
+from cases.forked import exit_code
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -109,14 +106,18 @@ def test_opcheck():
         torch.library.opcheck(ops.gram_factor, (*cases.gram_of(cases.CASES[name][0]), 1e-5))
 
 
+def check_all(level):
+    assert build_info()["cpu_level"] == level
+    for name in cases.CASES:
+        cases.check(ops.gram_factor, name)
+    for check in (cases.check_what_is_dependent, cases.check_columns_that_are_not_finite, cases.check_order):
+        check(ops.gram_factor)
+
+
 @pytest.mark.parametrize("level", ["baseline", "avx2"])
 def test_lower_cpu_levels(level):
     """The native tests of this file again, on the code that older CPUs run."""
     levels = build_info()["cpu_levels"]
     if levels is None or level not in levels or level == build_info()["cpu_level"]:
         pytest.skip("not built, or what runs here anyway")
-    environment = {**os.environ, "SPARSE_CL_CPU_LEVEL": level}
-    chosen = "native and (orthonormal or dependent or finite)"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", chosen]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:]
+    assert exit_code(check_all, level, threads=2, SPARSE_CL_CPU_LEVEL=level) == 0

@@ -1,10 +1,6 @@
 """masked_adamw_ on the CPU: the native kernel against the reference and a float64 oracle, and what stays as it was."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,12 +17,11 @@ from cases.adamw import (
     numbers,
     same_random_bits,
 )
-from cases.masked_adamw import DTYPES, EMPTY, LARGE, both, native, precisions
+from cases.forked import exit_code
+from cases.masked_adamw import DTYPES, EMPTY, LARGE, both, native, precisions, step_all
 
 from sparse_cl import build_info, ops, reference
 from sparse_cl.layout import COLUMNS, DENSE, ELEMENTS, PER_ENTRY, PER_UNIT, ROWS
-
-TESTS = Path(__file__).parents[1]
 
 
 @native
@@ -223,15 +218,9 @@ def test_compiled_without_a_graph_break(backend):
         assert torch.equal(a, b)
 
 
-ON_ANOTHER_LEVEL = """
-import sys
-import torch
-from sparse_cl import build_info
-from cases.masked_adamw import step_all
-
-assert build_info()["cpu_level"] == sys.argv[1], build_info()
-torch.save(step_all(), sys.argv[2])
-"""
+def save_steps(level, path):
+    assert build_info()["cpu_level"] == level
+    torch.save(step_all(), path)
 
 
 @native
@@ -240,15 +229,7 @@ def test_every_cpu_level_is_as_accurate(tmp_path):
     exact = [level for level in levels[: levels.index(build_info()["cpu_level"]) + 1] if level != "avx512"]
     found = []
     for level in exact:
-        environment = {
-            **os.environ,
-            "SPARSE_CL_CPU_LEVEL": level,
-            "PYTHONPATH": str(TESTS),
-        }
-        command = [sys.executable, "-c", ON_ANOTHER_LEVEL, level, str(tmp_path / level)]
-        folder = TESTS.parent
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=folder)
-        assert done.returncode == 0, done.stderr
+        assert exit_code(save_steps, level, tmp_path / level, threads=2, SPARSE_CL_CPU_LEVEL=level) == 0
         found.append(torch.load(tmp_path / level))
     # These round every operation alike: no estimates, no contraction.
     for other in found[1:]:

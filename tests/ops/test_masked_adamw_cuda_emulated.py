@@ -18,7 +18,7 @@ from cases.adamw import (
     make_problem,
     same_random_bits,
 )
-from cuda_emulation.emulated import Emulated, build, run_sanitized
+from cuda_emulation.emulated import Emulated, build
 
 from sparse_cl import ops, reference
 from sparse_cl.layout import COLUMNS, DENSE, ELEMENTS, PER_ENTRY, PER_UNIT, ROWS, TWO_FOUR
@@ -192,9 +192,3 @@ def test_columns_of_an_active_layer_move_their_leaf_and_one_sector_of_the_weight
     sectors = 32 * 64 * columns.unique().numel()
     moved = op.bytes_moved(lambda: problem.step(op))
     assert packed + sectors <= moved <= 1.05 * (packed + 32 * problem.layouts[0].entries)
-
-
-def test_addresses_and_undefined_behaviour():
-    """A smaller run of this file with every access checked."""
-    chosen = "several_chunks or float32_gradients or (oracle and plain and not fp64) or without_active"
-    run_sanitized("masked_adamw", __file__, chosen)

@@ -1,33 +1,29 @@
 """SparseMaskedAdamW inside the HF Trainer."""
 
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from cases.forked import exit_code
 from safetensors.torch import load_file
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 
-def run(folder, *options):
-    job = Path(__file__).with_name("trainer_job.py")
-    return subprocess.run([sys.executable, str(job), str(folder), *options], capture_output=True, text=True)
+def run(folder, dtype, die_at=None, resume=False):
+    from cases.trainer_job import job
+
+    return exit_code(job, folder, dtype, die_at, resume)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_killed_and_resumed_run_ends_with_the_weights_of_an_uninterrupted_one(tmp_path, dtype):
     """With gradient accumulation, bf16 autocast, a warm-up schedule, masks and gains."""
-    whole = run(tmp_path / "whole", "--param-dtype", dtype)
-    assert whole.returncode == 0, whole.stderr
-    killed = run(tmp_path / "killed", "--die-at", "7", "--param-dtype", dtype)
-    assert killed.returncode == -signal.SIGKILL
+    assert run(tmp_path / "whole", dtype) == 0
+    assert run(tmp_path / "killed", dtype, die_at=7) == -signal.SIGKILL
     assert not (tmp_path / "killed" / "final").exists()
-    resumed = run(tmp_path / "killed", "--resume", "--param-dtype", dtype)
-    assert resumed.returncode == 0, resumed.stderr
+    assert run(tmp_path / "killed", dtype, resume=True) == 0
 
     expected = load_file(tmp_path / "whole" / "final" / "model.safetensors")
     actual = load_file(tmp_path / "killed" / "final" / "model.safetensors")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from cases.forked import start_two
 from torch import nn
 
 from sparse_cl import SubspaceMemory
@@ -35,7 +35,7 @@ def work(rank, folder):
 
 
 def test_two_processes_agree_with_one(tmp_path):
-    mp.spawn(work, args=(tmp_path,), nprocs=2)
+    start_two(work, tmp_path)
     first, second = (SubspaceMemory.load(tmp_path / f"{rank}.safetensors") for rank in range(2))
     alone = remember(inputs())
     for name in alone.names:

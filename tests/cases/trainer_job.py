@@ -1,8 +1,10 @@
-"""A small HF Trainer run as a process of its own, so that a test can kill it: FOLDER [--die-at STEP] [--resume]."""
+"""A small run of the HF Trainer, for a process of its own, so that it can be killed."""
 
-import argparse
+from __future__ import annotations
+
 import os
 import signal
+from pathlib import Path
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
@@ -19,14 +21,8 @@ class Die(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
-def main():
-    parser = argparse.ArgumentParser()
-    parser.add_argument("folder")
-    parser.add_argument("--die-at", type=int)
-    parser.add_argument("--resume", action="store_true")
-    parser.add_argument("--param-dtype", default="float32")
-    options = parser.parse_args()
-
+def job(folder: Path, dtype: torch.dtype, die_at: int | None, resume: bool) -> None:
+    """Trains ten steps and saves the model in ``folder / "final"``, but for a run that dies after step ``die_at``."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=64,
@@ -37,7 +33,7 @@ def main():
         num_key_value_heads=2,
         max_position_embeddings=32,
     )
-    model = LlamaForCausalLM(config).to(getattr(torch, options.param_dtype))
+    model = LlamaForCausalLM(config).to(dtype)
     masks = {}
     for name, parameter in model.named_parameters():
         if "up_proj" in name or "gate_proj" in name:
@@ -50,7 +46,7 @@ def main():
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
-            output_dir=options.folder,
+            output_dir=str(folder),
             max_steps=10,
             save_steps=4,
             per_device_train_batch_size=4,
@@ -65,11 +61,7 @@ def main():
         ),
         train_dataset=[{"input_ids": r, "labels": r} for r in rows],
         optimizers=(optimizer, None),
-        callbacks=[Die(options.die_at)] if options.die_at else [],
+        callbacks=[Die(die_at)] if die_at else [],
     )
-    trainer.train(resume_from_checkpoint=options.resume or None)
-    trainer.save_model(f"{options.folder}/final")
-
-
-if __name__ == "__main__":
-    main()
+    trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model(str(folder / "final"))
