@@ -1,6 +1,6 @@
 """The cost planner against measured steps on this machine's CPU.
 
-    OMP_NUM_THREADS=1 python benchmarks/planner_check.py --model base-5m [--out FILE.json]
+    OMP_NUM_THREADS=1 python benchmarks/planner_check.py --model base-5m [--measured FILE.json] [--out FILE.json]
 
 The device is this machine: its rate of float32 products and of copies is measured. The one number that is assumed, the
 share of that rate that a step reaches, is fitted on AdamW at the model's own width; everything else is predicted: other
@@ -28,9 +28,9 @@ import transformers
 from peak_memory import peak_mib
 
 from sparse_cl.methods import METHODS
-from sparse_cl.planner.cost import Cost, Workload, cost
+from sparse_cl.planner.count import Count, count
 from sparse_cl.planner.devices import Device, find_device
-from sparse_cl.planner.shapes import read_config, shape_of_config
+from sparse_cl.planner.model import Workload, read_config
 
 METHOD_NAMES = ("adamw", "lora", "sparse-masked", "orthogonal")
 STEPS, WARMUP = 4, 1
@@ -100,18 +100,17 @@ def learn(method: Any, config: Any, batches: list[dict], times: list[float]) -> 
     return sum(layer["used"] for layer in found) / sum(layer["width"] for layer in found)
 
 
-def plan(method: str, config: Any, batch_size: int, length: int, used: float, device: Device) -> Cost:
+def plan(method: str, config: Any, batch_size: int, length: int, used: float) -> Count:
     """The second of two domains that use equally much is the one that is measured."""
     work = Workload(
         domains=2, tokens=1e6, batch_size=batch_size, length=length, precision="fp32", used=min(1.0, 2 * used)
     )
-    return cost(method, shape_of_config(config, "model", torch.float32), work, device)
+    return count(method, config, work, gpu=False)
 
 
-def second_domain_seconds(found: Cost, work_tokens: int, device: Device) -> float:
-    """Of a step in the second domain: the plan's projections are the mean of none and of this domain's."""
-    flops = work_tokens * found.token_flops + 2 * found.projection_flops
-    return flops / (device.flops_fp32 * device.utilization) + found.demand.step_bytes / device.bandwidth
+def compute_and_moves(found: Count, device: Device) -> tuple[float, float]:
+    """Seconds of a step in the second domain: of its products at the device's peak, and of the optimizer's traffic."""
+    return (found["passes"][-1] + found["steps"][-1]) / device.flops_fp32, found["traffic"][-1] / device.bandwidth
 
 
 def in_own_processes(*case: Any) -> dict[str, float]:
@@ -130,76 +129,97 @@ def in_own_processes(*case: Any) -> dict[str, float]:
     return {**found[0], "peak_mb": found[1]["peak_mb"]}
 
 
+def cases_of(base: Any) -> list[tuple[str, tuple[int, int, int, int]]]:
+    sizes = [(base.hidden_size, base.intermediate_size, BATCH, LENGTH), *OTHERS]
+    few = [width == base.hidden_size and i > 0 for i, (width, *_) in enumerate(sizes)]
+    return [
+        (m, size) for size, few in zip(sizes, few, strict=True) for m in (METHOD_NAMES[:2] if few else METHOD_NAMES)
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of a Llama, or its config.json")
+    parser.add_argument("--measured", type=Path, metavar="FILE.json", help="of an earlier check: measure nothing")
     parser.add_argument("--out", type=Path, metavar="FILE.json")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     base = read_config(arguments.model)
-    device = this_machine()
-    cases = [(base.hidden_size, base.intermediate_size, BATCH, LENGTH), *OTHERS]
-    rows = []
-    for width, neurons, batch_size, length in cases:
+    old = json.loads(arguments.measured.read_text()) if arguments.measured else None
+    device = machine_of(old) if old else this_machine()
+    share, rows = None, []
+    for number, (method, (width, neurons, batch_size, length)) in enumerate(cases_of(base)):
         config = transformers.LlamaConfig(
             **{**base.to_dict(), "hidden_size": width, "intermediate_size": neurons, "head_dim": width // 4}
         )
-        for method in METHOD_NAMES if not rows or width != base.hidden_size else METHOD_NAMES[:2]:
+        before = old["cases"][number] if old else None
+        if before and (before["method"], before["width"], before["batch"]) != (method, width, [batch_size, length]):
+            raise ValueError(f"--measured: case {number} is not {method} at width {width}; it is of another model")
+        if before:
+            measured = {"seconds": before["measured_seconds"], "peak_mb": before["measured_peak_mb"]}
+            used = before["used"]
+        else:
             measured = in_own_processes(method, config, batch_size, length)
             used = measured.pop("used")
-            found = plan(method, config, batch_size, length, used, device)
-            if not rows:
-                compute = measured["seconds"] - found.demand.step_bytes / device.bandwidth
-                share = batch_size * length * found.token_flops / (device.flops_fp32 * compute)
-                device = find_device(
-                    "custom",
-                    tflops=device.flops_fp32 / 1e12,
-                    bandwidth=device.bandwidth / 1e9,
-                    memory=64,
-                    price=0,
-                    utilization=share,
-                )
-                print(
-                    f"{device.flops_fp32 / 1e9:.1f} GFLOP/s, {device.bandwidth / 1e9:.1f} GB/s, fitted share "
-                    f"{share:.3f}\n",
-                    flush=True,
-                )
-            seconds = second_domain_seconds(found, batch_size * length, device)
-            row = {
-                "method": method,
-                "width": width,
-                "batch": [batch_size, length],
-                "used": used,
-                "measured_seconds": measured["seconds"],
-                "predicted_seconds": seconds,
-                "seconds_error": seconds / measured["seconds"] - 1,
-                "measured_peak_mb": measured["peak_mb"],
-                "predicted_peak_mb": found.memory.peak / 1e6,
-                "peak_error": found.memory.peak / 1e6 / measured["peak_mb"] - 1,
+        found = plan(method, config, batch_size, length, used)
+        compute, moves = compute_and_moves(found, device)
+        if share is None:
+            share = compute / (measured["seconds"] - moves)
+            rates = f"{device.flops_fp32 / 1e9:.1f} GFLOP/s, {device.bandwidth / 1e9:.1f} GB/s"
+            print(f"{rates}, fitted share {share:.3f}\n", flush=True)
+        seconds, peak = compute / share + moves, max(found["peaks"].values()) / 1e6
+        row = {
+            "method": method,
+            "width": width,
+            "batch": [batch_size, length],
+            "used": used,
+            "measured_seconds": measured["seconds"],
+            "predicted_seconds": seconds,
+            "seconds_error": seconds / measured["seconds"] - 1,
+            "measured_peak_mb": measured["peak_mb"],
+            "predicted_peak_mb": peak,
+            "peak_error": peak / measured["peak_mb"] - 1,
+        }
+        if before:
+            row["before"] = before.get("before") or {
+                k: v for k, v in before.items() if k not in row or "pred" in k or "error" in k
             }
-            rows.append(row)
-            print(
-                f"{method:14} width {width:4} batch {batch_size} x {length:4}: {1e3 * seconds:7.1f} ms for "
-                f"{1e3 * measured['seconds']:7.1f} ({row['seconds_error']:+.0%}), {row['predicted_peak_mb']:6.0f} MB "
-                f"for {row['measured_peak_mb']:6.0f} ({row['peak_error']:+.0%})",
-                flush=True,
-            )
-            if arguments.out:
-                arguments.out.write_text(json.dumps({**facts(device), "cases": rows}, indent=1) + "\n")
-    errors = {name: statistics.median(abs(row[name]) for row in rows[1:]) for name in ("seconds_error", "peak_error")}
-    print(
-        "\nmedian error of what was not fitted: " + ", ".join(f"{name} {value:.0%}" for name, value in errors.items())
+        rows.append(row)
+        print(
+            f"{method:14} width {width:4} batch {batch_size} x {length:4}: {1e3 * seconds:7.1f} ms for "
+            f"{1e3 * measured['seconds']:7.1f} ({row['seconds_error']:+.0%}), {peak:6.0f} MB "
+            f"for {measured['peak_mb']:6.0f} ({row['peak_error']:+.0%})",
+            flush=True,
+        )
+        if arguments.out:
+            arguments.out.write_text(json.dumps({**facts(device, share, old), "cases": rows}, indent=1) + "\n")
+    for name, part in {"before": [row.get("before") for row in rows], "now": rows}.items():
+        if part[0]:
+            errors = {
+                key: statistics.median(abs(row[key]) for row in part[1:]) for key in ("seconds_error", "peak_error")
+            }
+            said = ", ".join(f"{key} {value:.1%}" for key, value in errors.items())
+            print(f"\nmedian error of what was not fitted, {name}: {said}")
+
+
+def machine_of(old: dict[str, Any]) -> Device:
+    """The device on which an earlier check measured."""
+    return find_device(
+        "custom", tflops=old["gflops"] / 1e3, bandwidth=old["gb_per_second"], memory=64, price=0, utilization=1.0
     )
 
 
-def facts(device: Device) -> dict[str, Any]:
-    return {
+def facts(device: Device, share: float, old: dict[str, Any] | None) -> dict[str, Any]:
+    here = {
         "machine": platform.processor() or platform.machine(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
+    }
+    return {
+        **{key: old[key] if old else value for key, value in here.items()},
         "gflops": device.flops_fp32 / 1e9,
         "gb_per_second": device.bandwidth / 1e9,
-        "fitted_share": device.utilization,
+        "fitted_share": share,
     }
 
 

@@ -12,6 +12,15 @@ from sparse_cl.methods import METHODS
 
 from .devices import CUSTOM, DEVICES, find_device
 
+_METHOD = ("rank", "fraction", "max_rank")
+_DEVICE = {
+    "tflops": "peak in the precision of the plan, 1e12 FLOP/s",
+    "bandwidth": "of its memory, GB/s",
+    "memory": "GB",
+    "price": "dollars an hour",
+    "mfu": "share of the peak that is reached, recomputation counted as work",
+}
+
 
 def _count(text: str) -> float:
     """A number, with k, M or G after it for a thousand, a million, a billion."""
@@ -33,111 +42,69 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         description="Print the memory, FLOPs, hours and dollars of a sequence of domains and of probing it, from "
         "stated assumptions. Nothing is trained, and no weights are loaded.",
     )
-    parser.add_argument(
-        "--model", required=True, metavar="CONFIG", help="folder with a config.json, that file, or a name on the Hub"
-    )
-    parser.add_argument("--domains", type=positive, default=4, help="how many (default: %(default)s)")
-    parser.add_argument(
-        "--tokens", type=_count, default=20e6, metavar="N", help="trained on in a domain: 20000000 or 20M (the default)"
-    )
-    parser.add_argument(
-        "--method",
-        default="all",
-        metavar="NAME[,NAME…]|all|ours|baselines|bounds",
-        help=f"of {', '.join(METHODS)} (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--gpu", default="h100", metavar="NAME", help=f"{', '.join(DEVICES)} or {CUSTOM} (default: %(default)s)"
-    )
-    parser.add_argument("--batch-size", type=positive, default=8, help="sequences a step (default: %(default)s)")
-    parser.add_argument("--length", type=positive, default=512, help="tokens of a sequence (default: %(default)s)")
-    parser.add_argument(
-        "--precision",
-        default="bf16",
-        metavar="NAME",
-        help="bf16; mixed: float32 weights, products in bfloat16; fp32 (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--checkpointing", action="store_true", help="compute activations again instead of keeping them"
-    )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything to a file as well")
-    method = parser.add_argument_group("settings of methods (default: each method's own)")
-    method.add_argument("--rank", type=positive, help="of the adapters")
-    method.add_argument("--fraction", type=float, help="of the neurons that a domain may change")
-    method.add_argument("--max-rank", type=positive, help="most directions that a domain adds to a layer's basis")
-    method.add_argument(
-        "--used", type=float, default=0.4, help="share of directions that all domains use (default: %(default)s)"
-    )
-    device = parser.add_argument_group("the device (default: what is known of it)")
-    device.add_argument("--tflops", type=float, help="peak in the precision of the plan, 1e12 FLOP/s")
-    device.add_argument("--bandwidth", type=float, help="of its memory, GB/s")
-    device.add_argument("--memory", type=float, help="GB")
-    device.add_argument("--price", type=float, help="dollars an hour")
-    device.add_argument("--mfu", type=float, help="share of the peak that is reached, recomputation counted as work")
-    probing = parser.add_argument_group("probing")
-    probing.add_argument("--probe-records", type=int, default=128, help="of each domain (default: %(default)s)")
-    probing.add_argument("--probe-stages", type=int, default=2, help="2: before and after (default: %(default)s)")
-    probing.add_argument("--forward-passes", type=int, help="at a stage (default: 2 and one a domain)")
-    probing.add_argument("--backward-passes", type=int, default=2, help="at a stage (default: %(default)s)")
+    add, default = parser.add_argument, " (default: %(default)s)"
+    add("--model", required=True, metavar="CONFIG", help="folder with a config.json, that file, or a name on the Hub")
+    add("--domains", type=positive, default=4, help="how many" + default)
+    add("--tokens", type=_count, default=20e6, help="trained on in a domain: 20000000 or 20M (the default)")
+    kinds = "NAME[,NAME…]|all|ours|baselines|bounds"
+    add("--method", default="all", metavar=kinds, help=f"of {', '.join(METHODS)}{default}")
+    add("--gpu", default="h100", metavar="NAME", help=f"{', '.join(DEVICES)} or {CUSTOM}{default}")
+    add("--batch-size", type=positive, default=8, help="sequences in a step" + default)
+    add("--length", type=positive, default=512, help="tokens in a sequence" + default)
+    precisions = "bf16; mixed: float32 weights, products in bfloat16; fp32"
+    add("--precision", default="bf16", metavar="NAME", help=precisions + default)
+    add("--checkpointing", action="store_true", help="compute activations again instead of keeping them")
+    add("--json", type=Path, metavar="FILE", help="write everything to a file as well")
+    add = parser.add_argument_group("settings of methods (default: each method's own)").add_argument
+    add("--rank", type=positive, help="of the adapters")
+    add("--fraction", type=float, help="of the neurons that a domain may change")
+    add("--max-rank", type=positive, help="most directions that a domain adds to a layer's basis")
+    add("--used", type=float, default=0.4, help="share of directions that all domains use" + default)
+    add = parser.add_argument_group("the device (default: what is known of it)").add_argument
+    for name, text in _DEVICE.items():
+        add(f"--{name}", type=float, help=text)
+    add = parser.add_argument_group("probing").add_argument
+    add("--probe-records", type=int, default=128, help="of each domain" + default)
+    add("--probe-stages", type=int, default=2, help="2: before and after" + default)
+    add("--forward-passes", type=int, help="at a stage (default: 2 and one for each domain)")
+    add("--backward-passes", type=int, default=2, help="at a stage" + default)
     parser.set_defaults(command=_plan)
 
 
 def _plan(arguments: argparse.Namespace) -> None:
-    device = find_device(
-        arguments.gpu,
-        tflops=arguments.tflops,
-        bandwidth=arguments.bandwidth,
-        memory=arguments.memory,
-        price=arguments.price,
-        utilization=arguments.mfu,
-    )
+    given = {name: getattr(arguments, name) for name in _DEVICE}
+    device = find_device(arguments.gpu, utilization=given.pop("mfu"), **given)
     # transformers takes seconds to import: not for --help or a mistyped option.
     from sparse_cl.four_domains.files import write_json
     from sparse_cl.four_domains.settings import methods_named
     from sparse_cl.models.loading import quiet
 
-    from .activations import weight_dtype
-    from .cost import Workload, cost
-    from .shapes import read_config, shape_of_config
+    from .cost import cost
+    from .count import NotPlanned, count
+    from .model import Workload, build, read_config
     from .table import plan_text
 
     quiet()
-    options = {name: getattr(arguments, name) for name in ("rank", "fraction", "max_rank")}
     methods = methods_named(names(arguments.method))
-    work = Workload(
-        domains=arguments.domains,
-        tokens=arguments.tokens,
-        batch_size=arguments.batch_size,
-        length=arguments.length,
-        precision=arguments.precision,
-        checkpointing=arguments.checkpointing,
-        used=arguments.used,
-        probe_records=arguments.probe_records,
-        probe_stages=arguments.probe_stages,
-        forward_passes=arguments.forward_passes,
-        backward_passes=arguments.backward_passes,
-    )
+    fields = inspect.signature(Workload).parameters
+    work = Workload(**{name: value for name, value in vars(arguments).items() if name in fields})
     if arguments.json is not None and not arguments.json.resolve().parent.is_dir():
         raise ValueError(f"--json {arguments.json}: its folder does not exist; make it first")
-    taken = _choose(methods, options)
-    shape = shape_of_config(read_config(arguments.model), arguments.model, weight_dtype(work.precision))
-    costs = [cost(name, shape, work, device, **taken[name]) for name in methods]
-    print(plan_text(shape, work, device, costs))
+    taken = _choose(methods, {name: getattr(arguments, name) for name in _METHOD})
+    config = read_config(arguments.model)
+    model = build(config, arguments.model, work.precision)
+    costs, refused = {}, {}
+    for method in methods:
+        try:
+            counted = count(method, config, work, name=arguments.model, **taken[method])
+            costs[method] = cost(model, counted, work, device)
+        except NotPlanned as error:
+            refused[method] = str(error)
+    print(plan_text(arguments.model, model, work, device, costs, refused))
     if arguments.json is not None:
-        write_json(
-            arguments.json,
-            {
-                "model": {
-                    "name": shape.name,
-                    "parameters": shape.parameters,
-                    "multiplied": shape.multiplied,
-                    "blocks": len(shape.blocks),
-                },
-                "device": vars(device),
-                "run": vars(work),
-                "methods": {entry.method: entry.to_json() for entry in costs},
-            },
-        )
+        facts = {"name": arguments.model, "parameters": sum(p.numel() for p in model.parameters())}
+        plan = {"model": facts, "device": vars(device), "run": vars(work), "methods": costs, "not_planned": refused}
+        write_json(arguments.json, plan)
 
 
 def _choose(methods: Sequence[str], options: Mapping[str, float | None]) -> dict[str, dict[str, float]]:
@@ -153,7 +120,4 @@ def _choose(methods: Sequence[str], options: Mapping[str, float | None]) -> dict
         if not any(option in parameters for parameters in taken.values()):
             flag = "--" + option.replace("_", "-")
             raise ValueError(f"{flag} is set, but no method of this plan takes it: {', '.join(methods)}. Leave it out")
-    return {
-        name: {option: value for option, value in given.items() if option in parameters}
-        for name, parameters in taken.items()
-    }
+    return {name: {o: value for o, value in given.items() if o in parameters} for name, parameters in taken.items()}

@@ -1,15 +1,17 @@
-"""A plan as text: what it assumes first, then memory, FLOPs, time and dollars, a column a method."""
+"""A plan as text: what it assumes first, then memory, FLOPs, time and dollars, a column for each method."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
 
 from sparse_cl.four_domains.report import text_table
+from sparse_cl.models.parts import find_blocks
 
-from .activations import FORMULA
-from .cost import Cost, Workload
 from .devices import USABLE, Device
-from .shapes import ModelShape
+from .model import Workload
 
 _COLUMNS = 6
 """Methods side by side: more are wider than a terminal."""
@@ -20,101 +22,81 @@ _MEMORY = {
     "temporary": "the step's temporaries",
     "activations": "activations",
     "logits": "logits and loss",
-    "bases": "bases of used directions",
-    "kept": "else kept by the method",
-    "moments": "moments while observing",
+    "kept": "kept by the method",
+    "observing": "while probing and observing",
     "peak": "peak",
+}
+_FLOPS = {"forward_flops": "forward, per token", "token_flops": "forward and backward, per token"}
+_FLOPS |= {"step_flops": "the optimizer's, per step"}
+_TIME = {
+    "training: device hours": ("device_hours",),
+    "training: dollars": ("dollars",),
+    "probing: device hours": ("probe_device_hours",),
+    "probing: dollars": ("probe_dollars",),
+    "both: device hours": ("device_hours", "probe_device_hours"),
+    "both: dollars": ("dollars", "probe_dollars"),
 }
 
 
-def plan_text(shape: ModelShape, work: Workload, device: Device, costs: Sequence[Cost]) -> str:
+def plan_text(
+    name: str, model: nn.Module, work: Workload, device: Device, costs: Mapping[str, Any], refused: Mapping[str, str]
+) -> str:
     """The plan that `sparse-cl plan` prints.
 
     Args:
-        costs: of the same model, workload and device, at least one.
+        name: the model's.
+        costs: by method, what `cost` found. refused: by method, why it is not planned.
     """
-    methods = [cost.method for cost in costs]
-    memory = [[title, *(_gigabytes(getattr(cost.memory, name)) for cost in costs)] for name, title in _MEMORY.items()]
-    memory.append(["devices needed", *(str(cost.devices or "-") for cost in costs)])
-    flops = [
-        ["forward, a token", *(f"{cost.demand.forward / 1e9:.4g}" for cost in costs)],
-        ["forward and backward, a token", *(f"{cost.token_flops / 1e9:.4g}" for cost in costs)],
-        ["projections of updates, a step", *(f"{cost.projection_flops / 1e9:.4g}" for cost in costs)],
-    ]
-    if any(cost.step_flops for cost in costs):
-        flops.append(["projections of gradients, a step", *(f"{cost.step_flops / 1e9:.4g}" for cost in costs)])
+    columns, each = list(costs), list(costs.values())
+    memory = [[title, *(f"{c['memory'][key] / 1e9:.3g}" for c in each)] for key, title in _MEMORY.items()]
+    memory.append(["devices needed", *(str(c["devices"] or "-") for c in each)])
+    flops = [[title, *(f"{c[key] / 1e9:.4g}" for c in each)] for key, title in _FLOPS.items()]
     time = [
-        ["seconds a step", *(f"{cost.step_seconds:.3g}" for cost in costs)],
-        ["steps", *(str(cost.steps) for cost in costs)],
-        ["training: device hours", *(_short(cost.device_hours) for cost in costs)],
-        ["training: dollars", *(_short(cost.dollars) for cost in costs)],
-        ["probing: device hours", *(_short(cost.probe_device_hours) for cost in costs)],
-        ["probing: dollars", *(_short(cost.probe_dollars) for cost in costs)],
-        ["both: device hours", *(_short(cost.device_hours + cost.probe_device_hours) for cost in costs)],
-        ["both: dollars", *(_short(cost.dollars + cost.probe_dollars) for cost in costs)],
+        ["seconds per step", *(f"{c['step_seconds']:.3g}" for c in each)],
+        ["steps", *(str(c["steps"]) for c in each)],
     ]
-    notes = [f"{cost.method}: {cost.fits}." for cost in costs]
-    notes += [f"{cost.method}: {cost.demand.remark}." for cost in costs if cost.demand.remark]
-    return "\n\n".join(
+    time += [[title, *(_short(sum(c[key] for key in keys)) for c in each)] for title, keys in _TIME.items()]
+    tables = {
+        f"Memory in GB (1e9 bytes) on one device of {device.memory / 1e9:.0f} GB": memory,
+        "GFLOPs of matrix products": flops,
+        f"Time and money on {device.name}": time,
+    }
+    notes = [f"{method}: {c['fits']}." for method, c in costs.items()]
+    notes += [f"{method}: {c['remark']}." for method, c in costs.items() if c["remark"]]
+    notes += [f"{method}: not planned: {why}." for method, why in refused.items()]
+    parts = [_assumptions(name, model, work, device, costs)]
+    for title, rows in tables.items() if costs else ():
+        starts = range(0, len(columns), _COLUMNS)
+        shown = [[columns[i : i + _COLUMNS], [[r[0], *r[1 + i : 1 + i + _COLUMNS]] for r in rows]] for i in starts]
+        parts.append(f"{title}\n" + "\n\n".join(text_table(("", *head), body) for head, body in shown))
+    return "\n\n".join([*parts, "\n".join(notes)])
+
+
+def _assumptions(name: str, model: nn.Module, work: Workload, device: Device, costs: Mapping[str, Any]) -> str:
+    peak = device.flops_fp32 if work.precision == "fp32" else device.flops
+    chosen = {method: ", ".join(f"{k} {v}" for k, v in c["settings"].items()) for method, c in costs.items()}
+    settings = "; ".join(f"{method} {values}" for method, values in chosen.items() if values)
+    parameters = sum(p.numel() for p in model.parameters())
+    forward = 2 + work.domains if work.forward_passes is None else work.forward_passes
+    return "\n".join(
         [
-            _assumptions(shape, work, device, costs),
-            f"Memory in GB (1e9 bytes) on one device of {device.memory / 1e9:.0f} GB\n" + _tables(methods, memory),
-            "GFLOPs of matrix products\n" + _tables(methods, flops),
-            f"Time and money on {device.name}\n" + _tables(methods, time),
-            "\n".join(notes),
+            f"Model: {name}: {parameters / 1e6:,.2f} M parameters in {len(find_blocks(model))} blocks",
+            f"Run: {work.domains} domains of {work.tokens / 1e6:.4g} M tokens each, repetitions counted; steps of "
+            f"{work.batch_size} sequences of {work.length} tokens on a device; precision {work.precision}",
+            *([f"Settings: {settings}"] if settings else []),
+            f"Device: {device.name}: {peak / 1e12:.4g} TFLOP/s at its peak ({device.flops_fp32 / 1e12:.4g} in float32, "
+            f"for the optimizer), {device.bandwidth / 1e9:.4g} GB/s, {device.memory / 1e9:.4g} GB of which "
+            f"{USABLE:.0%} can be used ({device.source})",
+            f"Assumed: {device.utilization:.0%} of that peak is reached; {device.price:.4g} dollars an hour",
+            "Counted: each method's own code, run on tensors without values; attention fused, all its positions counted"
+            + "; the activations of a block computed again" * work.checkpointing,
+            f"Protected directions: {work.used:.0%} of each layer's inputs after the last domain, each domain as many, "
+            "or as many as max_rank lets a domain add",
+            f"Probing: {work.probe_stages} stages of {forward} forward and {work.backward_passes} forward and backward "
+            f"passes over {work.probe_records} records of each domain, {work.length} tokens each",
+            "Left out: loading, scoring, the time between domains, communication between devices, and padding",
         ]
     )
-
-
-def _tables(methods: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Tables of at most `_COLUMNS` methods each, under one another."""
-    starts = range(0, len(methods), _COLUMNS)
-    return "\n\n".join(
-        text_table(("", *methods[i : i + _COLUMNS]), [[row[0], *row[1 + i : 1 + i + _COLUMNS]] for row in rows])
-        for i in starts
-    )
-
-
-def _assumptions(shape: ModelShape, work: Workload, device: Device, costs: Sequence[Cost]) -> str:
-    peak = device.flops_fp32 if work.precision == "fp32" else device.flops
-    settings = "; ".join(
-        f"{cost.method} {', '.join(f'{k} {v}' for k, v in cost.demand.settings.items())}"
-        for cost in costs
-        if cost.demand.settings
-    )
-    kept = "each block's input, one block computed again" if work.checkpointing else "all that blocks keep"
-    lines = [
-        f"Model: {shape.name}: {_millions(shape.parameters)} parameters in {len(shape.blocks)} blocks; each "
-        f"token meets {_millions(shape.multiplied)} weights, the head's included",
-        f"Run: {work.domains} domains of {work.tokens / 1e6:.4g} M tokens each, repetitions counted; steps of "
-        f"{work.batch_size} sequences of {work.length} tokens on a device; precision {work.precision}",
-        *([f"Settings: {settings}"] if settings else []),
-        f"Device: {device.name}: {peak / 1e12:.4g} TFLOP/s at its peak ({device.flops_fp32 / 1e12:.4g} in float32, for "
-        f"projections), {device.bandwidth / 1e9:.4g} GB/s, {device.memory / 1e9:.4g} GB of which {USABLE:.0%} can be "
-        f"used ({device.source})",
-        f"Assumed: {device.utilization:.0%} of that peak is reached; {device.price:.4g} dollars an hour",
-        f"Activations: {kept} ({FORMULA}; after Korthikanti et al. 2022, attention fused)",
-        "FLOPs: 2 a weight and token forward, 2 for its input's gradient, 2 for its own; attention over all positions",
-    ]
-    if any(cost.demand.tracked for cost in costs):
-        lines.append(
-            f"Protected directions: {work.used:.0%} of each layer's inputs after the last domain, each domain as many, "
-            "or as many as max_rank lets a domain add"
-        )
-    lines += [
-        f"Probing: {work.probe_stages} stages of {work.forward_passes} forward and {work.backward_passes} forward and "
-        f"backward passes over {work.probe_records} records of each domain, {work.length} tokens each",
-        "Left out: loading, scoring, consolidating, communication between devices, and padding",
-    ]
-    return "\n".join(lines)
-
-
-def _millions(count: int) -> str:
-    return f"{count / 1e9:.2f} G" if count >= 1e9 else f"{count / 1e6:.2f} M"
-
-
-def _gigabytes(count: float) -> str:
-    return f"{count / 1e9:.3g}" if count else "-"
 
 
 def _short(value: float) -> str:

@@ -9,8 +9,9 @@ import re
 import pytest
 import transformers
 
-from sparse_cl.methods import METHODS
 from sparse_cl.planner.command import add_parser
+
+METHODS = "adamw,lora,sparse-masked"
 
 
 @pytest.fixture
@@ -34,15 +35,15 @@ def rows(text):
     for line in text.splitlines():
         first, *others = re.split(r"\s{2,}", line)
         found.setdefault(first, []).extend(others)
-    return {first: cells for first, cells in found.items() if len(cells) == len(METHODS)}
+    return {first: cells for first, cells in found.items() if len(cells) == len(METHODS.split(","))}
 
 
 def test_the_table_says_what_the_file_says(folder, capsys):
-    plan("--model", folder, "--gpu", "a100", "--tokens", "20M", "--json", folder / "plan.json")
+    plan("--model", folder, "--method", METHODS, "--gpu", "a100", "--tokens", "20M", "--json", folder / "plan.json")
     text = capsys.readouterr().out
     written = json.loads((folder / "plan.json").read_text())
     assert written["run"]["tokens"] == 20e6 and written["device"]["name"] == "a100"
-    assert list(written["methods"]) == list(METHODS)
+    assert list(written["methods"]) == METHODS.split(",") and written["not_planned"] == {}
     shown = rows(text)
     entries = written["methods"].values()
     assert shown["peak"] == [f"{entry['memory']['peak'] / 1e9:.3g}" for entry in entries]
@@ -54,22 +55,46 @@ def test_the_table_says_what_the_file_says(folder, capsys):
 
 
 def test_assumptions_come_first_and_name_every_number_that_was_chosen(folder, capsys):
-    plan("--model", folder, "--method", "lora,orthogonal", "--rank", 4, "--max-rank", 3, "--mfu", 0.31, "--price", 2.5)
+    plan(
+        "--model",
+        folder,
+        "--domains",
+        2,
+        "--method",
+        "lora,orthogonal",
+        "--rank",
+        4,
+        "--max-rank",
+        3,
+        "--mfu",
+        0.31,
+        "--price",
+        2.5,
+    )
     text = capsys.readouterr().out
     assumptions = text[: text.index("Memory in GB")]
-    for said in ("31% of that peak", "2.5 dollars an hour", "lora rank 4", "max_rank 3", "Korthikanti", "20 M tokens"):
+    for said in ("31% of that peak", "2.5 dollars an hour", "lora rank 4", "max_rank 3", "own code", "20 M tokens"):
         assert said in assumptions
     assert "Left out:" in assumptions
 
 
 def test_options_reach_only_the_methods_that_take_them(folder):
-    plan("--model", folder, "--method", "all", "--rank", 4, "--fraction", 0.5, "--json", folder / "plan.json")
+    chosen = ["--method", "lora,sparse-masked", "--rank", 4, "--fraction", 0.5]
+    plan("--model", folder, "--domains", 1, *chosen, "--json", folder / "plan.json")
     methods = json.loads((folder / "plan.json").read_text())["methods"]
-    ranked = {name for name in METHODS if methods[name]["demand"]["settings"].get("rank") == 4}
-    assert ranked == {name for name in METHODS if "lora" in name}
-    assert methods["sparse-masked"]["demand"]["settings"] == {"fraction": 0.5}
-    plan("--model", folder, "--method", "bounds,lora", "--rank", 4, "--json", folder / "plan.json")
-    assert list(json.loads((folder / "plan.json").read_text())["methods"]) == ["single", "joint", "lora"]
+    assert methods["lora"]["settings"]["rank"] == 4
+    assert methods["sparse-masked"]["settings"] == {"fraction": 0.5}
+
+
+def test_a_method_that_cannot_run_dry_is_said_not_to_be_planned(folder, capsys, monkeypatch):
+    def fails(self, model, batches):
+        raise RuntimeError("a value was expected")
+
+    monkeypatch.setattr("sparse_cl.methods.AdamW.before_domain", fails)
+    plan("--model", folder, "--method", "adamw", "--json", folder / "plan.json")
+    why = "its code does not run on tensors without values (RuntimeError: a value was expected)"
+    assert f"adamw: not planned: {why}." in capsys.readouterr().out
+    assert json.loads((folder / "plan.json").read_text())["not_planned"] == {"adamw": why}
 
 
 @pytest.mark.parametrize(
@@ -82,9 +107,9 @@ def test_options_reach_only_the_methods_that_take_them(folder):
         (["--gpu", "b200"], "unknown device 'b200'"),
         (["--gpu", "custom", "--tflops", "3"], "needs --bandwidth, --memory, --price too"),
         (["--precision", "int8"], "precision: expected one of bf16, mixed, fp32"),
-        (["--length", "4096"], "length: expected at most the model's context of 2048"),
+        (["--method", "adamw", "--length", "4096"], "length: expected at most the model's context of 2048"),
         (["--json", "/nowhere/plan.json"], "its folder does not exist"),
-        (["--max-rank", "1000"], "max_rank: expected at most the width"),
+        (["--method", "orthogonal", "--max-rank", "1000"], "max_rank: expected at most the width"),
     ],
 )
 def test_bad_input(folder, arguments, message):
@@ -94,7 +119,7 @@ def test_bad_input(folder, arguments, message):
 
 @pytest.mark.parametrize(("text", "tokens"), [("1.5k", 1500), ("2e6", 2e6), ("3B", 3e9), ("7", 7)])
 def test_numbers_of_tokens(folder, text, tokens):
-    plan("--model", folder, "--method", "adamw", "--tokens", text, "--json", folder / "plan.json")
+    plan("--model", folder, "--domains", 1, "--method", "adamw", "--tokens", text, "--json", folder / "plan.json")
     assert json.loads((folder / "plan.json").read_text())["run"]["tokens"] == tokens
 
 

@@ -1,4 +1,4 @@
-"""Shapes read from configurations, against models that are really made."""
+"""Models that are built from configurations, whole and with fewer blocks."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import json
 import pytest
 import torch
 import transformers
-from torch.utils.flop_counter import FlopCounterMode
 
-from sparse_cl.planner.shapes import read_config, shape_of_config
+from sparse_cl.models.parts import find_blocks
+from sparse_cl.planner.model import build, read_config
 
 SIZES = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 GLU = {**SIZES, "intermediate_size": 48, "max_position_embeddings": 64}
@@ -29,28 +29,20 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("family", CONFIGS)
-def test_counts_are_those_of_a_real_model(family):
-    config = CONFIGS[family]()
-    config._attn_implementation = "eager"
-    shape = shape_of_config(config, family, torch.float32)
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    assert shape.parameters == sum(p.numel() for p in model.parameters())
-    length = 6
-    with FlopCounterMode(display=False) as counted, torch.no_grad():
-        model(input_ids=torch.zeros(1, length, dtype=torch.int64), use_cache=False)
-    attention = sum(4 * length * block.queries for block in shape.blocks)
-    # The counter adds the products of rotary frequencies, a few of a token.
-    assert length * (2 * shape.multiplied + attention) == pytest.approx(counted.get_total_flops(), rel=0.01)
-    assert {parameter.device.type for parameter in shape.model.parameters()} == {"meta"}
+def test_a_model_is_that_of_its_configuration(family):
+    model = build(CONFIGS[family](), family, "fp32")
+    real = transformers.AutoModelForCausalLM.from_config(CONFIGS[family]())
+    assert {n: p.shape for n, p in model.named_parameters()} == {n: p.shape for n, p in real.named_parameters()}
+    assert {(p.device.type, p.dtype) for p in model.parameters()} == {("meta", torch.float32)}
+    short = build(CONFIGS[family](), family, blocks=1)
+    assert len(find_blocks(short)) == 1 and next(short.parameters()).dtype == torch.bfloat16
+    assert len(find_blocks(model)) == 2, "the configuration stays as it was"
 
 
-def test_parts_of_a_block_with_grouped_queries():
-    (block, _) = shape_of_config(CONFIGS["qwen3"](), "qwen3").blocks
-    assert (block.width, block.queries, block.keys, block.neurons, block.heads) == (32, 64, 32, 48, 4)
-    assert block.gated
-    stacked = shape_of_config(CONFIGS["phi3"](), "phi3").blocks[0]
-    assert (stacked.queries, stacked.keys, stacked.neurons, stacked.gated) == (32, 16, 48, True)
-    assert not shape_of_config(CONFIGS["opt"](), "opt").blocks[0].gated
+def test_the_kind_of_each_layer_goes_with_it():
+    config = transformers.Qwen2Config(**GLU, num_key_value_heads=2, layer_types=["full_attention", "sliding_attention"])
+    assert build(config, "qwen2", blocks=1).config.layer_types == ["full_attention"]
+    assert config.num_hidden_layers == 2
 
 
 def test_llama_3_8b_has_as_many_parameters_as_its_card_says():
@@ -62,22 +54,13 @@ def test_llama_3_8b_has_as_many_parameters_as_its_card_says():
         num_attention_heads=32,
         num_key_value_heads=8,
     )
-    shape = shape_of_config(config, "Llama-3-8B")
-    assert shape.parameters == 8_030_261_248
-    assert shape.multiplied == shape.parameters - 128256 * 4096 - 65 * 4096, "no embedding, no norm"
+    assert sum(p.numel() for p in build(config, "Llama-3-8B").parameters()) == 8_030_261_248
 
 
 def test_a_configuration_is_read_from_a_folder_and_from_its_file(tmp_path):
     CONFIGS["llama"]().save_pretrained(tmp_path)
     for source in (tmp_path, tmp_path / "config.json"):
         assert read_config(str(source)).hidden_size == 32
-
-
-def test_real_models_have_as_many_parameters(shared_folder):
-    for name in ("base-5m", "stories260k"):
-        folder = str(shared_folder / "models" / name)
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder)
-        assert shape_of_config(read_config(folder), name).parameters == sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize(
@@ -94,7 +77,7 @@ def test_real_models_have_as_many_parameters(shared_folder):
 )
 def test_models_that_are_not_planned_for(config, message):
     with pytest.raises(ValueError, match=f"--model given: .*{message}"):
-        shape_of_config(config(), "given")
+        build(config(), "given")
 
 
 def test_no_configuration_is_said_in_one_line(tmp_path):

@@ -1,0 +1,199 @@
+"""What a method takes, counted by running its own code on tensors without values."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from sparse_cl.four_domains import state as held
+from sparse_cl.methods import METHODS, Method
+from sparse_cl.models.parts import find_blocks
+from sparse_cl.subspace import consolidation, memory
+
+from .dry import DryRun, dry_run
+from .model import Workload, build
+
+DEPTHS = (2, 4)
+"""Blocks of the two models that stand for a deeper one with equal blocks: what is counted is linear in their number."""
+FORWARD, BACKWARD, STEP, AROUND = PHASES = (
+    "forward pass and loss",
+    "backward pass",
+    "optimizer's step",
+    "around a domain",
+)
+
+Count = dict[str, Any]
+"""Bytes: "weights", "gradients", "state" (the optimizer's), "kept" (by the method), "activations" (what a forward pass
+leaves for the backward pass), "logits" (at most, with what the loss makes of them), and "peaks" in each of `PHASES`; of
+the last domain. FLOPs of matrix products: "forward"; and for the first, the second and the last domain "passes",
+"steps" (the optimizer's) and bytes of "traffic" (read and written by the optimizer), all of one step. "settings" and a
+"remark"."""
+
+
+class NotPlanned(Exception):
+    """A method's code needs values that a dry run does not have; the text says what failed."""
+
+
+def count(method: str, config: Any, work: Workload, *, name: str = "model", gpu: bool = True, **options: Any) -> Count:
+    """What a method takes on the model of a configuration; one with more blocks than `DEPTHS`, all equal, is not run.
+
+    Args:
+        name: the model's, for errors.
+        gpu: whether the device is a GPU: torch's optimizers then step all parameters at once, and what code moves to
+            the CPU is not on it.
+        options: of the method's constructor.
+
+    Raises:
+        ValueError: no such method, an option that it refuses, or a model that it cannot train.
+        NotPlanned: the method's code cannot be run without values.
+    """
+    if method not in METHODS:
+        raise ValueError(f"unknown method {method!r}: expected {', '.join(METHODS)}")
+
+    def run(blocks: int | None) -> Count:
+        model, made = build(config, name, work.precision, blocks), METHODS[method](**options)
+        try:
+            return _domains(made, model, work, gpu)
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}".strip().splitlines()[0].rstrip(".")
+            raise NotPlanned(f"its code does not run on tensors without values ({reason})") from error
+
+    whole = build(config, name, work.precision)
+    METHODS[method](**options).check(whole)
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if limit is not None and work.length > limit:
+        raise ValueError(f"length: expected at most the model's context of {limit} tokens, got {work.length}")
+    blocks = find_blocks(whole)
+    shapes = [[(name, p.shape) for name, p in block.module.named_parameters()] for block in blocks]
+    if len(blocks) <= DEPTHS[1] or any(shape != shapes[0] for shape in shapes):
+        return run(None)
+    return _along(run(DEPTHS[0]), run(DEPTHS[1]), (len(blocks) - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0]))
+
+
+def _along(a: Any, b: Any, way: float) -> Any:
+    """a + way (b - a), for each number of two counts."""
+    if isinstance(a, dict):
+        return {key: _along(value, b[key], way) for key, value in a.items()}
+    if isinstance(a, list):
+        return [_along(x, y, way) for x, y in zip(a, b, strict=True)]
+    return a if a == b else round(a + way * (b - a))
+
+
+def _domains(method: Method, model: nn.Module, work: Workload, gpu: bool) -> Count:
+    """Runs the first, the second and the last domain, with a step in each."""
+    run = DryRun(wide_at=model.get_output_embeddings().weight.shape[0], gpu=gpu)
+    last, measured = work.domains - 1, []
+    with warnings.catch_warnings(), dry_run(run):
+        warnings.simplefilter("ignore")
+        model.to_empty(device="cpu").tie_weights()
+        if work.checkpointing:
+            model.gradient_checkpointing_enable()
+        ids = torch.zeros(work.batch_size, work.length, dtype=torch.int64)
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+        for number in sorted({0, min(1, last), last}):
+            run.begin(AROUND)
+            model = method.before_domain(model, [batch]).train()
+            optimizer = method.make_optimizer(model, 1e-3)
+            measured.append(_step(run, method, model, optimizer, batch, work))
+            run.begin(AROUND)
+            done = last if number == 1 < last else number + 1  # the second stands for all that are not run, too
+            with _directions(work.used * done / work.domains, done - number):
+                method.after_domain(model, [batch])
+    found = {**measured[-1], "peaks": {phase: run.peaks[phase] for phase in PHASES}, "settings": method.settings()}
+    return found | {key: [one[key] for one in measured] for key in ("passes", "steps", "traffic")}
+
+
+def _step(run: DryRun, method: Method, model: nn.Module, optimizer: Any, batch: Any, work: Workload) -> Count:
+    """One step of training, and what there is at its end."""
+    for group in optimizer.param_groups if run.gpu else ():
+        if group.get("foreach", False) is None and not group.get("fused"):
+            group["foreach"] = True  # as torch chooses for parameters on a GPU
+    for phase in (FORWARD, BACKWARD, STEP):
+        run.peaks.pop(phase, None)
+    run.begin(FORWARD)
+    run.wide_peak, before = 0, run.live
+
+    def watch(head: nn.Module, given: Any) -> None:
+        # When the gradient of what enters the head is there, the logits have gone.
+        if given[0].requires_grad:
+            given[0].register_hook(lambda gradient: run.begin(BACKWARD))
+
+    hook = model.get_output_embeddings().register_forward_pre_hook(watch)
+    with _flops() as forward, torch.autocast("cpu", torch.bfloat16, enabled=work.precision == "mixed"):
+        loss = model(**batch, use_cache=False).loss
+    hook.remove()
+    activations = run.live - run.wide - before
+    with _flops() as backward:
+        penalty = method.penalty(model)
+        (loss if penalty is None else loss + penalty).backward()
+    del loss, penalty
+    gradients = run.bytes_of(p.grad for p in model.parameters() if p.grad is not None)
+    run.begin(STEP)
+    traffic, before = run.traffic, run.live
+    with _flops() as step:
+        optimizer.step()
+    for phase in (FORWARD, BACKWARD):  # a first step makes the state, which later passes find there
+        run.peaks[phase] += run.live - before
+    # The leaves of active layers are in the optimizer's state, as masters.
+    weights = [t for n, t in (*model.named_parameters(), *model.named_buffers()) if not n.endswith(".active")]
+    states = [x for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
+    found = {
+        "weights": run.bytes_of(weights),
+        "gradients": gradients,
+        "state": held.optimizer_state_bytes(optimizer),
+        "kept": run.bytes_of(held._tensors(method, set()), but=(*weights, *states)),
+        "activations": activations,
+        "logits": run.wide_peak,
+        "forward": forward.get_total_flops(),
+        "passes": forward.get_total_flops() + backward.get_total_flops(),
+        "steps": step.get_total_flops(),
+        "traffic": run.traffic - traffic,
+        "remark": "its optimizer keeps moments in bfloat16 and no master copy: small updates are lost to rounding. "
+        "--precision mixed keeps float32 weights" * any(x.dtype == torch.bfloat16 for x in states),
+    }
+    optimizer.zero_grad()
+    return found
+
+
+def _flops() -> FlopCounterMode:
+    """torch's counter, which leaves out attention as it is fused on a CPU."""
+
+    def forward(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+        return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+
+    def backward(gradient: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+        # The scores again, and the gradients of weights, values, queries and keys.
+        return 5 * forward(query, key, value) // 2
+
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    own = {attention: forward, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: backward}
+    return FlopCounterMode(display=False, custom_mapping=own)
+
+
+@contextmanager
+def _directions(share: float, domains: int) -> Iterator[None]:
+    """What data decide: how many directions join each layer's basis. Here those that make it a share of all.
+
+    Args:
+        domains: for how many a domain stands, each of which adds at most max_rank.
+    """
+    original = consolidation.new_directions
+
+    def planned(moments: Any, subspaces: Any, energy: float, max_rank: int | None) -> list[Tensor]:
+        width = next(iter(moments[0].tensors().values())).shape[0]
+        rank = 0 if subspaces[0] is None else subspaces[0].rank
+        most = width if max_rank is None else rank + domains * max_rank
+        new = max(0, min(width, most, round(share * width)) - rank)
+        with mock.patch.object(consolidation, "_fewest", lambda *given: new):
+            return original(moments, subspaces, energy, max_rank)
+
+    with mock.patch.object(memory, "new_directions", planned):
+        yield

@@ -1,0 +1,182 @@
+"""What a dry run counts, against exact numbers and against the method itself on a small model."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import transformers
+
+from sparse_cl.four_domains.state import optimizer_state_bytes, state_bytes
+from sparse_cl.methods import METHODS, AdamW
+from sparse_cl.planner import count as counting
+from sparse_cl.planner.count import NotPlanned, count
+from sparse_cl.planner.model import Workload
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # names inside peft
+
+BATCH, LENGTH, WIDTH, NEURONS, WORDS = 2, 24, 32, 72, 90
+#: Of one block: queries and output, keys and values (half as wide), three matrices of the MLP; and its two norms.
+MATRICES = 2 * WIDTH * WIDTH + 2 * WIDTH * WIDTH // 2 + 3 * WIDTH * NEURONS
+BLOCK = MATRICES + 2 * WIDTH
+
+
+def config(layers=2, **changes):
+    sizes = {
+        "vocab_size": WORDS,
+        "hidden_size": WIDTH,
+        "intermediate_size": NEURONS,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+    }
+    return transformers.LlamaConfig(**{**sizes, **changes})
+
+
+def work(domains=2, **changes):
+    return Workload(**{"domains": domains, "batch_size": BATCH, "length": LENGTH, "precision": "fp32", **changes})
+
+
+def batch():
+    ids = torch.randint(0, WORDS, (BATCH, LENGTH), generator=torch.Generator().manual_seed(0))
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+
+
+def live(name, of, dtype=torch.float32, **options):
+    """A method on a real model, one step into its second domain; the model and the optimizer."""
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(of), dtype=dtype)
+    method = METHODS[name](**options)
+    for number in range(2):
+        model = method.before_domain(model, [batch()]).train()
+        optimizer = method.make_optimizer(model, 1e-3)
+        loss, penalty = model(**batch()).loss, method.penalty(model)
+        (loss if penalty is None else loss + penalty).backward()
+        optimizer.step()
+        if number == 0:
+            optimizer.zero_grad()
+            method.after_domain(model, [batch()])
+    return method, model, optimizer
+
+
+def test_adamw_by_hand():
+    parameters = 2 * BLOCK + 2 * WORDS * WIDTH + WIDTH
+    found = count("adamw", config(), work(1))
+    tensors = 2 * 9 + 3
+    assert found["gradients"] == 4 * parameters
+    assert found["weights"] == 4 * parameters + 2 * 4 * (WIDTH // 4 // 2), "and two copies of rotary frequencies"
+    assert found["state"] == 8 * parameters + 4 * tensors, "two moments, and a count for each tensor"
+    assert found["kept"] == 0
+    assert count("adamw", config(), work(1, precision="bf16"))["gradients"] == 2 * parameters
+
+
+def test_flops_are_six_for_each_parameter_and_token_and_attention():
+    found = count("adamw", config(), work(1))
+    tokens, multiplied = BATCH * LENGTH, 2 * MATRICES + WORDS * WIDTH
+    attention = 2 * 4 * LENGTH * WIDTH * tokens
+    assert found["forward"] == pytest.approx(2 * multiplied * tokens + attention, rel=1e-3)
+    assert found["passes"][0] == pytest.approx(6 * multiplied * tokens + attention * (1 + 5 / 2), rel=1e-3)
+    assert found["steps"] == [0]
+    again = count("adamw", config(), work(1, checkpointing=True))["passes"][0]
+    assert again - found["passes"][0] == pytest.approx(2 * 2 * MATRICES * tokens + attention, rel=0.25)
+
+
+def test_activations_are_what_the_graph_keeps():
+    def saved(layers):
+        model = transformers.AutoModelForCausalLM.from_config(config(layers))
+        own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+        kept = {}
+
+        def pack(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in own and tensor.is_floating_point():
+                kept[storage.data_ptr()] = storage
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = model(**batch(), use_cache=False).loss
+        return sum(storage.nbytes() for storage in kept.values()) + 0 * loss.item()
+
+    planned = [count("adamw", config(layers), work(1))["activations"] for layers in (2, 3)]
+    assert planned[1] - planned[0] == pytest.approx(saved(3) - saved(2), rel=0.01)
+
+
+def test_loras_state_is_that_of_its_adapters():
+    found = count("lora", config(), work(1), rank=4)
+    adapters = 2 * 4 * (2 * 2 * WIDTH + 2 * (WIDTH + WIDTH // 2) + 3 * (WIDTH + NEURONS))
+    assert found["gradients"] == 4 * adapters
+    assert found["state"] == 8 * adapters + 4 * 2 * 2 * 7
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["adamw", "lora", "sparse-masked", "elastic", "elastic-lora", "ewc", "replay-5"])
+def test_state_and_kept_are_those_of_a_live_method(name, dtype):
+    method, model, optimizer = live(name, config(), dtype)
+    precision = "bf16" if dtype == torch.bfloat16 else "fp32"
+    found = count(name, config(), work(2, precision=precision), gpu=False)
+    assert found["state"] == optimizer_state_bytes(optimizer)
+    assert found["gradients"] == sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+    kept = state_bytes(method, optimizer) - optimizer_state_bytes(optimizer)
+    if name != "sparse-masked":  # its account counts booleans and masks, which views of the state share
+        assert found["kept"] == pytest.approx(kept, rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["orthogonal", "orthogonal-lora"])
+def test_protected_directions_are_as_many_as_assumed(name):
+    found = count(name, config(), work(2, used=0.5))
+    _, model, optimizer = live(name, config(), max_rank=8)
+    assert found["state"] == optimizer_state_bytes(optimizer)
+    layers = 2 * (6 * [WIDTH] + [NEURONS]) + [WIDTH]
+    bases = sum(4 * width * round(width / 4) for width in (layers if name == "orthogonal" else layers))
+    assert found["kept"] == pytest.approx(bases, rel=0.05)
+    assert found["steps"][0] == 0 < found["steps"][1]
+    capped = count(name, config(), work(2, used=0.5), max_rank=2)
+    assert capped["kept"] == pytest.approx(sum(4 * width * 2 for width in layers), rel=0.05)
+
+
+def test_elastic_turns_gradients_weights_and_updates():
+    found = count("elastic", config(), work(2))
+    turned = 2 * (4 * WIDTH**3 - WIDTH**3 + 2 * NEURONS * WIDTH**2 + WIDTH * NEURONS**2) + WORDS * WIDTH**2
+    assert found["steps"] == [0, 3 * 2 * turned]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_runs_dry(name):
+    found = count(name, config(1), work(2))
+    assert min(found["peaks"].values()) > found["weights"] * 0.99
+
+
+@pytest.mark.parametrize("name", ["adamw", "lora"])
+def test_deep_models_are_counted_from_shallow_ones(name, monkeypatch):
+    short = count(name, config(7), work(2))
+    monkeypatch.setattr(counting, "DEPTHS", (7, 7))
+    whole = count(name, config(7), work(2))
+    for key in ("weights", "gradients", "state", "activations", "logits", "forward", "passes", "settings"):
+        assert short[key] == whole[key]
+    assert short["peaks"] == pytest.approx(whole["peaks"], rel=0.02)
+
+
+def test_a_method_that_needs_values_is_not_planned(monkeypatch):
+    class Looks(AdamW):
+        name = "looks"
+
+        def before_domain(self, model, batches):
+            raise RuntimeError("a value of 7 was expected\nand more")
+
+    monkeypatch.setitem(METHODS, "looks", Looks)
+    with pytest.raises(NotPlanned, match=r"without values \(RuntimeError: a value of 7 was expected\)"):
+        count("looks", config(), work(1))
+
+
+def test_unknown_methods_and_refused_options():
+    with pytest.raises(ValueError, match="unknown method 'sgd': expected adamw, lora"):
+        count("sgd", config(), work())
+    with pytest.raises(ValueError, match="fraction: expected a share of the neurons"):
+        count("sparse-masked", config(), work(), fraction=2.0)
+    with pytest.raises(ValueError, match="length: expected at most the model's context of 64 tokens, got 65"):
+        count("adamw", config(), work(length=65))
+    transposed = transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=50)
+    with pytest.raises(ValueError, match="orthogonal needs a model of torch.nn.Linear"):
+        count("orthogonal", transposed, work())
