@@ -25,7 +25,6 @@ def build(name: str) -> Path:
         *(
             "g++",
             "-std=c++17",
-            "-g",
             "-O1",
             "-shared",
             "-fPIC",
