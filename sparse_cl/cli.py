@@ -48,7 +48,7 @@ def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> 
     arguments = parser.parse_args(argv)
     try:
         with warnings.catch_warnings():
-            warnings.showwarning = _tell
+            warnings.showwarning = _tell  # type: ignore[assignment]
             return arguments.command(arguments) or 0
     except (ValueError, OSError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)

@@ -94,7 +94,7 @@ def _notes(runs: Sequence[dict[str, Any]]) -> list[str]:
     if settings["autocast"]:
         notes.append(f"Trained under {settings['autocast']} autocast, scored in float32.")
     if settings["protect"]:
-        told = {True: [], False: []}
+        told: dict[bool, list[str]] = {True: [], False: []}
         for run in runs:
             told[run["protects"]].append(run["method"])
         by = ", ".join(told[True]) or "no method"
@@ -139,7 +139,7 @@ def comparison(runs: Sequence[dict[str, Any]]) -> str:
     parts = ["\n".join(head)] if head else []
     if not done:
         return "\n\n".join(parts)
-    columns = COLUMNS
+    columns: tuple[str, ...] = COLUMNS
     if any(run["summary"]["intransigence"] is not None for run in done):
         columns = (*COLUMNS, "intransigence")
     for metric in METRICS:

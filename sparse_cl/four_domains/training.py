@@ -28,6 +28,10 @@ class OwnOptimizerTrainer(transformers.Trainer):
     `create_optimizer` is overridden, rather than an optimizer passed in, because FSDP allows only this.
     """
 
+    model: Any
+    optimizer: Any
+    timer: StepTimer
+
     def __init__(
         self,
         *args: Any,
@@ -44,7 +48,9 @@ class OwnOptimizerTrainer(transformers.Trainer):
             self.optimizer = self.make_optimizer(self.model)
         return self.optimizer
 
-    def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
+    def compute_loss(  # type: ignore[override]
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any
+    ) -> Any:
         with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.autocast == "bf16"):
             result = super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
         penalty = self.penalty(self.accelerator.unwrap_model(model))

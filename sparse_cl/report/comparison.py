@@ -34,17 +34,17 @@ def comparison(probes: Mapping[str, Path], drifts: Mapping[str, Path]) -> str:
     for name, folder in probes.items():
         record = _read(folder)
         drift = _read(drifts[name]) if name in drifts else None
-        found = numbers(record)
+        found: dict[str, Any] = numbers(record)
         ranks = [layer["effective_rank"] for part in record["rank"].values() for layer in part["layers"].values()]
         used = [layer["used"][-1] / layer["width"] for layer in record["capacity"]["layers"].values()]
         cka = mean_of_known(layer["cka"] for layer in drift["drift"]["layers"].values()) if drift else None
         spread = mean_of_known(mlp["share90"] for mlp in drift["smearing"]["mlps"].values()) if drift else None
-        cells = [
+        known = [
             found["overlap"] and found["overlap"]["iou"],
             found["cosine"] and found["cosine"]["mean"],
             found["sparsity"]["needed"],
         ]
-        cells = [*map(number, cells), f"{mean(ranks):.1f}", number(mean(used))]
+        cells = [*map(number, known), f"{mean(ranks):.1f}", number(mean(used))]
         rows.append((name, *cells, number(None if cka is None else 1 - cka), number(spread)))
     header = ("model", *(line.split()[0] for line in LEGEND.splitlines()[:-1]))
     return f"{text_table(header, rows)}\n{LEGEND}"

@@ -68,7 +68,7 @@ def drift_study(settings: DriftSettings, out: Path) -> dict[str, Any]:
     if length > limit:
         raise ValueError(f"max_length: expected at most the model's context of {limit} tokens, got {length}")
     other = load_checkpoint(settings.after, load_model(settings.before, wanted)[0])
-    sizes = {"records": settings.records, "batch_size": settings.batch_size, "max_length": length}
+    sizes: dict[str, Any] = {"records": settings.records, "batch_size": settings.batch_size, "max_length": length}
     by_domain = domain_batches(loaded, tokenizer, model, **sizes, split="validation")
     windows = text_batches(tokenizer, reference, length, settings.batch_size)
     study = _Study(model, other, windows, by_domain, settings.seed)

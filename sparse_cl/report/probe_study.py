@@ -60,7 +60,11 @@ def study_model(
     limit = getattr(model.config, "max_position_embeddings", settings.max_length)
     if settings.max_length > limit:
         raise ValueError(f"max_length {settings.max_length} exceeds the context of {name}, {limit} tokens")
-    sizes = {"records": settings.records, "batch_size": settings.batch_size, "max_length": settings.max_length}
+    sizes: dict[str, Any] = {
+        "records": settings.records,
+        "batch_size": settings.batch_size,
+        "max_length": settings.max_length,
+    }
     batches = domain_batches(domains, tokenizer, model, **sizes)
     probed = probe_model(model, batches, settings)
     record = {"model": name, "settings": settings.to_json(), "versions": versions(), **probed.record}
