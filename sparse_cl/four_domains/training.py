@@ -48,9 +48,7 @@ class OwnOptimizerTrainer(transformers.Trainer):
             self.optimizer = self.make_optimizer(self.model)
         return self.optimizer
 
-    def compute_loss(  # type: ignore[override]
-        self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any
-    ) -> Any:
+    def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
         with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.autocast == "bf16"):
             result = super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
         penalty = self.penalty(self.accelerator.unwrap_model(model))

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from .leaf import weight_of
 
 Groups = Sequence[Mapping[str, Any]]
+T = TypeVar("T")
+# A Mapping is invariant in its key: Tensor | str would refuse both dict[str, T] and dict[Parameter, T].
+ByParameter = Mapping[Any, T]
+"""Values by parameter, or by its name."""
 
 
 def parameters_of(groups: Groups) -> Iterator[Tensor]:
@@ -43,7 +47,7 @@ def by_name(groups: Groups) -> dict[str, Tensor]:
     return names | {name.removesuffix("active") + "weight": param for name, param in leaves.items()}
 
 
-def by_param(groups: Groups, given: Mapping[Tensor | str, Any], argument: str, what: str) -> dict[Tensor, Any]:
+def by_param(groups: Groups, given: ByParameter[Any], argument: str, what: str) -> dict[Tensor, Any]:
     """``given`` with its keys replaced by the parameters that they stand for.
 
     Args:

@@ -16,7 +16,7 @@ from sparse_cl import ops
 from sparse_cl.layout import state_dtype
 from sparse_cl.masks import Mask
 
-from .names import by_param, names_of
+from .names import ByParameter, by_param, names_of
 from .plan import Call, Plan, float_on, scalar_on
 from .projected_step import ProjectedCall, Scratch, products, split, starts_of
 from .projection import Fitted, Projection
@@ -56,7 +56,7 @@ class ProjectedAdamW(SparseMaskedAdamW):
         self,
         params: ParamsT,
         *arguments: Any,
-        projections: Mapping[Tensor | str, Projection] | None = None,
+        projections: ByParameter[Projection] | None = None,
         rest: str = "freeze",
         **options: Any,
     ) -> None:
@@ -77,7 +77,7 @@ class ProjectedAdamW(SparseMaskedAdamW):
         names = names_of(self.param_groups)
         return {names.get(p, p): projection for p, projection in self._given.items()}
 
-    def set_projections(self, projections: Mapping[Tensor | str, Projection]) -> None:
+    def set_projections(self, projections: ByParameter[Projection]) -> None:
         """Replaces all projections; moments and step counts stay.
 
         What a replaced projection had kept in the parameter's state is dropped.
@@ -94,7 +94,7 @@ class ProjectedAdamW(SparseMaskedAdamW):
                 )
         self._take(given, self._fit(given, "projections"))
 
-    def set_masks(self, masks: Mapping[Tensor | str, Mask], carry: str = "intersection") -> None:
+    def set_masks(self, masks: ByParameter[Mask], carry: str = "intersection") -> None:
         given = self._current()
         fitted = self._fit(given, "masks", self._store.resolve(masks))
         super().set_masks(masks, carry)

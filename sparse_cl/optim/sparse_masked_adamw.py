@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from itertools import chain
 from typing import Any
 
@@ -16,7 +16,7 @@ from sparse_cl import ops
 from sparse_cl.masks import Mask
 
 from .clip import clip_active_
-from .names import names_of, parameters_of
+from .names import ByParameter, names_of, parameters_of
 from .options import check_options
 from .plan import Call, GroupPlan, Plan, key_of, refuse_sparse, scalar_on
 from .state import ParameterState
@@ -72,7 +72,7 @@ class SparseMaskedAdamW(Optimizer):
         *,
         maximize: bool = False,
         capturable: bool = False,
-        masks: Mapping[Tensor | str, Mask] | None = None,
+        masks: ByParameter[Mask] | None = None,
         master_weights: bool = True,
         **refused: Any,
     ) -> None:
@@ -211,7 +211,7 @@ class SparseMaskedAdamW(Optimizer):
         return {names.get(p, p): mask for p, mask in self._store.masks.items()}
 
     @torch.no_grad()
-    def set_masks(self, masks: Mapping[Tensor | str, Mask], carry: str = "intersection") -> None:
+    def set_masks(self, masks: ByParameter[Mask], carry: str = "intersection") -> None:
         """Replaces all masks; parameters that ``masks`` does not name become dense.
 
         Args:

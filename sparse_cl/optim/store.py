@@ -14,7 +14,7 @@ from sparse_cl.masks import Mask, same_mask
 
 from . import state as states
 from .leaf import owner_of, weight_of
-from .names import by_param, name_of, parameters_of
+from .names import ByParameter, by_param, name_of, parameters_of
 from .state import ParameterState
 
 
@@ -44,7 +44,7 @@ class StateStore:
 
     # Masks.
 
-    def resolve(self, masks: Mapping[Tensor | str, Mask]) -> dict[Tensor, Mask]:
+    def resolve(self, masks: ByParameter[Mask]) -> dict[Tensor, Mask]:
         """``masks`` by parameter.
 
         Raises:

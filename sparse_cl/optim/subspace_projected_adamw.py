@@ -11,12 +11,12 @@ from torch.optim.optimizer import ParamsT
 from sparse_cl.subspace import Subspace, SubspaceMemory
 
 from .leaf import weight_of
-from .names import by_name, by_param, names_of, parameters_of
+from .names import ByParameter, by_name, by_param, names_of, parameters_of
 from .projected_adamw import Given, ProjectedAdamW
 from .projection import Projection
 from .subspace_projection import SubspaceProjection
 
-Bases = Mapping[Tensor | str, Subspace | Tensor]
+Bases = ByParameter[Subspace | Tensor]
 
 
 class SubspaceProjectedAdamW(ProjectedAdamW):
@@ -81,7 +81,7 @@ class SubspaceProjectedAdamW(ProjectedAdamW):
         self._memory, self._argument = memory, "memory"
         self._take(given, fitted)
 
-    def set_projections(self, projections: Mapping[Tensor | str, Projection]) -> None:
+    def set_projections(self, projections: ByParameter[Projection]) -> None:
         super().set_projections(projections)
         self._memory, self._argument = None, "projections"  # it is no longer followed
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,8 +42,8 @@ def central_interval(law: Tensor, level: float = 0.95) -> tuple[int, int]:
     return low, high
 
 
-def iou_of(common: Tensor | int, size: int) -> Tensor | float:
-    """|A ∩ B| / |A ∪ B| of two sets of one size that have so many neurons in common."""
+def iou_of(common: Any, size: int) -> Any:
+    """|A ∩ B| / |A ∪ B| of two sets of one size that have so many neurons in common: a Tensor for a Tensor."""
     return common / (2 * size - common)
 
 

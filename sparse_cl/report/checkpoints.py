@@ -44,8 +44,8 @@ def load_checkpoint(path: str, base: nn.Module) -> nn.Module:
         import peft
 
         return merged(peft.PeftModel.from_pretrained(base, folder))
-    device = next(base.parameters()).device
-    return load_model(path)[0].to(device, base.dtype)
+    first = next(base.parameters())
+    return load_model(path)[0].to(first.device, first.dtype)
 
 
 def _finished(folder: Path) -> list[Path]:

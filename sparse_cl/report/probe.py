@@ -77,7 +77,8 @@ class _Work:
         return each * sum(len(batches) for batches in self.batches.values())
 
     def run(self) -> Probed:
-        chosen, record = self.settings.probes, {}
+        chosen = self.settings.probes
+        record: dict[str, Any] = {}
         activations, inputs, features = self._forward()
         gradients = self._gradients() if {"gradients", "capacity"} & {*chosen} else {}
         if "activation" in chosen:

@@ -24,11 +24,12 @@ def summary(name: str, model: nn.Module, record: Mapping[str, Any]) -> dict[str,
         gradients of d entries; `corrected`, the mean of |cosine / ceiling| where a ceiling is sure; `ceiling`.
         `sparsity`: share of neurons that holds 99 % of a token's L1 mass: `needed`, and `null` for Gaussians.
     """
+    config: Any = model.config
     return {
         "model": name,
-        "family": model.config.model_type,
-        "width": model.config.hidden_size,
-        "layers": model.config.num_hidden_layers,
+        "family": config.model_type,
+        "width": config.hidden_size,
+        "layers": config.num_hidden_layers,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         **numbers(record),
     }
