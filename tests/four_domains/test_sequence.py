@@ -389,7 +389,6 @@ def test_the_real_data_and_a_real_model(shared_folder, tmp_path):
         model=str(shared_folder / "models" / "stories260k"),
         data=str(shared_folder / "data"),
         reference=str(reference),
-        domains=("code", "math", "medical", "general"),
         methods=("lora", "sparse-masked"),
         steps=2,
         batch_size=2,
