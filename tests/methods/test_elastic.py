@@ -75,7 +75,7 @@ def test_pulls_are_as_strong_as_the_inputs_and_tokens_are_used(tiny_llama, tied)
     model = learn(method, model, domain(0), lr=LR)
     start = weights(model)
     method.before_domain(model, domain(1))
-    pulls = method.make_optimizer(model, LR).memory
+    pulls = method.make_optimizer(model, LR).projections
     assert set(pulls) == {*(f"{name}.weight" for name in LAYERS), EMBEDDING, *([] if tied else [HEAD])}
     for name in [*LAYERS, "lm_head"]:
         pull = pulls[EMBEDDING if tied and name == "lm_head" else f"{name}.weight"]
@@ -108,7 +108,7 @@ def test_of_wide_inputs_each_feature_counts_by_itself(tiny_llama, max_width):
         each.before_domain(model, domain(0))
         each.after_domain(model, domain(0))
         each.before_domain(model, domain(1))
-        pulls.append(each.make_optimizer(model, LR).memory)
+        pulls.append(each.make_optimizer(model, LR).projections)
     assert set(method.usage.moments) == set(full.usage.moments)
     for name in wide:
         diagonal = full.usage.moments[input_of(name)].diagonal()
@@ -155,7 +155,7 @@ def test_a_domain_goes_no_further_than_each_direction_s_pull_lets_it(tiny_llama,
     before, kept = weights(model), {}
 
     def note(model):
-        kept.update(method.make_optimizer(model, LR).memory)
+        kept.update(method.make_optimizer(model, LR).projections)
 
     after = weights(learn(method, model, domain(1), lr=LR, steps=steps, each_step=note))
     tight = 0
