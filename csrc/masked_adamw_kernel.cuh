@@ -12,7 +12,6 @@
 
 namespace sparse_cl {
 
-constexpr int kMaxCohorts = 256;
 constexpr int kSegment = 2 * kBlock;  // weights whose active positions a warp lists at a time: 64 a lane
 
 // A launch copies its whole argument, also for one task: few enough to make that cheap, enough to fill a GPU.
