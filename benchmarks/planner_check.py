@@ -1,11 +1,14 @@
 """The cost planner against measured steps on this machine's CPU.
 
-    OMP_NUM_THREADS=1 python benchmarks/planner_check.py --model base-5m [--measured FILE.json] [--out FILE.json]
+    OMP_NUM_THREADS=1 python benchmarks/planner_check.py --model base-5m [--before FILE.json [--memory-only]]
+        [--out FILE.json]
 
 The device is this machine: its rate of float32 products and of copies is measured. The one number that is assumed, the
 share of that rate that a step reaches, is fitted on AdamW at the model's own width; everything else is predicted: other
 methods, and random models of other widths, lengths and batches. Time is the processor's, so that what else the machine
-does counts little; each case runs in processes of its own, so that its peak memory is its own.
+does counts little; each case runs in processes of its own, so that its peak memory is its own. With
+--before the predictions of an earlier check stand beside the new ones; --memory-only takes the times from it, where the
+machine is not quiet.
 """
 
 from __future__ import annotations
@@ -113,20 +116,20 @@ def compute_and_moves(found: Count, device: Device) -> tuple[float, float]:
     return (found["passes"][-1] + found["steps"][-1]) / device.flops_fp32, found["traffic"][-1] / device.bandwidth
 
 
-def in_own_processes(*case: Any) -> dict[str, float]:
+def in_own_processes(*case: Any, timed: bool = True) -> dict[str, float]:
     """Time and memory, each in a process of its own.
 
     For memory the allocator is told to give back at once what is freed, else the peak is that of its free lists; it is
     slower then.
     """
     found = []
-    for steps, threshold in ((STEPS + WARMUP, None), (2, "16384")):
+    for steps, threshold in ((STEPS + WARMUP, None), (2, "16384"))[0 if timed else 1 :]:
         os.environ.pop("MALLOC_MMAP_THRESHOLD_", None)
         if threshold is not None:
             os.environ["MALLOC_MMAP_THRESHOLD_"] = threshold
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             found.append(pool.submit(measure, *case, steps).result())
-    return {**found[0], "peak_mb": found[1]["peak_mb"]}
+    return {**found[0], "peak_mb": found[-1]["peak_mb"]}
 
 
 def cases_of(base: Any) -> list[tuple[str, tuple[int, int, int, int]]]:
@@ -140,13 +143,16 @@ def cases_of(base: Any) -> list[tuple[str, tuple[int, int, int, int]]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of a Llama, or its config.json")
-    parser.add_argument("--measured", type=Path, metavar="FILE.json", help="of an earlier check: measure nothing")
+    parser.add_argument("--before", type=Path, metavar="FILE.json", help="of an earlier check of the same cases")
+    parser.add_argument("--memory-only", action="store_true", help="measure no time: take it from --before")
     parser.add_argument("--out", type=Path, metavar="FILE.json")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     base = read_config(arguments.model)
-    old = json.loads(arguments.measured.read_text()) if arguments.measured else None
-    device = machine_of(old) if old else this_machine()
+    old = json.loads(arguments.before.read_text()) if arguments.before else None
+    if arguments.memory_only and old is None:
+        raise ValueError("--memory-only: needs --before, for the times")
+    device = machine_of(old) if arguments.memory_only else this_machine()
     share, rows = None, []
     for number, (method, (width, neurons, batch_size, length)) in enumerate(cases_of(base)):
         config = transformers.LlamaConfig(
@@ -154,13 +160,11 @@ def main() -> None:
         )
         before = old["cases"][number] if old else None
         if before and (before["method"], before["width"], before["batch"]) != (method, width, [batch_size, length]):
-            raise ValueError(f"--measured: case {number} is not {method} at width {width}; it is of another model")
-        if before:
-            measured = {"seconds": before["measured_seconds"], "peak_mb": before["measured_peak_mb"]}
-            used = before["used"]
-        else:
-            measured = in_own_processes(method, config, batch_size, length)
-            used = measured.pop("used")
+            raise ValueError(f"--before: case {number} is not {method} at width {width}; it is of another model")
+        measured = in_own_processes(method, config, batch_size, length, timed=not arguments.memory_only)
+        used = measured.pop("used")
+        if arguments.memory_only:
+            measured["seconds"] = before["measured_seconds"]
         found = plan(method, config, batch_size, length, used)
         compute, moves = compute_and_moves(found, device)
         if share is None:
@@ -181,18 +185,23 @@ def main() -> None:
             "peak_error": peak / measured["peak_mb"] - 1,
         }
         if before:
-            row["before"] = before.get("before") or {
-                k: v for k, v in before.items() if k not in row or "pred" in k or "error" in k
+            seconds, peak = before["predicted_seconds"], before["predicted_peak_mb"]
+            row["before"] = {
+                "predicted_seconds": seconds,
+                "seconds_error": seconds / measured["seconds"] - 1,
+                "predicted_peak_mb": peak,
+                "peak_error": peak / measured["peak_mb"] - 1,
             }
         rows.append(row)
+        now, peak = 1e3 * row["predicted_seconds"], row["predicted_peak_mb"]
         print(
-            f"{method:14} width {width:4} batch {batch_size} x {length:4}: {1e3 * seconds:7.1f} ms for "
+            f"{method:14} width {width:4} batch {batch_size} x {length:4}: {now:7.1f} ms for "
             f"{1e3 * measured['seconds']:7.1f} ({row['seconds_error']:+.0%}), {peak:6.0f} MB "
             f"for {measured['peak_mb']:6.0f} ({row['peak_error']:+.0%})",
             flush=True,
         )
         if arguments.out:
-            arguments.out.write_text(json.dumps({**facts(device, share, old), "cases": rows}, indent=1) + "\n")
+            arguments.out.write_text(json.dumps({**facts(device, share), "cases": rows}, indent=1) + "\n")
     for name, part in {"before": [row.get("before") for row in rows], "now": rows}.items():
         if part[0]:
             errors = {
@@ -209,14 +218,11 @@ def machine_of(old: dict[str, Any]) -> Device:
     )
 
 
-def facts(device: Device, share: float, old: dict[str, Any] | None) -> dict[str, Any]:
-    here = {
+def facts(device: Device, share: float) -> dict[str, Any]:
+    return {
         "machine": platform.processor() or platform.machine(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-    }
-    return {
-        **{key: old[key] if old else value for key, value in here.items()},
         "gflops": device.flops_fp32 / 1e9,
         "gb_per_second": device.bandwidth / 1e9,
         "fitted_share": share,

@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from sparse_cl.arguments import names, positive
 from sparse_cl.methods import METHODS
 
 from .devices import CUSTOM, DEVICES, find_device
+from .model import Workload
 
 _METHOD = ("rank", "fraction", "max_rank")
 _DEVICE = {
@@ -44,30 +47,25 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
     )
     add, default = parser.add_argument, " (default: %(default)s)"
     add("--model", required=True, metavar="CONFIG", help="folder with a config.json, that file, or a name on the Hub")
-    add("--domains", type=positive, default=4, help="how many" + default)
-    add("--tokens", type=_count, default=20e6, help="trained on in a domain: 20000000 or 20M (the default)")
     kinds = "NAME[,NAME…]|all|ours|baselines|bounds"
     add("--method", default="all", metavar=kinds, help=f"of {', '.join(METHODS)}{default}")
     add("--gpu", default="h100", metavar="NAME", help=f"{', '.join(DEVICES)} or {CUSTOM}{default}")
-    add("--batch-size", type=positive, default=8, help="sequences in a step" + default)
-    add("--length", type=positive, default=512, help="tokens in a sequence" + default)
-    precisions = "bf16; mixed: float32 weights, products in bfloat16; fp32"
-    add("--precision", default="bf16", metavar="NAME", help=precisions + default)
-    add("--checkpointing", action="store_true", help="compute activations again instead of keeping them")
     add("--json", type=Path, metavar="FILE", help="write everything to a file as well")
+    types = {"tokens": _count, "precision": str, "used": float, "domains": positive}
+    types |= {"batch_size": positive, "length": positive}
+    for field in fields(Workload):
+        flag, help = "--" + field.name.replace("_", "-"), field.metadata["help"]
+        if field.default is False:
+            add(flag, action="store_true", help=help)
+        else:
+            add(flag, type=types.get(field.name, int), default=field.default, help=help + default)
     add = parser.add_argument_group("settings of methods (default: each method's own)").add_argument
     add("--rank", type=positive, help="of the adapters")
     add("--fraction", type=float, help="of the neurons that a domain may change")
     add("--max-rank", type=positive, help="most directions that a domain adds to a layer's basis")
-    add("--used", type=float, default=0.4, help="share of directions that all domains use" + default)
     add = parser.add_argument_group("the device (default: what is known of it)").add_argument
     for name, text in _DEVICE.items():
         add(f"--{name}", type=float, help=text)
-    add = parser.add_argument_group("probing").add_argument
-    add("--probe-records", type=int, default=128, help="of each domain" + default)
-    add("--probe-stages", type=int, default=2, help="2: before and after" + default)
-    add("--forward-passes", type=int, help="at a stage (default: 2 and one for each domain)")
-    add("--backward-passes", type=int, default=2, help="at a stage" + default)
     parser.set_defaults(command=_plan)
 
 
@@ -81,13 +79,12 @@ def _plan(arguments: argparse.Namespace) -> None:
 
     from .cost import cost
     from .count import NotPlanned, count
-    from .model import Workload, build, read_config
+    from .model import build, read_config
     from .table import plan_text
 
     quiet()
     methods = methods_named(names(arguments.method))
-    fields = inspect.signature(Workload).parameters
-    work = Workload(**{name: value for name, value in vars(arguments).items() if name in fields})
+    work = Workload(**{field.name: getattr(arguments, field.name) for field in fields(Workload)})
     if arguments.json is not None and not arguments.json.resolve().parent.is_dir():
         raise ValueError(f"--json {arguments.json}: its folder does not exist; make it first")
     taken = _choose(methods, {name: getattr(arguments, name) for name in _METHOD})
@@ -107,7 +104,7 @@ def _plan(arguments: argparse.Namespace) -> None:
         write_json(arguments.json, plan)
 
 
-def _choose(methods: Sequence[str], options: Mapping[str, float | None]) -> dict[str, dict[str, float]]:
+def _choose(methods: Sequence[str], options: Mapping[str, float | None]) -> dict[str, dict[str, Any]]:
     """For each method those of the options that are given and that it takes."""
     if not methods:
         raise ValueError(f"--method: expected {', '.join(METHODS)}, or all; got none")

@@ -76,7 +76,7 @@ def mean(values: Sequence[float], domains: int) -> float:
     return (first + (domains - 1) * (later[0] + later[-1]) / 2) / domains if later else first
 
 
-def _devices(model: nn.Module, memory: dict[str, Any], device: Device) -> tuple[int | None, str]:
+def _devices(model: Any, memory: dict[str, Any], device: Device) -> tuple[int | None, str]:
     room = USABLE * device.memory
     if memory["peak"] <= room:
         return 1, "fits one device"

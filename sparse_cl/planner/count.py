@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
@@ -87,7 +85,7 @@ def _along(a: Any, b: Any, way: float) -> Any:
     return a if a == b else round(a + way * (b - a))
 
 
-def _domains(method: Method, model: nn.Module, work: Workload, gpu: bool) -> Count:
+def _domains(method: Method, model: Any, work: Workload, gpu: bool) -> Count:
     """Runs the first, the second and the last domain, with a step in each."""
     run = DryRun(wide_at=model.get_output_embeddings().weight.shape[0], gpu=gpu)
     last, measured = work.domains - 1, []
@@ -111,13 +109,12 @@ def _domains(method: Method, model: nn.Module, work: Workload, gpu: bool) -> Cou
     return found | {key: [one[key] for one in measured] for key in ("passes", "steps", "traffic")}
 
 
-def _step(run: DryRun, method: Method, model: nn.Module, optimizer: Any, batch: Any, work: Workload) -> Count:
+def _step(run: DryRun, method: Method, model: Any, optimizer: Any, batch: Any, work: Workload) -> Count:
     """One step of training, and what there is at its end."""
     for group in optimizer.param_groups if run.gpu else ():
         if group.get("foreach", False) is None and not group.get("fused"):
             group["foreach"] = True  # as torch chooses for parameters on a GPU
-    for phase in (FORWARD, BACKWARD, STEP):
-        run.peaks.pop(phase, None)
+    run.peaks |= dict.fromkeys((FORWARD, BACKWARD, STEP), 0)
     run.begin(FORWARD)
     run.wide_peak, before = 0, run.live
 
@@ -137,8 +134,9 @@ def _step(run: DryRun, method: Method, model: nn.Module, optimizer: Any, batch: 
     del loss, penalty
     gradients = run.bytes_of(p.grad for p in model.parameters() if p.grad is not None)
     run.begin(STEP)
-    traffic, before = run.traffic, run.live
-    with _flops() as step:
+    traffic: list[int] = []
+    before = run.live
+    with _flops() as step, run.moving(traffic):
         optimizer.step()
     for phase in (FORWARD, BACKWARD):  # a first step makes the state, which later passes find there
         run.peaks[phase] += run.live - before
@@ -155,7 +153,7 @@ def _step(run: DryRun, method: Method, model: nn.Module, optimizer: Any, batch: 
         "forward": forward.get_total_flops(),
         "passes": forward.get_total_flops() + backward.get_total_flops(),
         "steps": step.get_total_flops(),
-        "traffic": run.traffic - traffic,
+        "traffic": traffic[0],
         "remark": "its optimizer keeps moments in bfloat16 and no master copy: small updates are lost to rounding. "
         "--precision mixed keeps float32 weights" * any(x.dtype == torch.bfloat16 for x in states),
     }
@@ -169,17 +167,15 @@ def _flops() -> FlopCounterMode:
     def forward(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
         return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
-    def backward(gradient: Any, query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
-        # The scores again, and the gradients of weights, values, queries and keys.
-        return 5 * forward(query, key, value) // 2
+    def backward(gradient: Any, *args: Any, **kwargs: Any) -> int:
+        return 5 * forward(*args) // 2  # the scores again, and gradients of scores, queries, keys and values
 
-    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    own = {attention: forward, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: backward}
+    names = ("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward")
+    own = {getattr(torch.ops.aten, name): count for name, count in zip(names, (forward, backward), strict=True)}
     return FlopCounterMode(display=False, custom_mapping=own)
 
 
-@contextmanager
-def _directions(share: float, domains: int) -> Iterator[None]:
+def _directions(share: float, domains: int) -> Any:
     """What data decide: how many directions join each layer's basis. Here those that make it a share of all.
 
     Args:
@@ -195,5 +191,4 @@ def _directions(share: float, domains: int) -> Iterator[None]:
         with mock.patch.object(consolidation, "_fewest", lambda *given: new):
             return original(moments, subspaces, energy, max_rank)
 
-    with mock.patch.object(memory, "new_directions", planned):
-        yield
+    return mock.patch.object(memory, "new_directions", planned)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 #: Share of a device's memory that tensors may take: the rest is the driver's, the libraries' and lost between blocks.
 USABLE = 0.92
@@ -14,15 +15,13 @@ class Device:
 
     Attributes:
         name: as `--gpu` takes it.
-        flops: peak of dense bfloat16 products with float32 sums, FLOP/s; without structured sparsity.
-        flops_fp32: peak of float32 products as PyTorch runs them by default (no TF32), FLOP/s.
-        bandwidth: of its memory, bytes/s.
-        memory: bytes.
+        flops, flops_fp32: peak of dense bfloat16 products, and of float32 products without TF32, FLOP/s.
+        bandwidth, memory: bytes/s, bytes.
         price: dollars an hour; an assumption: on-demand offers of 2025 differ by a factor of three.
         utilization: share of the peak that is reached over a training step, recomputation counted as work; an
-            assumption. PaLM reports 0.46 (Chowdhery et al. 2022, table 3, without recomputation counted), Llama 3 0.38
-            to 0.43 (Dubey et al. 2024, table 4), both after much tuning; a plain training loop reaches 0.3 to 0.4.
-        source: of the first four numbers.
+            assumption. PaLM reports 0.46 (Chowdhery et al. 2022, table 3), Llama 3 0.38 to 0.43 (Dubey et al. 2024,
+            table 4), both after much tuning; a plain training loop reaches 0.3 to 0.4.
+        source: of the numbers up to `memory`.
     """
 
     name: str
@@ -76,17 +75,16 @@ def find_device(
     if name == CUSTOM:
         if missing := [f"--{flag}" for flag, value in given.items() if value is None and flag != "mfu"]:
             raise ValueError(f"--gpu {CUSTOM} needs {', '.join(missing)} too: nothing is known of it")
-        device = Device(CUSTOM, 0.0, 0.0, 0.0, 0.0, 0.0, 0.4, "given")
-    elif name in DEVICES:
-        device = DEVICES[name]
-    else:
+    elif name not in DEVICES:
         raise ValueError(f"unknown device {name!r}: expected {', '.join(DEVICES)}, or {CUSTOM} with its numbers")
-    changes = {
-        "flops": None if tflops is None else tflops * 1e12,
-        "flops_fp32": None if tflops is None else tflops * 1e12,
-        "bandwidth": None if bandwidth is None else bandwidth * 1e9,
-        "memory": None if memory is None else memory * 1e9,
-        "price": price,
-        "utilization": utilization,
+    device = DEVICES.get(name) or Device(CUSTOM, 0.0, 0.0, 0.0, 0.0, 0.0, 0.4, "given")
+    fields = {"tflops": ("flops", "flops_fp32"), "bandwidth": ("bandwidth",), "memory": ("memory",)}
+    fields |= {"price": ("price",), "mfu": ("utilization",)}
+    units = {"tflops": 1e12, "bandwidth": 1e9, "memory": 1e9}
+    changes: dict[str, Any] = {
+        field: value * units.get(flag, 1)
+        for flag, value in given.items()
+        if value is not None
+        for field in fields[flag]
     }
-    return replace(device, **{field: value for field, value in changes.items() if value is not None})
+    return replace(device, **changes)

@@ -38,18 +38,19 @@ class DryRun(TorchDispatchMode):
 
     Attributes:
         live, wide: bytes of all storages on the device now, and of those at `wide_at`; wide_peak: most of these.
-        peaks: most bytes, by phase. traffic: bytes that ops have read and written.
+        peaks: most bytes, by phase.
     """
 
     def __init__(self, wide_at: int = 0, gpu: bool = False) -> None:
         super().__init__()
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.wide_at, self.gpu = wide_at, gpu
-        self.live = self.wide = self.wide_peak = self.traffic = 0
+        self.live = self.wide = self.wide_peak = 0
         self.peaks: dict[str, int] = {}
         self.phase = ""
-        self._held: dict[int, weakref.ref] = {}
+        self._held: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._host: set[int] = set()
+        self._there: dict[int, int] = {}
 
     def begin(self, phase: str) -> None:
         """From now on peaks are those of this phase."""
@@ -120,11 +121,22 @@ class DryRun(TorchDispatchMode):
             host = not host and kwargs.get("dtype") in (None, known[0].dtype)
         for x in made:
             self.hold(x, host)
-        if func.namespace == "sparse_cl":  # of a parameter no more is touched than it has a gradient of
-            self.traffic += 2 * sum(x.nbytes for x in tree_leaves(args[1:]) if isinstance(x, Tensor))
-        elif not func.is_view:
-            changed = [x for x in tree_leaves(args[:1]) if isinstance(x, Tensor)] if func._schema.is_mutable else made
-            self.traffic += sum(x.nbytes for x in (*tensors, *changed))
+        if not func.is_view and self._there:
+            changes = [a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments]
+            changed = tree_leaves([value for value, change in zip(args, changes, strict=False) if change])
+            if func.namespace == "sparse_cl":  # of a parameter as much is touched as it has a gradient of
+                tensors = changed = [x for x in tree_leaves(args[1:]) if isinstance(x, Tensor)]
+            self._read |= {_key(x) for x in tensors}
+            self._written |= {_key(x) for x in changed if isinstance(x, Tensor)}
+
+    @contextmanager
+    def moving(self, moved: list[int]) -> Iterator[None]:
+        """Appends the bytes of what is there already and is read meanwhile, once, and of what is written, once more."""
+        self._there = {key: kept.nbytes() for key, held in self._held.items() if (kept := held()) is not None}
+        self._read, self._written = set[Any](), set[Any]()
+        yield
+        moved.append(sum(self._there.get(key, 0) for touched in (self._read, self._written) for key in touched))
+        self._there = {}
 
     def hold(self, tensor: Tensor, host: bool = False) -> None:
         """Counts a tensor's storage until it is gone; with nothing, if it is on the host."""
@@ -150,7 +162,7 @@ class DryRun(TorchDispatchMode):
 @contextmanager
 def dry_run(run: DryRun) -> Iterator[None]:
     """Enters a dry run, in which fake tensors also answer what Python code asks of tensors besides ops."""
-    answers = {
+    answers: dict[str, Any] = {
         "tolist": lambda self: _filled(self.shape, self),
         "numpy": lambda self: np.full(self.shape, _GUESS, str(self.dtype).rpartition(".")[2]),
         "data_ptr": _key,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,45 +17,36 @@ PRECISIONS = ("bf16", "mixed", "fp32")
 fp32: all in float32."""
 
 
+def _set(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
 @dataclass(frozen=True)
 class Workload:
-    """What is run.
-
-    Attributes:
-        domains: number of them.
-        tokens: that are trained on in a domain, repetitions counted, padding left out.
-        batch_size, length: sequences of a step on a device, and their tokens.
-        precision: one of `PRECISIONS`.
-        checkpointing: whether the activations of a block are computed again instead of kept.
-        used: share of the input directions that all domains together use, for the methods that protect them.
-        probe_records, probe_stages: of each domain in one pass; 2 stages are before and after the sequence.
-        forward_passes, backward_passes: over a domain's records at a stage, forward alone (None: the 2 + domains of
-            `sparse-cl probe`), and forward and backward.
+    """What is run; each field is an option of `sparse-cl plan`, with its meaning beside it.
 
     Raises:
         ValueError: a number that is not positive, a share outside [0, 1], or an unknown precision.
     """
 
-    domains: int = 4
-    tokens: float = 20e6
-    batch_size: int = 8
-    length: int = 512
-    precision: str = "bf16"
-    checkpointing: bool = False
-    used: float = 0.4
-    probe_records: int = 128
-    probe_stages: int = 2
-    forward_passes: int | None = None
-    backward_passes: int = 2
+    domains: int = _set(4, "how many")
+    tokens: float = _set(20e6, "trained on in a domain, repetitions counted, padding left out: 20000000 or 20M")
+    batch_size: int = _set(8, "sequences in a step on a device")
+    length: int = _set(512, "tokens in a sequence")
+    precision: str = _set("bf16", "bf16; mixed: float32 weights, products in bfloat16; fp32")
+    checkpointing: bool = _set(False, "compute activations again instead of keeping them")
+    used: float = _set(0.4, "share of directions that all domains use, where a method protects them")
+    probe_records: int = _set(128, "records of each domain in one pass of a probe")
+    probe_stages: int = _set(2, "how often everything is probed; 2: before and after")
+    forward_passes: int | None = _set(None, "of probes, at a stage (none: 2 and one for each domain)")
+    backward_passes: int = _set(2, "of probes, at a stage")
 
     def __post_init__(self) -> None:
-        for name in ("domains", "tokens", "batch_size", "length"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name}: expected a positive number, got {getattr(self, name)}")
-        for name in ("probe_records", "probe_stages", "forward_passes", "backward_passes"):
-            if (getattr(self, name) or 0) < 0:
-                raise ValueError(f"{name}: expected zero or more, got {getattr(self, name)}")
-        if not 0 <= self.used <= 1:
+        for name, value in vars(self).items():
+            least = "positive number" if name in ("domains", "tokens", "batch_size", "length") else "number from 0 on"
+            if isinstance(value, (int, float)) and not (0 < value < math.inf or value == 0 and least[0] == "n"):
+                raise ValueError(f"{name}: expected a {least}, got {value}")
+        if self.used > 1:
             raise ValueError(f"used: expected a share in [0, 1], got {self.used}")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {self.precision!r}")

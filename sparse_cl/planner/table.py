@@ -48,7 +48,9 @@ def plan_text(
         costs: by method, what `cost` found. refused: by method, why it is not planned.
     """
     columns, each = list(costs), list(costs.values())
-    memory = [[title, *(f"{c['memory'][key] / 1e9:.3g}" for c in each)] for key, title in _MEMORY.items()]
+    memory: list[list[str]] = [
+        [title, *(f"{c['memory'][key] / 1e9:.3g}" for c in each)] for key, title in _MEMORY.items()
+    ]
     memory.append(["devices needed", *(str(c["devices"] or "-") for c in each)])
     flops = [[title, *(f"{c[key] / 1e9:.4g}" for c in each)] for key, title in _FLOPS.items()]
     time = [
@@ -67,7 +69,7 @@ def plan_text(
     parts = [_assumptions(name, model, work, device, costs)]
     for title, rows in tables.items() if costs else ():
         starts = range(0, len(columns), _COLUMNS)
-        shown = [[columns[i : i + _COLUMNS], [[r[0], *r[1 + i : 1 + i + _COLUMNS]] for r in rows]] for i in starts]
+        shown = [(columns[i : i + _COLUMNS], [[r[0], *r[1 + i : 1 + i + _COLUMNS]] for r in rows]) for i in starts]
         parts.append(f"{title}\n" + "\n\n".join(text_table(("", *head), body) for head, body in shown))
     return "\n\n".join([*parts, "\n".join(notes)])
 

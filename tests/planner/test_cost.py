@@ -90,7 +90,7 @@ def test_adamw_for_eight_billion_parameters(large, model):
     planned = cost(model, found, work, find_device("a100"))
     assert (planned["devices"], planned["hours"]) == (2, pytest.approx(planned["device_hours"] / 2))
     tight = cost(model, found, work, find_device("a100", memory=8))
-    assert tight["devices"] > 16
+    assert tight["devices"] >= 16
     multiplied = parameters - 128256 * 4096
     assert planned["token_flops"] == pytest.approx((2 + 6) * multiplied, rel=0.08), "forward once more, and attention"
 
@@ -112,7 +112,7 @@ def test_what_does_not_fit_says_what_to_do(model):
         ({"tokens": 0}, "tokens: expected a positive number, got 0"),
         ({"domains": -1}, "domains: expected a positive number, got -1"),
         ({"used": 1.5}, r"used: expected a share in \[0, 1\], got 1.5"),
-        ({"probe_records": -1}, "probe_records: expected zero or more, got -1"),
+        ({"probe_records": -1}, "probe_records: expected a number from 0 on, got -1"),
         ({"precision": "fp8"}, "precision: expected one of bf16, mixed, fp32, got 'fp8'"),
     ],
 )
