@@ -90,7 +90,8 @@ def _plan(arguments: argparse.Namespace) -> None:
     taken = _choose(methods, {name: getattr(arguments, name) for name in _METHOD})
     config = read_config(arguments.model)
     model = build(config, arguments.model, work.precision)
-    costs, refused = {}, {}
+    costs: dict[str, Any] = {}
+    refused: dict[str, str] = {}
     for method in methods:
         try:
             counted = count(method, config, work, name=arguments.model, **taken[method])

@@ -6,8 +6,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
-
 from sparse_cl.models.parts import find_blocks
 
 from .count import AROUND, STEP, Count
@@ -18,7 +16,7 @@ MOST_DEVICES = 1024
 """More are not looked for when the state is spread over devices."""
 
 
-def cost(model: nn.Module, counted: Count, work: Workload, device: Device) -> dict[str, Any]:
+def cost(model: Any, counted: Count, work: Workload, device: Device) -> dict[str, Any]:
     """What a sequence of domains costs.
 
     Args:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor
 
 from sparse_cl.four_domains import state as held
 from sparse_cl.methods import METHODS, Method
 from sparse_cl.models.parts import find_blocks
-from sparse_cl.subspace import consolidation, memory
+from sparse_cl.subspace import consolidation
 
 from .dry import DryRun, dry_run
 from .model import Workload, build
@@ -116,63 +114,50 @@ def _step(run: DryRun, method: Method, model: Any, optimizer: Any, batch: Any, w
             group["foreach"] = True  # as torch chooses for parameters on a GPU
     run.peaks |= dict.fromkeys((FORWARD, BACKWARD, STEP), 0)
     run.begin(FORWARD)
-    run.wide_peak, before = 0, run.live
+    run.wide_peak, run.flops, before = 0, 0, run.live
 
-    def watch(head: nn.Module, given: Any) -> None:
+    def watch(head: Any, given: Any) -> None:
         # When the gradient of what enters the head is there, the logits have gone.
         if given[0].requires_grad:
             given[0].register_hook(lambda gradient: run.begin(BACKWARD))
 
     hook = model.get_output_embeddings().register_forward_pre_hook(watch)
-    with _flops() as forward, torch.autocast("cpu", torch.bfloat16, enabled=work.precision == "mixed"):
+    with torch.autocast("cpu", torch.bfloat16, enabled=work.precision == "mixed"):
         loss = model(**batch, use_cache=False).loss
     hook.remove()
-    activations = run.live - run.wide - before
-    with _flops() as backward:
-        penalty = method.penalty(model)
-        (loss if penalty is None else loss + penalty).backward()
+    activations, forward = run.live - run.wide - before, run.flops
+    penalty = method.penalty(model)
+    (loss if penalty is None else loss + penalty).backward()
     del loss, penalty
     gradients = run.bytes_of(p.grad for p in model.parameters() if p.grad is not None)
     run.begin(STEP)
     traffic: list[int] = []
-    before = run.live
-    with _flops() as step, run.moving(traffic):
+    before, passes = run.live, run.flops
+    with run.moving(traffic):
         optimizer.step()
-    for phase in (FORWARD, BACKWARD):  # a first step makes the state, which later passes find there
-        run.peaks[phase] += run.live - before
+    made = run.live - before  # the state: later passes find it there, and later steps read and write it
+    for phase in (FORWARD, BACKWARD):
+        run.peaks[phase] += made
     # The leaves of active layers are in the optimizer's state, as masters.
     weights = [t for n, t in (*model.named_parameters(), *model.named_buffers()) if not n.endswith(".active")]
+    own = {name: value for name, value in vars(method).items() if name != held.MEASURING}
     states = [x for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
     found = {
         "weights": run.bytes_of(weights),
         "gradients": gradients,
         "state": held.optimizer_state_bytes(optimizer),
-        "kept": run.bytes_of(held._tensors(method, set()), but=(*weights, *states)),
+        "kept": run.bytes_of(held._tensors(own, set()), but=(*weights, *states)),
         "activations": activations,
         "logits": run.wide_peak,
-        "forward": forward.get_total_flops(),
-        "passes": forward.get_total_flops() + backward.get_total_flops(),
-        "steps": step.get_total_flops(),
-        "traffic": traffic[0],
+        "forward": forward,
+        "passes": passes,
+        "steps": run.flops - passes,
+        "traffic": traffic[0] + 2 * made,
         "remark": "its optimizer keeps moments in bfloat16 and no master copy: small updates are lost to rounding. "
         "--precision mixed keeps float32 weights" * any(x.dtype == torch.bfloat16 for x in states),
     }
     optimizer.zero_grad()
     return found
-
-
-def _flops() -> FlopCounterMode:
-    """torch's counter, which leaves out attention as it is fused on a CPU."""
-
-    def forward(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
-        return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
-
-    def backward(gradient: Any, *args: Any, **kwargs: Any) -> int:
-        return 5 * forward(*args) // 2  # the scores again, and gradients of scores, queries, keys and values
-
-    names = ("_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward")
-    own = {getattr(torch.ops.aten, name): count for name, count in zip(names, (forward, backward), strict=True)}
-    return FlopCounterMode(display=False, custom_mapping=own)
 
 
 def _directions(share: float, domains: int) -> Any:
@@ -191,4 +176,4 @@ def _directions(share: float, domains: int) -> Any:
         with mock.patch.object(consolidation, "_fewest", lambda *given: new):
             return original(moments, subspaces, energy, max_rank)
 
-    return mock.patch.object(memory, "new_directions", planned)
+    return mock.patch.object(consolidation, "new_directions", planned)

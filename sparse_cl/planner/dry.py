@@ -21,12 +21,28 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import flop_registry
 
 aten = torch.ops.aten
 SMALL = 1 << 20
 """Entries up to which an integer or Boolean tensor is real."""
 _GUESS = 1e-5
 """Passes for a count of steps as for a rounding error."""
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> int:
+    return 2 * query.numel() // query.shape[-1] * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+
+
+def _attention_backward(gradient: Tensor, *args: Any, **kwargs: Any) -> int:
+    return 5 * _attention(*args) // 2  # the scores again, and gradients of scores, queries, keys and values
+
+
+_FLOPS = {
+    **flop_registry,  # which leaves out attention as it is fused on a CPU
+    aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
 
 
 class DryRun(TorchDispatchMode):
@@ -38,19 +54,21 @@ class DryRun(TorchDispatchMode):
 
     Attributes:
         live, wide: bytes of all storages on the device now, and of those at `wide_at`; wide_peak: most of these.
-        peaks: most bytes, by phase.
+        peaks: most bytes, by phase. flops: of products so far, as torch's FlopCounterMode counts them.
     """
 
     def __init__(self, wide_at: int = 0, gpu: bool = False) -> None:
         super().__init__()
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.wide_at, self.gpu = wide_at, gpu
-        self.live = self.wide = self.wide_peak = 0
+        self.live = self.wide = self.wide_peak = self.flops = 0
         self.peaks: dict[str, int] = {}
         self.phase = ""
-        self._held: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._held: dict[int, tuple[weakref.ref, int]] = {}
         self._host: set[int] = set()
-        self._there: dict[int, int] = {}
+        self._there: dict[int, tuple[weakref.ref, int]] = {}
+        self._read: set[int] = set()
+        self._written: set[int] = set()
 
     def begin(self, phase: str) -> None:
         """From now on peaks are those of this phase."""
@@ -78,6 +96,8 @@ class DryRun(TorchDispatchMode):
             if not tensors and all(_is_real(x) and x.dtype != torch.uint8 for x in made):  # but buffers of state
                 with unset_fake_temporarily():
                     out = func(*args, **kwargs)
+        if func.overloadpacket in _FLOPS:
+            self.flops += _FLOPS[func.overloadpacket](*args, **kwargs, out_val=out)
         self._account(func, tensors, args, kwargs, [x for x in tree_leaves(out) if isinstance(x, Tensor)])
         return out
 
@@ -132,10 +152,11 @@ class DryRun(TorchDispatchMode):
     @contextmanager
     def moving(self, moved: list[int]) -> Iterator[None]:
         """Appends the bytes of what is there already and is read meanwhile, once, and of what is written, once more."""
-        self._there = {key: kept.nbytes() for key, held in self._held.items() if (kept := held()) is not None}
-        self._read, self._written = set[Any](), set[Any]()
+        self._there, self._read, self._written = dict(self._held), set(), set()
         yield
-        moved.append(sum(self._there.get(key, 0) for touched in (self._read, self._written) for key in touched))
+        moved.append(
+            sum(self._there[key][1] for part in (self._read, self._written) for key in part & self._there.keys())
+        )
         self._there = {}
 
     def hold(self, tensor: Tensor, host: bool = False) -> None:
@@ -156,7 +177,7 @@ class DryRun(TorchDispatchMode):
             self._host.discard(key)
             self.live, self.wide = self.live - size, self.wide - wide
 
-        self._held[key] = weakref.ref(storage, gone)
+        self._held[key] = weakref.ref(storage, gone), size
 
 
 @contextmanager
@@ -174,11 +195,11 @@ def dry_run(run: DryRun) -> Iterator[None]:
             stack.enter_context(mock.patch.object(FakeTensor, name, answer, create=True))
         # Tensors that the fake mode refers to cannot be swapped, as Module.to does.
         stack.enter_context(mock.patch.object(torch.utils, "swap_tensors", lambda a, b: setattr(a, "data", b.data)))
-        # The views of an optimizer's state get storages of their own by DLPack, which needs memory.
-        for module in [
-            m for name, m in sys.modules.items() if name.startswith("sparse_cl.") and hasattr(m, "to_dlpack")
-        ]:
-            stack.enter_context(mock.patch.multiple(module, to_dlpack=lambda x: x, from_dlpack=lambda x: x))
+        for module in [module for name, module in sys.modules.items() if name.startswith("sparse_cl.")]:
+            if hasattr(module, "to_dlpack"):  # by which views of a state get storages of their own; that needs memory
+                stack.enter_context(mock.patch.multiple(module, to_dlpack=lambda x: x, from_dlpack=lambda x: x))
+            if run.gpu and hasattr(module, "_CPU_ROWS"):  # a GPU takes more rows at a time than a CPU's cache holds
+                stack.enter_context(mock.patch.object(module, "_CPU_ROWS", 1 << 14))
         stack.enter_context(run)
         yield
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
 
 from sparse_cl.models.parts import find_blocks
 
@@ -71,7 +70,7 @@ def read_config(source: str) -> Any:
         ) from error
 
 
-def build(config: Any, name: str, precision: str = "bf16", blocks: int | None = None) -> nn.Module:
+def build(config: Any, name: str, precision: str = "bf16", blocks: int | None = None) -> Any:
     """The causal language model of a configuration, on the meta device, in the dtype in which its weights are trained.
 
     Args:

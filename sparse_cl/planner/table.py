@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
-
 from sparse_cl.four_domains.report import text_table
 from sparse_cl.models.parts import find_blocks
 
@@ -39,7 +37,7 @@ _TIME = {
 
 
 def plan_text(
-    name: str, model: nn.Module, work: Workload, device: Device, costs: Mapping[str, Any], refused: Mapping[str, str]
+    name: str, model: Any, work: Workload, device: Device, costs: Mapping[str, Any], refused: Mapping[str, str]
 ) -> str:
     """The plan that `sparse-cl plan` prints.
 
@@ -48,9 +46,7 @@ def plan_text(
         costs: by method, what `cost` found. refused: by method, why it is not planned.
     """
     columns, each = list(costs), list(costs.values())
-    memory: list[list[str]] = [
-        [title, *(f"{c['memory'][key] / 1e9:.3g}" for c in each)] for key, title in _MEMORY.items()
-    ]
+    memory = [[title, *(f"{c['memory'][key] / 1e9:.3g}" for c in each)] for key, title in _MEMORY.items()]
     memory.append(["devices needed", *(str(c["devices"] or "-") for c in each)])
     flops = [[title, *(f"{c[key] / 1e9:.4g}" for c in each)] for key, title in _FLOPS.items()]
     time = [
@@ -69,12 +65,14 @@ def plan_text(
     parts = [_assumptions(name, model, work, device, costs)]
     for title, rows in tables.items() if costs else ():
         starts = range(0, len(columns), _COLUMNS)
-        shown = [(columns[i : i + _COLUMNS], [[r[0], *r[1 + i : 1 + i + _COLUMNS]] for r in rows]) for i in starts]
+        shown: list[Any] = [
+            [columns[i : i + _COLUMNS], [[r[0], *r[1 + i : 1 + i + _COLUMNS]] for r in rows]] for i in starts
+        ]
         parts.append(f"{title}\n" + "\n\n".join(text_table(("", *head), body) for head, body in shown))
     return "\n\n".join([*parts, "\n".join(notes)])
 
 
-def _assumptions(name: str, model: nn.Module, work: Workload, device: Device, costs: Mapping[str, Any]) -> str:
+def _assumptions(name: str, model: Any, work: Workload, device: Device, costs: Mapping[str, Any]) -> str:
     peak = device.flops_fp32 if work.precision == "fp32" else device.flops
     chosen = {method: ", ".join(f"{k} {v}" for k, v in c["settings"].items()) for method, c in costs.items()}
     settings = "; ".join(f"{method} {values}" for method, values in chosen.items() if values)
