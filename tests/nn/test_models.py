@@ -36,6 +36,8 @@ def work(rank, folder):
     torch.save({"parameters": dict(model.named_parameters()), "state": model.state_dict()}, f"{folder}/{rank}")
     restore(model)
     assert not any(isinstance(module, ActiveLinear) for module in wrapped.modules())
+    # Freed after its group, DDP waits in its destructor for a thread that waits for the interpreter.
+    del wrapped
     dist.destroy_process_group()
 
 
