@@ -1,4 +1,4 @@
-"""Schemas, fakes and the native libraries. The only file that says ``torch.ops``."""
+"""Schemas, fakes and the native libraries. The only file that says ``torch.ops.sparse_cl``."""
 
 from __future__ import annotations
 
