@@ -36,7 +36,8 @@ def environment(tmp_path_factory, tokenizer):
 
 @pytest.mark.parametrize("snippet", snippets("python"), ids=str)
 def test_a_python_snippet_runs_alone(snippet, tmp_path, environment):
-    run_alone(snippet, tmp_path, environment)
+    code, printed = run_alone(snippet, tmp_path, environment)
+    assert code == 0, f"{snippet.place}: exit {code}\n{printed}"
 
 
 @pytest.fixture

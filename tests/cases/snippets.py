@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import re
 import shlex
@@ -13,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cases.forked import exit_code
+
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-PRELOADED = ("torch", "transformers.trainer", "transformers.models.llama.modeling_llama", "peft", "torch._dynamo")
-"""Imported once for all processes. What a snippet does not import itself it has no name for, all the same."""
 
 
 @dataclass(frozen=True)
@@ -54,28 +53,16 @@ def commands(program: str) -> list[tuple[str, list[str]]]:
     return found
 
 
-def run_alone(snippet: Snippet, folder: Path, environment: dict[str, str], timeout: float = 300) -> None:
-    """Runs a Python snippet in a process of its own, in `folder`.
-
-    Raises:
-        AssertionError: it fails; with what it printed.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(PRELOADED))
+def run_alone(snippet: Snippet, folder: Path, environment: dict[str, str]) -> tuple[int | None, str]:
+    """Runs a Python snippet in a process of its own, in `folder`; its exit code, and what it printed."""
     log = folder / "output.txt"
-    process = context.Process(target=_run, args=(snippet, folder, environment, log))
-    process.start()
-    process.join(timeout)
-    if process.is_alive():
-        process.kill()
-        process.join()
-    assert process.exitcode == 0, f"{snippet.place}: exit {process.exitcode}\n{log.read_text(encoding='utf-8')}"
+    code = exit_code(_run, snippet, folder, log, **environment)
+    return code, log.read_text(encoding="utf-8") if log.is_file() else ""
 
 
-def _run(snippet: Snippet, folder: Path, environment: dict[str, str], log: Path) -> None:
+def _run(snippet: Snippet, folder: Path, log: Path) -> int:
     import torch
 
-    os.environ.update(environment)
     os.chdir(folder)
     names: dict[str, Any] = {"__name__": "__main__"}
     with log.open("w", encoding="utf-8") as out, contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
@@ -87,8 +74,8 @@ def _run(snippet: Snippet, folder: Path, environment: dict[str, str], log: Path)
                     check(names, _start(snippet.text))
         except BaseException:
             traceback.print_exc()
-            out.flush()
-            os._exit(1)
+            return 1
+    return 0
 
 
 def _start(text: str) -> dict[str, Any]:
