@@ -251,7 +251,10 @@ def check_untouched(before: Problem, after: Problem, advanced: int, names: Seque
 
 def check_step(op: Callable, cases: Sequence[Case], device="cpu", seed: int = 0, steps: int = 1, **hyper) -> Problem:
     """Runs ``op`` and checks accuracy and what must not change; returns the problem after the steps."""
-    before = make_problem(cases, device, seed)
+    return _check_steps(op, make_problem(cases, device, seed), cases, steps, hyper)
+
+
+def _check_steps(op: Callable, before: Problem, cases: Sequence[Case], steps: int, hyper: dict) -> Problem:
     mine, torch_step, oracle = before.clone(), before.clone(), before.in_float64()
     for _ in range(steps):
         mine.step(op, **hyper)
@@ -265,13 +268,7 @@ def check_step(op: Callable, cases: Sequence[Case], device="cpu", seed: int = 0,
 def check_update(op: Callable, cases: Sequence[Case], device="cpu", seed: int = 0, steps: int = 1, **hyper) -> Problem:
     """Runs ``op`` with updates and checks these, the moments, and that no weight changes."""
     before = make_problem(cases, device, seed).with_updates()
-    mine, torch_step, oracle = before.clone(), before.clone(), before.in_float64()
-    for _ in range(steps):
-        mine.step(op, **hyper)
-        torch_step.step(reference.masked_adamw_, **hyper)
-        oracle.step(reference.masked_adamw_, **hyper)
-    check_accuracy(mine, torch_step, oracle, cases)
-    check_untouched(before, mine, steps, cases)
+    mine = _check_steps(op, before, cases, steps, hyper)
     for i, case in enumerate(cases):
         assert torch.equal(bits(before.params[i]), bits(mine.params[i])), f"weights of {case} changed"
         if case.master:

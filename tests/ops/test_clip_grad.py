@@ -6,6 +6,7 @@ import cases.clip_grad as cases
 import pytest
 import torch
 from cases.adamw import Case, bits, kinds, make_problem
+from cases.masked_adamw import DTYPES, native
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,20 +14,10 @@ from sparse_cl import ops, reference
 from sparse_cl.layout import COLUMNS, DENSE, ELEMENTS, FIELDS, ROWS, TWO_FOUR
 
 OPS = {"native": (ops.active_norm, ops.scale_active_), "ref": (reference.active_norm, reference.scale_active_)}
-native = pytest.mark.skipif(not ops.LOADED["cpu"], reason="no native library was built")
 both = pytest.mark.parametrize(
     "norm_op, scale_op", [pytest.param(*pair, id=n, marks=[native] * (n == "native")) for n, pair in OPS.items()]
 )
 
-DTYPES = {
-    "fp32": (torch.float32, None),
-    "fp64": (torch.float64, None),
-    "fp64-fp32": (torch.float64, torch.float32),
-    "bf16": (torch.bfloat16, None),
-    "bf16-fp32": (torch.bfloat16, torch.float32),
-    "fp16": (torch.float16, None),
-    "fp16-fp32": (torch.float16, torch.float32),
-}
 dtypes = pytest.mark.parametrize("dtype, grad_dtype", DTYPES.values(), ids=DTYPES)
 
 
