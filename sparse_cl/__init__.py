@@ -5,19 +5,23 @@ from sparse_cl.linalg import orthonormalize, project_out_, randomized_svd
 from sparse_cl.masks import ColumnMask, ElementMask, RowMask, TwoFourMask, load_masks, save_masks
 from sparse_cl.optim import (
     CurvatureProjection,
-    ElasticPull,
+    DriftBudget,
+    ElasticAdamW,
     LowRankPull,
     ProjectedAdamW,
     SparseMaskedAdamW,
     SubspaceProjectedAdamW,
     SubspaceProjection,
+    path_of,
+    protect,
 )
 from sparse_cl.subspace import Kronecker, Subspace, SubspaceMemory
 
 __all__ = [
     "ColumnMask",
     "CurvatureProjection",
-    "ElasticPull",
+    "DriftBudget",
+    "ElasticAdamW",
     "ElementMask",
     "Kronecker",
     "LowRankPull",
@@ -32,7 +36,9 @@ __all__ = [
     "build_info",
     "load_masks",
     "orthonormalize",
+    "path_of",
     "project_out_",
+    "protect",
     "randomized_svd",
     "save_masks",
 ]

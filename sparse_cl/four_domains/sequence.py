@@ -25,7 +25,7 @@ from .memory import peak_memory_bytes, reset_peak_memory
 from .prepared import Prepared
 from .protection import Windows
 from .state import state_bytes
-from .training import train
+from .training import scheduled_path, train
 
 PROBE_RECORDS = 128
 """Training records of a new domain that a method may look at before and after it."""
@@ -213,7 +213,7 @@ class _Learner:
             model,
             method.training_data(number - 1, self.datasets, settings.seed),
             self.collator,
-            lambda m: method.make_optimizer(m, self.lr),
+            lambda m: method.make_optimizer(m, self.lr, scheduled_path(self.lr, steps)),
             method.penalty,
             folder=building,
             steps=steps,

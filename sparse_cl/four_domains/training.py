@@ -14,6 +14,8 @@ from torch import nn
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
+from sparse_cl.optim import path_of
+
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 Penalty = Callable[[nn.Module], torch.Tensor | None]
 
@@ -64,6 +66,17 @@ class OwnOptimizerTrainer(transformers.Trainer):
         if hasattr(optimizer, "clip_grad_norm_"):
             return optimizer.clip_grad_norm_(self.args.max_grad_norm)
         return super()._clip_grad_norm(model)
+
+
+def warmup_of(steps: int) -> int:
+    """Steps in which the learning rate rises."""
+    return max(1, steps // 10)
+
+
+def scheduled_path(lr: float, steps: int) -> float:
+    """Σ of the learning rate over the schedule of `train`."""
+    warmup = warmup_of(steps)
+    return path_of(lr, steps, lambda optimizer: transformers.get_linear_schedule_with_warmup(optimizer, warmup, steps))
 
 
 class StepTimer(transformers.TrainerCallback):
@@ -155,7 +168,7 @@ def train(
         "per_device_train_batch_size": batch_size,
         "learning_rate": lr,
         "lr_scheduler_type": "linear",
-        "warmup_steps": max(1, steps // 10),
+        "warmup_steps": warmup_of(steps),
         "max_grad_norm": 1.0,
         "seed": seed,
         "data_seed": seed,

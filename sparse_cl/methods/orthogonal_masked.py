@@ -16,7 +16,8 @@ from sparse_cl.optim import SubspaceProjectedAdamW
 from .base import Batch
 from .neuron_account import NeuronAccount
 from .neurons import check_fraction, train_most_active, trained
-from .orthogonal import Orthogonal, told_already
+from .memory_method import told_already
+from .orthogonal import Orthogonal
 
 
 class OrthogonalMasked(Orthogonal):
@@ -60,7 +61,7 @@ class OrthogonalMasked(Orthogonal):
         self.masks = train_most_active(self.name, model, batches, self.fraction, self.account)
         return model
 
-    def make_optimizer(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    def make_optimizer(self, model: nn.Module, lr: float, path: float | None = None) -> torch.optim.Optimizer:
         with told_already():
             return SubspaceProjectedAdamW(**trained(model, self.masks), lr=lr, memory=self.memory)
 

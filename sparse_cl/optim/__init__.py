@@ -1,21 +1,25 @@
 """Optimizers that confine each update to the room that is free, and the projections that they take."""
 
 from .curvature_projection import CurvatureProjection
-from .elastic_pull import ElasticPull
-from .low_rank_pull import LowRankPull
+from .elastic_adamw import ElasticAdamW, path_of
+from .low_rank import DriftBudget, LowRankPull, SubspaceProjection
 from .projected_adamw import ProjectedAdamW
 from .projection import Projection
+from .protect import Protection, protect
 from .sparse_masked_adamw import SparseMaskedAdamW
 from .subspace_projected_adamw import SubspaceProjectedAdamW
-from .subspace_projection import SubspaceProjection
 
 __all__ = [
     "CurvatureProjection",
-    "ElasticPull",
+    "DriftBudget",
+    "ElasticAdamW",
     "LowRankPull",
     "ProjectedAdamW",
     "Projection",
+    "Protection",
     "SparseMaskedAdamW",
     "SubspaceProjectedAdamW",
     "SubspaceProjection",
+    "path_of",
+    "protect",
 ]

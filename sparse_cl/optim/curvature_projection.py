@@ -7,10 +7,12 @@ import math
 import torch
 from torch import Tensor
 
+from sparse_cl.masks import Mask
 from sparse_cl.reference.precision import full_precision
 from sparse_cl.subspace.kronecker import Kronecker
 
-from .projection import Memoryless, WholeProjection
+from .leaf import owner_of
+from .projection import Fitted, Memoryless, Projection
 
 MODES = ("hard", "soft")
 
@@ -18,7 +20,7 @@ MODES = ("hard", "soft")
 _HUGE = 1e18
 
 
-class CurvatureProjection(WholeProjection, Memoryless):
+class CurvatureProjection(Projection, Memoryless):
     """Removes or damps the coordinates C = Q_Sᵀ ΔW Q_A of an update (m, n) for which λ_S λ_A is large.
 
     "hard": those above τ are removed, so that what is left obeys tr(S ΔW A ΔWᵀ) = Σ λ_S λ_A C² <= τ ‖ΔW‖²_F.
@@ -44,7 +46,6 @@ class CurvatureProjection(WholeProjection, Memoryless):
         self.curvature, self.threshold, self.mode = curvature, threshold, mode
         rows, columns = curvature.row_values, curvature.column_values
         self.device = rows.device
-        self.expected = f"{self.shape}, or (numel, 1) for a parameter that is not a matrix"
         least = float(rows.min() * columns.min())
         self.free = least <= threshold if mode == "hard" else threshold > 0 or least == 0
         self.any = curvature.above(threshold if mode == "hard" else 0.0)[1] > 0
@@ -69,8 +70,22 @@ class CurvatureProjection(WholeProjection, Memoryless):
     def shape(self) -> tuple[int, int]:
         return self.curvature.shape
 
-    def fits(self, shape: tuple[int, ...]) -> bool:
-        return tuple(shape) == self.shape or (len(shape) != 2 and math.prod(shape) == math.prod(self.shape))
+    def fitted(self, param: Tensor, mask: Mask | None) -> Fitted:
+        # A leaf has its mask in the module, and is whole here.
+        if mask is not None and owner_of(param) is None:
+            raise ValueError(
+                f"has a {type(mask).__name__}, but what a mask leaves of an update lies in other directions than a "
+                "CurvatureProjection knows; leave one of the two out, or use a LowRankPull, which takes masks"
+            )
+        shape = tuple(param.shape)
+        if shape != self.shape and (len(shape) == 2 or math.prod(shape) != math.prod(self.shape)):
+            raise ValueError(
+                f"has shape {shape}, but its projection is for {self.shape}, or (numel, 1) for a parameter that is not "
+                "a matrix"
+            )
+        if self.device != param.device:
+            raise ValueError(f"is on {param.device}, but its projection is on {self.device}; make it there")
+        return self
 
     def _dtype(self) -> torch.dtype:
         bases = [b for b in (self.curvature.row_basis, self.curvature.column_basis) if b is not None]

@@ -16,6 +16,7 @@ from sparse_cl import ops
 from sparse_cl.layout import state_dtype
 from sparse_cl.masks import Mask
 
+from .leaf import weight_of
 from .names import ByParameter, by_param, names_of
 from .plan import Call, Plan, float_on, scalar_on
 from .projected_step import ProjectedCall, Scratch, products, split, starts_of
@@ -40,13 +41,12 @@ class ProjectedAdamW(SparseMaskedAdamW):
         params, lr, betas, eps, weight_decay, amsgrad, maximize, capturable, masks, master_weights: as for
             :class:`SparseMaskedAdamW`.
         projections: ``{parameter or its name: projection}``, each a :class:`SubspaceProjection`, :class:`LowRankPull`,
-            :class:`ElasticPull`, :class:`CurvatureProjection`, or any other ``Projection``.
+            :class:`DriftBudget`, :class:`CurvatureProjection`, or any other ``Projection``.
         rest: what happens to parameters without a projection once some projection takes anything: ``"freeze"`` or
             ``"train"``.
 
     Raises:
-        TypeError, ValueError: as there; a projection that does not fit its parameter's shape, device or mask; one with
-            AdamW in rotated coordinates for a half-precision parameter without a master.
+        TypeError, ValueError: as there; a projection that does not fit its parameter's shape, device or mask.
     """
 
     _argument = "projections"  # where they come from, for messages
@@ -90,7 +90,7 @@ class ProjectedAdamW(SparseMaskedAdamW):
             if not isinstance(projection, Projection):
                 raise TypeError(
                     f"projections: parameter {self._store.name(param)}: expected a projection (SubspaceProjection, "
-                    f"LowRankPull, ElasticPull, CurvatureProjection), got {type(projection).__name__}"
+                    f"LowRankPull, DriftBudget, CurvatureProjection), got {type(projection).__name__}"
                 )
         self._take(given, self._fit(given, "projections"))
 
@@ -128,20 +128,10 @@ class ProjectedAdamW(SparseMaskedAdamW):
         fitted = {}
         for param, projection in given.items():
             try:
-                fit = projection.fitted(param, self._store.mask_of(param, masks))
-                if fit.turn is not None and param.element_size() < 4 and not self._has_master(param):
-                    raise ValueError(
-                        f"is {param.dtype} without a master, which cannot be rotated into the directions of its "
-                        "projection; leave master_weights on"
-                    )
+                fitted[param] = projection.fitted(param, self._store.mask_of(param, masks))
             except ValueError as error:
                 raise ValueError(f"{argument}: parameter {self._store.name(param)} {error}") from None
-            fitted[param] = fit
         return fitted
-
-    def _has_master(self, param: Tensor) -> bool:
-        group = next(group for group in self.param_groups if any(p is param for p in group["params"]))
-        return self._store.options(param, group)["master"]
 
     def _take(self, given: Given, fitted: dict[Tensor, Fitted]) -> None:
         """Puts projections in force."""
@@ -181,17 +171,20 @@ class ProjectedAdamW(SparseMaskedAdamW):
         packed, projection = super()._ready(param, group), self._projections.get(param)
         if projection is None:
             return packed
-        own = self.state[param]
-        for name, zeros in projection.new_state(packed.layout.compact_shape, packed.layout.dtype).items():
-            found = own.get(PROJECTION + name)
-            if found is None:
-                self._store.refuse_capture(param)
-                own[PROJECTION + name] = zeros
-            elif found.shape != zeros.shape or found.dtype != zeros.dtype:
+        own, shapes = self.state[param], projection.shapes(packed.layout.compact_shape)
+        missing = [name for name in shapes if PROJECTION + name not in own]
+        if missing:
+            self._store.refuse_capture(param)
+            begun = projection.begin(weight_of(param), packed.layout.dtype)
+            for name in missing:
+                zeros = torch.zeros(shapes[name], dtype=packed.layout.dtype, device=param.device)
+                own[PROJECTION + name] = begun.get(name, zeros)
+        for name, shape in shapes.items():
+            found = tuple(own[PROJECTION + name].shape)
+            if found != shape:
                 raise ValueError(
-                    f"state of parameter {self._store.name(param)}: {PROJECTION}{name}: expected {zeros.dtype} of "
-                    f"shape {tuple(zeros.shape)}, got {found.dtype} of shape {tuple(found.shape)}; it was made by "
-                    "another projection"
+                    f"state of parameter {self._store.name(param)}: {PROJECTION}{name}: expected shape {shape}, got "
+                    f"{found}; it was made by another projection"
                 )
         return packed
 
@@ -202,10 +195,9 @@ class ProjectedAdamW(SparseMaskedAdamW):
         by_call: dict[tuple, dict[tuple, list[int]]] = {}
         for i in positions:
             if (fit := self._projections.get(params[i])) is not None:
-                call = (fit.exact, state_dtype(params[i].dtype), None if fit.turn is None else i)
-                alike = (fit.correction, params[i].shape, fit.like)
-                by_call.setdefault(call, {}).setdefault(alike, []).append(i)
-        for (_, dtype, _), found in by_call.items():
+                call = (fit.exact, state_dtype(params[i].dtype))
+                by_call.setdefault(call, {}).setdefault((fit.correction, fit.alike), []).append(i)
+        for (_, dtype), found in by_call.items():
             numbers = list(chain.from_iterable(found.values()))
             masks = [self._store.mask_of(params[i]) for i in numbers]
             sizes = [params[i].numel() if mask is None else mask.numel for i, mask in zip(numbers, masks, strict=True)]
@@ -235,41 +227,15 @@ class ProjectedAdamW(SparseMaskedAdamW):
         if is_capturing(first):
             # Replays read the scratch and what corrections hold, whatever takes their place later.
             self._captured = (*self._captured, ready)
-        by_kind: dict[tuple, list] = {}
-        for projected in ready:
-            for correction in projected.corrections:
-                by_kind.setdefault((type(correction), projected.buffer.dtype), []).append(correction)
-        for (kind, _), corrections in by_kind.items():
-            kind.begin(corrections, lr, found_inf)
         try:
             for call, projected in zip(calls, ready, strict=True):
                 plan = call.plan
-                if projected.layers[0].projection.turn is None:
-                    self._apply(call, grad_scale, found_inf, projected.updates)
-                    projected.correct_(lr, found_inf)
-                else:
-                    self._apply_turned(call, grad_scale, found_inf, lr)
+                self._apply(call, grad_scale, found_inf, projected.updates)
+                projected.correct_(lr, found_inf)
                 ops.apply_updates_(plan.params, plan.buffers, projected.updates, plan.layout, found_inf)
                 projected.settle_()
         finally:
             increment_version(chain.from_iterable(call.plan.written() for call in calls))
-
-    def _apply_turned(
-        self, call: Call, grad_scale: Tensor | None, found_inf: Tensor | None, lr: float | Tensor
-    ) -> None:
-        """The update of one layer whose moments are in rotated coordinates."""
-        group, plan, grads = call
-        plan.check(grads, self.param_groups)  # the op would see a rotated gradient, in another dtype
-        (layer,) = plan.projected.layers
-        weights, fade = layer.weights(), -lr * group["weight_decay"]
-        kept = 1 + fade if found_inf is None else torch.where(found_inf == 0, 1 + fade, 1.0)
-        layer.start = layer.projection.turned(weights * kept)
-        with torch.autocast(weights.device.type, enabled=False):
-            turned = grads[0].to(weights.dtype) @ layer.projection.turn
-        self._apply(Call({**group, "weight_decay": 0.0}, plan, [turned]), grad_scale, found_inf, plan.projected.updates)
-        plan.projected.correct_(lr, found_inf)
-        layer.start = None
-        layer.update.add_(weights * fade)
 
     def _projected(self, plan: Plan) -> ProjectedCall:
         buffer = self._scratch.buffer(plan.params[0].device, plan.packed[0].layout.dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,15 +50,14 @@ class ProjectedCall:
         self.buffer = buffer
         self.layers: list[Layer] = []
         starts, _ = starts_of([state.layout.entries for state in plan.packed])
-        parts = zip(projections, plan.packed, plan.params, kept, starts, strict=True)
-        for projection, state, param, its_own, start in parts:
+        for projection, state, its_own, start in zip(projections, plan.packed, kept, starts, strict=True):
             update = buffer[start : start + state.layout.entries].view(state.layout.compact_shape)
-            self.layers.append(Layer(projection, update, param, state, its_own))
+            self.layers.append(Layer(projection, update, its_own))
         self.updates = [layer.update for layer in self.layers]
-        by_kind: dict[type[Correction], list[Layer]] = {}
+        by_kind: dict[tuple[type[Correction], Any], list[Layer]] = {}
         for layer in self.layers:
-            by_kind.setdefault(layer.projection.correction, []).append(layer)
-        self.corrections = [kind(layers) for kind, layers in by_kind.items()]
+            by_kind.setdefault((layer.projection.correction, layer.projection.alike), []).append(layer)
+        self.corrections = [kind(layers) for (kind, _), layers in by_kind.items()]
 
     def correct_(self, lr: float | Tensor, skipped: Tensor | None) -> None:
         for correction in self.corrections:

@@ -12,9 +12,6 @@ from torch import Tensor
 
 from sparse_cl.masks import Mask
 
-from .leaf import owner_of
-from .state import ParameterState
-
 
 class Projection(ABC):
     """What the caller gives :class:`ProjectedAdamW` for a parameter: an immutable value.
@@ -37,37 +34,33 @@ class Projection(ABC):
 class Fitted:
     """A projection in force: how a step treats the updates of one parameter.
 
-    A step writes AdamW's whole update into a scratch; :attr:`correction` corrects it there, and only then is it added
-    to the weights.
+    A step writes AdamW's whole update, weight decay included, into a scratch; :attr:`correction` corrects it there, and
+    only then is it added to the weights.
 
     Attributes:
         free: whether it leaves anything; if not, the parameter is not updated.
         spent: what a warning then says of the parameter.
-        turn: orthogonal (n, n), or None. If there is one, AdamW gets the gradient G Q, so that its moments are those of
-            the directions in the columns of Q. The update to correct is in these coordinates and lacks the weight
-            decay, which the optimizer adds after the correction has rotated it back.
-        exact: whether it needs float32 products where the caller allows less. On a GPU it must still tolerate TF32.
-            Otherwise its products are made as the caller allows.
-        correction: corrects the updates of all layers whose projections name it.
-        like: projections with an equal ``like`` are best corrected side by side if their updates have one shape.
+        exact: whether it needs float32 products where the caller allows less, such as TF32.
+        correction: corrects the updates of all layers whose projections name it and are ``alike``.
     """
 
     free: bool = True
     spent: str = "all its directions are protected"
-    turn: Tensor | None = None
     exact: bool = True
     correction: type[Correction]
-    like: Hashable = None
+    alike: Hashable = None
 
-    def turned(self, weights: Tensor) -> Tensor:
-        """(W - W₀) Q, with the projection's own W₀. Only differences are rotated, so low-precision products suffice.
+    def shapes(self, compact: Sequence[int]) -> dict[str, tuple[int, ...]]:
+        """Of what it remembers of updates of a compact shape: part of the parameter's state and of checkpoints."""
+        return {}
 
-        Without a turn: the weights as they are.
+    def begin(self, weight: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        """What it remembers before the first step.
+
+        Args:
+            weight: as it is now, whole.
+            dtype: of the updates.
         """
-        return weights
-
-    def new_state(self, shape: Sequence[int], dtype: torch.dtype) -> dict[str, Tensor]:
-        """Zeros for what it remembers of updates of this shape: part of the parameter's state and of checkpoints."""
         return {}
 
 
@@ -78,23 +71,12 @@ class Layer:
     Attributes:
         projection: a :class:`Fitted` of the kind that the layer's correction is for.
         update: AdamW's update, compact, to be corrected in place.
-        param, packed: the weight that is stepped and its state; read only.
-        kept: the tensors of :meth:`Fitted.new_state`.
-        start: the weights before the update, `turned`, if the projection has a turn.
+        kept: the tensors of :meth:`Fitted.begin`.
     """
 
     projection: Any
     update: Tensor
-    param: Tensor
-    packed: ParameterState
     kept: dict[str, Tensor]
-    start: Tensor | None = None
-
-    def weights(self) -> Tensor:
-        """The active weights as they are stepped, float32 or float64; may share their memory."""
-        if self.packed.layout.master:
-            return self.packed.views["master"]
-        return self.packed.active(self.param).to(self.packed.layout.dtype)
 
 
 class Correction:
@@ -102,15 +84,6 @@ class Correction:
 
     def __init__(self, layers: Sequence[Layer]) -> None:
         self.layers = layers
-
-    @staticmethod
-    def begin(corrections: Sequence[Any], lr: float | Tensor, skipped: Tensor | None) -> None:
-        """Called once per step with all corrections of this class, for what is cheaper made for all layers at once.
-
-        Args:
-            corrections: of one device, parameter group and dtype of updates.
-            lr, skipped: as for :meth:`correct_`.
-        """
 
     def correct_(self, lr: float | Tensor, skipped: Tensor | None) -> None:
         """Corrects all updates in place.
@@ -136,32 +109,4 @@ class Memoryless(ABC, Fitted):
 
     @abstractmethod
     def apply_(self, update: Tensor) -> None:
-        """Replaces an update, in the mask's compact shape, by what is left of it in the parameter's coordinates."""
-
-
-class WholeProjection(Projection, Fitted):
-    """A projection of whole parameters, or of compact leaves, which have their mask in the module.
-
-    Attributes:
-        expected: the shapes that it fits, in words.
-        device: where it is.
-    """
-
-    expected: str
-    device: torch.device
-
-    @abstractmethod
-    def fits(self, shape: tuple[int, ...]) -> bool:
-        """Whether it is for a parameter of this shape."""
-
-    def fitted(self, param: Tensor, mask: Mask | None) -> Fitted:
-        if mask is not None and owner_of(param) is None:
-            raise ValueError(
-                f"has a {type(mask).__name__}, but what a mask leaves of an update lies in other directions than a "
-                f"{type(self).__name__} knows; leave one of the two out, or use a SubspaceProjection, which takes masks"
-            )
-        if not self.fits(tuple(param.shape)):
-            raise ValueError(f"has shape {tuple(param.shape)}, but its projection is for {self.expected}")
-        if self.device != param.device:
-            raise ValueError(f"is on {param.device}, but its projection is on {self.device}; make it there")
-        return self
+        """Replaces an update, in the mask's compact shape, by what is left of it."""

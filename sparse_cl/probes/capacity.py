@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_cl.subspace.consolidation import directions_needed, new_directions
+from sparse_cl.subspace.consolidation import leading
 from sparse_cl.subspace.moments import ExactMoment
-from sparse_cl.subspace.subspace import Subspace, energy_of, smaller_half
+from sparse_cl.subspace.settings import Settings
+from sparse_cl.subspace.subspace import Subspace, energy_of
 
 from .inputs import InputMoments
 
@@ -110,8 +111,8 @@ def capacity(
 ) -> Capacity:
     """What each domain uses of each layer, in the order given, and what is left.
 
-    A domain's directions are found as `SubspaceMemory` does: the fewest that, with those in use, explain `energy` of
-    its inputs (GPM's criterion, Saha, Garg & Roy 2021).
+    A domain's directions are found as `SubspaceMemory` does: the fewest that leave out no more than 1 - `energy` of
+    its inputs beside what was left out before (GPM's criterion, Saha, Garg & Roy 2021).
 
     Args:
         moments: domain → its inputs, from `InputProbe`.
@@ -195,8 +196,8 @@ def _layer(
     subspace = null = None
     for number, pair in enumerate(halves):
         whole, first = _sum(pair), _grown(None, pair[0], energy)
-        alone_halves.append((first.rank, directions_needed(pair[1], None, energy)))
-        repeated.append(directions_needed(pair[1], first, energy))
+        alone_halves.append((first.rank, _grown(None, pair[1], energy).rank))
+        repeated.append(_further(pair[1], first, energy))
         if gradients is not None:
             surviving.append(_surviving(gradients[number], subspace))
         if subspace is None:
@@ -204,7 +205,7 @@ def _layer(
             alone.append(subspace.rank)
         else:
             subspace, null = _grown(subspace, whole, energy), _grown(null, _turned(whole, generator), energy)
-            alone.append(directions_needed(whole, None, energy))
+            alone.append(_grown(None, whole, energy).rank)
         used.append(subspace.rank)
         used_null.append(null.rank)
     return LayerCapacity(
@@ -221,9 +222,21 @@ def _sum(halves: tuple[ExactMoment, ExactMoment]) -> ExactMoment:
 
 
 def _grown(subspace: Subspace | None, moment: ExactMoment, energy: float) -> Subspace:
-    """With the further directions that the moment needs."""
-    directions = new_directions([moment], [subspace], energy, None)[0]
-    return smaller_half(directions) if subspace is None else subspace.extended(directions)
+    """With what a further domain uses."""
+    return leading([moment], [subspace], 1.0, [1.0], Settings(energy=energy))[0]
+
+
+def _further(moment: ExactMoment, subspace: Subspace, energy: float) -> int:
+    """The fewest directions that, with those of the subspace, explain `energy` of the moment."""
+    whole = moment.moment.double()
+    basis = subspace.basis.double()
+    left = whole - basis @ (basis.mT @ whole)
+    left = left - (left @ basis) @ basis.mT
+    values = torch.linalg.eigvalsh((left + left.mT) / 2).flip(0).clamp(min=0)
+    missing = left.diagonal().sum() - (1 - energy) * whole.diagonal().sum()
+    # Rounding leaves a direction of nothing where nothing is missing.
+    floor = torch.finfo(torch.float32).eps * whole.diagonal().sum()
+    return int((values.cumsum(0) - values < missing - floor).sum())
 
 
 def _turned(moment: ExactMoment, generator: torch.Generator) -> ExactMoment:
@@ -232,7 +245,7 @@ def _turned(moment: ExactMoment, generator: torch.Generator) -> ExactMoment:
     q, r = torch.linalg.qr(torch.randn(width, width, generator=generator, dtype=torch.float64))
     q = (q * r.diagonal().sign()).to(device, dtype)
     turned = ExactMoment(width, dtype, device)
-    turned.merge({"moment": q @ moment.moment @ q.mT})
+    turned.merge({"upper": q @ moment.moment @ q.mT, "count": moment.count})
     return turned
 
 
@@ -241,7 +254,7 @@ def _surviving(gradients: Sequence[Tensor], subspace: Subspace | None) -> float:
     for gradient in gradients:
         total += float(energy_of(gradient))
         if subspace is not None:
-            inside += float(subspace.used_energy(gradient.to(subspace.device)))
+            inside += float(subspace.energies(gradient.to(subspace.device)).sum())
     return 1.0 if not total else 1.0 - inside / total
 
 

@@ -227,7 +227,7 @@ class CurvatureProbe:
                     f"{name}: its output is changed in place by what follows (ReLU(inplace=True)?), so its own "
                     "gradient is not to be had; make that out of place"
                 )
-            moments[name][0].add(_counted(rows, places), None)
+            moments[name][0].add(_counted(rows, places))
         wide = logits if logits.dtype == torch.float64 else logits.float()
         chances = wide.detach().softmax(-1)
         outputs = [output for _, output, _ in seen.values()]
@@ -239,7 +239,7 @@ class CurvatureProbe:
             for name, delta in zip(seen, deltas, strict=True):
                 if delta is None:
                     raise ValueError(f"{name}: the prediction does not depend on its output; watch other layers")
-                moments[name][1].add(_counted(delta, places), None)
+                moments[name][1].add(_counted(delta, places))
 
 
 def curvature_overlap(curvatures: Mapping[str, Curvature], share: float = 0.05) -> dict[str, Any]:

@@ -91,7 +91,7 @@ class InputProbe:
                 self._halves[name] = (ExactMoment(width, wide, rows.device), ExactMoment(width, wide, rows.device))
             self._tokens += len(rows) if counts else 0
             for half, moment in zip(split.of(sequences), self._halves[name], strict=True):
-                moment.add(rows[half], None)
+                moment.add(rows[half])
 
         return see
 

@@ -1,4 +1,4 @@
-"""The end of a domain: from what was observed to the directions that join the bases."""
+"""The end of a domain: from what was observed to the directions that are remembered."""
 
 from __future__ import annotations
 
@@ -7,15 +7,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.nn.functional import pad
 
-from sparse_cl.linalg import orthonormalize
 from sparse_cl.reference.precision import full_precision
 
-from .layers import Layer, Moment
-from .moments import ExactMoment
-from .subspace import Subspace, smaller_half
+from .layers import Layer
+from .moments import Moment
+from .settings import Settings
+from .subspace import Subspace, trusted
 
 #: Numbers that one batch holds, so that consolidating takes a part of the memory that the model has.
 _BATCH = 1 << 26
@@ -36,91 +34,94 @@ def batches(layers: Iterable[Layer]) -> Iterator[list[Layer]]:
             yield group[start : start + key[-1]]
 
 
-def consolidate(layers: Sequence[Layer], energy: float, max_rank: int | None, sum_up: bool) -> dict[str, int]:
-    """Adds what observed layers used to their bases, and forgets their moments.
+def consolidate(layers: Sequence[Layer], settings: Settings, weight: float, fade: float) -> dict[str, int]:
+    """Adds what observed layers used to what is remembered of them, and forgets their moments.
 
     Args:
-        energy, max_rank: as for :func:`new_directions`.
-        sum_up: whether each process of a distributed run has observed something else. Gradients are the same in all
-            of them; inputs are not, and bases must be.
+        weight: of the domain, whose inputs' mean energy along each direction is what counts.
+        fade: what becomes of the weight of all earlier domains.
 
     Returns:
-        The number of directions added to each layer, by its name.
+        How many directions each layer has more than before, by its name.
     """
-    if sum_up and dist.is_available() and dist.is_initialized():
-        for layer in layers:
-            for tensor in layer.observed().tensors().values():
+    if settings.source == "inputs" and dist.is_available() and dist.is_initialized():
+        # Each process has seen other inputs. Gradients are the same in all of them.
+        for moment in {id(layer.moment): layer.observed() for layer in layers}.values():
+            for tensor in moment.tensors().values():
                 dist.all_reduce(tensor)
-    added, grown = {}, {}
-    for batch in batches(layers):
-        subspaces = [layer.used() for layer in batch]
-        found = new_directions([layer.observed() for layer in batch], subspaces, energy, max_rank)
-        for layer, subspace, directions in zip(batch, subspaces, found, strict=True):
-            added[layer.name] = directions.shape[1]
-            grown[layer.name] = smaller_half(directions) if subspace is None else subspace.extended(directions)
-    # Only now, so that a factorization that fails leaves the domain open.
+    # Layers that read the same inputs, and always did, have one subspace.
+    groups: dict[tuple, list[Layer]] = {}
     for layer in layers:
-        layer.subspace, layer.moment = grown[layer.name], None
-    return {layer.name: added[layer.name] for layer in layers}
-
-
-def new_directions(
-    moments: Sequence[Moment], subspaces: Sequence[Subspace | None], energy: float, max_rank: int | None
-) -> list[Tensor]:
-    """For each layer of a batch the fewest directions (n, k) that, with those in use, explain ``energy``.
-
-    GPM's criterion (Saha, Garg & Roy 2021, equation 9): ‖R U Uᵀ‖² + ‖(R - R U Uᵀ)_k‖² ≥ ε ‖R‖². They are orthonormal
-    and orthogonal to the used ones.
-    """
-    with full_precision(moments[0].place[0]):
-        return _new_directions(moments, subspaces, energy, max_rank)
-
-
-def directions_needed(moment: ExactMoment, subspace: Subspace | None, energy: float) -> int:
-    """How many :func:`new_directions` would find, without finding them."""
-    with full_precision(moment.place[0]):
-        outside = moment.outside(subspace)
-        values = torch.linalg.eigvalsh(outside).flip(0)
-        total, left = float(moment.energy()), float(outside.diagonal().sum())
-    return _fewest(values.tolist(), left - (1 - energy) * total, _NOISE * total, None)
-
-
-def _new_directions(
-    moments: Sequence[Moment], subspaces: Sequence[Subspace | None], energy: float, max_rank: int | None
-) -> list[Tensor]:
-    kind: Any = type(moments[0])
-    spectra = kind.spectra(moments, subspaces)
-    counts = [
-        _fewest(values, outside - (1 - energy) * total, _NOISE * total, max_rank)
-        for values, total, outside in zip(
-            spectra.values.tolist(), spectra.totals.tolist(), spectra.outsides.tolist(), strict=True
+        groups.setdefault((id(layer.moment), id(layer.used()), layer.weight), []).append(layer)
+    grown: dict[str, tuple[Subspace, float]] = {}
+    alike = {found[0].name: found for found in groups.values()}
+    for batch in batches(found[0] for found in groups.values()):
+        subspaces = leading(
+            [layer.observed() for layer in batch],
+            [layer.faded(fade) for layer in batch],
+            weight,
+            [fade * layer.weight + weight for layer in batch],
+            settings,
         )
-    ]
-    most = max(counts)
-    columns = spectra.leading(most)
-    if not most:
-        return list(columns)
-    position = torch.arange(most, device=columns.device)
-    columns = columns.masked_fill(position >= torch.tensor(counts, device=columns.device)[:, None, None], 0)
-    # A complement is projected onto by itself; bases go in one batch, padded with zero columns.
-    bases = []
-    for i, subspace in enumerate(subspaces):
-        bases.append(columns[i, :, :0])
-        if subspace is not None and subspace.complement:
-            columns[i] = subspace.project_out_(columns[i].mT.contiguous()).mT
-        elif subspace is not None:
-            bases[i] = subspace.matrix
-    widest = max(basis.shape[1] for basis in bases)
-    against = torch.stack([pad(basis, (0, widest - basis.shape[1])) for basis in bases]) if widest else None
-    columns, ranks = orthonormalize(columns, against)
-    return [column[:, :rank].clone() for column, rank in zip(columns, ranks.tolist(), strict=True)]
+        for first, subspace in zip(batch, subspaces, strict=True):
+            for layer in alike[first.name]:
+                grown[layer.name] = subspace, fade * layer.weight + weight
+    # Only now, so that a factorization that fails leaves the domain open.
+    added = {}
+    for layer in layers:
+        before = layer.rank
+        (layer.subspace, layer.weight), layer.moment = grown[layer.name], None
+        added[layer.name] = layer.rank - before
+    return added
 
 
-def _fewest(values: Sequence[float], missing: float, noise: float, max_rank: int | None) -> int:
-    """How many of ``values`` (descending) it takes to sum to ``missing``."""
-    count = 0
-    limit = len(values) if max_rank is None else min(max_rank, len(values))
-    while count < limit and missing > 0 and values[count] > noise:
-        missing -= values[count]
+def leading(
+    moments: Sequence[Moment],
+    known: Sequence[Subspace | None],
+    weight: float,
+    weights: Sequence[float],
+    settings: Settings,
+) -> list[Subspace]:
+    """The leading directions of A = U diag(λ) Uᵀ + w E[x xᵀ], for each layer of a batch.
+
+    As few as leave out no more than (1 - energy) w E‖x‖², what GPM (Saha, Garg & Roy 2021, equation 9) lets a domain
+    leave out, but at most as many as the settings allow. What is left out is remembered as one number.
+
+    Args:
+        moments: of one kind, width and place.
+        known: U and λ of earlier domains, faded.
+        weight: w, of the domain.
+        weights: Σ w over all domains, this one included.
+    """
+    kind: Any = type(moments[0])
+    device, dtype = moments[0].place
+    with full_precision(device):
+        counts = torch.stack([moment.count for moment in moments]).clamp(min=1)
+        scales = (weight / counts).tolist()
+        spectra = kind.spectra(moments, scales, known)
+        new = [float(moment.energy()) * scale for moment, scale in zip(moments, scales, strict=True)]
+        old = [0.0 if subspace is None else subspace.total for subspace in known]
+        inside = [e if s is None else e - s.outside for e, s in zip(old, known, strict=True)]
+        width = spectra.width
+        most = settings.most(width)
+        ranks = [
+            fewest(values, settings.energy * e + i, _NOISE * (e + i), most)
+            for values, e, i in zip(spectra.values.tolist(), new, inside, strict=True)
+        ]
+        columns = spectra.leading(max(ranks)).to(dtype)
+    result = []
+    for i, rank in enumerate(ranks):
+        values = spectra.values[i, :rank].to(dtype)
+        total = new[i] + old[i]
+        outside = max(0.0, total - float(values.sum(dtype=torch.float64)))
+        result.append(trusted(columns[i, :, :rank].clone(), values, outside, total / (width * weights[i])))
+    return result
+
+
+def fewest(values: Sequence[float], wanted: float, noise: float, most: int) -> int:
+    """How many of ``values`` (descending) it takes to sum to ``wanted``, without those below ``noise``."""
+    count, found = 0, 0.0
+    while count < min(most, len(values)) and found < wanted and values[count] > noise:
+        found += values[count]
         count += 1
     return count

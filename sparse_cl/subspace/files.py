@@ -17,21 +17,25 @@ from .subspace import Subspace
 
 _KIND, _WRITER = "memory", "SubspaceMemory.save"
 
-#: Of the settings. Version 1 did not write its number; it had the same entries.
-_VERSION = 2
+#: Of the settings and the index. Versions 1 and 2 knew directions, but not how much each is used.
+_VERSION = 3
 
 
 def save(
     path: str | PathLike, settings: Settings, domains: int, embeddings: Sequence[str], layers: Mapping[str, Layer]
 ) -> None:
-    """Writes a memory: the matrix of each layer, what was observed, and in the header all else."""
+    """Writes a memory: each subspace once, what was observed, and in the header all else."""
     tensors: dict[str, Tensor] = {}
     index: dict[str, dict[str, Any]] = {}
+    first: dict[int, str] = {}
     for name, layer in layers.items():
-        index[name] = {"shape": list(layer.shape), "complement": None}
-        if layer.subspace is not None:
-            index[name]["complement"] = layer.subspace.complement
-            tensors[f"{name}:basis"] = layer.subspace.matrix
+        index[name] = {"shape": list(layer.shape), "transposed": layer.transposed, "weight": layer.weight}
+        index[name]["source"] = layer.source
+        if (subspace := layer.subspace) is not None:
+            same = first.setdefault(id(subspace), name)
+            index[name] |= {"subspace": same, "outside": subspace.outside, "mean": subspace.mean}
+            if same == name:
+                tensors |= {f"{name}:basis": subspace.basis, f"{name}:values": subspace.values}
         if layer.moment is not None:
             tensors |= {f"{name}:{key}": tensor for key, tensor in layer.moment.tensors().items()}
     facts = {"version": _VERSION, **asdict(settings), "domains": domains, "embeddings": list(embeddings)}
@@ -42,29 +46,36 @@ def load(path: str | PathLike) -> tuple[Settings, int, list[str], list[tuple[Lay
     """Settings, the number of domains, the names of embeddings, and each layer with the tensors of its moment.
 
     Raises:
-        ValueError: the file is truncated, holds something else, or comes from a later sparse_cl.
+        ValueError: the file is truncated, holds something else, or comes from another version of sparse_cl.
         FileNotFoundError: there is no such file.
     """
     tensors, facts = storage.read(path, _KIND, _WRITER, "settings", "layers")
     found = facts["settings"]
-    if isinstance(found, dict) and found.get("version", 1) not in (1, _VERSION):
+    if isinstance(found, dict) and found.get("version", 1) != _VERSION:
+        version = found.get("version", 1)
         raise ValueError(
-            f"{path}: the memory has settings of version {found['version']}, but this sparse_cl reads up to "
-            f"{_VERSION}; install the sparse_cl that wrote it"
+            f"{path}: the memory has settings of version {version}, but this sparse_cl reads {_VERSION}; "
+            + ("install the sparse_cl that wrote it" if version > _VERSION else "observe the earlier domains again")
         )
     try:
         settings = Settings(**{field.name: found[field.name] for field in fields(Settings)})
-        layers = [_layer(name, entry, tensors) for name, entry in facts["layers"].items()]
+        known: dict[str, Subspace] = {}
+        layers = [_layer(name, entry, tensors, known) for name, entry in facts["layers"].items()]
         return settings, found["domains"], found["embeddings"], layers
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path}: the memory is damaged ({error}); write it again with {_WRITER}") from error
 
 
-def _layer(name: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[Layer, dict[str, Tensor]]:
-    layer = Layer(name, tuple(entry["shape"]))
-    if entry["complement"] is not None:
-        layer.subspace = Subspace(tensors[f"{name}:basis"], entry["complement"])
+def _layer(
+    name: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor], known: dict[str, Subspace]
+) -> tuple[Layer, dict[str, Tensor]]:
+    layer = Layer(name, tuple(entry["shape"]), **{key: entry[key] for key in ("transposed", "weight", "source")})
+    if (same := entry.get("subspace")) is not None:
+        if same not in known:
+            basis, values = tensors[f"{same}:basis"], tensors[f"{same}:values"]
+            known[same] = Subspace(basis, values, entry["outside"], entry["mean"])
+        layer.subspace = known[same]
         if layer.subspace.width != layer.width:
             raise ValueError(f"the basis of {name!r} has width {layer.subspace.width}, not {layer.width}")
-    keys = ("moment", "sketch", "energies")
+    keys = ("upper", "sketch", "total", "count")
     return layer, {key: tensors[f"{name}:{key}"] for key in keys if f"{name}:{key}" in tensors}

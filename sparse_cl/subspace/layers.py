@@ -4,23 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .moments import ExactMoment, SketchedMoment, row_blocks
-from .subspace import Subspace, energy_of
-
-Moment = ExactMoment | SketchedMoment
+from .moments import Moment, row_blocks
+from .subspace import Subspace, energy_of, trusted
 
 
 @dataclass
 class Layer:
-    """One tracked weight (m, n): its used subspace, and what was observed since the last consolidation.
+    """One tracked weight: what is used of its input space, and what was observed since the last consolidation.
 
     Attributes:
+        shape: (m, n), outputs and inputs.
         param: None while the memory is bound to no model.
         modules: linear layers that have this weight; only these can be watched.
+        transposed: the weight is (n, m), as that of transformers' Conv1D.
+        weight: Σ of the weights of its domains.
+        source: the name of a layer that reads the same inputs, so that its moment counts here too.
     """
 
     name: str
@@ -29,6 +32,9 @@ class Layer:
     modules: list[nn.Module] = field(default_factory=list)
     subspace: Subspace | None = None
     moment: Moment | None = None
+    transposed: bool = False
+    weight: float = 0.0
+    source: str | None = None
 
     @property
     def width(self) -> int:
@@ -38,7 +44,7 @@ class Layer:
     def rank(self) -> int:
         return 0 if self.subspace is None else self.subspace.rank
 
-    def observed(self) -> Moment:
+    def observed(self) -> Any:
         """The moment of a layer that was observed."""
         assert self.moment is not None, f"{self.name} was not observed"
         return self.moment
@@ -49,17 +55,35 @@ class Layer:
             self.subspace = self.subspace.to(*self.place())
         return self.subspace
 
-    def share_inside(self, rows: Tensor) -> float:
-        """‖R U Uᵀ‖²_F / ‖R‖²_F of rows R (..., n), summed in float64; 0 of zeros and without a subspace."""
+    def faded(self, fade: float) -> Subspace | None:
+        """The used subspace with all its energies times `fade`."""
+        found = self.used()
+        if found is None or fade == 1:
+            return found
+        return trusted(found.basis, found.values * fade, found.outside * fade, found.mean)
+
+    def rows(self, matrix: Tensor) -> Tensor:
+        """A matrix of the weight's shape, or one of such rows, as (…, n)."""
+        return matrix.mT if self.transposed else matrix
+
+    def share_inside(self, matrix: Tensor, by_use: bool = False) -> float:
+        """‖R U Uᵀ‖²_F / ‖R‖²_F of the rows R (..., n) of a matrix, summed in float64; 0 of zeros and without a subspace.
+
+        Args:
+            by_use: direction j counts by u_j / (1 + u_j), u its usage, in place of 1.
+        """
         subspace = self.used()
         if subspace is None or subspace.rank == 0:
             return 0.0
+        rows = self.rows(matrix)
         wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
         subspace = subspace.to(rows.device, wide)
         total = inside = 0.0
+        usage = subspace.usage.double()
+        parts = usage / (1 + usage) if by_use else torch.ones_like(usage)
         for block in row_blocks(rows, wide):
             total += float(energy_of(block))
-            inside += float(subspace.used_energy(block))
+            inside += float(subspace.energies(block) @ parts)
         return min(1.0, inside / total) if total else 0.0
 
     def place(self) -> tuple[torch.device, torch.dtype]:
@@ -73,8 +97,8 @@ class Layer:
 def find_layers(source: nn.Module | Iterable[tuple[str, Tensor]]) -> tuple[dict[str, Layer], dict[str, Tensor]]:
     """Tracked layers by name, and parameters of embeddings by name.
 
-    Of a model: the weights of its ``nn.Linear`` layers, but not those that an embedding shares. Of named parameters:
-    those of two dimensions.
+    Of a model: the weights of its ``nn.Linear`` and Conv1D layers, those that an embedding shares too, which are in
+    both. Of named parameters: those of two dimensions.
 
     Raises:
         ValueError: there is none.
@@ -107,24 +131,32 @@ def _layers_of_module(model: nn.Module) -> tuple[dict[str, Layer], dict[str, Ten
         if isinstance(module, nn.Embedding)
         for own, param in module.named_parameters(recurse=False)
     }
-    tied = set(map(id, embeddings.values()))
+    names = {id(param): name for name, param in model.named_parameters()}
     layers: dict[str, Layer] = {}
     by_param: dict[int, Layer] = {}
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear) or id(module.weight) in tied:
+    for module in model.modules():
+        transposed = is_transposed(module)
+        if not isinstance(module, nn.Linear) and not transposed:
             continue
-        layer = by_param.get(id(module.weight))
+        own: Any = module
+        layer = by_param.get(id(own.weight))
         if layer is None:
-            name = f"{name}.weight" if name else "weight"
+            name = names[id(own.weight)]
             # A quantized weight has another shape than the matrix that it stands for.
-            layer = Layer(name, (module.out_features, module.in_features), module.weight)
-            layers[name] = by_param[id(module.weight)] = layer
+            shape = tuple(own.weight.shape[::-1]) if transposed else (own.out_features, own.in_features)
+            layer = Layer(name, shape, own.weight, transposed=transposed)
+            layers[name] = by_param[id(own.weight)] = layer
         layer.modules.append(module)
     if not layers:
         kinds = sorted({type(m).__name__ for m in model.modules() if any(True for _ in m.parameters(recurse=False))})
         raise ValueError(
-            f"model_or_named_params: {type(model).__name__} has no torch.nn.Linear whose weight is its own; its layers "
+            f"model_or_named_params: {type(model).__name__} has no torch.nn.Linear; its layers "
             f"with parameters are {', '.join(kinds) or 'none'}. Pass (name, weight) pairs of matrices whose rows are "
             "to be protected"
         )
     return layers, embeddings
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a layer is transformers' Conv1D, whose weight is (inputs, outputs); known by its name."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")

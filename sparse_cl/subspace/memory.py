@@ -19,25 +19,27 @@ from .subspace import Subspace
 
 
 class SubspaceMemory:
-    """Orthonormal bases U (n × r) of the input directions that earlier domains use, one for each weight (m, n).
+    """The input directions U (n, r) that earlier domains use of each weight (m, n), and how much they use each.
 
-    For y = Wx a row of ∂L/∂W lies in the span of the inputs x, so ΔW U = 0 keeps what W computes for those inputs.
-    In a domain, :meth:`observe` adds up what a layer's gradients or inputs span, storing none of them; at its end
-    :meth:`consolidate` takes the fewest new directions that, together with the old ones, explain ``energy`` of what
-    was observed: the criterion of GPM (Saha, Garg & Roy 2021).
+    For y = Wx a row of ∂L/∂W lies in the span of the inputs x, so a change with ΔW U = 0 keeps what W computes for
+    these inputs, and Σ λ_j ‖ΔW u_j‖² says by how much any other change moves it. In a domain, :meth:`observe` adds up
+    what a layer's gradients or inputs span, storing none of them; at its end :meth:`consolidate` takes the leading
+    eigenvectors of A = Σ_d w_d E_d[x xᵀ].
 
     Args:
-        model_or_named_params: a model, whose ``nn.Linear`` weights are tracked (one that is tied to an embedding is
-            not), or (name, parameter) pairs, of which those with two dimensions are.
-        max_rank: new directions that a domain may add to a layer. None: as many as ``energy`` asks for, and the exact
-            n × n second moment is kept; with a cap, that is so up to n = 1024, and wider layers keep a sketch of
-            ``max_rank + oversample`` columns.
-        energy: share of Σ‖G‖²_F to explain, in (0, 1].
+        model_or_named_params: a model, whose ``nn.Linear`` and Conv1D weights are tracked (one that is tied to an
+            embedding too, by what it computes as a head), or (name, parameter) pairs, of which those with two
+            dimensions are.
+        max_rank: directions that are kept of a layer. None: as many as ``energy`` asks for, and the exact n × n second
+            moment is kept; with a cap, that is so up to n = 1024, and wider layers keep a sketch of
+            ``max_rank + oversample`` columns. "auto": an eighth of the layer's inputs, at most 256.
+        energy: share of a domain's Σ‖x‖² to explain, in (0, 1]: the criterion of GPM (Saha, Garg & Roy 2021).
         source: ``"gradients"``: rows of ``.grad``, as they are when :meth:`observe` is called (after unscaling, if a
             GradScaler is used). ``"inputs"``: the inputs of the layers in forward passes with gradients enabled, or in
             those that :meth:`watch` names; needs a model.
         oversample: further columns of the sketch; default an eighth of ``max_rank``, at least 8.
         seed: of the sketch's random signs.
+        share_inputs: layers that read one tensor, such as q, k and v, are observed once.
 
     Observing uses float32 products as ``torch.set_float32_matmul_precision`` has them: TF32 leaves ranks as they are
     up to an energy of 0.99 and makes them a little smaller above. Consolidating is in full precision, its small
@@ -46,8 +48,8 @@ class SubspaceMemory:
     In a distributed run each process observes its own inputs, and consolidating adds them up. Sharded parameters (FSDP)
     are not supported.
 
-    Memory does not grow with the number of steps: 4 n² or 4 n (max_rank + oversample) bytes per layer while a domain is
-    observed, and 4 n r for the basis (4 n (n - r) where r > n/2: the complement is kept).
+    Memory does not grow with the number of steps: 4 n² or 4 n (max_rank + oversample) bytes per input space while a
+    domain is observed, and 4 n r for what is kept.
 
     Raises:
         ValueError: nothing to track, or an argument out of range.
@@ -56,19 +58,20 @@ class SubspaceMemory:
     def __init__(
         self,
         model_or_named_params: nn.Module | Iterable[tuple[str, Tensor]],
-        max_rank: int | None = None,
+        max_rank: int | str | None = None,
         energy: float = 0.95,
         source: str = "gradients",
         *,
         oversample: int | None = None,
         seed: int = 0,
+        share_inputs: bool = True,
     ) -> None:
-        settings = Settings(max_rank, energy, source, oversample, seed)
+        settings = Settings(max_rank, energy, source, oversample, seed, share_inputs)
         if source == "inputs" and not isinstance(model_or_named_params, nn.Module):
             raise ValueError('source="inputs" needs the model, whose layers it watches; got named parameters')
         layers, embeddings = find_layers(model_or_named_params)
         widest = max(layers.values(), key=lambda layer: layer.width)
-        if max_rank is not None and max_rank > widest.width:
+        if isinstance(max_rank, int) and max_rank > widest.width:
             raise ValueError(
                 f"max_rank: expected at most the width of the widest layer, {widest.width} ({widest.name}), "
                 f"got {max_rank}; None means no cap"
@@ -121,20 +124,34 @@ class SubspaceMemory:
         self._observer.note(name, inputs)
 
     @torch.no_grad()
-    def consolidate(self) -> dict[str, int]:
-        """Ends a domain: what it used joins the bases, and observing starts anew.
+    def consolidate(self, weight: float = 1.0, fade: float = 1.0) -> dict[str, int]:
+        """Ends a domain: what it used is remembered, and observing starts anew.
+
+        Args:
+            weight: of the domain, above 0.
+            fade: what becomes of the weight of all earlier domains, in [0, 1]. Below 1 what is remembered of a domain
+                fades with each later one, and the strengths of a pull stay below 1 / (1 - fade) times one domain's.
 
         Returns:
-            For each layer that was observed, the number of directions that were added.
+            For each layer that was observed, how many directions more are remembered.
 
         Raises:
-            ValueError: nothing was observed since the last call.
+            ValueError: nothing was observed since the last call, or a number out of range.
         """
+        if not weight > 0:
+            raise ValueError(f"weight: expected a number above 0, got {weight}")
+        if not 0 <= fade <= 1:
+            raise ValueError(f"fade: expected a number in [0, 1], got {fade}")
+        for layer in self._layers.values():
+            if layer.source is not None:
+                layer.moment = self._layers[layer.source].moment
         observed = [layer for layer in self._layers.values() if layer.moment is not None]
         if not observed:
             raise ValueError("consolidate: nothing was observed; call observe() in the domain first")
-        settings = self.settings
-        added = consolidate(observed, settings.energy, settings.max_rank, sum_up=settings.source == "inputs")
+        added = consolidate(observed, self.settings, weight, fade)
+        for layer in self._layers.values():
+            if layer.name not in added and layer.subspace is not None and fade != 1:
+                layer.subspace, layer.weight = layer.faded(fade), fade * layer.weight
         self._observer.end_domain()
         self.version += 1
         return added
@@ -165,18 +182,26 @@ class SubspaceMemory:
         if subspace is None:
             device, dtype = layer.place()
             return torch.zeros(layer.width, 0, dtype=dtype, device=device)
-        return subspace.basis()
+        return subspace.basis
 
     def rank(self, key: str | Tensor) -> int:
         """Number of used directions of a weight."""
         return self._layer(key).rank
 
-    def capacity(self) -> dict[str, dict[str, int]]:
-        """For each weight its ``width``, and how many of those directions are ``used`` and ``free``."""
-        return {
-            name: {"width": layer.width, "used": layer.rank, "free": layer.width - layer.rank}
-            for name, layer in self._layers.items()
-        }
+    def capacity(self, by_use: bool = False) -> dict[str, dict[str, int]]:
+        """For each weight its ``width``, and how many of those directions are ``used`` and ``free``.
+
+        Args:
+            by_use: direction j counts by u_j / (1 + u_j), u its :attr:`Subspace.usage`, in place of 1.
+        """
+        result = {}
+        for name, layer in self._layers.items():
+            used = layer.rank
+            if by_use and layer.subspace is not None:
+                usage = layer.subspace.usage.double()
+                used = round(float((usage / (1 + usage)).sum()))
+            result[name] = {"width": layer.width, "used": used, "free": layer.width - used}
+        return result
 
     @torch.no_grad()
     def surviving(self) -> dict[str, float]:
@@ -188,8 +213,11 @@ class SubspaceMemory:
         return result
 
     @torch.no_grad()
-    def share_inside(self, name: str, rows: Tensor) -> float:
-        """‖R U Uᵀ‖²_F / ‖R‖²_F of any matrix (…, width) of a weight's rows, such as a gradient or a change; 0 of zeros.
+    def share_inside(self, name: str, rows: Tensor, by_use: bool = False) -> float:
+        """‖R U Uᵀ‖²_F / ‖R‖²_F of any matrix (…, n) of a weight's rows, such as a gradient or a change; 0 of zeros.
+
+        Args:
+            by_use: direction j counts by u_j / (1 + u_j), u its :attr:`Subspace.usage`, in place of 1.
 
         Raises:
             ValueError: a weight that the memory does not track, or rows of another width.
@@ -197,9 +225,9 @@ class SubspaceMemory:
         if name not in self._layers:
             raise ValueError(f"name: expected a weight that the memory tracks, one of its names, got {name!r}")
         layer = self._layers[name]
-        if rows.shape[-1] != layer.width:
+        if layer.rows(rows).shape[-1] != layer.width:
             raise ValueError(f"rows: expected (…, {layer.width}) for {name!r}, got {tuple(rows.shape)}")
-        return layer.share_inside(rows)
+        return layer.share_inside(rows, by_use)
 
     @torch.no_grad()
     def leak(
@@ -218,7 +246,7 @@ class SubspaceMemory:
             for given, weights in (("before", before), ("after", after)):
                 if name not in weights:
                     raise ValueError(f"{given}: has no weight {name!r}, which the memory tracks")
-                if tuple(weights[name].shape) != layer.shape:
+                if tuple(layer.rows(weights[name]).shape) != layer.shape:
                     raise ValueError(
                         f"{given}: {name!r} has shape {tuple(weights[name].shape)}, expected {layer.shape}"
                     )
@@ -228,10 +256,11 @@ class SubspaceMemory:
 
     def nbytes(self) -> int:
         """Bytes of the bases, of what was observed, and of the test matrices."""
-        held = [layer.subspace.matrix for layer in self._layers.values() if layer.subspace is not None]
+        subspaces = [layer.subspace for layer in self._layers.values() if layer.subspace is not None]
         moments = [layer.moment for layer in self._layers.values() if layer.moment is not None]
+        held = [tensor for subspace in subspaces for tensor in (subspace.basis, subspace.values)]
         held += [t for moment in (*moments, *self._observer.pending.values()) for t in moment.tensors().values()]
-        return sum(tensor.nbytes for tensor in (*held, *self._observer.tests.values()))
+        return sum(t.nbytes for t in {id(t): t for t in (*held, *self._observer.tests.values())}.values())
 
     # Files and models.
 
@@ -278,8 +307,11 @@ class SubspaceMemory:
                     f"the memory tracks {name!r} of shape {layer.shape}, but the model has {found[name].shape}; "
                     "it was made for another model"
                 )
+        moved: dict[tuple, Subspace | None] = {}
         for name, layer in self._layers.items():
             layer.param, layer.modules = found[name].param, found[name].modules
+            # Layers that share a subspace go on sharing it.
+            layer.subspace = moved.setdefault((id(layer.subspace), layer.place()), layer.used())
         self._know(embeddings)
         self._observer.attach()
         self.version += 1
@@ -300,6 +332,10 @@ class SubspaceMemory:
     def shape(self, name: str) -> tuple[int, int]:
         """(m, n) of a tracked weight."""
         return self._layer(name).shape
+
+    def is_transposed(self, key: str | Tensor) -> bool:
+        """Whether a tracked weight is (n, m), as that of transformers' Conv1D."""
+        return self._layer(key).transposed
 
     def __getstate__(self) -> dict[str, Any]:
         # Watching needs modules; a copy or a pickle of a memory should not be one of the whole model.

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .layers import Layer, Moment
-from .moments import ExactMoment, SketchedMoment
+from .layers import Layer
+from .moments import ExactMoment, Moment, SketchedMoment
 from .settings import Settings
 
 
@@ -33,6 +33,8 @@ class Observer:
         self.tests: dict[tuple, Tensor] = {}
         self._handles: list[RemovableHandle] = []
         self._tokens: Tensor | None = None
+        #: The inputs that were noted last, and the layer that read them.
+        self._last: tuple[Tensor, str] | None = None
         self.attach()
 
     def __del__(self) -> None:
@@ -43,7 +45,7 @@ class Observer:
         """Puts hooks on the modules that the layers have now, if inputs are observed."""
         for handle in self._handles:
             handle.remove()
-        self.pending = {}
+        self.pending, self._last = {}, None
         #: Which forward passes are noted: those in "training" (gradients enabled), "all", or "nothing".
         self._noting, self._tokens = "training", None
         named = [(name, module) for name, layer in self.layers.items() for module in layer.modules]
@@ -65,7 +67,7 @@ class Observer:
         try:
             yield
         finally:
-            self._noting, self._tokens = "nothing", None
+            self._noting, self._tokens, self._last = "nothing", None, None
 
     def note(self, name: str, inputs: Tensor) -> None:
         """Notes the inputs (..., n) of a layer, if passes count now."""
@@ -76,6 +78,8 @@ class Observer:
     def _note(self, layer: Layer, inputs: Tensor) -> None:
         if inputs.shape[-1] != layer.width:
             return  # the layer itself says best what is wrong
+        if self._shared(layer, inputs):
+            return
         rows = inputs.reshape(-1, layer.width)
         if self._tokens is not None:
             keep = self._tokens.reshape(-1).ne(0)
@@ -83,13 +87,29 @@ class Observer:
                 rows = rows[keep.to(rows.device)]
         if layer.name not in self.pending:
             self.pending[layer.name] = self._new_moment(layer)
-        self._add(self.pending[layer.name], rows, layer)
+        self._add(self.pending[layer.name], rows)
+
+    def _shared(self, layer: Layer, inputs: Tensor) -> bool:
+        """Whether another layer noted these inputs just now: q, k and v read one tensor, and one moment does for all."""
+        own = layer.moment is not None or layer.name in self.pending
+        first = None
+        if self._last is not None and self._last[0] is inputs and self._last[1] != layer.name and not own:
+            first = self._last[1] if self.layers[self._last[1]].place() == layer.place() else None
+        if layer.source not in (None, first):
+            raise ValueError(
+                f"watch: {layer.name} read the inputs of {layer.source} until now, and others this time; build the "
+                "memory with share_inputs=False"
+            )
+        layer.source = first if self.settings.share_inputs else None
+        if layer.source is None:
+            self._last = inputs, layer.name
+        return layer.source is not None
 
     @torch.no_grad()
     def observe(self) -> None:
         """See :meth:`SubspaceMemory.observe`."""
         if self.settings.source == "inputs":
-            pending, self.pending = self.pending, {}
+            pending, self.pending, self._last = self.pending, {}, None
             if not pending:
                 raise ValueError(
                     "observe: no forward pass was noted since the last call; run the model with gradients enabled, or "
@@ -116,10 +136,12 @@ class Observer:
         }
         self._refuse_not_finite("gradient", norms)
         for name, gradient in gradients.items():
-            self._add(self.moment(self.layers[name]), gradient, self.layers[name])
+            self._add(self.moment(self.layers[name]), self.layers[name].rows(gradient))
 
     def end_domain(self) -> None:
-        self.pending, self.tests = {}, {}
+        self.pending, self.tests, self._last = {}, {}, None
+        for layer in self.layers.values():
+            layer.source = None
         self.domains += 1
 
     def moment(self, layer: Layer) -> Moment:
@@ -132,10 +154,11 @@ class Observer:
             new.merge({key: tensor.to(new.place[0]) for key, tensor in old.tensors().items()})
         return new
 
-    def _add(self, moment: Moment, rows: Tensor, layer: Layer) -> None:
+    @staticmethod
+    def _add(moment: Moment, rows: Tensor) -> None:
         # Under a caller's autocast products would be in bfloat16, and not fit the sums.
         with torch.autocast(rows.device.type, enabled=False):
-            moment.add(rows, layer.used())
+            moment.add(rows)
 
     def _new_moment(self, layer: Layer) -> Moment:
         device, dtype = layer.place()

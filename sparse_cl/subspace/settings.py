@@ -6,8 +6,11 @@ from dataclasses import dataclass
 
 SOURCES = ("gradients", "inputs")
 
-#: Widths up to this keep the exact second moment: 4 MB, no more than a sketch of a wide layer.
+#: Widths up to this keep the exact second moment while a domain is observed: 4 MB, no more than a wide layer's sketch.
 EXACT_WIDTH = 1024
+
+#: Of max_rank "auto": an eighth of a layer's inputs, at most so many.
+AUTO_SHARE, AUTO_MOST = 8, 256
 
 
 @dataclass(frozen=True)
@@ -18,27 +21,33 @@ class Settings:
         ValueError: an argument out of range.
     """
 
-    max_rank: int | None = None
+    max_rank: int | str | None = None
     energy: float = 0.95
     source: str = "gradients"
     oversample: int | None = None
     seed: int = 0
+    share_inputs: bool = True
 
     def __post_init__(self) -> None:
         if self.source not in SOURCES:
             raise ValueError(f"source: expected one of {', '.join(SOURCES)}, got {self.source!r}")
         if not 0 < self.energy <= 1:
             raise ValueError(f"energy: expected a share in (0, 1], got {self.energy}")
-        if self.max_rank is not None and self.max_rank < 1:
+        if isinstance(self.max_rank, str) and self.max_rank != "auto":
+            raise ValueError(f"max_rank: expected a number, 'auto', or None for no cap, got {self.max_rank!r}")
+        if isinstance(self.max_rank, int) and self.max_rank < 1:
             raise ValueError(f"max_rank: expected at least 1, or None for no cap, got {self.max_rank}")
         if self.oversample is not None and self.oversample < 0:
             raise ValueError(f"oversample: expected at least 0, got {self.oversample}")
-        if self.oversample is None and self.max_rank is not None:
-            object.__setattr__(self, "oversample", max(8, self.max_rank // 8))
+
+    def most(self, width: int) -> int:
+        """The most directions that are kept of a layer of this width."""
+        if self.max_rank == "auto":
+            return min(AUTO_MOST, max(1, width // AUTO_SHARE))
+        return width if self.max_rank is None else min(int(self.max_rank), width)
 
     def sketch_columns(self, width: int) -> int | None:
         """Columns of the sketch of a layer of this width; None if its exact moment is kept."""
-        if self.max_rank is None or self.oversample is None or width <= EXACT_WIDTH:
-            return None
-        columns = self.max_rank + self.oversample
-        return columns if columns < width else None
+        most = self.most(width)
+        columns = most + (max(8, most // 8) if self.oversample is None else self.oversample)
+        return None if self.max_rank is None or width <= EXACT_WIDTH or columns >= width else columns

@@ -191,7 +191,7 @@ def test_the_stronger_the_less_outputs_for_earlier_inputs_change(tiny_llama):
 class Plain(AdamW):
     """AdamW by our own step."""
 
-    def make_optimizer(self, model, lr):
+    def make_optimizer(self, model, lr, path=None):
         return SparseMaskedAdamW(model.named_parameters(), lr=lr)
 
 

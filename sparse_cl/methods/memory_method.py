@@ -1,0 +1,197 @@
+"""What the methods that keep a memory of old inputs share: observing, measuring, saving, and fresh adapters."""
+
+from __future__ import annotations
+
+import warnings
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparse_cl.models.parts import refuse_mixtures
+from sparse_cl.models.passes import answer_tokens, evaluation
+from sparse_cl.probes.capacity import scarcity
+from sparse_cl.subspace import SubspaceMemory
+
+from .base import Batch, Method, check_first
+from .lora import MergedWeights, add_adapter, merged, with_adapters
+from .options import check_above_zero, check_at_least, check_share
+from .surviving import only_gradients_of, surviving_shares
+
+_FILE = "memory.safetensors"
+
+
+@contextmanager
+def told_already() -> Iterator[None]:
+    """Silences the warning per layer without room: one warning already said how many layers have little."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*(no free direction left|not updated any more)")
+        yield
+
+
+class MemoryMethod(Method):
+    """A method that keeps a `SubspaceMemory` of what earlier domains put into the linear layers.
+
+    Attributes:
+        by_use: whether a direction counts as taken by how much it is used, in the report, or altogether.
+
+    Args:
+        energy: share of the energy of the inputs (or gradients) that each layer's basis explains, in (0, 1].
+        source: "inputs" of the layers or "gradients" of their weights, both over the probe batches of a domain that
+            was just learned.
+        max_rank: most directions that are kept of a layer; "auto": an eighth of its inputs, at most 256; None: as many
+            as `energy` asks for, and then observing takes 4 n² bytes for a layer of n inputs (`SubspaceMemory`).
+        text_weight: of a text given to `protect`; a domain has weight 1.
+
+    Each method's defaults are the best of six settings on the embedded model and the validation part of its domains,
+    as the learning rates of the other methods are. Real text wants others: inputs spread over more directions there.
+    """
+
+    protects = True
+    by_use = False
+    options: tuple[str, ...] = ("energy", "source", "max_rank")
+
+    def __init__(self, energy: float, source: str, max_rank: int | str | None, text_weight: float = 1.0) -> None:
+        check_share("energy", energy)
+        if source not in ("inputs", "gradients"):
+            raise ValueError(f"source: expected 'inputs' or 'gradients', got {source!r}")
+        if isinstance(max_rank, int):
+            check_at_least("max_rank", max_rank, 1)
+        self.text_weight = check_above_zero("text_weight", text_weight)
+        self.energy, self.source, self.max_rank = energy, source, max_rank
+        self.memory: SubspaceMemory | None = None
+        self._weights: dict[str, nn.Parameter] = {}
+        self._before: dict[str, torch.Tensor] = {}
+        self._layers: dict[str, dict[str, Any]] = {}
+
+    @property
+    def _known(self) -> SubspaceMemory:
+        if self.memory is None:
+            raise RuntimeError(f"{self.name}: before_domain, protect or restore comes first")
+        return self.memory
+
+    def settings(self) -> dict[str, Any]:
+        return {option: getattr(self, option) for option in self.options}
+
+    def check(self, model: nn.Module) -> None:
+        refuse_mixtures(model, f"whose experts {self.name} would train unprotected; take a dense model")
+        self._new_memory(model)
+
+    def protect(self, model: nn.Module, batches: Iterable[Batch]) -> None:
+        check_first(self.name, self.memory is None)
+        self._remember(model, self._new_memory(model))
+        self._observe(model, batches)
+        self._known.consolidate(self.text_weight)
+
+    def record(self) -> dict[str, Any]:
+        return {"layers": self._layers}
+
+    def save(self, folder: Path) -> None:
+        self._known.save(folder / _FILE)
+
+    def _new_memory(self, base: nn.Module) -> SubspaceMemory:
+        return SubspaceMemory(base, max_rank=self.max_rank, energy=self.energy, source=self.source)
+
+    def _remember(self, base: nn.Module, memory: SubspaceMemory) -> None:
+        """Take a memory that is bound to `base`."""
+        self.memory = memory
+        if memory.settings.source == "inputs":
+            with memory.watch():
+                pass  # from now on only the probe batches are noted, not training
+        parameters = dict(base.named_parameters())
+        self._weights = {name: parameters[name] for name in memory.names}
+
+    def _load(self, base: nn.Module, folder: Path) -> None:
+        """Go on with the memory that `save` wrote."""
+        self._remember(base, SubspaceMemory.load(folder / _FILE, base))
+
+    def _begin(self, base: nn.Module, batches: Iterable[Batch]) -> None:
+        """Measure, before a domain is learned, what survives of its gradient, and warn where little does.
+
+        Args:
+            base: the model without adapters; the first time, a memory of its linear layers is made.
+        """
+        if self.memory is None:
+            self._remember(base, self._new_memory(base))
+        self._layers = {name: {"surviving": 1.0} for name in self._weights}
+        self._before = {}
+        if not self._known.domains:
+            return
+        for name, share in surviving_shares(base, self._weights, batches, self._taken).items():
+            self._layers[name]["surviving"] = share
+        self._before = {name: weight.detach().to("cpu", copy=True) for name, weight in self._weights.items()}
+        if message := scarcity(self._layers):
+            warnings.warn(f"{self.name}: {message}", stacklevel=3)
+
+    def _end(self, model: nn.Module, learned: Mapping[str, torch.Tensor], batches: Iterable[Batch]) -> None:
+        """Measure the leak of a domain that was learned, then protect what it uses.
+
+        Args:
+            model: what was trained, adapter and all.
+            learned: the tracked weights as the next domain will find them.
+        """
+        for name, layer in self._layers.items():
+            layer["leak"] = None
+            if self._before and self._known.rank(name):
+                layer["leak"] = self._taken(name, learned[name].detach().cpu().double() - self._before[name].double())
+        self._before = {}
+        self._observe(model, batches)
+        self._known.consolidate()
+        for name, capacity in self._known.capacity(self.by_use).items():
+            self._layers[name] |= capacity
+
+    def _taken(self, name: str, matrix: torch.Tensor) -> float:
+        """Share of the energy of a gradient or a change of a weight that is in what earlier domains use."""
+        return self._known.share_inside(name, matrix, self.by_use)
+
+    def _observe(self, model: nn.Module, batches: Iterable[Batch]) -> None:
+        with evaluation(model):
+            if self.source == "gradients":
+                with only_gradients_of(model, self._weights.values()):
+                    for batch in batches:
+                        model(**batch).loss.backward()
+                        self._known.observe()
+                        model.zero_grad(set_to_none=True)
+                return
+            for batch in batches:
+                with torch.no_grad(), self._known.watch(tokens=answer_tokens(batch, "all")):
+                    model(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"))
+                self._known.observe()
+
+
+class FreshAdapters(MemoryMethod):
+    """A fresh LoRA adapter for each domain; the one before is merged.
+
+    Args:
+        rank, alpha: of the adapters, whose change of a weight is alpha / rank · B A.
+    """
+
+    options: tuple[str, ...] = (*MemoryMethod.options, "rank", "alpha")
+
+    def __init__(self, energy: float, source: str, max_rank: int | str | None, rank: int, alpha: int) -> None:
+        super().__init__(energy, source, max_rank)
+        self.rank = check_at_least("rank", rank, 1)
+        self.alpha = check_at_least("alpha", alpha, 1)
+
+    @abstractmethod
+    def _confine(self, adapted: nn.Module) -> None:
+        """Draws the fresh adapter where earlier domains leave room."""
+
+    def before_domain(self, model: nn.Module, batches: Iterable[Batch]) -> nn.Module:
+        base = merged(model)
+        self._begin(base, batches)
+        adapted = add_adapter(base, self.rank, self.alpha)
+        self._confine(adapted)
+        return adapted
+
+    def after_domain(self, model: nn.Module, batches: Iterable[Batch]) -> None:
+        self._end(model, MergedWeights(model, self._weights), batches)
+
+    def restore(self, base: nn.Module, folders: Sequence[Path]) -> nn.Module:
+        model = merged(with_adapters(base, folders[:-1]))
+        self._load(model, folders[-1])
+        return with_adapters(model, folders[-1:])

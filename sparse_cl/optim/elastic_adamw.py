@@ -1,0 +1,141 @@
+"""AdamW that pulls each layer back along the directions that earlier domains use, or keeps it within a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from sparse_cl.subspace import Subspace, SubspaceMemory
+
+from .low_rank import DriftBudget, LowRankProjection, LowRankPull, SubspaceProjection, drift_of
+from .memory_adamw import Bases, MemoryAdamW
+
+STRENGTH = 1.5
+"""ρ of the pull: how far the path that is left would be pulled back at mean use."""
+
+
+class ElasticAdamW(MemoryAdamW):
+    """:class:`ProjectedAdamW` that lets what earlier domains computed move only as far as you allow.
+
+    Old inputs x of a layer have the energies λ_j along directions u_j (:class:`SubspaceMemory`). After AdamW's update
+    comes, in these directions alone, either a pull back to where the weight was when the domain began,
+
+        (W - W₀) u_j ← (W - W₀) u_j / (1 + lr κ_j),  κ_j = (strength / path) · λ_j / μ
+
+    or the nearest point within a budget: Σ_j λ_j ‖(W - W₀) u_j‖² ≤ budget · Σ_j λ_j ‖W₀ u_j‖² for each layer, at every
+    step. A pulled coordinate settles at 1/κ_j, whatever the rate; in units of the path Σ lr that the schedule allows in
+    all, one strength does for all rates and lengths.
+
+    Args:
+        params, lr, betas, eps, weight_decay, amsgrad, maximize, capturable, masks, master_weights: as for
+            :class:`SparseMaskedAdamW`.
+        memory: as for :class:`SubspaceProjectedAdamW`.
+        strength: ρ, at least 0; with ``path``. None and no budget: 1.5.
+        path: Σ lr over the steps of the domain, as :func:`path_of` gives it.
+        budget: a share, in place of a strength. 0 keeps out of the directions altogether.
+        rest: what happens to parameters without a basis: ``"train"`` or ``"freeze"``.
+
+    Raises:
+        TypeError, ValueError: as there; a strength and a budget, or a strength without a path.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        *arguments: Any,
+        memory: SubspaceMemory | Bases | None = None,
+        strength: float | None = None,
+        path: float | None = None,
+        budget: float | None = None,
+        rest: str = "train",
+        **options: Any,
+    ) -> None:
+        self._rule = rule_of(strength, path, budget)
+        super().__init__(params, *arguments, memory=memory, rest=rest, **options)
+
+    def old_output_drift(self) -> dict[str, float]:
+        """By parameter Σ_j λ_j ‖(W - W₀) u_j‖² / Σ_j λ_j ‖W₀ u_j‖²: how far old outputs have moved in this domain.
+
+        Of what the kept directions see, `Subspace.outside` says the rest. Waits for the device once.
+        """
+        prefix = "projection."
+        kept = {
+            param: {name.removeprefix(prefix): value for name, value in self.state[param].items() if prefix in name}
+            for param in self._projections
+            if param in self.state
+        }
+        found = {param: drift_of(self._projections[param], tensors) for param, tensors in kept.items()}
+        return {self._store.name(param).strip("'"): float(value) for param, value in found.items()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_rule": self._rule}
+
+    def _projection(self, subspace: Subspace | Tensor, transposed: bool) -> LowRankProjection:
+        return projection_of(self._rule, subspace, transposed)
+
+
+def path_of(lr: float, steps: int, make_scheduler: Callable[[torch.optim.Optimizer], Any] | None = None) -> float:
+    """Σ of the learning rate over the steps of a schedule: what :class:`ElasticAdamW` takes as its path.
+
+    Args:
+        lr: peak learning rate.
+        steps: optimizer steps.
+        make_scheduler: makes any scheduler of ``torch.optim`` for an optimizer; None: the rate is constant.
+
+    Raises:
+        ValueError: no step.
+    """
+    if steps < 1:
+        raise ValueError(f"steps: expected at least 1, got {steps}")
+    if make_scheduler is None:
+        return lr * steps
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=lr)
+    scheduler, path = make_scheduler(optimizer), 0.0
+    for _ in range(steps):
+        path += optimizer.param_groups[0]["lr"]
+        optimizer.step()
+        scheduler.step()
+    return path
+
+
+Rule = tuple[str, float]
+
+
+def rule_of(strength: float | None, path: float | None, budget: float | None) -> Rule:
+    """("budget", b) or ("pull", ρ / Σ lr).
+
+    Raises:
+        ValueError: both or neither of a budget and a path; numbers out of range.
+    """
+    if budget is not None:
+        if strength is not None or path is not None:
+            raise ValueError("budget: expected no strength and no path beside it; give one or the other")
+        if not 0 <= budget < float("inf"):
+            raise ValueError(f"budget: expected a share of at least 0, got {budget}")
+        return "budget", float(budget)
+    strength = STRENGTH if strength is None else strength
+    if not 0 <= strength < float("inf"):
+        raise ValueError(f"strength: expected a number of at least 0, got {strength}")
+    if path is None or not 0 < path < float("inf"):
+        raise ValueError(
+            f"path: expected the sum of the learning rate over all steps of the domain, above 0, got {path}; give "
+            "path=sparse_cl.path_of(scheduler, steps), or steps * lr for a constant rate"
+        )
+    return "pull", strength / path
+
+
+def projection_of(
+    rule: Rule, subspace: Subspace | Tensor, transposed: bool = False, from_zero: bool = False
+) -> LowRankProjection:
+    """The projection of one parameter by a rule, see :func:`rule_of`."""
+    known = subspace if isinstance(subspace, Subspace) else Subspace(subspace)
+    kind, number = rule
+    if kind == "pull":
+        return LowRankPull(known, known.usage * number, transposed=transposed, from_zero=from_zero)
+    if number == 0:
+        return SubspaceProjection(known, transposed=transposed)
+    return DriftBudget(known, number, transposed=transposed)

@@ -1,0 +1,258 @@
+"""Keeping a weight where it was along the directions that earlier domains use: AdamW's update, then a correction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_cl.masks import ColumnMask, Mask, RowMask
+from sparse_cl.subspace import Subspace
+
+from .leaf import weight_of
+from .projection import Correction, Fitted, Layer, Projection
+from .rules import Budget, Hard, Pull, Rule
+
+
+class LowRankProjection(Projection):
+    """Corrects the updates ΔW of a weight W (m, n) in r directions U (n, r) of its inputs; all else is AdamW's.
+
+        P ← P + ΔW U,  C = P - (what the rule leaves of P),  ΔW ← ΔW - C Uᵀ,  P ← P - C
+
+    with P = (W - W₀) U, W₀ the weight at the first step: no copy of it is kept. Of a :class:`RowMask` P has the mask's
+    rows. Of a :class:`ColumnMask` the directions are what its columns see of U, exactly. With masks of single weights
+    C Uᵀ is cut to the mask: P stays exact, and a step never moves W further away, but it takes back less.
+
+    The optimizer keeps P, (m, r) in the dtype of the moments, in the parameter's state and in checkpoints
+    (``"projection.moved"``), and one number (``"projection.held"``). Load a checkpoint before a new domain's projection
+    is set, not after. An interrupt that Python delivers between the write of the weights and that of P leaves that one
+    step out of P.
+
+    Args:
+        rule: what of P a step leaves.
+        subspace: U and λ, or a tensor U.
+        strengths: (r,), what the rule means by them; None: λ.
+        transposed: the weight is (n, m), as that of transformers' Conv1D.
+        from_zero: W₀ is zero, as for the A of an adapter, whose change is all of it.
+
+    Raises:
+        TypeError, ValueError: a basis that is not orthonormal; strengths below 0, not finite, or of another number.
+    """
+
+    def __init__(
+        self,
+        rule: Rule,
+        subspace: Subspace | Tensor,
+        strengths: Tensor | None = None,
+        *,
+        transposed: bool = False,
+        from_zero: bool = False,
+    ) -> None:
+        found = subspace if isinstance(subspace, Subspace) else Subspace(subspace)
+        if strengths is not None:
+            try:
+                found = Subspace(found.basis, strengths.to(found.basis.dtype))
+            except ValueError as error:
+                raise ValueError(str(error).replace("values:", "strengths:")) from None
+        self.rule, self.subspace, self.transposed, self.from_zero = rule, found, transposed, from_zero
+        self.any = found.rank > 0 and (isinstance(rule, Hard) or bool((found.values > 0).any()))
+
+    def fitted(self, param: Tensor, mask: Mask | None) -> Fitted:
+        weight, subspace = weight_of(param), self.subspace
+        if weight.dim() != 2 or subspace.width != weight.shape[0 if self.transposed else 1]:
+            expected = "(n, r) for a weight (n, m)" if self.transposed else "(n, r) for a weight (m, n)"
+            raise ValueError(
+                f"has shape {tuple(weight.shape)}, but its basis has width {subspace.width}; expected {expected}"
+            )
+        if subspace.device != param.device:
+            raise ValueError(
+                f"is on {param.device}, but its basis is on {subspace.device}; move it with .to({str(param.device)!r})"
+            )
+        single = mask is not None and not isinstance(mask, RowMask | ColumnMask)
+        if mask is not None and (self.transposed or self.from_zero):
+            kind = "a transposed weight" if self.transposed else "an adapter"
+            raise ValueError(f"has a {type(mask).__name__}, which the projection of {kind} does not take; leave it out")
+        if single and isinstance(self.rule, Budget):
+            raise ValueError(
+                f"has a {type(mask).__name__}, within which no budget can be kept; take a RowMask or ColumnMask, or a "
+                "strength instead of a budget"
+            )
+        subspace = subspace.to(dtype=torch.float64 if param.dtype == torch.float64 else torch.float32)
+        seen = subspace.restricted(mask.index.to(subspace.device)) if isinstance(mask, ColumnMask) else subspace
+        return FittedLowRank(self, subspace, seen, mask)
+
+
+class SubspaceProjection(LowRankProjection):
+    """Keeps the updates ΔW (m, n) of a weight orthogonal to the used directions U (n, r) of its inputs: ΔW U = 0.
+
+    Args:
+        subspace: U, a :class:`Subspace` or an orthonormal (n, r) tensor, float32 or float64, on the weight's device.
+        transposed: the weight is (n, m).
+
+    Raises:
+        TypeError, ValueError: a tensor that is not an orthonormal basis.
+    """
+
+    def __init__(self, subspace: Subspace | Tensor, *, transposed: bool = False) -> None:
+        # Every direction counts alike, however little it is used.
+        basis = subspace.basis if isinstance(subspace, Subspace) else subspace
+        super().__init__(Hard(), basis, transposed=transposed)
+
+
+class LowRankPull(LowRankProjection):
+    """Pulls a weight W (m, n) back to where it was, along r directions u_j, each with a strength κ_j.
+
+    After AdamW's update comes the proximal step of ½ Σ_j κ_j ‖(W - W₀) u_j‖², decoupled from the moments as weight decay
+    is, and stable for any strength. With κ in proportion to the energies of a layer's old inputs this is a quadratic
+    penalty on what the layer computes for them: EWC (Kirkpatrick et al. 2017) with the input half of a Kronecker
+    factored Fisher (Ritter, Botev & Barber 2018), in low rank.
+
+    Args:
+        subspace: a :class:`Subspace` or an orthonormal (n, r) tensor, float32 or float64.
+        strengths: κ (r,), finite, at least 0; None: the subspace's usage.
+        transposed, from_zero: as for :class:`LowRankProjection`.
+    """
+
+    def __init__(
+        self,
+        subspace: Subspace | Tensor,
+        strengths: Tensor | None = None,
+        *,
+        transposed: bool = False,
+        from_zero: bool = False,
+    ) -> None:
+        if strengths is None and isinstance(subspace, Subspace):
+            strengths = subspace.usage
+        super().__init__(Pull(), subspace, strengths, transposed=transposed, from_zero=from_zero)
+
+
+class DriftBudget(LowRankProjection):
+    """Lets what a layer computes for old inputs move by at most a share of its energy, at every step.
+
+    Σ_j λ_j ‖(W - W₀) u_j‖² ≤ budget · Σ_j λ_j ‖W₀ u_j‖², with λ the energies of old inputs along U.
+
+    Args:
+        subspace: U and λ.
+        budget: above 0; with 0 a :class:`SubspaceProjection` does the same for less.
+        transposed: the weight is (n, m).
+
+    Raises:
+        ValueError: a budget that is not above 0.
+    """
+
+    def __init__(self, subspace: Subspace, budget: float, *, transposed: bool = False) -> None:
+        if not 0 < budget < float("inf"):
+            raise ValueError(f"budget: expected a share above 0, got {budget}; for none at all take SubspaceProjection")
+        super().__init__(Budget(budget), subspace, transposed=transposed)
+
+
+class FittedLowRank(Fitted):
+    """In force: the directions that a mask leaves to see.
+
+    Attributes:
+        given: the projection.
+        whole: the subspace of the whole weight; ``seen``: that of the mask's columns.
+        mask: of single weights; None: whole rows or columns are stepped.
+    """
+
+    def __init__(self, given: LowRankProjection, whole: Subspace, seen: Subspace, mask: Mask | None) -> None:
+        self.given, self.whole, self.seen = given, whole, seen
+        self.mask = None if mask is None or isinstance(mask, RowMask | ColumnMask) else mask
+        self.exact, self.alike = given.rule.exact, given.rule
+        self.correction = LowRankCorrection
+        self.free = not isinstance(given.rule, Hard) or seen.free > 0
+        masked = "" if mask is None else " of its mask"
+        self.spent = f"earlier domains use all directions{masked} ({whole.rank} of {whole.width})"
+
+    @property
+    def remembers(self) -> bool:
+        return self.given.rule.remembers or self.mask is not None
+
+    def shapes(self, compact: Sequence[int]) -> dict[str, tuple[int, ...]]:
+        if not self.remembers:
+            return {}
+        shape = self.mask.shape if self.mask is not None else compact
+        return {"moved": (shape[1 if self.given.transposed else 0], self.seen.rank), "held": ()}
+
+    def begin(self, weight: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        if not self.remembers:
+            return {}
+        rows = weight.detach().to(dtype)
+        rows = rows.mT if self.given.transposed else rows
+        held = self.whole.energies(rows) @ self.whole.values.double()
+        found = {"held": held}
+        if self.given.from_zero:
+            found["moved"] = rows @ self.seen.basis.to(dtype)
+        return found
+
+    def rows(self, update: Tensor) -> Tensor:
+        """A compact update as the rows that U is for: a view, or a copy of one that is cut to single weights."""
+        if self.mask is not None:
+            dense = update.new_zeros(self.mask.shape)
+            dense[self.mask.to(update.device).to_dense()] = update.view(-1)
+            return dense
+        return update.mT if self.given.transposed else update
+
+
+class LowRankCorrection(Correction):
+    """The two products of each layer, and the rule for all of them at once."""
+
+    def __init__(self, layers: Sequence[Layer]) -> None:
+        super().__init__(layers)
+        self.rule: Rule = layers[0].projection.alike
+        self.bases = [layer.projection.seen.basis.to(layer.update.dtype) for layer in layers]
+        values = [layer.projection.seen.values.double() for layer in layers]
+        self.strengths = torch.nn.utils.rnn.pad_sequence(values, batch_first=True)
+        zero = self.strengths.new_zeros(())
+        self.held = torch.stack([layer.kept.get("held", zero) for layer in layers])
+        self.next: list[Tensor] = []
+
+    def correct_(self, lr: float | Tensor, skipped: Tensor | None) -> None:
+        rows = [layer.projection.rows(layer.update) for layer in self.layers]
+        # Not in place: should the step fail before the weights are written, P is still theirs.
+        after = [
+            torch.addmm(layer.kept["moved"], row, basis) if "moved" in layer.kept else row @ basis
+            for layer, row, basis in zip(self.layers, rows, self.bases, strict=True)
+        ]
+        left = self._left(after, lr, skipped)
+        dtype, self.next = rows[0].dtype, []
+        parts = zip(self.layers, rows, self.bases, after, left.to(dtype), (1 - left).to(dtype), strict=True)
+        for layer, row, basis, moved, stays, taken in parts:
+            rank = basis.shape[1]
+            row.addmm_(moved, (basis * taken[:rank]).mT, alpha=-1)
+            if layer.projection.mask is not None:
+                self.next.append(self._cut(layer, row, basis))
+            elif "moved" in layer.kept:
+                self.next.append(moved.mul_(stays[:rank]))
+
+    def _left(self, after: list[Tensor], lr: float | Tensor, skipped: Tensor | None) -> Tensor:
+        energies = self.strengths
+        if isinstance(self.rule, Budget):
+            norms = [torch.linalg.vector_norm(moved, dim=0).double().square() for moved in after]
+            energies = torch.nn.utils.rnn.pad_sequence(norms, batch_first=True)
+        left = self.rule.left(self.strengths, lr, energies, self.held)
+        # Where a step is skipped, so is the pull.
+        return left if skipped is None else torch.where(skipped == 0, left, 1.0)
+
+    @staticmethod
+    def _cut(layer: Layer, row: Tensor, basis: Tensor) -> Tensor:
+        """Writes what a mask of single weights leaves of a corrected update; returns P with it."""
+        support = layer.projection.mask.to(row.device).to_dense()
+        layer.update.copy_(row[support].view(layer.update.shape))
+        return torch.addmm(layer.kept["moved"], row.mul_(support), basis)
+
+    def settle_(self) -> None:
+        keeping = [layer.kept["moved"] for layer in self.layers if "moved" in layer.kept]
+        for moved, after in zip(keeping, self.next, strict=True):
+            moved.copy_(after)
+        self.next = []
+
+
+def drift_of(projection: Fitted, kept: dict[str, Tensor]) -> Any:
+    """Σ_j λ_j ‖P_j‖² / Σ_j λ_j ‖W₀ u_j‖² of what a step kept: 0-d, float64; 0 where nothing is kept."""
+    if not isinstance(projection, FittedLowRank) or "moved" not in kept:
+        return torch.zeros((), dtype=torch.float64)
+    moved = torch.linalg.vector_norm(kept["moved"], dim=0).double().square()
+    return moved @ projection.seen.values.double() / kept["held"].clamp(min=torch.finfo(torch.float64).tiny)

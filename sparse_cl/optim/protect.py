@@ -1,0 +1,199 @@
+"""The protection of ElasticAdamW and SubspaceProjectedAdamW behind any optimizer, as a hook after its step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_cl.reference.precision import full_precision
+from sparse_cl.subspace import SubspaceMemory
+
+from .elastic_adamw import projection_of, rule_of
+from .low_rank import FittedLowRank
+from .memory_adamw import Bases, subspaces_of
+from .names import name_of, names_of, parameters_of
+from .rules import Rule
+from .sparse_masked_adamw import SparseMaskedAdamW
+
+
+class Protection:
+    """What :func:`protect` returns: in force until :meth:`remove`.
+
+    Attributes:
+        every: corrects each so many steps.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, fitted: Mapping[Tensor, FittedLowRank], every: int, seed: int
+    ) -> None:
+        self.every, self._steps = every, 0
+        self._optimizer, self._fitted = optimizer, dict(fitted)
+        self._names = {p: _name(optimizer, p) for p in fitted}
+        self._generators: dict[torch.device, torch.Generator] = {}
+        self._seed = seed
+        self._origin, self._held = {}, {}
+        for param, fit in fitted.items():
+            self._origin[param] = self._along(param, fit)
+            self._held[param] = fit.begin(param, _wide(param))["held"]
+        self._handles = [
+            optimizer.register_step_pre_hook(self._before),
+            optimizer.register_step_post_hook(self._after),
+        ]
+
+    def remove(self) -> None:
+        """Takes the protection away; the weights stay as they are."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """W₀ U by parameter, the energies of old outputs, and the number of steps."""
+        tensors = {self._names[p]: {"origin": self._origin[p], "held": self._held[p]} for p in self._fitted}
+        return {"parameters": tensors, "steps": self._steps}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a checkpoint of the same domain.
+
+        Raises:
+            ValueError: other parameters or shapes; nothing is changed then.
+        """
+        given = state["parameters"]
+        for param, name in self._names.items():
+            shape = tuple(self._origin[param].shape)
+            if name not in given or tuple(given[name]["origin"].shape) != shape:
+                found = tuple(given[name]["origin"].shape) if name in given else "none"
+                raise ValueError(
+                    f"state: {name}: expected origin of shape {shape}, got {found}; is it another memory's?"
+                )
+        for param, name in self._names.items():
+            self._origin[param].copy_(given[name]["origin"])
+            self._held[param].copy_(given[name]["held"])
+        self._steps = state["steps"]
+
+    @torch.no_grad()
+    def old_output_drift(self) -> dict[str, float]:
+        """As :meth:`ElasticAdamW.old_output_drift`."""
+        found = {}
+        for param, fit in self._fitted.items():
+            energies = torch.linalg.vector_norm(self._moved(param, fit), dim=0).double().square()
+            held = self._held[param].clamp(min=torch.finfo(torch.float64).tiny)
+            found[self._names[param]] = float(energies @ fit.seen.values.double() / held)
+        return found
+
+    def _along(self, param: Tensor, fit: FittedLowRank) -> Tensor:
+        """W U, (m, r)."""
+        with full_precision(param.device):
+            rows = fit.rows(param.detach().to(_wide(param)))
+            return rows @ fit.seen.basis.to(rows.dtype)
+
+    def _moved(self, param: Tensor, fit: FittedLowRank) -> Tensor:
+        return self._along(param, fit) - self._origin[param]
+
+    def _before(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        own = set(map(id, parameters_of(optimizer.param_groups)))
+        lost = [self._names[param] for param in self._fitted if id(param) not in own]
+        if lost:
+            raise RuntimeError(
+                f"protect: the optimizer steps other tensors than the model's: {lost[0]} is not among its parameters "
+                "any more (ZeRO, FSDP1 and fp16 wrappers flatten or copy them). Nothing is protected then; train "
+                "without such a wrapper, or remove the protection"
+            )
+
+    @torch.no_grad()
+    def _after(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        self._steps += 1
+        rates = {p: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+        if self._steps % self.every:
+            return
+        for param, fit in self._fitted.items():
+            rule: Rule = fit.given.rule
+            # The elastic rule takes the rates of all steps since the last correction.
+            lr = rates[param] * self.every
+            moved = self._moved(param, fit)
+            strengths = fit.seen.values.double()[None]
+            energies = torch.linalg.vector_norm(moved, dim=0).double().square()[None]
+            taken = 1 - rule.left(strengths, lr, energies, self._held[param][None])[0]
+            basis = fit.seen.basis.to(moved.dtype)
+            with full_precision(param.device):
+                back = (moved * taken.to(moved.dtype)) @ basis.mT
+            self._subtract(param, back.mT if fit.given.transposed else back)
+
+    def _subtract(self, param: Tensor, back: Tensor) -> None:
+        if param.dtype in (torch.float32, torch.float64):
+            param.sub_(back)
+            return
+        generator = self._generators.get(param.device)
+        if generator is None:
+            generator = self._generators[param.device] = torch.Generator(param.device).manual_seed(self._seed)
+        param.copy_(_rounded(param.float() - back, param.dtype, generator))
+
+
+def protect(
+    optimizer: torch.optim.Optimizer,
+    memory: SubspaceMemory | Bases,
+    *,
+    strength: float | None = None,
+    path: float | None = None,
+    budget: float | None = None,
+    every: int = 1,
+    seed: int = 0,
+) -> Protection:
+    """Lets what earlier domains computed move only as far as you allow, whatever optimizer trains.
+
+    After each step of the optimizer, the weights it knows are corrected as :class:`ElasticAdamW` corrects them, by
+    P = W U - W₀ U: the same rules, (m, r) numbers kept for a weight (m, n), and two products more per step. Between the
+    optimizer's step and the correction the weights are uncorrected. What the memory does not track is trained as ever.
+
+    Weights in bfloat16 or float16 are corrected in float32 and rounded stochastically, so that small corrections are
+    right on average; one step's rounding, about 2⁻⁹ or 2⁻¹² of a weight, stays.
+
+    Args:
+        optimizer: any ``torch.optim.Optimizer`` that steps the model's own parameters.
+        memory: as for :class:`ElasticAdamW`.
+        strength, path, budget: as there; a budget of 0 keeps out altogether.
+        every: corrects after each so many steps only; in between a bound may be broken.
+        seed: of the stochastic rounding.
+
+    Raises:
+        TypeError, ValueError: as there; an optimizer with masks, or that is protected already.
+        RuntimeError: at a step, if a wrapper has put other tensors in the place of the parameters.
+    """
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    if every < 1:
+        raise ValueError(f"every: expected at least 1, got {every}")
+    if isinstance(optimizer, SparseMaskedAdamW) and optimizer.masks:
+        raise ValueError(
+            "optimizer: it has masks, which a correction from outside would not keep; give ElasticAdamW the masks and "
+            "the memory"
+        )
+    rule, fitted = rule_of(strength, path, budget), {}
+    for param, (subspace, transposed) in subspaces_of(optimizer.param_groups, memory).items():
+        try:
+            found = projection_of(rule, subspace, transposed).fitted(param, None)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"memory: parameter {_name(optimizer, param)} {error}") from None
+        assert isinstance(found, FittedLowRank)
+        fitted[param] = found
+    return Protection(optimizer, fitted, every, seed)
+
+
+def _name(optimizer: torch.optim.Optimizer, param: Tensor) -> str:
+    return names_of(optimizer.param_groups).get(param) or name_of(optimizer.param_groups, param)
+
+
+def _wide(param: Tensor) -> torch.dtype:
+    return torch.promote_types(param.dtype, torch.float32)
+
+
+def _rounded(values: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Up or down to a neighbour in a 16-bit dtype, up with the probability that makes the mean exact."""
+    near = values.to(dtype)
+    gap = values - near.float()
+    other = torch.nextafter(near, torch.where(gap > 0, torch.inf, -torch.inf).to(dtype))
+    width = (other.float() - near.float()).abs()
+    draw = torch.rand(values.shape, generator=generator, device=values.device)
+    return torch.where(draw * width < gap.abs(), other, near)
