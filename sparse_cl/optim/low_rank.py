@@ -80,7 +80,11 @@ class LowRankProjection(Projection):
                 "strength instead of a budget"
             )
         subspace = subspace.to(dtype=torch.float64 if param.dtype == torch.float64 else torch.float32)
-        seen = subspace.restricted(mask.index.to(subspace.device)) if isinstance(mask, ColumnMask) else subspace
+        seen = subspace
+        if isinstance(mask, ColumnMask):
+            # What may not move at all counts alike, however little it is used.
+            wanted = Subspace(subspace.basis) if isinstance(self.rule, Hard) else subspace
+            seen = wanted.restricted(mask.index.to(subspace.device))
         return FittedLowRank(self, subspace, seen, mask)
 
 
@@ -96,16 +100,14 @@ class SubspaceProjection(LowRankProjection):
     """
 
     def __init__(self, subspace: Subspace | Tensor, *, transposed: bool = False) -> None:
-        # Every direction counts alike, however little it is used.
-        basis = subspace.basis if isinstance(subspace, Subspace) else subspace
-        super().__init__(Hard(), basis, transposed=transposed)
+        super().__init__(Hard(), subspace, transposed=transposed)
 
 
 class LowRankPull(LowRankProjection):
     """Pulls a weight W (m, n) back to where it was, along r directions u_j, each with a strength κ_j.
 
-    After AdamW's update comes the proximal step of ½ Σ_j κ_j ‖(W - W₀) u_j‖², decoupled from the moments as weight decay
-    is, and stable for any strength. With κ in proportion to the energies of a layer's old inputs this is a quadratic
+    After AdamW's update comes the proximal step of ½ Σ_j κ_j ‖(W - W₀) u_j‖², decoupled from the moments as weight
+    decay is, and stable for any strength. With κ in proportion to the energies of old inputs this is a quadratic
     penalty on what the layer computes for them: EWC (Kirkpatrick et al. 2017) with the input half of a Kronecker
     factored Fisher (Ritter, Botev & Barber 2018), in low rank.
 
@@ -179,13 +181,15 @@ class FittedLowRank(Fitted):
     def begin(self, weight: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         if not self.remembers:
             return {}
-        rows = weight.detach().to(dtype)
-        rows = rows.mT if self.given.transposed else rows
-        held = self.whole.energies(rows) @ self.whole.values.double()
-        found = {"held": held}
+        found = {"held": self.held(weight)}
         if self.given.from_zero:
-            found["moved"] = rows @ self.seen.basis.to(dtype)
+            found["moved"] = weight.detach().to(dtype) @ self.seen.basis.to(dtype)
         return found
+
+    def held(self, weight: Tensor) -> Tensor:
+        """Σ_j λ_j ‖W u_j‖² of the whole weight: what its outputs on old inputs hold. 0-d, float64."""
+        rows = weight.detach().to(self.whole.basis.dtype)
+        return self.whole.energies(rows.mT if self.given.transposed else rows) @ self.whole.values.double()
 
     def rows(self, update: Tensor) -> Tensor:
         """A compact update as the rows that U is for: a view, or a copy of one that is cut to single weights."""

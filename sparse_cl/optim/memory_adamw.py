@@ -152,7 +152,7 @@ def subspaces_of(groups: Groups, memory: SubspaceMemory | Bases | None) -> dict[
             )
     else:
         keys = _by_name(groups, memory)
-    result = {}
+    result: dict[Tensor, tuple[Subspace | Tensor, bool]] = {}
     for param, key in keys.items():
         if (subspace := memory.subspace(key)) is not None:
             result[param] = (subspace.to(param.device), memory.is_transposed(key))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_cl.reference.precision import allows_tf32, full_precision
+from sparse_cl.reference.precision import full_precision
 
 from .plan import Plan
 from .projection import Correction, Fitted, Layer
@@ -95,9 +95,5 @@ def split(sizes: Sequence[int]) -> list[list[int]]:
 @contextmanager
 def products(device: torch.device, exact: bool) -> Iterator[None]:
     """The precision of a projection's products: without autocast, in TF32 where that is allowed, see `Fitted.exact`."""
-    if exact and not allows_tf32(device):
-        with full_precision(device):
-            yield
-    else:
-        with torch.autocast(device.type, enabled=False):
-            yield
+    with full_precision(device) if exact else torch.autocast(device.type, enabled=False):
+        yield

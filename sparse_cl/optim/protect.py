@@ -37,7 +37,7 @@ class Protection:
         self._origin, self._held = {}, {}
         for param, fit in fitted.items():
             self._origin[param] = self._along(param, fit)
-            self._held[param] = fit.begin(param, _wide(param))["held"]
+            self._held[param] = fit.held(param)
         self._handles = [
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),

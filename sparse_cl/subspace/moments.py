@@ -181,8 +181,8 @@ class SketchedMoment(Moment):
         small = whiten.mT @ (wide.mT @ wide) @ whiten
         values, vectors = torch.linalg.eigh((small + small.mT) / 2)
         values = values.clamp(min=0)
-        scale = torch.where(values > _NOISE * values[:, -1:], values, torch.inf).rsqrt()
-        mixing = whiten @ (vectors * scale[:, None, :])
+        inverse = torch.where(values > _NOISE * values[:, -1:], values, torch.inf).rsqrt()
+        mixing = whiten @ (vectors * inverse[:, None, :])
         return Spectra(
             wide.shape[1], values.flip(1), lambda count: wide @ mixing[:, :, mixing.shape[2] - count :].flip(2)
         )

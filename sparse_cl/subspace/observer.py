@@ -90,7 +90,7 @@ class Observer:
         self._add(self.pending[layer.name], rows)
 
     def _shared(self, layer: Layer, inputs: Tensor) -> bool:
-        """Whether another layer noted these inputs just now: q, k and v read one tensor, and one moment does for all."""
+        """Whether another layer noted these inputs just now: q, k and v read one tensor: one moment does."""
         own = layer.moment is not None or layer.name in self.pending
         first = None
         if self._last is not None and self._last[0] is inputs and self._last[1] != layer.name and not own:

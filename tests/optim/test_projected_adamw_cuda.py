@@ -8,12 +8,12 @@ from cases.adamw import bits
 from cases.cuda_device import DEVICE, captured, needs_device, no_waiting, random
 from cases.subspace import orthogonal
 from torch import nn
-from torch.optim import AdamW
 
 from sparse_cl import ElementMask, RowMask, SubspaceProjectedAdamW
 from sparse_cl.optim.curvature_projection import CurvatureProjection
-from sparse_cl.optim.elastic_pull import ElasticPull
+from sparse_cl.optim.low_rank import DriftBudget, LowRankPull
 from sparse_cl.optim.projected_adamw import ProjectedAdamW
+from sparse_cl.subspace import Subspace
 from sparse_cl.subspace.kronecker import Kronecker, threshold_of
 
 pytestmark = [needs_device, pytest.mark.filterwarnings("ignore:This instance was constructed with capturable=True")]
@@ -27,14 +27,20 @@ def strengths(size, seed):
     return 200 * torch.rand(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def turned(anchor):
-    columns, rows = strengths(N, 1), strengths(M, 2)
-    place = {"device": anchor.device}
-    return ElasticPull(anchor, orthogonal(N).to(**place), columns.to(**place), rows.to(**place))
+RANK = 9
 
 
-def in_own_coordinates(anchor):
-    return ElasticPull(anchor, columns=strengths(N, 1).to(anchor.device))
+def directions(anchor):
+    dtype = torch.float64 if anchor.dtype == torch.float64 else torch.float32
+    return Subspace(*(x.to(anchor.device, dtype) for x in (orthogonal(N)[:, :RANK], strengths(RANK, 1))))
+
+
+def pull(anchor):
+    return LowRankPull(directions(anchor), directions(anchor).values)
+
+
+def budget(anchor):
+    return DriftBudget(directions(anchor), 1e-3)
 
 
 def curvature(mode):
@@ -49,8 +55,8 @@ def curvature(mode):
 
 
 PROJECTIONS = {
-    "turned-pull": turned,
-    "pull": in_own_coordinates,
+    "pull": pull,
+    "budget": budget,
     "hard-curvature": curvature("hard"),
     "soft-curvature": curvature("soft"),
 }
@@ -94,8 +100,8 @@ def test_a_parameter_in_bfloat16_is_its_master_rounded(name):
 @pytest.mark.parametrize("shape", [(), (1,)])
 def test_learning_rates_that_are_tensors(lr_on, shape):
     lr = torch.full(shape, OPTIONS["lr"], device="cpu" if lr_on == "cpu" else DEVICE)
-    _, _, expected = run(turned, torch.float32, DEVICE, steps=3)
-    _, _, weights = run(turned, torch.float32, DEVICE, steps=3, lr=lr)
+    _, _, expected = run(pull, torch.float32, DEVICE, steps=3)
+    _, _, weights = run(pull, torch.float32, DEVICE, steps=3, lr=lr)
     torch.testing.assert_close(weights, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -179,33 +185,3 @@ def test_single_weights_out_of_a_subspace_keep_frozen_bits():
         moved.append(param.detach().cpu() - START)
         assert not moved[-1][~mask.to_dense()].any()
     torch.testing.assert_close(*moved, rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_the_low_rank_pull_is_its_formula(dtype):
-    """P <- P + dW U; C_j = P_j (1 - 1 / (1 + lr k_j)); dW -= C U^T; P -= C, on AdamW's dW in float64."""
-    module = pytest.importorskip("sparse_cl.optim.low_rank_pull")
-    rank, steps = 9, 30
-    basis, kappa = orthogonal(N)[:, :rank], strengths(rank, 5)
-    grads = [random(M, N, seed=1 + step).to(dtype) for step in range(steps)]
-
-    param = nn.Parameter(START.to(dtype).to(DEVICE, copy=True))
-    pull = module.LowRankPull(basis.float().to(DEVICE), kappa.float().to(DEVICE))
-    optimizer = ProjectedAdamW([param], projections={param: pull}, **OPTIONS)
-    for grad in grads:
-        param.grad = grad.to(DEVICE)
-        optimizer.step()
-    weights = optimizer.state[param].get("master", param.detach()).cpu()
-    assert torch.equal(param.detach().cpu(), weights.to(dtype))
-
-    exact = nn.Parameter(START.to(dtype).double())
-    oracle, moved = AdamW([exact], **OPTIONS), torch.zeros(M, rank, dtype=torch.float64)
-    for grad in grads:
-        before = exact.detach().clone()
-        exact.grad = grad.double()
-        oracle.step()
-        moved += (exact.detach() - before) @ basis
-        back = moved * (1 - 1 / (1 + OPTIONS["lr"] * kappa))
-        exact.data.sub_(back @ basis.mT)
-        moved -= back
-    assert_near(weights, exact, "weights")
