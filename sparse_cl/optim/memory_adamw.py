@@ -95,8 +95,15 @@ class MemoryAdamW(ProjectedAdamW):
         return (*super()._facts(), version)
 
     def _is_rest(self, param: Tensor) -> bool:
-        # A head that is an embedding too is protected as the one, and as the other it would undo the rest.
-        return param not in self._given or (self._rest == "freeze" and self._is_embedding(param))
+        if param in self._given:
+            # A head that is an embedding too is protected as the one, and as the other it would undo the rest.
+            return self._rest == "freeze" and self._is_embedding(param)
+        memory = self._memory
+        if param.dim() < 2 or not isinstance(memory, SubspaceMemory):
+            return param.dim() < 2
+        # What a memory tracks and never saw run, no old output depends on.
+        name = names_of(self.param_groups).get(param)
+        return not (memory.tracks(weight_of(param)) if memory.is_bound else name in memory.names)
 
     def _takes_part(self, param: Tensor) -> bool:
         if self._rest == "freeze" and self._projections and self._is_embedding(param):
