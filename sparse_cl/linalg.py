@@ -6,7 +6,6 @@ Matrix products around one op, ``gram_factor``, in full precision whatever the c
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -201,33 +200,15 @@ def project_out_(x: Tensor, basis: Tensor) -> Tensor:
         TypeError: a dtype other than these. ValueError: a shape or device that does not fit.
     """
 
-    def subtract(part: Tensor, coefficients: Tensor, basis: Tensor) -> None:
-        product = part.addmm_ if part.dim() == 2 else part.baddbmm_
-        product(coefficients, basis.mT, alpha=-1)
-
-    return _project_(x, basis, subtract)
-
-
-@torch.no_grad()
-def project_onto_(x: Tensor, basis: Tensor) -> Tensor:
-    """x ← (x U) Uᵀ in place: only what each row of x has in the span of U is kept. As :func:`project_out_`."""
-
-    def replace(part: Tensor, coefficients: Tensor, basis: Tensor) -> None:
-        torch.matmul(coefficients, basis.mT, out=part)
-
-    return _project_(x, basis, replace)
-
-
-def _project_(x: Tensor, basis: Tensor, write: Callable[[Tensor, Tensor, Tensor], None]) -> Tensor:
     _check_matrix("x", x)
     _check_basis("basis", basis, "x", x, -1)
     with full_precision(x.device):
-        _project(x, basis, write)
+        _project_out(x, basis)
     return x
 
 
-def _project(x: Tensor, basis: Tensor, write: Callable[[Tensor, Tensor, Tensor], None]) -> None:
-    """Calls ``write(part, part basis, basis)`` on parts of x that are one matrix or a contiguous batch of them."""
+def _project_out(x: Tensor, basis: Tensor) -> None:
+    """Of parts of x that are one matrix or a contiguous batch of them."""
     if x.numel() == 0:
         return
     if x.dim() > 2 and basis.dim() == 2 and x.is_contiguous():
@@ -238,14 +219,20 @@ def _project(x: Tensor, basis: Tensor, write: Callable[[Tensor, Tensor, Tensor],
     if not together or (x.dim() == 3 and x.dtype != basis.dtype):
         bases = basis if basis.dim() == x.dim() else [basis] * x.shape[0]
         for part, its_basis in zip(x, bases, strict=True):
-            _project(part, its_basis, write)
+            _project_out(part, its_basis)
     elif x.dtype == basis.dtype:
-        write(x, x @ basis, basis)
+        _subtract(x, x @ basis, basis)
     else:
         for rows in x.split(max(1, _on(_CHUNK, x) // x.shape[1])):
             wide = rows.to(basis.dtype)
-            write(wide, wide @ basis, basis)
+            _subtract(wide, wide @ basis, basis)
             rows.copy_(wide)
+
+
+def _subtract(part: Tensor, coefficients: Tensor, basis: Tensor) -> None:
+    """part -= coefficients basisᵀ, in place."""
+    product = part.addmm_ if part.dim() == 2 else part.baddbmm_
+    product(coefficients, basis.mT, alpha=-1)
 
 
 def _on(sizes: dict[str, int], x: Tensor) -> int:

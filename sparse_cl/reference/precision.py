@@ -10,11 +10,6 @@ import torch
 _REDUCED = ("tf32", "bf16")
 
 
-def allows_tf32(device: torch.device) -> bool:
-    """Whether float32 products on ``device`` are made in TF32 now, as the caller allows."""
-    return device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32"
-
-
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """Turns autocast, TF32 and bf16 products of float32 matrices off, and sets them back as they were."""
