@@ -93,5 +93,4 @@ def test_tensors_without_values_give_shapes(dtype):
     q, rank = orthonormalize(y, u)
     assert (q.shape, q.dtype, rank.shape, rank.dtype) == (y.shape, torch.float32, (2,), torch.int64)
     assert [t.shape for t in randomized_svd(y, 5)] == [(2, 40, 5), (2, 5), (2, 5, 8)]
-    for project in (project_out_, project_onto_):
-        assert project(y.mT, u).shape == (2, 8, 40)
+    assert project_out_(y.mT, u).shape == (2, 8, 40)
