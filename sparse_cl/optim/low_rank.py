@@ -21,9 +21,10 @@ class LowRankProjection(Projection):
 
         P ← P + ΔW U,  C = P - (what the rule leaves of P),  ΔW ← ΔW - C Uᵀ,  P ← P - C
 
-    with P = (W - W₀) U, W₀ the weight at the first step: no copy of it is kept. Of a :class:`RowMask` P has the mask's
-    rows. Of a :class:`ColumnMask` the directions are what its columns see of U, exactly. With masks of single weights
-    C Uᵀ is cut to the mask: P stays exact, and a step never moves W further away, but it takes back less.
+    with P = (W - W₀) U, W₀ the weight at the first step: no copy of it is kept. Of a :class:`RowMask` the mask's rows
+    are corrected; P knows all, so that a budget still holds when the mask changes. Of a :class:`ColumnMask` the directions
+    are what its columns see of U, exactly. With masks of single weights C Uᵀ is cut to the mask: P stays exact, and a
+    step never moves W further away, but it takes back less.
 
     The optimizer keeps P, (m, r) in the dtype of the moments, in the parameter's state and in checkpoints
     (``"projection.moved"``), and one number (``"projection.held"``). Load a checkpoint before a new domain's projection
@@ -156,12 +157,15 @@ class FittedLowRank(Fitted):
     Attributes:
         given: the projection.
         whole: the subspace of the whole weight; ``seen``: that of the mask's columns.
-        mask: of single weights; None: whole rows or columns are stepped.
+        mask: None: all of the weight is stepped.
+        index: the rows of P that are stepped; None: all.
+        single: whether the mask is of single weights.
     """
 
     def __init__(self, given: LowRankProjection, whole: Subspace, seen: Subspace, mask: Mask | None) -> None:
-        self.given, self.whole, self.seen = given, whole, seen
-        self.mask = None if mask is None or isinstance(mask, RowMask | ColumnMask) else mask
+        self.given, self.whole, self.seen, self.mask = given, whole, seen, mask
+        self.single = mask is not None and not isinstance(mask, RowMask | ColumnMask)
+        self.index = mask.index.to(whole.device).long() if isinstance(mask, RowMask) else None
         self.exact, self.alike = given.rule.exact, given.rule
         self.correction = LowRankCorrection
         self.free = not isinstance(given.rule, Hard) or seen.free > 0
@@ -170,12 +174,15 @@ class FittedLowRank(Fitted):
 
     @property
     def remembers(self) -> bool:
-        return self.given.rule.remembers or self.mask is not None
+        return self.given.rule.remembers or self.single
 
-    def shapes(self, compact: Sequence[int]) -> dict[str, tuple[int, ...]]:
+    def continues(self, other: Fitted) -> bool:
+        columns = [x.mask for x in (self, other) if isinstance(x, FittedLowRank) and isinstance(x.mask, ColumnMask)]
+        return not self.remembers or not columns or (len(columns) == 2 and columns[0] == columns[1])
+
+    def shapes(self, shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
         if not self.remembers:
             return {}
-        shape = self.mask.shape if self.mask is not None else compact
         return {"moved": (shape[1 if self.given.transposed else 0], self.seen.rank), "held": ()}
 
     def begin(self, weight: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -193,7 +200,8 @@ class FittedLowRank(Fitted):
 
     def rows(self, update: Tensor) -> Tensor:
         """A compact update as the rows that U is for: a view, or a copy of one that is cut to single weights."""
-        if self.mask is not None:
+        if self.single:
+            assert self.mask is not None
             dense = update.new_zeros(self.mask.shape)
             dense[self.mask.to(update.device).to_dense()] = update.view(-1)
             return dense
@@ -215,30 +223,52 @@ class LowRankCorrection(Correction):
 
     def correct_(self, lr: float | Tensor, skipped: Tensor | None) -> None:
         rows = [layer.projection.rows(layer.update) for layer in self.layers]
+        moved = [self._moved(layer) for layer in self.layers]
         # Not in place: should the step fail before the weights are written, P is still theirs.
         after = [
-            torch.addmm(layer.kept["moved"], row, basis) if "moved" in layer.kept else row @ basis
-            for layer, row, basis in zip(self.layers, rows, self.bases, strict=True)
+            row @ basis if before is None else torch.addmm(before, row, basis)
+            for before, row, basis in zip(moved, rows, self.bases, strict=True)
         ]
         left = self._left(after, lr, skipped)
         dtype, self.next = rows[0].dtype, []
         parts = zip(self.layers, rows, self.bases, after, left.to(dtype), (1 - left).to(dtype), strict=True)
-        for layer, row, basis, moved, stays, taken in parts:
+        for layer, row, basis, now, stays, taken in parts:
             rank = basis.shape[1]
-            row.addmm_(moved, (basis * taken[:rank]).mT, alpha=-1)
-            if layer.projection.mask is not None:
+            row.addmm_(now, (basis * taken[:rank]).mT, alpha=-1)
+            if layer.projection.single:
                 self.next.append(self._cut(layer, row, basis))
             elif "moved" in layer.kept:
-                self.next.append(moved.mul_(stays[:rank]))
+                self.next.append(now.mul_(stays[:rank]))
+
+    @staticmethod
+    def _moved(layer: Layer) -> Tensor | None:
+        """P of the rows that are stepped; None where it is zero."""
+        moved, index = layer.kept.get("moved"), layer.projection.index
+        return moved if moved is None or index is None else moved.index_select(0, index)
 
     def _left(self, after: list[Tensor], lr: float | Tensor, skipped: Tensor | None) -> Tensor:
-        energies = self.strengths
+        energies, room = self.strengths, self.held
         if isinstance(self.rule, Budget):
-            norms = [torch.linalg.vector_norm(moved, dim=0).double().square() for moved in after]
-            energies = torch.nn.utils.rnn.pad_sequence(norms, batch_first=True)
-        left = self.rule.left(self.strengths, lr, energies, self.held)
+            energies = self._energies(after)
+            room = self.rule.share * self.held - (self.strengths * self._frozen()).sum(1)
+        left = self.rule.left(self.strengths, lr, energies, room)
         # Where a step is skipped, so is the pull.
         return left if skipped is None else torch.where(skipped == 0, left, 1.0)
+
+    def _frozen(self) -> Tensor:
+        """‖P_j‖² of the rows that a mask has left behind: (L, r)."""
+        if all(layer.projection.index is None for layer in self.layers):
+            return torch.zeros_like(self.strengths)
+        parts = []
+        for layer in self.layers:
+            moved, index = layer.kept["moved"], layer.projection.index
+            parts.append(moved[:0] if index is None else moved.index_fill(0, index, 0.0))
+        return self._energies(parts)
+
+    @staticmethod
+    def _energies(parts: list[Tensor]) -> Tensor:
+        norms = [torch.linalg.vector_norm(part, dim=0).double().square() for part in parts]
+        return torch.nn.utils.rnn.pad_sequence(norms, batch_first=True)
 
     @staticmethod
     def _cut(layer: Layer, row: Tensor, basis: Tensor) -> Tensor:
@@ -249,8 +279,12 @@ class LowRankCorrection(Correction):
 
     def settle_(self) -> None:
         keeping = [layer.kept["moved"] for layer in self.layers if "moved" in layer.kept]
-        for moved, after in zip(keeping, self.next, strict=True):
-            moved.copy_(after)
+        indices = [layer.projection.index for layer in self.layers if "moved" in layer.kept]
+        for moved, index, after in zip(keeping, indices, self.next, strict=True):
+            if index is None:
+                moved.copy_(after)
+            else:
+                moved.index_copy_(0, index, after)
         self.next = []
 
 

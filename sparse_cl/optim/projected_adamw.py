@@ -97,18 +97,26 @@ class ProjectedAdamW(SparseMaskedAdamW):
     def set_masks(self, masks: ByParameter[Mask], carry: str = "intersection") -> None:
         given = self._current()
         fitted = self._fit(given, "masks", self._store.resolve(masks))
+        for param, fit in fitted.items():
+            old = self._projections.get(param)
+            kept = any(name.startswith(PROJECTION) for name in self.state.get(param, ()))
+            if old is not None and kept and not fit.continues(old):
+                raise ValueError(
+                    f"masks: parameter {self._store.name(param)} has moved under its ColumnMask, and its projection "
+                    "knows these columns alone; keep the mask, or begin a new domain by setting the projections anew"
+                )
         super().set_masks(masks, carry)
-        self._take(given, fitted)
+        self._take(given, fitted, begins=False)
 
     set_masks.__doc__ = SparseMaskedAdamW.set_masks.__doc__
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
-        self._seen = None
+        self._seen = self._unsure()
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("_rest", "_given", "_projections", "_warned")
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}, "_seen": None}
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}, "_seen": self._unsure()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -124,6 +132,10 @@ class ProjectedAdamW(SparseMaskedAdamW):
         """What :meth:`_current` and its fit depend on besides parameters and masks."""
         return (next((p.device for group in self.param_groups for p in group["params"]), None),)
 
+    def _unsure(self) -> tuple | None:
+        """Facts that make the next step look anew, but not begin a domain."""
+        return None if self._seen is None else (None, *self._seen[1:])
+
     def _fit(self, given: Given, argument: str, masks: Mapping[Tensor, Mask] | None = None) -> dict[Tensor, Fitted]:
         fitted = {}
         for param, projection in given.items():
@@ -133,10 +145,10 @@ class ProjectedAdamW(SparseMaskedAdamW):
                 raise ValueError(f"{argument}: parameter {self._store.name(param)} {error}") from None
         return fitted
 
-    def _take(self, given: Given, fitted: dict[Tensor, Fitted]) -> None:
-        """Puts projections in force."""
+    def _take(self, given: Given, fitted: dict[Tensor, Fitted], begins: bool = True) -> None:
+        """Puts projections in force; with ``begins``, those that are new begin where the weights are."""
         for param, old in self._given.items():
-            if given.get(param) is not old:
+            if begins and given.get(param) is not old:
                 # What it kept is of other directions, or of where an earlier domain began.
                 for name in [name for name in self.state.get(param, ()) if name.startswith(PROJECTION)]:
                     del self.state[param][name]
@@ -157,7 +169,9 @@ class ProjectedAdamW(SparseMaskedAdamW):
     def _gathered(self) -> list[Call]:
         if self._seen != self._facts():
             given = self._current()
-            self._take(given, self._fit(given, self._argument))
+            # A parameter may be on another device, while what is given is what it was.
+            begins = self._seen is not None and self._seen[1:] != self._facts()[1:]
+            self._take(given, self._fit(given, self._argument), begins)
         return super()._gathered()
 
     def _takes_part(self, param: Tensor) -> bool:
@@ -171,7 +185,7 @@ class ProjectedAdamW(SparseMaskedAdamW):
         packed, projection = super()._ready(param, group), self._projections.get(param)
         if projection is None:
             return packed
-        own, shapes = self.state[param], projection.shapes(packed.layout.compact_shape)
+        own, shapes = self.state[param], projection.shapes(tuple(weight_of(param).shape))
         missing = [name for name in shapes if PROJECTION + name not in own]
         if missing:
             self._store.refuse_capture(param)

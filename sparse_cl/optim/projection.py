@@ -50,9 +50,13 @@ class Fitted:
     correction: type[Correction]
     alike: Hashable = None
 
-    def shapes(self, compact: Sequence[int]) -> dict[str, tuple[int, ...]]:
-        """Of what it remembers of updates of a compact shape: part of the parameter's state and of checkpoints."""
+    def shapes(self, shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
+        """Of what it remembers of a weight of this shape: part of the parameter's state and of checkpoints."""
         return {}
+
+    def continues(self, other: Fitted) -> bool:
+        """Whether what ``other`` remembers, the same projection under another mask, is right for this one."""
+        return True
 
     def begin(self, weight: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         """What it remembers before the first step.

@@ -15,7 +15,7 @@ from .elastic_adamw import projection_of, rule_of
 from .low_rank import FittedLowRank
 from .memory_adamw import Bases, subspaces_of
 from .names import name_of, names_of, parameters_of
-from .rules import Rule
+from .rules import Budget, Rule
 from .sparse_masked_adamw import SparseMaskedAdamW
 
 
@@ -115,7 +115,8 @@ class Protection:
             moved = self._moved(param, fit)
             strengths = fit.seen.values.double()[None]
             energies = torch.linalg.vector_norm(moved, dim=0).double().square()[None]
-            taken = 1 - rule.left(strengths, lr, energies, self._held[param][None])[0]
+            room = rule.share * self._held[param][None] if isinstance(rule, Budget) else energies[0]
+            taken = 1 - rule.left(strengths, lr, energies, room)[0]
             basis = fit.seen.basis.to(moved.dtype)
             with full_precision(param.device):
                 back = (moved * taken.to(moved.dtype)) @ basis.mT

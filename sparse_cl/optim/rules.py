@@ -31,14 +31,14 @@ class Rule(ABC):
     remembers: bool = True
 
     @abstractmethod
-    def left(self, strengths: Tensor, lr: float | Tensor, energies: Tensor, held: Tensor) -> Tensor:
+    def left(self, strengths: Tensor, lr: float | Tensor, energies: Tensor, room: Tensor) -> Tensor:
         """What is left of P_j, as a share in [0, 1]: (L, r).
 
         Args:
             strengths: (L, r), at least 0; 0 where a layer has no such direction.
             lr: the learning rate in force.
             energies: (L, r), ‖P_j‖², with the step's update in P.
-            held: (L,), Σ_j strengths_j ‖W₀ u_j‖²: what the layer's old outputs hold.
+            room: (L,), what Σ_j strengths_j ‖P_j‖² may be, of a budget.
         """
 
 
@@ -49,7 +49,7 @@ class Hard(Rule):
     exact = True
     remembers = False
 
-    def left(self, strengths: Tensor, lr: float | Tensor, energies: Tensor, held: Tensor) -> Tensor:
+    def left(self, strengths: Tensor, lr: float | Tensor, energies: Tensor, room: Tensor) -> Tensor:
         return torch.zeros_like(strengths)
 
 
@@ -60,7 +60,7 @@ class Pull(Rule):
     Consistent gradients override the pull; noise is undone. A coordinate settles at about 1/κ_j, whatever the rate.
     """
 
-    def left(self, strengths: Tensor, lr: float | Tensor, energies: Tensor, held: Tensor) -> Tensor:
+    def left(self, strengths: Tensor, lr: float | Tensor, energies: Tensor, room: Tensor) -> Tensor:
         return (1 + strengths * lr).reciprocal_()
 
 
@@ -74,8 +74,8 @@ class Budget(Rule):
 
     share: float
 
-    def left(self, strengths: Tensor, lr: float | Tensor, energies: Tensor, held: Tensor) -> Tensor:
-        moved, radius = strengths * energies, (self.share * held).sqrt().clamp(min=_LEAST)[:, None]
+    def left(self, strengths: Tensor, lr: float | Tensor, energies: Tensor, room: Tensor) -> Tensor:
+        moved, radius = strengths * energies, room.clamp(min=0).sqrt().clamp(min=_LEAST)[:, None]
         nu = torch.zeros_like(radius)
         for _ in range(_NEWTON):
             share = (1 + nu * strengths).reciprocal_()

@@ -74,7 +74,14 @@ class StateStore:
             if same_mask(packed.mask, mask):
                 continue
             carried = packed.carried(weight_of(param), mask) if carry else None
+            # What a projection keeps is of the weight, whatever is active of it.
+            kept = {name: value for name, value in state[param].items() if name.startswith(states.PROJECTION)}
+            if carried is None and kept:
+                group = next(g for g in self._optimizer.param_groups if any(p is param for p in g["params"]))
+                leaf = None if owner_of(param) is None else param
+                carried = ParameterState.new(weight_of(param), mask, leaf, **self.options(param, group))
             if carried is not None:
+                carried.kept.update(kept)
                 self.put(param, carried)
             else:
                 state.pop(param)
