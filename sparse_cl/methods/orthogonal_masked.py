@@ -62,6 +62,7 @@ class OrthogonalMasked(Orthogonal):
         return model
 
     def make_optimizer(self, model: nn.Module, lr: float, path: float | None = None) -> torch.optim.Optimizer:
+        self._check_begun("make_optimizer")
         with told_already():
             return SubspaceProjectedAdamW(**trained(model, self.masks), lr=lr, memory=self.memory)
 

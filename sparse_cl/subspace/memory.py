@@ -149,9 +149,12 @@ class SubspaceMemory:
         if not observed:
             raise ValueError("consolidate: nothing was observed; call observe() in the domain first")
         added = consolidate(observed, self.settings, weight, fade)
+        faded: dict[int, Subspace | None] = {}
         for layer in self._layers.values():
             if layer.name not in added and layer.subspace is not None and fade != 1:
-                layer.subspace, layer.weight = layer.faded(fade), fade * layer.weight
+                # Layers that share a subspace go on sharing it.
+                layer.subspace = faded.setdefault(id(layer.subspace), layer.faded(fade))
+                layer.weight *= fade
         self._observer.end_domain()
         self.version += 1
         return added
