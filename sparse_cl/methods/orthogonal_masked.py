@@ -14,9 +14,9 @@ from sparse_cl.nn import restore
 from sparse_cl.optim import SubspaceProjectedAdamW
 
 from .base import Batch
+from .memory_method import told_already
 from .neuron_account import NeuronAccount
 from .neurons import check_fraction, train_most_active, trained
-from .memory_method import told_already
 from .orthogonal import Orthogonal
 
 

@@ -94,7 +94,7 @@ class Observer:
         self._add(self.pending[layer.name], rows)
 
     def _shared(self, layer: Layer, inputs: Tensor) -> bool:
-        """Whether another layer noted these inputs just now: q, k and v read one tensor, and one moment does for all."""
+        """Whether another layer noted these inputs just now: q, k, v read one tensor, and one moment does for all."""
         if not self.settings.share_inputs:
             return False
         held = None if inputs.is_inference() else inputs._version
