@@ -138,7 +138,7 @@ class SubspaceMemory:
         Raises:
             ValueError: nothing was observed since the last call, or a number out of range.
         """
-        if not weight > 0:
+        if not 0 < weight < float("inf"):
             raise ValueError(f"weight: expected a number above 0, got {weight}")
         if not 0 <= fade <= 1:
             raise ValueError(f"fade: expected a number in [0, 1], got {fade}")
