@@ -77,4 +77,5 @@ class OrthogonalLoRA(FreshAdapters):
         self._check_begun("make_optimizer")
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         with told_already():
-            return SubspaceProjectedAdamW(trained, lr=lr, memory=self._subspaces)
+            # B has no subspace, and needs none.
+            return SubspaceProjectedAdamW(trained, lr=lr, memory=self._subspaces, rest="train")
