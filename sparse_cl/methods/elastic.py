@@ -50,11 +50,9 @@ class Elastic(MemoryMethod):
     ) -> None:
         super().__init__(energy, "inputs", max_rank, text_weight)
         self.strength = check_at_least("strength", strength, 0)
-        self._begun = False
 
     def before_domain(self, model: nn.Module, batches: Iterable[Batch]) -> nn.Module:
         self._begin(model, batches)
-        self._begun = True
         return model
 
     def make_optimizer(self, model: nn.Module, lr: float, path: float | None = None) -> torch.optim.Optimizer:
@@ -65,21 +63,12 @@ class Elastic(MemoryMethod):
         return ElasticAdamW(trained, lr=lr, memory=memory, strength=self.strength, path=path)
 
     def after_domain(self, model: nn.Module, batches: Iterable[Batch]) -> None:
-        self._check_begun("after_domain")
         self._end(model, self._weights, batches)
-        self._begun = False
 
     def restore(self, base: nn.Module, folders: Sequence[Path]) -> nn.Module:
         model = super().restore(base, folders)
         self._load(model, folders[-1])
         return model
-
-    def _check_begun(self, call: str) -> None:
-        if not self._begun:
-            raise RuntimeError(
-                f"{self.name}: {call} comes after before_domain(model, batches), without which earlier domains are not "
-                "protected"
-            )
 
 
 class ElasticLoRA(FreshAdapters):
@@ -112,6 +101,7 @@ class ElasticLoRA(FreshAdapters):
         self.strength = check_at_least("strength", strength, 0)
 
     def make_optimizer(self, model: nn.Module, lr: float, path: float | None = None) -> torch.optim.Optimizer:
+        self._check_begun("make_optimizer")
         trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         pulls = {}
         for a, subspace in self._subspaces(model):

@@ -64,6 +64,7 @@ class MemoryMethod(Method):
         self.text_weight = check_above_zero("text_weight", text_weight)
         self.energy, self.source, self.max_rank = energy, source, max_rank
         self.memory: SubspaceMemory | None = None
+        self._begun = False
         self._weights: dict[str, nn.Parameter] = {}
         self._before: dict[str, torch.Tensor] = {}
         self._layers: dict[str, dict[str, Any]] = {}
@@ -84,8 +85,12 @@ class MemoryMethod(Method):
     def protect(self, model: nn.Module, batches: Iterable[Batch]) -> None:
         check_first(self.name, self.memory is None)
         self._remember(model, self._new_memory(model))
-        self._observe(model, batches)
-        self._known.consolidate(self.text_weight)
+        try:
+            self._observe(model, batches)
+            self._known.consolidate(self.text_weight)
+        except Exception:
+            self.memory = None
+            raise
 
     def record(self) -> dict[str, Any]:
         return {"layers": self._layers}
@@ -118,7 +123,7 @@ class MemoryMethod(Method):
         if self.memory is None:
             self._remember(base, self._new_memory(base))
         self._layers = {name: {"surviving": 1.0} for name in self._weights}
-        self._before = {}
+        self._before, self._begun = {}, True
         if not self._known.domains:
             return
         for name, share in surviving_shares(base, self._weights, batches, self._taken).items():
@@ -134,6 +139,7 @@ class MemoryMethod(Method):
             model: what was trained, adapter and all.
             learned: the tracked weights as the next domain will find them.
         """
+        self._check_begun("after_domain")
         for name, layer in self._layers.items():
             layer["leak"] = None
             if self._before and self._known.rank(name):
@@ -143,6 +149,14 @@ class MemoryMethod(Method):
         self._known.consolidate()
         for name, capacity in self._known.capacity(self.by_use).items():
             self._layers[name] |= capacity
+        self._begun = False
+
+    def _check_begun(self, call: str) -> None:
+        if not self._begun:
+            raise RuntimeError(
+                f"{self.name}: {call} comes after before_domain(model, batches), without which earlier domains are not "
+                "protected"
+            )
 
     def _taken(self, name: str, matrix: torch.Tensor) -> float:
         """Share of the energy of a gradient or a change of a weight that is in what earlier domains use."""

@@ -35,6 +35,7 @@ class Orthogonal(MemoryMethod):
         return model
 
     def make_optimizer(self, model: nn.Module, lr: float, path: float | None = None) -> torch.optim.Optimizer:
+        self._check_begun("make_optimizer")
         with told_already():
             return SubspaceProjectedAdamW(model.named_parameters(), lr=lr, memory=self.memory)
 
@@ -73,6 +74,8 @@ class OrthogonalLoRA(FreshAdapters):
             self._subspaces = orthogonal_lora(adapted, self._known)
 
     def make_optimizer(self, model: nn.Module, lr: float, path: float | None = None) -> torch.optim.Optimizer:
+        self._check_begun("make_optimizer")
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         with told_already():
-            return SubspaceProjectedAdamW(trained, lr=lr, memory=self._subspaces)
+            # B has no subspace, and needs none.
+            return SubspaceProjectedAdamW(trained, lr=lr, memory=self._subspaces, rest="train")

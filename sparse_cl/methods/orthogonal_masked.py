@@ -54,6 +54,12 @@ class OrthogonalMasked(Orthogonal):
     def check(self, model: nn.Module) -> None:
         self.account.check(model)
         super().check(model)
+        memory = self._new_memory(model)
+        if transposed := [name for name in memory.names if memory.is_transposed(name)]:
+            raise ValueError(
+                f"{transposed[0].removesuffix('.weight')} is a Conv1D, whose weight is transposed; {self.name} needs "
+                "torch.nn.Linear layers, as Llama, Qwen, Mistral, Gemma, Phi and GPT-NeoX have"
+            )
 
     def before_domain(self, model: nn.Module, batches: Iterable[Batch]) -> nn.Module:
         restore(model)  # of a domain that was left half learned
@@ -62,10 +68,12 @@ class OrthogonalMasked(Orthogonal):
         return model
 
     def make_optimizer(self, model: nn.Module, lr: float, path: float | None = None) -> torch.optim.Optimizer:
+        self._check_begun("make_optimizer")
         with told_already():
             return SubspaceProjectedAdamW(**trained(model, self.masks), lr=lr, memory=self.memory)
 
     def after_domain(self, model: nn.Module, batches: Iterable[Batch]) -> None:
+        self._check_begun("after_domain")
         restore(model)
         self.account.end(self.account.opened)
         super().after_domain(model, batches)

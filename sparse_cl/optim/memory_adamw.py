@@ -69,7 +69,7 @@ class MemoryAdamW(ProjectedAdamW):
     @property
     def rest(self) -> list[str]:
         """The parameters that the memory does not protect, by name or place."""
-        return [self._store.name(p) for p in parameters_of(self.param_groups) if self._is_rest(p)]
+        return [self._store.name(p).strip("'") for p in parameters_of(self.param_groups) if self._is_rest(p)]
 
     def _warn_of_rest(self) -> None:
         """Embeddings, norms and biases are what the documentation says; matrices that no memory saw are news."""

@@ -114,7 +114,9 @@ def leading(
         values = spectra.values[i, :rank].to(dtype)
         total = new[i] + old[i]
         outside = max(0.0, total - float(values.sum(dtype=torch.float64)))
-        result.append(trusted(columns[i, :, :rank].clone(), values, outside, total / (width * weights[i])))
+        # In one order, as a file holds it: products of a transposed matrix round differently.
+        basis = columns[i, :, :rank].clone(memory_format=torch.contiguous_format)
+        result.append(trusted(basis, values, outside, total / (width * weights[i])))
     return result
 
 

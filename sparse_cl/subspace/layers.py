@@ -67,7 +67,7 @@ class Layer:
         return matrix.mT if self.transposed else matrix
 
     def share_inside(self, matrix: Tensor, by_use: bool = False) -> float:
-        """‖R U Uᵀ‖²_F / ‖R‖²_F of the rows R (..., n) of a matrix, summed in float64; 0 of zeros.
+        """‖R U Uᵀ‖²_F / ‖R‖²_F of a matrix's rows R (..., n), summed in float64; 0 of zeros and without a subspace.
 
         Args:
             by_use: direction j counts by u_j / (1 + u_j), u its usage, in place of 1.

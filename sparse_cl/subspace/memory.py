@@ -138,7 +138,7 @@ class SubspaceMemory:
         Raises:
             ValueError: nothing was observed since the last call, or a number out of range.
         """
-        if not weight > 0:
+        if not 0 < weight < float("inf"):
             raise ValueError(f"weight: expected a number above 0, got {weight}")
         if not 0 <= fade <= 1:
             raise ValueError(f"fade: expected a number in [0, 1], got {fade}")
@@ -149,9 +149,12 @@ class SubspaceMemory:
         if not observed:
             raise ValueError("consolidate: nothing was observed; call observe() in the domain first")
         added = consolidate(observed, self.settings, weight, fade)
+        faded: dict[int, Subspace | None] = {}
         for layer in self._layers.values():
             if layer.name not in added and layer.subspace is not None and fade != 1:
-                layer.subspace, layer.weight = layer.faded(fade), fade * layer.weight
+                # Layers that share a subspace go on sharing it.
+                layer.subspace = faded.setdefault(id(layer.subspace), layer.faded(fade))
+                layer.weight *= fade
         self._observer.end_domain()
         self.version += 1
         return added

@@ -180,8 +180,9 @@ class SketchedMoment(Moment):
         whiten, _ = gram_factor(core, core.diagonal(dim1=1, dim2=2), _NOISE**0.5)
         small = whiten.mT @ (wide.mT @ wide) @ whiten
         values, vectors = torch.linalg.eigh((small + small.mT) / 2)
-        values = values.clamp(min=0)
-        inverse = torch.where(values > _NOISE * values[:, -1:], values, torch.inf).rsqrt()
+        # What has no direction has no value either, or a basis would get a column of zeros.
+        values = torch.where(values > _NOISE * values[:, -1:], values, 0)
+        inverse = torch.where(values > 0, values, torch.inf).rsqrt()
         mixing = whiten @ (vectors * inverse[:, None, :])
         return Spectra(
             wide.shape[1], values.flip(1), lambda count: wide @ mixing[:, :, mixing.shape[2] - count :].flip(2)

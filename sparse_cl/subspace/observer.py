@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -29,12 +30,14 @@ class Observer:
         self.settings, self.layers, self.domains = settings, layers, domains
         #: Inputs that forward passes brought since the last call of :meth:`observe`.
         self.pending: dict[str, Moment] = {}
+        #: How many each layer read.
+        self.reads: Counter[str] = Counter()
         #: Test matrices of sketches.
         self.tests: dict[tuple, Tensor] = {}
         self._handles: list[RemovableHandle] = []
         self._tokens: Tensor | None = None
-        #: The inputs that were noted last, and the layer that read them.
-        self._last: tuple[Tensor, str] | None = None
+        #: The inputs that were noted last, what they held then, and the layer that read them.
+        self._last: tuple[Tensor, int | None, str] | None = None
         self.attach()
 
     def __del__(self) -> None:
@@ -45,7 +48,7 @@ class Observer:
         """Puts hooks on the modules that the layers have now, if inputs are observed."""
         for handle in self._handles:
             handle.remove()
-        self.pending, self._last = {}, None
+        self._drop()
         #: Which forward passes are noted: those in "training" (gradients enabled), "all", or "nothing".
         self._noting, self._tokens = "training", None
         named = [(name, module) for name, layer in self.layers.items() for module in layer.modules]
@@ -62,7 +65,7 @@ class Observer:
         if not self._handles:
             raise ValueError("watch: the memory is bound to no model; call memory.bind(model) first")
         if self._noting == "training":
-            self.pending = {}
+            self._drop()
         self._noting, self._tokens = "all", tokens
         try:
             yield
@@ -78,6 +81,7 @@ class Observer:
     def _note(self, layer: Layer, inputs: Tensor) -> None:
         if inputs.shape[-1] != layer.width:
             return  # the layer itself says best what is wrong
+        self.reads[layer.name] += 1
         if self._shared(layer, inputs):
             return
         rows = inputs.reshape(-1, layer.width)
@@ -90,31 +94,44 @@ class Observer:
         self._add(self.pending[layer.name], rows)
 
     def _shared(self, layer: Layer, inputs: Tensor) -> bool:
-        """Whether another layer noted these inputs just now: q, k and v read one tensor: one moment does."""
-        own = layer.moment is not None or layer.name in self.pending
+        """Whether another layer noted these inputs just now: q, k, v read one tensor, and one moment does for all."""
+        if not self.settings.share_inputs:
+            return False
+        held = None if inputs.is_inference() else inputs._version
         first = None
-        if self._last is not None and self._last[0] is inputs and self._last[1] != layer.name and not own:
-            first = self._last[1] if self.layers[self._last[1]].place() == layer.place() else None
+        if self._last is not None and self._last[0] is inputs and self._last[1] == held:
+            first = self._last[2]
+        if layer.source is None and first is not None and self._may_share(layer, self.layers[first]):
+            layer.source = first
         if layer.source not in (None, first):
             raise ValueError(
                 f"watch: {layer.name} read the inputs of {layer.source} until now, and others this time; build the "
                 "memory with share_inputs=False"
             )
-        layer.source = first if self.settings.share_inputs else None
         if layer.source is None:
-            self._last = inputs, layer.name
+            self._last = inputs, held, layer.name
         return layer.source is not None
+
+    def _may_share(self, layer: Layer, first: Layer) -> bool:
+        """Whether nothing was noted of either before this read."""
+        fresh = layer.moment is None and first.moment is None and self.reads[layer.name] == self.reads[first.name] == 1
+        return fresh and layer is not first and layer.place() == first.place()
+
+    def _drop(self) -> None:
+        self.pending, self.reads, self._last = {}, Counter(), None
 
     @torch.no_grad()
     def observe(self) -> None:
         """See :meth:`SubspaceMemory.observe`."""
         if self.settings.source == "inputs":
-            pending, self.pending, self._last = self.pending, {}, None
+            pending, reads = self.pending, self.reads
+            self._drop()
             if not pending:
                 raise ValueError(
                     "observe: no forward pass was noted since the last call; run the model with gradients enabled, or "
                     "inside `with memory.watch():`"
                 )
+            self._refuse_parted(reads)
             self._refuse_not_finite("input", {name: moment.energy() for name, moment in pending.items()})
             for name, moment in pending.items():
                 layer = self.layers[name]
@@ -139,7 +156,8 @@ class Observer:
             self._add(self.moment(self.layers[name]), self.layers[name].rows(gradient))
 
     def end_domain(self) -> None:
-        self.pending, self.tests, self._last = {}, {}, None
+        self._drop()
+        self.tests = {}
         for layer in self.layers.values():
             layer.source = None
         self.domains += 1
@@ -172,6 +190,15 @@ class Observer:
             signs = torch.randint(0, 2, (layer.width, columns), generator=generator)
             self.tests[key] = (2 * signs - 1).to(device=device, dtype=dtype)
         return SketchedMoment(self.tests[key])
+
+    def _refuse_parted(self, reads: Counter[str]) -> None:
+        for layer in self.layers.values():
+            if layer.source is not None and reads[layer.name] != reads[layer.source]:
+                raise ValueError(
+                    f"observe: {layer.source} read {reads[layer.source]} inputs since the last call and {layer.name} "
+                    f"{reads[layer.name]}, so that one moment does not do for both and nothing was observed; build the "
+                    "memory with share_inputs=False"
+                )
 
     def _refuse_not_finite(self, what: str, norms: Mapping[str, Tensor]) -> None:
         first = next(iter(norms.values())).device

@@ -28,25 +28,36 @@ def gradients(scales: Tensor, rows: int, steps: int, seed: int = 0, directions: 
 
 
 class Oracle:
-    """GPM's rule on all gradients of a domain at once, by exact singular value decompositions in float64."""
+    """The memory's rule by singular value decompositions in float64, of all gradients of a domain at once.
+
+    Of A = U diag(λ) Uᵀ + w E[x xᵀ] the leading eigenvectors: the fewest that leave out no more than (1 - energy) of the
+    domain.
+    """
 
     def __init__(self, n: int, energy: float, max_rank: int | None = None):
-        self.basis = torch.zeros(n, 0, dtype=torch.float64)
-        self.energy, self.max_rank = energy, max_rank
+        self.basis, self.values = torch.zeros(n, 0, dtype=torch.float64), torch.zeros(0, dtype=torch.float64)
+        self.energy, self.max_rank = energy, n if max_rank is None else max_rank
 
-    def learn(self, seen: list[Tensor]) -> int:
-        """Ends a domain with these gradients; how many directions it adds."""
-        rows = torch.cat(seen).double()
-        rest = rows - rows @ self.basis @ self.basis.mT
-        total, left = rows.square().sum(), rest.square().sum()
-        _, s, vh = torch.linalg.svd(rest, full_matrices=False)
-        explained = total - left + torch.cat([torch.zeros(1), s.square().cumsum(0)])
+    def learn(self, seen: list[Tensor], weight: float = 1.0, fade: float = 1.0) -> int:
+        """Ends a domain with these gradients; how many directions there are more."""
+        rows, before = torch.cat(seen).double(), len(self.values)
+        rows = rows * (weight / len(rows)) ** 0.5
+        both = torch.cat([self.basis * (fade * self.values).sqrt(), rows.mT], 1)
+        vectors, roots, _ = torch.linalg.svd(both, full_matrices=False)
+        values, total = roots.square(), both.square().sum()
+        wanted = self.energy * rows.square().sum() + fade * self.values.sum()
         # The sum of all squares rounds to a little less than the total.
-        enough = (explained >= (self.energy - 1e-12) * total).nonzero()
-        count = int(enough[0]) if len(enough) else len(s)
-        count = count if self.max_rank is None else min(count, self.max_rank)
-        self.basis = torch.linalg.qr(torch.cat([self.basis, vh[:count].mT], 1)).Q
-        return count
+        count = min(int((values.cumsum(0) < wanted - 1e-12 * total).sum()) + 1, self.max_rank)
+        count = min(count, int((values > 1e-7 * total).sum()))
+        self.basis, self.values = vectors[:, :count], values[:count]
+        return count - before
+
+    def further(self, seen: list[Tensor]) -> int:
+        """How many directions it takes to explain these gradients as well, beside those that are known."""
+        rows = torch.cat(seen).double()
+        rest = torch.linalg.svdvals(rows - rows @ self.basis @ self.basis.mT).square()
+        missing = rest.sum() - (1 - self.energy + 1e-12) * rows.square().sum()
+        return int((rest.cumsum(0) - rest < missing).sum())
 
 
 def largest_angle(a: Tensor, b: Tensor) -> float:

@@ -38,7 +38,7 @@ def test_a_text_is_protected_before_the_first_domain_or_not_at_all(tiny_llama, n
         method.protect(tiny_llama, domain(1))
 
 
-@pytest.mark.parametrize("name", ["elastic", "elastic-lora"])
+@pytest.mark.parametrize("name", ["elastic", "elastic-lora", "orthogonal", "orthogonal-lora", "orthogonal-masked"])
 def test_a_domain_that_was_not_begun_is_not_trained_unprotected(tiny_llama, name):
     method = METHODS[name]()
     with pytest.raises(RuntimeError, match=f"{name}: make_optimizer comes after before_domain"):

@@ -48,9 +48,8 @@ def test_it_is_what_keeping_every_input_gives(layer, energy):
         alone, first = Oracle(24, energy), Oracle(24, energy)
         assert result.alone[i] == alone.learn([rows])
         assert result.alone_halves[i][0] == first.learn([rows[::2]])
-        assert result.repeated[i] == first.learn([rows[1::2]])
-        together.learn([rows])
-        used.append(together.basis.shape[1])
+        assert result.repeated[i] == first.further([rows[1::2]])
+        used.append(sum(used[-1:]) + together.learn([rows]))
     assert result.used == used
 
 

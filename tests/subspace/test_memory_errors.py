@@ -23,6 +23,7 @@ def trained(n=16, rows=8):
         ({"energy": float("nan")}, "energy: expected a share"),
         ({"max_rank": 0}, "max_rank: expected at least 1, or None"),
         ({"max_rank": 17}, r"max_rank: expected at most the width of the widest layer, 16 \(0.weight\), got 17"),
+        ({"max_rank": "most"}, "max_rank: expected a number, 'auto', or None for no cap, got 'most'"),
         ({"oversample": -1}, "oversample: expected at least 0"),
         ({"source": "activations"}, "source: expected one of gradients, inputs, got 'activations'"),
     ],
@@ -33,7 +34,7 @@ def test_settings_out_of_range(settings, message):
 
 
 def test_nothing_to_track():
-    with pytest.raises(ValueError, match="LayerNorm has no torch.nn.Linear whose weight is its own; .* LayerNorm"):
+    with pytest.raises(ValueError, match="LayerNorm has no torch.nn.Linear; its layers with parameters are LayerNorm"):
         SubspaceMemory(nn.LayerNorm(3))
     with pytest.raises(ValueError, match="no parameter has two dimensions"):
         SubspaceMemory([("bias", nn.Parameter(torch.zeros(3)))])
@@ -172,15 +173,33 @@ def test_files_that_are_no_memories(tmp_path):
 
     with safe_open(path, "pt") as file:
         header = file.metadata()
-    save_file({"w:basis": 2 * load_file(path)["w:basis"]}, path, metadata=header)
-    with pytest.raises(ValueError, match="the memory is damaged .*not orthonormal"):
+    tensors = load_file(path)
+    for name, damaged, message in (
+        ("w:basis", 2 * tensors["w:basis"], "not orthonormal"),
+        ("w:values", -tensors["w:values"], "values: expected .* numbers of at least 0"),
+        ("w:values", tensors["w:values"][1:], "values: expected"),
+    ):
+        save_file(tensors | {name: damaged}, path, metadata=header)
+        with pytest.raises(ValueError, match=f"the memory is damaged .*{message}"):
+            SubspaceMemory.load(path)
+    del tensors["w:values"]
+    save_file(tensors, path, metadata=header)
+    with pytest.raises(ValueError, match=r"the memory is damaged \('w:values'\); write it again"):
         SubspaceMemory.load(path)
     with pytest.raises(FileNotFoundError):
         SubspaceMemory.load(tmp_path / "none.safetensors")
 
 
-def test_versions_of_files(tmp_path):
-    """Version 1 had no number of its own; a later one is refused."""
+@pytest.mark.parametrize(
+    ("version", "message"),
+    [
+        (None, "settings of version 1, but this sparse_cl reads 3; observe the earlier domains again"),
+        (2, "settings of version 2, but this sparse_cl reads 3; observe the earlier domains again"),
+        (4, "settings of version 4, but this sparse_cl reads 3; install the sparse_cl that wrote it"),
+    ],
+)
+def test_versions_of_files(tmp_path, version, message):
+    """Versions 1, which had no number of its own, and 2 did not know how much a direction is used."""
     import json
 
     from safetensors import safe_open
@@ -193,25 +212,42 @@ def test_versions_of_files(tmp_path):
     memory.save(path)
     with safe_open(path, "pt") as file:
         header = file.metadata()
-    settings, tensors = json.loads(header["settings"]), load_file(path)
+    settings = json.loads(header["settings"])
     assert settings == {
-        "version": 2,
+        "version": 3,
         "max_rank": 6,
         "energy": 0.9,
         "source": "gradients",
-        "oversample": 8,
+        "oversample": None,
         "seed": 2,
+        "share_inputs": True,
         "domains": 1,
         "embeddings": [],
     }
-    old = {key: value for key, value in settings.items() if key != "version"}
-    save_file(tensors, path, metadata=header | {"settings": json.dumps(old)})
-    loaded = SubspaceMemory.load(path, model)
-    assert (loaded.settings, loaded.domains) == (memory.settings, 1)
-    assert torch.equal(loaded.basis("0.weight"), memory.basis("0.weight"))
-    save_file(tensors, path, metadata=header | {"settings": json.dumps(settings | {"version": 3})})
-    with pytest.raises(ValueError, match="settings of version 3, but this sparse_cl reads up to 2; install"):
-        SubspaceMemory.load(path)
+    other = {key: value for key, value in settings.items() if key != "version"} | ({"version": version} if version else {})
+    save_file(load_file(path), path, metadata=header | {"settings": json.dumps(other)})
+    with pytest.raises(ValueError, match=message):
+        SubspaceMemory.load(path, model)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"weight": 0.0}, "weight: expected a number above 0, got 0.0"),
+        ({"weight": float("nan")}, "weight: expected a number above 0, got nan"),
+        ({"weight": float("inf")}, "weight: expected a number above 0, got inf"),
+        ({"fade": -0.1}, r"fade: expected a number in \[0, 1\], got -0.1"),
+        ({"fade": 1.1}, "fade: expected a number in"),
+        ({"fade": float("nan")}, "fade: expected a number in"),
+    ],
+)
+def test_weights_of_domains_out_of_range(arguments, message):
+    memory = SubspaceMemory(trained())
+    memory.observe()
+    with pytest.raises(ValueError, match=message):
+        memory.consolidate(**arguments)
+    assert (memory.domains, memory.rank("0.weight")) == (0, 0)
+    assert memory.consolidate()["0.weight"] > 0
 
 
 def test_a_factorization_that_fails_leaves_the_domain_open(monkeypatch):
@@ -219,7 +255,7 @@ def test_a_factorization_that_fails_leaves_the_domain_open(monkeypatch):
 
     memory = SubspaceMemory(trained())
     memory.observe()
-    works, calls = module.new_directions, []
+    works, calls = module.leading, []
 
     def fails_second(*args):
         calls.append(args)
@@ -227,7 +263,7 @@ def test_a_factorization_that_fails_leaves_the_domain_open(monkeypatch):
             raise torch.linalg.LinAlgError("did not converge")
         return works(*args)
 
-    monkeypatch.setattr(module, "new_directions", fails_second)
+    monkeypatch.setattr(module, "leading", fails_second)
     with pytest.raises(torch.linalg.LinAlgError):
         memory.consolidate()
     assert (memory.domains, [memory.rank(name) for name in memory.names]) == (0, [0, 0])
