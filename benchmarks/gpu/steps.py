@@ -37,10 +37,16 @@ from benchmarks.bench_active_linear import (
     train,
     trained_parameters,
 )
-from benchmarks.gpu.run import DEVICE, ON_GPU, Run, Skipped, device_bytes, host_ms, main, synchronize
-from sparse_cl import SparseMaskedAdamW, SubspaceProjectedAdamW
+from benchmarks.gpu.run import DEVICE, ON_GPU, Run, device_bytes, host_ms, main, synchronize
+from sparse_cl import (
+    ElasticAdamW,
+    LowRankPull,
+    ProjectedAdamW,
+    SparseMaskedAdamW,
+    Subspace,
+    SubspaceProjectedAdamW,
+)
 from sparse_cl.nn import activate
-from sparse_cl.optim.projected_adamw import ProjectedAdamW
 
 #: Bytes a parameter of the largest contender: weight, gradient and moments in bf16; or moments and master in fp32.
 ACTIVE_BYTES, PROJECTED_BYTES = 8, 16
@@ -168,13 +174,15 @@ def projected(bases: dict[str, Tensor]) -> dict:
 
 def pulled(bases: dict[str, Tensor]) -> dict:
     """Class and options of one that pulls the weights back along them."""
-    try:
-        from sparse_cl.optim.low_rank_pull import LowRankPull
-    except ImportError as error:
-        raise Skipped(f"there is no pull of low rank: {error}") from None
     strengths = {rank: torch.logspace(2, -1, rank, device=DEVICE) for rank in {b.shape[1] for b in bases.values()}}
     pulls = {name: LowRankPull(basis, strengths[basis.shape[1]]) for name, basis in bases.items()}
     return dict(optimizer=ProjectedAdamW, projections=pulls, rest="train")
+
+
+def budgeted(bases: dict[str, Tensor]) -> dict:
+    """Class and options of one that keeps what they move within a budget."""
+    used = {name: Subspace(basis) for name, basis in bases.items()}
+    return dict(optimizer=ElasticAdamW, memory=used, budget=1e-4)
 
 
 def projected_contenders(config: LlamaConfig, ranks: tuple[int, ...]) -> dict[str, Callable[[], Contender]]:
@@ -189,7 +197,7 @@ def projected_contenders(config: LlamaConfig, ranks: tuple[int, ...]) -> dict[st
         **{
             f"{options.__name__}, rank {rank}": partial(stepped, options, rank)
             for rank in ranks
-            for options in (pulled, projected)
+            for options in (pulled, budgeted, projected)
         },
         f"pulled, rank {ranks[-1]}, TF32": partial(stepped, pulled, ranks[-1], "high"),
     }
