@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-import transformers
 from cases.families import FAMILIES, MIXTURES, make
 from cases.methods import copy_of, domain, gradients_of, inputs_of, learn, same, weights
 

@@ -224,7 +224,9 @@ def test_versions_of_files(tmp_path, version, message):
         "domains": 1,
         "embeddings": [],
     }
-    other = {key: value for key, value in settings.items() if key != "version"} | ({"version": version} if version else {})
+    other = {key: value for key, value in settings.items() if key != "version"} | (
+        {"version": version} if version else {}
+    )
     save_file(load_file(path), path, metadata=header | {"settings": json.dumps(other)})
     with pytest.raises(ValueError, match=message):
         SubspaceMemory.load(path, model)

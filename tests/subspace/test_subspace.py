@@ -84,7 +84,8 @@ def test_refuses_what_is_no_basis():
 
 
 @pytest.mark.parametrize(
-    "values", [torch.ones(2), torch.ones(3, 1), -torch.ones(3), torch.tensor([1, 1, torch.inf]), torch.full((3,), torch.nan)]
+    "values",
+    [torch.ones(2), torch.ones(3, 1), -torch.ones(3), torch.tensor([1, 1, torch.inf]), torch.full((3,), torch.nan)],
 )
 def test_refuses_what_are_no_energies(values):
     with pytest.raises(ValueError, match=r"values: expected \(3,\) finite numbers of at least 0.*basis \(6, 3\), got"):
