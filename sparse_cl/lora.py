@@ -29,8 +29,8 @@ def orthogonal_lora(
     Each ``lora_A`` (r, n) is drawn as PEFT draws it (uniform on ±1/√n), its rows are projected to the complement of the
     base layer's basis, and scaled so that their mean square norm is again PEFT's, 1/3. Each ``lora_B`` becomes zero.
     Nothing else of the model changes. For ΔW = s B A to stay outside too, train it by
-    ``SubspaceProjectedAdamW(..., memory=returned, rest="train")``, which keeps every update of A there and trains B freely.
-    rsLoRA is LoRA with another scale s, and works the same.
+    ``SubspaceProjectedAdamW(..., memory=returned, rest="train")``, which keeps every update of A there and trains B
+    freely. rsLoRA is LoRA with another scale s, and works the same.
 
     Where A is in half precision its rounding alone puts about 1e-6 of its energy back inside; PEFT keeps adapters in
     float32 unless ``autocast_adapter_dtype=False``.

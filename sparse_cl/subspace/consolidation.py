@@ -111,7 +111,7 @@ def leading(
         columns = spectra.leading(max(ranks)).to(dtype)
     result = []
     for i, rank in enumerate(ranks):
-        values = spectra.values[i, :rank].to(dtype)
+        values = spectra.values[i, :rank].to(dtype, copy=True)
         total = new[i] + old[i]
         outside = max(0.0, total - float(values.sum(dtype=torch.float64)))
         # In one order, as a file holds it: products of a transposed matrix round differently.

@@ -15,7 +15,7 @@ def begun(method, model):
     """One domain learned, the next one begun and one step made: the optimizer."""
     model = learn(method, model, domain(0), steps=2)
     model = method.before_domain(model, domain(1))
-    optimizer = method.make_optimizer(model, 1e-3)
+    optimizer = method.make_optimizer(model, 1e-3, path=1e-2)
     model(**domain(1)[0]).loss.backward()
     optimizer.step()
     return optimizer
@@ -37,16 +37,15 @@ def test_what_a_method_holds_counts_once(tiny_llama):
     assert state_bytes(method, optimizer) >= moments + counts + 4 * numbers(tiny_llama)
 
     optimizer = begun(method := Elastic(), tiny_llama)
-    # Beside moments: an anchor of every weight that is pulled; of each input, shared by the layers that read it, the
-    # second moment, the eigenvectors and how much each is used, with and without the strength; and tokens' shares.
-    pulled = sum(p.numel() for p in tiny_llama.parameters() if p.dim() == 2)
-    widths = [len(moment) for name, moment in method.usage.moments.items() if name != "tokens"]
-    layers = [tiny_llama.get_submodule(name).in_features for name in method.usage.modules]
-    vocabulary = tiny_llama.config.vocab_size
-    strengths = sum(layers) + tiny_llama.config.hidden_size + vocabulary
-    held = pulled + sum(2 * n * n + n for n in widths) + strengths + vocabulary
-    expected = moments + counts + 4 * held
-    assert state_bytes(method, optimizer) == pytest.approx(expected, rel=0.01)
+    # Beside moments: how far each weight (m, n) has moved in r directions; of each input, shared by the layers that
+    # read it, these directions and how much each is used.
+    memory = method.memory
+    subspaces = {name: memory.subspace(name) for name in memory.names}
+    moved = sum(memory.shape(name)[0] * subspace.rank for name, subspace in subspaces.items())
+    inputs = {id(subspace): subspace for subspace in subspaces.values()}
+    assert len(inputs) == 9
+    held = sum((subspace.width + 1) * subspace.rank for subspace in inputs.values())
+    assert state_bytes(method, optimizer) == pytest.approx(moments + counts + 4 * (moved + held), rel=0.01)
 
 
 def test_a_penalty_counts_its_fisher_and_its_anchor(tiny_llama):
@@ -56,7 +55,7 @@ def test_a_penalty_counts_its_fisher_and_its_anchor(tiny_llama):
 
 def test_bases_count_and_copies_for_the_leak_do_not(tiny_llama):
     optimizer = begun(method := Orthogonal(), tiny_llama)
-    kept = sum(method.memory.subspace(name).matrix.nbytes for name in method.memory.names)
+    kept = method.memory.nbytes()
     assert kept > 0
     assert state_bytes(method, optimizer) == optimizer.state_bytes() + kept
 

@@ -70,6 +70,8 @@ def test_domains_add_up_by_weight_and_fade(n, max_rank, energy, domains):
         assert float(torch.linalg.eigvalsh(rest).min()) >= -1e-10
         assert float(rest.trace()) == pytest.approx(subspace.outside, abs=1e-10)
         assert subspace.mean == pytest.approx(float(whole.trace()) / n / weights, rel=1e-12)
+        if max_rank is None:
+            assert subspace.outside <= (1 - energy + 1e-6) * float(whole.trace())
         if energy == 1 and max_rank is None:
             torch.testing.assert_close(known(memory), whole, rtol=0, atol=1e-6 * float(whole.trace()))
 

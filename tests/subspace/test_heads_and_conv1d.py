@@ -78,7 +78,7 @@ def test_gradients_of_a_transposed_weight_span_what_its_inputs_do(model):
 
 
 def moved(model, before, seen):
-    """By weight E‖ΔW x‖² over these inputs of its layer when it was as `before`, and E‖ΔW x‖² that the memory does not see."""
+    """By weight ΔW, as (outputs, inputs), and E‖ΔW x‖² over these inputs of its layer."""
     found = {}
     for weight, layer, transposed in layers():
         change = model.get_parameter(weight).detach().double() - before[weight].double()
