@@ -182,13 +182,8 @@ class SketchedMoment(Moment):
         values, vectors = torch.linalg.eigh((small + small.mT) / 2)
         # What has no direction has no value either, or a basis would get a column of zeros.
         values = torch.where(values > _NOISE * values[:, -1:], values, 0)
-<<<<<<< HEAD
-        inverse = torch.where(values > 0, values, torch.inf).rsqrt()
-        mixing = whiten @ (vectors * inverse[:, None, :])
-=======
         roots = torch.where(values > 0, values, torch.inf).rsqrt()
         mixing = whiten @ (vectors * roots[:, None, :])
->>>>>>> h-tests
         return Spectra(
             wide.shape[1], values.flip(1), lambda count: wide @ mixing[:, :, mixing.shape[2] - count :].flip(2)
         )
