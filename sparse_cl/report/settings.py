@@ -36,7 +36,7 @@ class ProbeSettings(_Reading):
 
     models: tuple[str, ...] = option(
         (),
-        "causal language models; several make a scale study (default: embedded)",
+        "a causal language model (default: embedded); for several see `python -m benchmarks.arena scale`",
         flag="--model",
         nargs="+",
         metavar="PATH_OR_HUB_NAME",
