@@ -31,7 +31,7 @@ def test_rates_of_matrices_fall_as_the_width_rises(tokenizer, width):
 
 def test_training_lowers_the_loss_and_goes_on_where_it_stopped(tokenizer, tmp_path, monkeypatch, capsys):
     for name, value in {"WIDTHS": (32,), "SEEDS": (0,), "STEPS": 12, "BATCH": 4, "BLOCK": 16}.items():
-        monkeypatch.setattr(name, value)
+        monkeypatch.setattr(study, name, value)
     text, folder = tmp_path / "text.txt", tmp_path / "tokenizer"
     text.write_text("What is one plus two? The answer is three. " * 2000)
     tokenizer.save_pretrained(folder)

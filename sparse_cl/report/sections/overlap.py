@@ -86,7 +86,9 @@ def _heat(record: Mapping[str, Any], at: int) -> Figure:
     layers, names = len(record["layers"]), ["–".join(pair) for pair in record["pairs"]]
     figure, axes = new_figure(1, 2, max(2.6, min(8.0, 1.4 + 0.3 * layers)))
     null, iou, ceiling = record["null"][at], [row[at] for row in record["iou"]], [row[at] for row in record["ceiling"]]
-    panels = [(f"IoU at K = {record['fractions'][at]:.0%} (chance {mean(null):.3f})", iou, None)]
+    panels: list[tuple[str, list[list[float]], float | None]] = [
+        (f"IoU at K = {record['fractions'][at]:.0%} (chance {mean(null):.3f})", iou, None)
+    ]
     if not any(None in row for row in ceiling):
         relative = [
             [(value - low) / max(high - low, 1e-9) for value, low, high in zip(*rows, strict=True)]
@@ -112,14 +114,16 @@ def _heat(record: Mapping[str, Any], at: int) -> Figure:
 def _sweep(record: Mapping[str, Any]) -> Figure:
     order = sorted(range(len(record["pairs"])), key=lambda pair: -mean(record["mean_iou"][pair]))[:_PANELS]
     figure, axes = new_grid(len(order))
-    shares, random = record["fractions"], list(zip(*record["mean_null_interval"], strict=True))
+    shares = record["fractions"]
     for axis, pair in zip(axes, order, strict=True):
         axis.plot(shares, record["mean_iou"][pair], marker="o", markersize=3, label="IoU")
         intervals, ceilings = record["mean_interval"][pair], record["mean_ceiling"][pair]
         if not any(None in interval for interval in intervals):
-            axis.fill_between(shares, *zip(*intervals, strict=True), alpha=0.3, label="its 95% interval")
+            lows, highs = zip(*intervals, strict=True)
+            axis.fill_between(shares, lows, highs, alpha=0.3, label="its 95% interval")
         axis.plot(shares, record["mean_null"], "--", color="tab:red", label="chance")
-        axis.fill_between(shares, *random, color="tab:red", alpha=0.2, label="95% of random sets")
+        lows, highs = zip(*record["mean_null_interval"], strict=True)
+        axis.fill_between(shares, lows, highs, color="tab:red", alpha=0.2, label="95% of random sets")
         if None not in ceilings:
             axis.plot(shares, ceilings, ":", color="black", label="ceiling")
         axis.set_xscale("log")

@@ -56,7 +56,8 @@ def _of_features(features: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _apart(before: list[float] | None, after: list[float] | None) -> bool:
-    return bool(before and after) and (max(before) < min(after) or max(after) < min(before))
+    """Whether two intervals have nothing in common; not where one is not known."""
+    return before is not None and after is not None and (max(before) < min(after) or max(after) < min(before))
 
 
 def _of_updates(weights: Mapping[str, Mapping[str, Any]]) -> str:
