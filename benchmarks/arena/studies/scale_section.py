@@ -109,7 +109,7 @@ def _sentence(models: Sequence[Mapping[str, Any]], fits: Mapping[tuple[str, str]
 
 
 def _power(exponent: float, error: float) -> str:
-    return f"{exponent:+.2f} ± {2 * error:.2f}".replace("-", "−")
+    return f"{round(exponent, 2) + 0.0:+.2f} ± {2 * error:.2f}".replace("-", "−")
 
 
 def _range(values: Sequence[float]) -> str:
