@@ -17,6 +17,8 @@ from sparse_cl.models.parts import find_blocks, linear_layers, spread
 from sparse_cl.models.passes import stream
 
 from .batches import Shown
+from .section import Section
+from .sections import activation, capacity, curvature, gradients, neurons, overlap, rank
 from .settings import ProbeSettings
 
 _BISECTIONS = 8
@@ -42,6 +44,22 @@ def probe_model(model: nn.Module, batches: Mapping[str, DomainBatches], settings
     with tqdm(total=work.passes(), mininterval=0.5, unit="batch") as bar:
         work.bar = bar
         return work.run()
+
+
+def sections(record: Mapping[str, Any]) -> list[Section]:
+    """The report's sections, from what a model's results.json holds."""
+    found = []
+    if "overlap" in record:
+        found.append(overlap.section(record["overlap"]))
+    if "activation" in record:
+        found.append(activation.section(record["activation"], record.get("critical_sparsity")))
+        found.append(neurons.section(record["dormant"], record.get("hubs"), record.get("hub_weights")))
+    if "cosines" in record:
+        found.append(gradients.section(record["cosines"], record["interference"]))
+    for name, section in (("capacity", capacity.section), ("rank", rank.section), ("curvature", curvature.section)):
+        if name in record:
+            found.append(section(record[name]))
+    return found
 
 
 class _Work:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,7 @@ from sparse_cl.models.loading import load_model, quiet, versions
 
 from .batches import domain_batches
 from .html import write_folder
-from .probe import probe_model
-from .section import Section
-from .sections import activation, capacity, curvature, gradients, neurons, overlap, rank
+from .probe import probe_model, sections
 from .settings import ProbeSettings, check_out
 
 
@@ -52,7 +51,7 @@ def study_model(
     """
     sizes: dict[str, Any] = {key: getattr(settings, key) for key in ("records", "batch_size", "max_length")}
     probed = probe_model(model, domain_batches(domains, tokenizer, model, **sizes), settings)
-    record = {"model": name, "settings": settings.to_json(), "versions": versions(), **probed.record}
+    record = {"model": name, "settings": asdict(settings), "versions": versions(), **probed.record}
     parts = sections(record)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     facts = {"model": f"{name}, {parameters / 1e6:,.1f} M parameters", **facts_of(settings, domains)}
@@ -61,22 +60,6 @@ def study_model(
         scores.save(out / f"activation-{domain}.safetensors")
     write_folder(out, f"What domains use of {name}", facts, parts, record, probed.tensors, "probe")
     return record, [part.sentence for part in parts]
-
-
-def sections(record: Mapping[str, Any]) -> list[Section]:
-    """The report's sections, from what a model's results.json holds."""
-    found = []
-    if "overlap" in record:
-        found.append(overlap.section(record["overlap"]))
-    if "activation" in record:
-        found.append(activation.section(record["activation"], record.get("critical_sparsity")))
-        found.append(neurons.section(record["dormant"], record.get("hubs"), record.get("hub_weights")))
-    if "cosines" in record:
-        found.append(gradients.section(record["cosines"], record["interference"]))
-    for name, section in (("capacity", capacity.section), ("rank", rank.section), ("curvature", curvature.section)):
-        if name in record:
-            found.append(section(record[name]))
-    return found
 
 
 def facts_of(settings: ProbeSettings, domains: Sequence[Domain]) -> dict[str, str]:

@@ -10,8 +10,7 @@ from sparse_cl.cli import main
 from sparse_cl.four_domains.data import load_domains
 from sparse_cl.probes import ActivationProbe, ActivationScores, GradientProbe, compare_gradients, overlap
 from sparse_cl.report.batches import domain_batches
-from sparse_cl.report.probe import probe_model
-from sparse_cl.report.probe_study import sections
+from sparse_cl.report.probe import probe_model, sections
 from sparse_cl.report.settings import PROBES, ProbeSettings
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -44,7 +45,7 @@ def scale_study(settings: ProbeSettings, out: Path) -> list[str]:
         model, tokenizer = load_model(source, getattr(torch, settings.dtype))
         record, _ = study_model(model, tokenizer, name, domains, settings, out / name)
         summaries.append(summary(name, model, record))
-    write_json(out / "results.json", {"settings": settings.to_json(), "models": summaries})
+    write_json(out / "results.json", {"settings": asdict(settings), "models": summaries})
     compared = scale_section.section(summaries)
     reports = ", ".join(f"{name}/report.html" for name in names)
     facts = {**facts_of(settings, domains), "reports of the models": reports}
