@@ -1,7 +1,8 @@
-"""Many runs at once, and their comparison.
+"""Many runs or models at once, and their comparison.
 
 python -m benchmarks.arena sweep --order given,reverse --seed 0,1,2 --out DIR   # and the options of sparse-cl run
 python -m benchmarks.arena compare DIR                                          # finished runs
+python -m benchmarks.arena scale --model A B C --out DIR                        # and the options of sparse-cl probe
 """
 
 from __future__ import annotations
@@ -11,13 +12,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from sparse_cl.arguments import add_options
 from sparse_cl.cli import run_command
 from sparse_cl.four_domains.command import add_run_options
+from sparse_cl.report.settings import Out, ProbeSettings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the exit status is as `sparse-cl`'s."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.arena", description="Comparisons of many runs.")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.arena", description="Many runs or models, compared.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     several = commands.add_parser(
         "sweep",
@@ -38,6 +41,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--out", type=Path, metavar="DIR", help="for compare.txt, compare.json and pareto.png (default: the first DIR)"
     )
     finished.set_defaults(command=_compare)
+    family = commands.add_parser(
+        "scale",
+        help="what domains use of several models, compared by width",
+        description="Run the probes of `sparse-cl probe` on several models, write a report on each, and one that sets "
+        "overlap, gradient cosine and sparsity against their widths, with the exponents of a family.",
+    )
+    add_options(family, ProbeSettings)
+    add_options(family, Out)
+    family.set_defaults(command=_scale)
     return run_command(parser, argv)
 
 
@@ -46,6 +58,12 @@ def _sweep(arguments: argparse.Namespace) -> int:
     from .sweep import sweep
 
     return sweep(arguments)
+
+
+def _scale(arguments: argparse.Namespace) -> None:
+    from .studies.scale import scale
+
+    scale(arguments)
 
 
 def _compare(arguments: argparse.Namespace) -> None:

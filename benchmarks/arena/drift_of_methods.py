@@ -31,9 +31,8 @@ from sparse_cl.probes.neurons import dormant, hubs
 from sparse_cl.probes.plasticity import Plasticity, steps_to_fit
 from sparse_cl.probes.rank import update_rank
 from sparse_cl.probes.smearing import smearing
-from sparse_cl.report.batches import domain_batches
+from sparse_cl.report.batches import domain_batches, reference_text, text_batches
 from sparse_cl.report.checkpoints import load_checkpoint
-from sparse_cl.report.text import reference_text, text_batches
 
 RECORDS, BATCH, LENGTH = 64, 16, 256
 TAU = 0.1

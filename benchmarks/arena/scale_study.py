@@ -29,8 +29,9 @@ from sparse_cl.four_domains.training import train
 from sparse_cl.models.loading import load_model, quiet
 from sparse_cl.probes import ActivationProbe, GradientProbe, compare_gradients, overlap
 from sparse_cl.report.batches import domain_batches
-from sparse_cl.report.sections import scale
-from sparse_cl.report.summary import summary
+
+from .studies import scale_section
+from .studies.summary import summary
 
 WIDTHS = (32, 64, 128, 256, 512)
 SEEDS = (0, 1, 2)
@@ -183,7 +184,7 @@ def measure(arguments: argparse.Namespace) -> None:
     short = json.loads(json.dumps(records), parse_float=lambda number: float(f"{float(number):.4g}"))
     lines = ",\n".join(json.dumps(record) for record in short)
     (arguments.out / "scale-study.json").write_text(f"[\n{lines}\n]\n")
-    shown = scale.section(records)
+    shown = scale_section.section(records)
     print(shown.sentence)
     shown.figures[0].savefig(arguments.out / "scale-study.png", dpi=110)
 

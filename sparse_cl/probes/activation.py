@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from sparse_cl.models.passes import Batch, Watch, stream
 from sparse_cl.reference.precision import full_precision
 from sparse_cl.subspace.moments import row_blocks
 
+from .checks import check_least, check_shares
 from .resampling import GROUPS
 from .scores import ActivationScores, PartScores
 from .sparsity import LEVELS, ascending, neurons_needed
@@ -66,12 +68,8 @@ class ActivationProbe:
     ):
         if modules is not None and not modules:
             raise ValueError("modules: expected at least one module to watch, got an empty mapping")
-        if groups < 1:
-            raise ValueError(f"groups: expected at least 1, got {groups}")
-        if not 0 < top_share <= 1:
-            raise ValueError(f"top_share: expected a share in (0, 1], got {top_share}")
-        if ranked_tokens < 1:
-            raise ValueError(f"ranked_tokens: expected at least 1, got {ranked_tokens}")
+        check_least(1, groups=groups, ranked_tokens=ranked_tokens)
+        check_shares(top_share=top_share)
         self.model, self.modules, self.tokens = model, modules, tokens
         self.groups, self.top_share, self.ranked_tokens = groups, top_share, ranked_tokens
         self._mlps = find_mlps(model) if modules is None else []
@@ -125,12 +123,9 @@ class ActivationProbe:
         names = {module: name for name, module in self.model.named_modules()}
         where: dict[str, tuple[Place, ...] | str] = {}
         for layer, module in self.modules.items():
+            where[layer] = f"{layer} is a {type(module).__name__}, and which weights lead to its output is not known"
             if hasattr(module, "weight") and hasattr(module, "in_features") and module in names:
                 where[layer] = _places_or_reason(output_places, names[module], module)
-            else:
-                where[layer] = (
-                    f"{layer} is a {type(module).__name__}, and which weights lead to its output is not known"
-                )
         return where
 
 
@@ -157,6 +152,7 @@ class _Sums:
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=device)
 
+        # Names as in PartScores.
         self.seen = True
         self.magnitude, self.massive = zeros(self.groups, width), zeros(self.groups, width)
         self.tokens, self.ranked, self.needed = zeros(self.groups), zeros(self.groups), zeros(len(LEVELS), self.groups)
@@ -235,13 +231,4 @@ class _Sums:
                 "scores without massive activations hold those of the others. Use smaller batches",
                 stacklevel=4,
             )
-        return PartScores(
-            magnitude=self.magnitude.cpu(),
-            massive=self.massive.cpu(),
-            massive_entries=self.massive_entries.cpu(),
-            tokens=self.tokens.cpu(),
-            top=self.top.cpu(),
-            profile=self.profile.cpu(),
-            needed=self.needed.cpu(),
-            ranked=self.ranked.cpu(),
-        )
+        return PartScores(**{field.name: getattr(self, field.name).cpu() for field in fields(PartScores)})

@@ -16,7 +16,9 @@ from sparse_cl.subspace.moments import ExactMoment
 from sparse_cl.subspace.settings import Settings
 from sparse_cl.subspace.subspace import Subspace, energy_of
 
+from .checks import check_alike, check_domains, check_shares
 from .inputs import InputMoments
+from .result import Result
 
 SCARCE = 0.1
 """A layer in which a smaller share than this of a new domain's gradient survives can learn little of that domain."""
@@ -42,7 +44,7 @@ def scarcity(layers: Layers) -> str | None:
 
 
 @dataclass(frozen=True)
-class LayerCapacity:
+class LayerCapacity(Result):
     """One input space of n directions, shared by `layers`, through the domains in order.
 
     Attributes:
@@ -73,9 +75,13 @@ class LayerCapacity:
         """C·B after the last domain: the free share times the share of its gradient that survived."""
         return None if self.surviving is None else self.free / self.width * self.surviving[-1]
 
+    def to_json(self) -> dict[str, Any]:
+        after = {"free": self.free, "left": self.left(), "forecast": forecast(self.used, self.width)}
+        return super().to_json() | after
+
 
 @dataclass(frozen=True)
-class Capacity:
+class Capacity(Result):
     """What domains use of each layer; see `capacity`."""
 
     domains: tuple[str, ...]
@@ -85,19 +91,8 @@ class Capacity:
     neurons: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "domains": list(self.domains),
-            "energy": self.energy,
-            "tokens": self.tokens,
-            "layers": {
-                name: {**vars(layer), "layers": list(layer.layers), "free": layer.free, "left": layer.left()}
-                | {"alone_halves": [list(pair) for pair in layer.alone_halves]}
-                | {"forecast": forecast(layer.used, layer.width)}
-                for name, layer in self.layers.items()
-            },
-            "neurons": self.neurons,
-            "forecast": forecast_of_model([forecast(layer.used, layer.width) for layer in self.layers.values()]),
-        }
+        of_layers = [forecast(layer.used, layer.width) for layer in self.layers.values()]
+        return {**super().to_json(), "forecast": forecast_of_model(of_layers)}
 
 
 def capacity(
@@ -125,34 +120,19 @@ def capacity(
     Raises:
         ValueError: no domain; domains that were probed on other models; a share outside (0, 1].
     """
-    for name, share in (("energy", energy), ("mass", mass)):
-        if not 0 < share <= 1:
-            raise ValueError(f"{name}: expected a share in (0, 1], got {share}")
-    if not moments:
-        raise ValueError("moments: expected at least one domain, got none")
-    first = next(iter(moments.values()))
-    for domain, seen in moments.items():
-        widths = [{name: pair[0].columns for name, pair in m.halves.items()} for m in (first, seen)]
-        if widths[0] != widths[1]:
-            raise ValueError(
-                f"moments: {domain!r} was probed on another model than {next(iter(moments))!r}: "
-                f"inputs {_differing(*widths)}. Run one InputProbe's model over all domains"
-            )
+    check_shares(energy=energy, mass=mass)
+    check_domains(1, moments=moments)
+    widths = {d: {name: pair[0].columns for name, pair in seen.halves.items()} for d, seen in moments.items()}
+    check_alike("moments", "inputs", widths)
     generator = torch.Generator().manual_seed(seed)
     layers = {}
-    for name in first.halves:
-        reading = first.layers[name]
+    for name, reading in next(iter(moments.values())).layers.items():
         of_layer = None
         if gradients is not None:
             of_layer = [[gradients[domain][layer] for layer in reading] for domain in moments]
         layers[name] = _layer(reading, [seen.halves[name] for seen in moments.values()], energy, of_layer, generator)
-    return Capacity(
-        tuple(moments),
-        energy,
-        {domain: seen.tokens for domain, seen in moments.items()},
-        layers,
-        {} if activations is None else _neurons(activations, mass),
-    )
+    tokens = {domain: seen.tokens for domain, seen in moments.items()}
+    return Capacity(tuple(moments), energy, tokens, layers, _neurons(activations, mass) if activations else {})
 
 
 def forecast(used: Sequence[int], width: int) -> dict[str, float | None]:
@@ -190,27 +170,21 @@ def _layer(
     gradients: Sequence[Sequence[Tensor]] | None,
     generator: torch.Generator,
 ) -> LayerCapacity:
-    width = halves[0][0].columns
-    alone, alone_halves, repeated = [], [], []
-    used, used_null, surviving = [], [], []
+    found = LayerCapacity(halves[0][0].columns, reading, [], [], [], [], [], None if gradients is None else [])
     subspace = null = None
-    for number, pair in enumerate(halves):
-        whole, first = _sum(pair), _grown(None, pair[0], energy)
-        alone_halves.append((first.rank, _grown(None, pair[1], energy).rank))
-        repeated.append(_further(pair[1], first, energy))
-        if gradients is not None:
-            surviving.append(_surviving(gradients[number], subspace))
-        if subspace is None:
-            subspace = null = _grown(None, whole, energy)
-            alone.append(subspace.rank)
-        else:
-            subspace, null = _grown(subspace, whole, energy), _grown(null, _turned(whole, generator), energy)
-            alone.append(_grown(None, whole, energy).rank)
-        used.append(subspace.rank)
-        used_null.append(null.rank)
-    return LayerCapacity(
-        width, reading, alone, alone_halves, used, used_null, repeated, surviving if gradients is not None else None
-    )
+    for number, (one, other) in enumerate(halves):
+        whole, first = _sum((one, other)), _grown(None, one, energy)
+        if found.surviving is not None and gradients is not None:
+            found.surviving.append(_surviving(gradients[number], subspace))
+        subspace = _grown(subspace, whole, energy)
+        # The first domain has none before it that its directions could be random to.
+        null = subspace if null is None else _grown(null, _turned(whole, generator), energy)
+        found.alone.append(_grown(None, whole, energy).rank if number else subspace.rank)
+        found.alone_halves.append((first.rank, _grown(None, other, energy).rank))
+        found.repeated.append(_further(other, first, energy))
+        found.used.append(subspace.rank)
+        found.used_null.append(null.rank)
+    return found
 
 
 def _sum(halves: tuple[ExactMoment, ExactMoment]) -> ExactMoment:
@@ -278,20 +252,8 @@ def _neurons(activations: Mapping[str, Mapping[str, Tensor]], mass: float) -> di
     """Layer → neurons in all, those that each domain uses alone, and those in use after each domain."""
     result = {}
     for layer in next(iter(activations.values())):
-        alone = [neurons_holding(means[layer], mass) for means in activations.values()]
-        used, union = torch.zeros_like(alone[0]), []
-        for mine in alone:
-            used = used | mine
-            union.append(int(used.sum()))
-        result[layer] = {
-            "neurons": used.numel(),
-            "alone": [int(mine.sum()) for mine in alone],
-            "used": union,
-            "free": used.numel() - union[-1],
-        }
+        alone = torch.stack([neurons_holding(means[layer], mass) for means in activations.values()])
+        used = alone.cumsum(0).bool().sum(1).tolist()
+        width = alone.shape[1]
+        result[layer] = {"neurons": width, "alone": alone.sum(1).tolist(), "used": used, "free": width - used[-1]}
     return result
-
-
-def _differing(first: Mapping[str, int], second: Mapping[str, int]) -> str:
-    name = next(n for n in {**first, **second} if first.get(n) != second.get(n))
-    return f"{name} has width {second.get(name, 'none')}, expected {first.get(name, 'none')}"

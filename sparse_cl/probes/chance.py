@@ -47,6 +47,12 @@ def iou_of(common: Any, size: int) -> Any:
     return common / (2 * size - common)
 
 
+def iou_interval(width: int, size: int) -> tuple[float, float]:
+    """95 % of two random sets of `size` of `width` neurons have an IoU within it, by the hypergeometric law."""
+    low, high = central_interval(hypergeometric(width, size, size))
+    return iou_of(low, size), iou_of(high, size)
+
+
 def mean_iou_interval(layers: Sequence[tuple[int, int]], generator: torch.Generator) -> tuple[float, float]:
     """95 % interval of the mean over layers of the IoU of two random sets, for each layer's (width, size).
 
@@ -54,9 +60,7 @@ def mean_iou_interval(layers: Sequence[tuple[int, int]], generator: torch.Genera
     lattice variable that could be convolved, and at a few neurons a layer its mean is far from normal.
     """
     if len(layers) == 1:
-        ((width, size),) = layers
-        low, high = central_interval(hypergeometric(width, size, size))
-        return float(iou_of(low, size)), float(iou_of(high, size))
+        return iou_interval(*layers[0])
     total = torch.zeros(_DRAWS, dtype=torch.float64)
     laws: dict[tuple[int, int], Tensor] = {}
     for width, size in layers:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +12,13 @@ from torch import Tensor, nn
 from sparse_cl.models.losses import predictions
 from sparse_cl.models.passes import Batch, evaluation
 
+from .checks import check_domains, check_read_again
 from .pairing import paired_weights
+from .result import Result
 
 
 @dataclass(frozen=True)
-class DomainPath:
+class DomainPath(Result):
     """Loss of one domain along the line.
 
     Attributes:
@@ -41,14 +42,11 @@ class DomainPath:
 
 
 @dataclass(frozen=True)
-class Connectivity:
+class Connectivity(Result):
     """Result of `connectivity`: `points`, the values of t from 0 (before) to 1 (after), and `domains` by name."""
 
     points: tuple[float, ...]
     domains: dict[str, DomainPath]
-
-    def to_json(self) -> dict[str, Any]:
-        return {"points": list(self.points), "domains": {name: asdict(path) for name, path in self.domains.items()}}
 
 
 @torch.no_grad()
@@ -72,17 +70,13 @@ def connectivity(
     """
     if points < 2:
         raise ValueError(f"points: expected at least 2, the two ends, got {points}")
-    if not batches_by_domain:
-        raise ValueError("batches_by_domain: expected at least one domain, got none")
-    for domain, batches in batches_by_domain.items():
-        if iter(batches) is batches:
-            raise ValueError(f"batches_by_domain: those of {domain} can be read only once; give a list of them")
+    check_domains(1, batches_by_domain=batches_by_domain)
+    check_read_again(batches_by_domain=batches_by_domain)
     pairs = list(paired_weights(before, after))
     line = tuple(i / (points - 1) for i in range(points))
     sums: dict[str, list[Tensor]] = {name: [] for name in batches_by_domain}
     for t in line:
-        weights = {name: _between(old, new, t) for name, old, new in pairs}
-        with evaluation(before), _weights_of(before, weights):
+        with evaluation(before), _weights_of(before, {name: _between(old, new, t) for name, old, new in pairs}):
             for domain, batches in batches_by_domain.items():
                 sums[domain].append(_sums_by_half(before, batches, domain))
     return Connectivity(line, {name: _path(line, torch.stack(values)) for name, values in sums.items()})
@@ -132,20 +126,13 @@ def _path(line: Sequence[float], sums: Tensor) -> DomainPath:
     total = sums.sum(1)
     losses = total[:, 0] / total[:, 1]
     barrier, where = _barrier(line, losses)
-    barriers = changes = None
+    rise = (losses[-1] - losses[0]).item()
+    barriers = rises = None
     if (sums[0, :, 1] > 0).all():
         even, odd = (sums[:, half, 0] / sums[:, half, 1] for half in (0, 1))
         barriers = (_barrier(line, even)[0], _barrier(line, odd)[0])
-        changes = ((even[-1] - even[0]).item(), (odd[-1] - odd[0]).item())
-    return DomainPath(
-        tuple(losses.tolist()),
-        int(total[0, 1]),
-        barrier,
-        where,
-        barriers,
-        (losses[-1] - losses[0]).item(),
-        changes,
-    )
+        rises = ((even[-1] - even[0]).item(), (odd[-1] - odd[0]).item())
+    return DomainPath(tuple(losses.tolist()), int(total[0, 1]), barrier, where, barriers, rise, rises)
 
 
 def _barrier(line: Sequence[float], losses: Tensor) -> tuple[float, float | None]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +14,13 @@ from sparse_cl.models.parts import find_mlps
 from sparse_cl.models.passes import Batch, evaluation
 
 from .resampling import GROUPS, reflected_interval, resamples
+from .result import Result
 
 _RESAMPLES = 200
 
 
 @dataclass(frozen=True)
-class CriticalSparsity:
+class CriticalSparsity(Result):
     """The largest share of each token's neurons that can be dropped for a rise of the loss of `increase`.
 
     Attributes:
@@ -38,14 +38,6 @@ class CriticalSparsity:
     base: float
     curve: tuple[tuple[float, float], ...]
     tokens: int
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain JSON."""
-        return {
-            **vars(self),
-            "interval": self.interval and list(self.interval),
-            "curve": [list(point) for point in self.curve],
-        }
 
 
 @torch.no_grad()
@@ -86,34 +78,30 @@ def critical_sparsity(
             "batches: expected something that can be gone through again and again, as a list; got an iterator"
         )
     outs = [mlp.out for mlp in find_mlps(model)] if modules is None else list(modules)
-    measured: dict[float, tuple[Tensor, Tensor]] = {}
+    by_group: dict[float, Tensor] = {}
+    means: dict[float, float] = {}
 
-    def losses(share: float) -> float:
+    def measure(share: float) -> float:
         with _dropping(outs, share), evaluation(model):
-            measured[share] = _group_losses(model, batches, loss or answer_loss, groups)
-        sums, counts = measured[share]
-        if not counts.sum():
+            by_group[share] = _group_losses(model, batches, loss or answer_loss, groups)
+        total, tokens = by_group[share].sum(1)
+        if not tokens:
             raise ValueError("batches: expected at least one with a token that counts, got none; is the domain empty?")
-        return float(sums.sum() / counts.sum())
+        means[share] = float(total / tokens)
+        return means[share]
 
-    base = losses(0.0)
+    base = measure(0.0)
     low, high = 0.0, 1.0
     while high - low > tolerance:
         middle = (low + high) / 2
-        if losses(middle) <= base * (1 + increase):
+        if measure(middle) <= base * (1 + increase):
             low = middle
         else:
             high = middle
-    shares = sorted(measured)
-    curve = tuple((share, float(measured[share][0].sum() / measured[share][1].sum())) for share in shares)
-    return CriticalSparsity(
-        share=low,
-        interval=_interval(shares, [measured[share] for share in shares], increase, seed),
-        increase=increase,
-        base=base,
-        curve=curve,
-        tokens=int(measured[0.0][1].sum()),
-    )
+    shares = sorted(means)
+    interval = _interval(shares, torch.stack([by_group[share] for share in shares]), increase, seed)
+    curve = tuple((share, means[share]) for share in shares)
+    return CriticalSparsity(low, interval, increase, base, curve, int(by_group[0.0][1].sum()))
 
 
 @contextmanager
@@ -135,30 +123,30 @@ def _dropping(outs: Sequence[nn.Module], share: float) -> Iterator[None]:
         yield
 
 
-def _group_losses(model: nn.Module, batches: Iterable[Batch], loss: Loss, groups: int) -> tuple[Tensor, Tensor]:
-    """Summed losses and numbers of tokens by group of batches, float64 (groups,)."""
-    sums, counts = torch.zeros(2, groups, dtype=torch.float64)
+def _group_losses(model: nn.Module, batches: Iterable[Batch], loss: Loss, groups: int) -> Tensor:
+    """Summed losses, and numbers of tokens, by group of batches: (2, groups) float64."""
+    sums = torch.zeros(2, groups, dtype=torch.float64)
     for number, batch in enumerate(batches):
         total, count = loss(model, batch)
-        sums[number % groups] += float(total)
-        counts[number % groups] += count
-    return sums, counts
+        sums[:, number % groups] += torch.tensor([float(total), count], dtype=torch.float64)
+    return sums
 
 
-def _interval(
-    shares: Sequence[float], measured: Sequence[tuple[Tensor, Tensor]], increase: float, seed: int
-) -> tuple[float, float] | None:
-    """Where the resampled curves, linear between the measured shares, cross the allowed rise."""
-    used = measured[0][1] > 0
-    if int(used.sum()) < 2:
+def _interval(shares: Sequence[float], sums: Tensor, increase: float, seed: int) -> tuple[float, float] | None:
+    """Where the resampled curves, linear between the measured shares, cross the allowed rise.
+
+    sums: (shares, 2, groups), losses and numbers of tokens.
+    """
+    sums = sums[:, :, sums[0, 1] > 0]
+    groups = sums.shape[2]
+    if groups < 2:
         return None
-    drawn = resamples(int(used.sum()), _RESAMPLES, torch.Generator().manual_seed(seed))
+    drawn = resamples(groups, _RESAMPLES, torch.Generator().manual_seed(seed))
     # The first row is what was measured, which the others are compared with.
-    weights = torch.cat([torch.ones_like(drawn[:1]), drawn])
-    curves = torch.stack([(weights @ sums[used]) / (weights @ counts[used]) for sums, counts in measured], dim=1)
+    totals = torch.cat([torch.ones_like(drawn[:1]), drawn]) @ sums.mT  # (shares, 1 + draws, 2)
+    curves = (totals[..., 0] / totals[..., 1]).mT
     at = torch.tensor(shares, dtype=torch.float64)
-    rises = curves / curves[:, :1] - 1
-    crossed = torch.tensor([_crossing(at, rise, increase) for rise in rises], dtype=torch.float64)
+    crossed = torch.tensor([_crossing(at, curve / curve[0] - 1, increase) for curve in curves], dtype=torch.float64)
     low, high = reflected_interval(crossed[0], crossed[1:]).tolist()
     return low, high
 

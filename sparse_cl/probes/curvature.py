@@ -5,25 +5,30 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparse_cl.linalg import randomized_svd
-from sparse_cl.models.losses import predictions
 from sparse_cl.models.parts import Linear, shape_of
 from sparse_cl.models.passes import Batch, evaluation
 from sparse_cl.subspace.moments import ExactMoment
 
 from .angles import subspace_overlap
+from .checks import check_alike, check_domains, check_finite, check_least, check_shares
 from .gradients import watched_layers
+from .sampled_gradients import Prediction, predicted
 
 #: λ_S λ_A at or below this share of the layer's largest counts as flat.
 THRESHOLDS = (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 
 _Pair = tuple[ExactMoment, ExactMoment]
 """Σ x xᵀ and Σ δ δᵀ of one layer."""
+
+_Seen = tuple[Tensor, Tensor, int]
+"""Of a layer in one pass: its input rows; its output, in the graph; and which version of the output that is."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,11 @@ class Factors:
     input_values: Tensor
     output_values: Tensor
     halves: tuple[Factors, ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(m, n)."""
+        return len(self.output_values), len(self.input_values)
 
     def flat_share(self, threshold: float) -> float:
         """Share of the m·n directions with λ_S λ_A <= threshold · the largest. 1 where the curvature is zero.
@@ -89,32 +99,30 @@ class Curvature:
         `flat_halves`: of the halves of the batches, None with a single one: an idea of its error. `flat_null`: of white
         noise of as many tokens. Too few tokens make directions look flat, and this says how many.
         """
-        return {
-            "tokens": self.tokens,
-            "samples": self.samples,
-            "thresholds": list(thresholds),
-            "layers": {
-                name: {
-                    "shape": [len(factors.output_values), len(factors.input_values)],
-                    "inputs": _quantiles(factors.input_values),
-                    "outputs": _quantiles(factors.output_values),
-                    "flat": [factors.flat_share(threshold) for threshold in thresholds],
-                    "flat_halves": [[half.flat_share(t) for t in thresholds] for half in factors.halves] or None,
-                    "flat_null": self._flat_null(factors, thresholds),
-                    "effective_directions": factors.effective_directions(),
-                    "trace": factors.trace(),
-                }
-                for name, factors in self.layers.items()
-            },
-        }
 
-    def _flat_null(self, factors: Factors, thresholds: Sequence[float]) -> list[float]:
-        a, s = (
-            white_spectrum(len(factors.input_values), self.tokens),
-            white_spectrum(len(factors.output_values), self.tokens * self.samples),
-        )
-        white = Factors(factors.inputs, factors.outputs, a, s)
-        return [white.flat_share(threshold) for threshold in thresholds]
+        def flat(factors: Factors) -> list[float]:
+            return [factors.flat_share(threshold) for threshold in thresholds]
+
+        layers = {
+            name: {
+                "shape": list(factors.shape),
+                "inputs": _quantiles(factors.input_values),
+                "outputs": _quantiles(factors.output_values),
+                "flat": flat(factors),
+                "flat_halves": [flat(half) for half in factors.halves] or None,
+                "flat_null": flat(self._white(factors)),
+                "effective_directions": factors.effective_directions(),
+                "trace": factors.trace(),
+            }
+            for name, factors in self.layers.items()
+        }
+        return {"tokens": self.tokens, "samples": self.samples, "thresholds": list(thresholds), "layers": layers}
+
+    def _white(self, factors: Factors) -> Factors:
+        """What white noise of as many tokens gives."""
+        outputs, inputs = factors.shape
+        spectra = white_spectrum(inputs, self.tokens), white_spectrum(outputs, self.tokens * self.samples)
+        return Factors(factors.inputs, factors.outputs, *spectra)
 
     def tensors(self) -> dict[str, Tensor]:
         return {
@@ -146,8 +154,7 @@ class CurvatureProbe:
     def __init__(
         self, model: nn.Module, modules: Mapping[str, nn.Module] | None = None, *, seed: int = 0, samples: int = 1
     ):
-        if samples < 1:
-            raise ValueError(f"samples: expected at least 1, got {samples}")
+        check_least(1, samples=samples)
         self.model, self.seed, self.samples = model, seed, samples
         self.modules = watched_layers(model, modules)
 
@@ -160,48 +167,19 @@ class CurvatureProbe:
         # Even and odd batches apart, so that two halves can be compared.
         moments = {name: (_moments(module), _moments(module)) for name, module in self.modules.items()}
         counts = [0, 0]
-        generators: dict[torch.device, torch.Generator] = {}
-        number = counted = 0
         with ExitStack() as stack:
             stack.enter_context(evaluation(self.model))
             stack.enter_context(torch.enable_grad())
-            seen: dict[str, tuple[Tensor, Tensor, int]] = {}
+            seen: dict[str, _Seen] = {}
             for name, module in self.modules.items():
                 stack.callback(module.register_forward_hook(_note(seen, name), with_kwargs=True).remove)
-            for number, batch in enumerate(batches, 1):
-                seen.clear()
-                logits, _, places = predictions(self.model, batch)
-                if not len(logits):
-                    continue
-                missing = [name for name in self.modules if name not in seen]
-                if missing:
-                    raise ValueError(
-                        f"{missing[0]} did not run in batch {number}; watch layers that run in every forward pass"
-                    )
-                device = logits.device
-                if device not in generators:
-                    generators[device] = torch.Generator(device).manual_seed(self.seed)
-                sums = {
-                    name: rows.sum(dtype=torch.float32 if rows.dtype != torch.float64 else None)
-                    for name, (rows, _, _) in seen.items()
-                } | {"the logits": logits.detach().sum()}
-                _check_finite("activations", sums, number)
+            for counted, prediction in enumerate(predicted(self.model, batches, self.seed, self.samples)):
                 half = counted % 2
-                self._add(
-                    {name: pair[half] for name, pair in moments.items()}, seen, logits, places, generators[device]
-                )
-                counts[half] += len(logits)
-                counted += 1
-                sums = {name: pair[half][1].energy() for name, pair in moments.items()}
-                _check_finite("gradients", sums, number)
-        if not counted:
-            raise ValueError(
-                "batches: expected at least one with a token that counts, got "
-                + (f"{number} without any" if number else "no batch; is the domain empty?")
-            )
-        return Curvature(
-            {name: self._factors(*pair, *counts) for name, pair in moments.items()}, sum(counts), self.samples
-        )
+                self._add({name: pair[half] for name, pair in moments.items()}, seen, prediction)
+                counts[half] += len(prediction.logits)
+                seen.clear()
+        layers = {name: self._factors(*pair, *counts) for name, pair in moments.items()}
+        return Curvature(layers, sum(counts), self.samples)
 
     def _factors(self, even: _Pair, odd: _Pair, evens: int, odds: int) -> Factors:
         def factors(pair: Sequence[Tensor], tokens: int, halves: tuple[Factors, ...] = ()) -> Factors:
@@ -213,33 +191,33 @@ class CurvatureProbe:
         halves = (factors(first, evens), factors(second, odds)) if odds else ()
         return factors([a + b for a, b in zip(first, second, strict=True)], evens + odds, halves)
 
-    def _add(
-        self,
-        moments: dict[str, _Pair],
-        seen: dict[str, tuple[Tensor, Tensor, int]],
-        logits: Tensor,
-        places: Tensor | None,
-        generator: torch.Generator,
-    ) -> None:
+    def _add(self, moments: Mapping[str, _Pair], seen: Mapping[str, _Seen], prediction: Prediction) -> None:
+        missing = [name for name in self.modules if name not in seen]
+        if missing:
+            raise ValueError(
+                f"{missing[0]} did not run in batch {prediction.number}; watch layers that run in every forward pass"
+            )
+        sums = {
+            name: rows.sum(dtype=torch.float32 if rows.dtype != torch.float64 else None)
+            for name, (rows, _, _) in seen.items()
+        } | {"the logits": prediction.logits.detach().sum()}
+        check_finite("activations that are", sums, prediction.number)
         for name, (rows, output, version) in seen.items():
             if output._version != version:
                 raise ValueError(
                     f"{name}: its output is changed in place by what follows (ReLU(inplace=True)?), so its own "
                     "gradient is not to be had; make that out of place"
                 )
-            moments[name][0].add(_counted(rows, places))
-        wide = logits if logits.dtype == torch.float64 else logits.float()
-        chances = wide.detach().softmax(-1)
+            moments[name][0].add(_counted(rows, prediction.places))
         outputs = [output for _, output, _ in seen.values()]
-        for sample in range(self.samples):
-            labels = torch.multinomial(chances, 1, generator=generator).flatten()
-            loss = nn.functional.cross_entropy(wide, labels, reduction="sum")
-            last = sample == self.samples - 1
-            deltas = torch.autograd.grad(loss, outputs, retain_graph=not last, allow_unused=True)
+        for loss, again in prediction.losses():
+            deltas = torch.autograd.grad(loss, outputs, retain_graph=again, allow_unused=True)
             for name, delta in zip(seen, deltas, strict=True):
                 if delta is None:
                     raise ValueError(f"{name}: the prediction does not depend on its output; watch other layers")
-                moments[name][1].add(_counted(delta, places))
+                moments[name][1].add(_counted(delta, prediction.places))
+        energies = {name: pair[1].energy() for name, pair in moments.items()}
+        check_finite("gradients that are", energies, prediction.number)
 
 
 def curvature_overlap(curvatures: Mapping[str, Curvature], share: float = 0.05) -> dict[str, Any]:
@@ -256,28 +234,28 @@ def curvature_overlap(curvatures: Mapping[str, Curvature], share: float = 0.05) 
     Raises:
         ValueError: fewer than two domains, other layers in one than in the others, or a share outside (0, 1].
     """
-    if not 0 < share <= 1:
-        raise ValueError(f"share: expected a share of the directions in (0, 1], got {share}")
-    if len(curvatures) < 2:
-        raise ValueError(f"curvatures: expected at least two domains, got {', '.join(curvatures) or 'none'}")
+    check_shares(share=share)
+    check_domains(2, curvatures=curvatures)
+    check_alike(
+        "curvatures",
+        "outputs and inputs",
+        {domain: {name: one.shape for name, one in found.layers.items()} for domain, found in curvatures.items()},
+    )
     domains = list(curvatures)
-    first = curvatures[domains[0]].layers
-    for domain, curvature in curvatures.items():
-        if curvature.layers.keys() != first.keys():
-            raise ValueError(f"curvatures: {domain} has other layers than {domains[0]}; run them on one model")
-    pairs = [[a, b] for i, a in enumerate(domains) for b in domains[i + 1 :]]
     layers: dict[str, dict[str, Any]] = {}
-    for name in first:
+    for name in curvatures[domains[0]].layers:
         layers[name] = {}
+        of = [curvature.layers[name] for curvature in curvatures.values()]
         for kind in ("inputs", "outputs"):
-            of = {domain: curvature.layers[name] for domain, curvature in curvatures.items()}
-            leading = {domain: _leading(getattr(factors, kind), share) for domain, factors in of.items()}
-            halves = [[_leading(getattr(half, kind), share) for half in factors.halves] for factors in of.values()]
+            leading = [_leading(getattr(factors, kind), share) for factors in of]
+            halves = [[_leading(getattr(half, kind), share) for half in factors.halves] for factors in of]
+            width, count = leading[0].shape
             layers[name] |= {
-                kind: [subspace_overlap(leading[a], leading[b]) for a, b in pairs],
-                f"{kind}_null": leading[domains[0]].shape[1] / len(leading[domains[0]]),
+                kind: [subspace_overlap(*both) for both in combinations(leading, 2)],
+                f"{kind}_null": count / width,
                 f"{kind}_ceiling": [subspace_overlap(*both) if both else None for both in halves],
             }
+    pairs = [list(pair) for pair in combinations(domains, 2)]
     return {"domains": domains, "pairs": pairs, "share": share, "layers": layers}
 
 
@@ -313,7 +291,7 @@ def _moments(module: Linear) -> _Pair:
     return ExactMoment(inputs, dtype, device), ExactMoment(outputs, dtype, device)
 
 
-def _note(seen: dict[str, tuple[Tensor, Tensor, int]], name: str) -> Callable:
+def _note(seen: dict[str, _Seen], name: str) -> Callable:
     def hook(module: nn.Module, args: tuple[Tensor, ...], named: dict[str, Tensor], output: Tensor) -> Tensor:
         # Where nothing before it is trained, the graph begins here.
         output = output if output.requires_grad else output.detach().requires_grad_()
@@ -327,17 +305,6 @@ def _note(seen: dict[str, tuple[Tensor, Tensor, int]], name: str) -> Callable:
 def _counted(rows: Tensor, places: Tensor | None) -> Tensor:
     rows = rows.reshape(-1, rows.shape[-1])
     return rows if places is None else rows[places.to(rows.device)]
-
-
-def _check_finite(what: str, sums: dict[str, Tensor], number: int) -> None:
-    # One transfer per batch, not one per layer.
-    device = next(iter(sums.values())).device
-    finite = torch.stack([total.to(device, torch.float64) for total in sums.values()]).isfinite()
-    if not finite.all():
-        raise ValueError(
-            f"{what} that are not finite in {list(sums)[int((~finite).nonzero()[0])]}, batch {number}; look at that "
-            "batch, and at the model's weights and dtype (float16 overflows where bfloat16 does not)"
-        )
 
 
 def _quantiles(values: Tensor) -> list[float]:

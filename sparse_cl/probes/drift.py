@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,13 +17,14 @@ from .angles import principal_angles, subspace_overlap
 from .cka import MIN_TOKENS, PairedMoments
 from .features import Features, features
 from .pairing import paired_weights
+from .result import Result
 
 WIDE_INTERVAL = 0.1
 """A CKA whose halves lie further apart is warned of."""
 
 
 @dataclass(frozen=True)
-class Measures:
+class Measures(Result):
     """Drift of one layer, from x, its features before, to y, those after.
 
     Attributes:
@@ -43,7 +44,7 @@ class Measures:
 
 
 @dataclass(frozen=True)
-class LayerDrift:
+class LayerDrift(Result):
     """Drift of one layer.
 
     Attributes:
@@ -69,29 +70,17 @@ class LayerDrift:
     displacements: Tensor
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            **{name: getattr(self, name) for name in ("width", "tokens", "rank", "null_overlap", "ceiling_overlap")},
-            **asdict(self.all),
-            "halves": self.halves and [asdict(half) for half in self.halves],
-            "cosines": self.cosines.tolist(),
-            "displacements": self.displacements.tolist(),
-        }
+        record = super().to_json()
+        return {**record.pop("all"), **record}
 
 
 @dataclass(frozen=True)
-class Drift:
+class Drift(Result):
     """Result of `drift`: `layers` by name; `before` and `after`, the ranks of the features that were compared."""
 
     layers: dict[str, LayerDrift]
     before: Features
     after: Features
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "layers": {name: layer.to_json() for name, layer in self.layers.items()},
-            "before": self.before.to_json(),
-            "after": self.after.to_json(),
-        }
 
     def tensors(self) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
@@ -115,23 +104,28 @@ class _Both(nn.Module):
             call(self.after, named or parts, logits=False)
 
 
-@dataclass
 class _Seen:
     """Of one layer: its rows before, until those after come, and what was compared of even and odd sequences."""
 
-    rows: Tensor | None = None
-    moments: tuple[PairedMoments, PairedMoments] | None = None
-    squared_change: list[Tensor] = field(default_factory=list)
+    def __init__(self, halves: Halves) -> None:
+        self.halves = halves
+        self.rows: Tensor | None = None
+        self.moments: tuple[PairedMoments, PairedMoments] | None = None
+        self.squared_change: list[Tensor] = []
 
-    def compare(self, y: Tensor, halves: tuple[Tensor, Tensor]) -> None:
+    def before(self, rows: Tensor, sequences: Tensor) -> None:
+        self.rows = rows
+
+    def after(self, rows: Tensor, sequences: Tensor) -> None:
         x, self.rows = self.rows, None
         assert x is not None  # the model before runs first
-        y = y.to(x.device, x.dtype)
+        # On the device of the rows before. To a device where it is, a tensor stays the same object, as `Halves` wants.
+        y, sequences = rows.to(x.device, x.dtype), sequences.to(x.device)
         if self.moments is None:
             first = PairedMoments.about(x, y)
             self.moments = (first, first.empty())
             self.squared_change = [first.cross.new_zeros(()) for _ in range(2)]
-        for half, index in enumerate(halves):
+        for half, index in enumerate(self.halves.of(sequences)):
             before, after = x[index], y[index]
             self.moments[half].add(before, after)
             self.squared_change[half] += (after.double() - before.double()).square().sum()
@@ -172,28 +166,12 @@ def drift(
             f"before and after share {shared[0]}, so both are one model (a PEFT model is made inside its base): load "
             "the checkpoint before once more"
         )
-    seen, halves = {name: _Seen() for name in names}, Halves()
-
-    def keep(name: str) -> Callable[[Tensor, Tensor], None]:
-        def see(rows: Tensor, sequences: Tensor) -> None:
-            seen[name].rows = rows
-
-        return see
-
-    def compare(name: str) -> Callable[[Tensor, Tensor], None]:
-        def see(rows: Tensor, sequences: Tensor) -> None:
-            # On the device of the rows before, where the comparison is made.
-            before = seen[name].rows
-            assert before is not None  # the model before runs first
-            place = before.device
-            seen[name].compare(rows, halves.of(sequences if sequences.device == place else sequences.to(place)))
-
-        return see
-
+    halves = Halves()
+    seen = {name: _Seen(halves) for name in names}
     watches = []
     for name, x, y in places:
-        watches.append(Watch(f"{name} before", x, "output", keep(name)))
-        watches.append(Watch(f"{name} after", y, "output", compare(name)))
+        watches.append(Watch(f"{name} before", x, "output", seen[name].before))
+        watches.append(Watch(f"{name} after", y, "output", seen[name].after))
     stream(_Both(before, after), watches, batches, tokens=tokens)
     moments = {name: layer.moments for name, layer in seen.items() if layer.moments is not None}
     layers = {name: _layer(name, *pair, seen[name].squared_change, rank) for name, pair in moments.items()}
@@ -223,11 +201,11 @@ def _layer(
     if not 1 <= k <= width:
         raise ValueError(f"rank: expected 1 to {width}, the width of {name}, got {rank}")
     values, directions = _principal(both.x.covariance(), k)
-    measured, cosines, displacements = _measure(both, squared_change[0] + squared_change[1], values, directions)
+    first, second = squared_change
+    measured, cosines, displacements = _measure(both, first + second, values, directions)
     halves = ceiling = None
     if min(even.x.count, odd.x.count) >= MIN_TOKENS:
-        first, second = zip((even, odd), squared_change, strict=True)
-        halves = (_measure(*first, values, directions)[0], _measure(*second, values, directions)[0])
+        halves = (_measure(even, first, values, directions)[0], _measure(odd, second, values, directions)[0])
         ceiling = subspace_overlap(*(_principal(half.x.covariance(), k)[1] for half in (even, odd)))
     return LayerDrift(width, count, k, measured, halves, k / width, ceiling, cosines.cpu(), displacements.cpu())
 

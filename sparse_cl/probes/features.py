@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +15,8 @@ from sparse_cl.models.passes import Batch, Halves, Watch, stream
 from sparse_cl.reference.precision import full_precision
 from sparse_cl.subspace.moments import row_blocks
 
-from .rank import effective_rank, gaussian_ranks, stable_rank
+from .rank import gaussian_ranks, ranks_of
+from .result import Result, apart
 
 
 class Moment:
@@ -72,7 +73,7 @@ class Moment:
 
 
 @dataclass(frozen=True)
-class LayerFeatures:
+class LayerFeatures(Result):
     """Ranks of one layer's features.
 
     Attributes:
@@ -95,7 +96,7 @@ class LayerFeatures:
 
 
 @dataclass(frozen=True)
-class Features:
+class Features(Result):
     """Result of `FeatureProbe`.
 
     Attributes:
@@ -108,14 +109,14 @@ class Features:
 
     layers: dict[str, LayerFeatures]
     centered: bool
-    spectra: dict[str, Tensor]
-    means: dict[str, Tensor]
+    spectra: dict[str, Tensor] = apart()
+    means: dict[str, Tensor] = apart()
 
     def to_json(self) -> dict[str, Any]:
-        layers = {
-            name: {**asdict(layer), "spectrum": self.spectra[name].tolist()} for name, layer in self.layers.items()
-        }
-        return {"centered": self.centered, "layers": layers}
+        record = super().to_json()
+        for name, layer in record["layers"].items():
+            layer["spectrum"] = self.spectra[name].tolist()
+        return record
 
     def tensors(self) -> dict[str, Tensor]:
         spectra = {f"{name}.spectrum": values for name, values in self.spectra.items()}
@@ -197,19 +198,9 @@ def features(moments: Mapping[str, tuple[Moment, Moment]], *, center: bool) -> F
         sigma = standard_deviations(both, center)
         effective = stable = None
         if min(even.count, odd.count) >= 2:
-            first, second = (standard_deviations(m, center) for m in (even, odd))
-            effective = (effective_rank(first).item(), effective_rank(second).item())
-            stable = (stable_rank(first).item(), stable_rank(second).item())
-        width = len(sigma)
-        layers[name] = LayerFeatures(
-            width,
-            both.count,
-            effective_rank(sigma).item(),
-            stable_rank(sigma).item(),
-            effective,
-            stable,
-            *gaussian_ranks(both.count - center, width),
-        )
+            effective, stable = zip(*(ranks_of(standard_deviations(half, center)) for half in (even, odd)), strict=True)
+        null = gaussian_ranks(both.count - center, len(sigma))
+        layers[name] = LayerFeatures(len(sigma), both.count, *ranks_of(sigma), effective, stable, *null)
         spectra[name], means[name] = sigma.cpu(), both.mean().cpu()
     if not layers:
         raise ValueError("nothing was seen yet: call run(batches), or stream(model, probe.watches(), batches) first")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import warnings
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations, combinations_with_replacement
 from typing import Any
 
 import torch
@@ -15,8 +15,10 @@ from torch import Tensor
 from sparse_cl.linalg import randomized_svd
 
 from .angles import principal_angles
-from .gradients import MeanGradient, dot
+from .checks import check_alike, check_domains, check_least
+from .gradients import MeanGradient, cosine, dot
 from .resampling import resamples
+from .result import Result
 
 #: Below this reliability the noise correction multiplies noise more than fivefold, and is not given.
 RELIABLE = 0.2
@@ -26,7 +28,7 @@ _WIDE = 0.4
 
 
 @dataclass(frozen=True)
-class Cosines:
+class Cosines(Result):
     """Of one layer, or of all layers as one vector. Lists have an entry a pair of domains, None where there is none.
 
     Attributes:
@@ -62,7 +64,7 @@ class Cosines:
 
 
 @dataclass(frozen=True)
-class GradientComparison:
+class GradientComparison(Result):
     """Cosines of all pairs of domains, layer by layer and of the whole model.
 
     Attributes:
@@ -77,14 +79,6 @@ class GradientComparison:
     rank: int
     layers: dict[str, Cosines]
     model: Cosines
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON, the attributes by name."""
-        record = asdict(self)
-        record["domains"], record["pairs"] = list(self.domains), [list(pair) for pair in self.pairs]
-        for cosines in (*record["layers"].values(), record["model"]):
-            cosines["shape"] = cosines["shape"] and list(cosines["shape"])
-        return record
 
 
 def compare_gradients(
@@ -105,94 +99,87 @@ def compare_gradients(
     Warns:
         UserWarning: an interval of the whole model's cosine is wider than 0.4: too few tokens.
     """
-    _check(gradients, rank, bootstrap)
-    domains = tuple(gradients)
-    pairs = tuple(itertools.combinations(domains, 2))
-    layers: dict[str, Cosines] = {}
-    products, grams = {}, {}
-    for name in gradients[domains[0]].layers:
-        products[name] = {
-            (a, b): dot(gradients[a].layers[name], gradients[b].layers[name])
-            for a, b in itertools.combinations_with_replacement(domains, 2)
-        }
-        # All that a resampled cosine depends on: the groups' products with each other.
-        stacked = torch.cat([gradients[domain].sketches[name] for domain in domains])
-        grams[name] = stacked @ stacked.mT
-    sizes = [len(next(iter(gradients[domain].sketches.values()))) for domain in domains]
+    check_least(1, rank=rank, bootstrap=bootstrap)
+    check_domains(2, gradients=gradients)
+    domains, (one, *others) = tuple(gradients), gradients.values()
+    check_alike("gradients", "weights", {domain: _shapes(found) for domain, found in gradients.items()})
+    for domain, other in zip(domains[1:], others, strict=True):
+        if one.seed != other.seed:
+            raise ValueError(
+                f"gradients: {domains[0]} was run with seed {one.seed} and {domain} with seed {other.seed}; sketches "
+                "can only be compared if all have one seed"
+            )
     generator = torch.Generator().manual_seed(seed)
-    counts = [resamples(size, bootstrap, generator) if size > 1 else None for size in sizes]
-
-    def cosines(
-        name: str, product: dict, gram: Tensor, shape: tuple[int, int] | None, entries: int, **more: Any
-    ) -> Cosines:
-        reliability = {domain: gradients[domain].reliability(name) for domain in domains}
-        values = [_cosine(product, a, b) for a, b in pairs]
-        intervals = [
-            _interval(value, gram, sizes, counts, domains.index(a), domains.index(b))
-            for value, (a, b) in zip(values, pairs, strict=True)
-        ]
-        ceilings = [_ceiling(reliability[a], reliability[b], 0.0) for a, b in pairs]
-        reliable = [_ceiling(reliability[a], reliability[b], RELIABLE) for a, b in pairs]
-        return Cosines(
-            shape,
-            entries,
-            1.96 / math.sqrt(entries),
-            reliability,
-            values,
-            [low for low, _ in intervals],
-            [high for _, high in intervals],
-            ceilings,
-            [None if v is None or c is None else v / c for v, c in zip(values, reliable, strict=True)],
-            **more,
-        )
-
-    for name, some in gradients[domains[0]].layers.items():
-        bases = {domain: _leading(gradients[domain].layers[name], rank, seed) for domain in domains}
-        shared = [_shared(bases[a], bases[b]) for a, b in pairs]
-        layers[name] = cosines(
-            name,
-            products[name],
-            grams[name],
-            (some.shape[0], some.shape[1]),
-            some.numel(),
-            overlap=[overlap for overlap, _, _ in shared],
-            overlap_null=[null for _, null, _ in shared],
-            angles=[angles for _, _, angles in shared],
-        )
-    summed = {key: sum(product[key] for product in products.values()) for key in next(iter(products.values()))}
-    entries = sum(layer.entries for layer in layers.values())
-    model = cosines("", summed, sum(grams.values(), torch.zeros(())), None, entries)
-    tokens = {domain: gradient.tokens for domain, gradient in gradients.items()}
+    sizes = [len(next(iter(found.sketches.values()))) for found in gradients.values()]
+    draws = [resamples(size, bootstrap, generator) if size > 1 else None for size in sizes]
+    whole = _Products(dict.fromkeys(combinations_with_replacement(domains, 2), 0.0), torch.zeros(()))
+    layers: dict[str, Cosines] = {}
+    for name, shape in _shapes(one).items():
+        products = _Products.of(gradients, name)
+        whole += products
+        bases = [_leading(found.layers[name], rank, seed) for found in gradients.values()]
+        overlaps, nulls, angles = zip(*(_shared(u, v) for u, v in combinations(bases, 2)), strict=True)
+        shared = {"overlap": list(overlaps), "overlap_null": list(nulls), "angles": list(angles)}
+        layers[name] = _cosines(gradients, name, products, draws, shape, math.prod(shape), **shared)
+    model = _cosines(gradients, "", whole, draws, None, sum(layer.entries for layer in layers.values()))
+    pairs = tuple(combinations(domains, 2))
+    tokens = {domain: found.tokens for domain, found in gradients.items()}
     _warn_of_width(model, pairs, tokens)
     return GradientComparison(domains, pairs, tokens, rank, layers, model)
 
 
-def _check(gradients: Mapping[str, MeanGradient], rank: int, bootstrap: int) -> None:
-    for name, value in (("rank", rank), ("bootstrap", bootstrap)):
-        if value < 1:
-            raise ValueError(f"{name}: expected at least 1, got {value}")
-    if len(gradients) < 2:
-        raise ValueError(f"gradients: expected at least two domains, got {', '.join(gradients) or 'none'}")
-    (first, one), *others = gradients.items()
-    shapes = {name: tuple(layer.shape) for name, layer in one.layers.items()}
-    for domain, other in others:
-        theirs = {name: tuple(layer.shape) for name, layer in other.layers.items()}
-        if shapes != theirs:
-            odd = next(name for name in [*shapes, *theirs] if shapes.get(name) != theirs.get(name))
-            raise ValueError(
-                f"gradients: {odd} is {shapes.get(odd, 'absent')} in {first} and {theirs.get(odd, 'absent')} in "
-                f"{domain}; run the probe on one model, with the same modules"
-            )
-        if one.seed != other.seed:
-            raise ValueError(
-                f"gradients: {first} was run with seed {one.seed} and {domain} with seed {other.seed}; sketches can "
-                "only be compared if all have one seed"
-            )
+@dataclass
+class _Products:
+    """Of one layer, or summed over layers: all that cosines and their resamples depend on.
+
+    Attributes:
+        exact: (domain, domain) -> product of the mean gradients.
+        sketched: products of the groups' sketches with each other, the domains' groups one after another.
+    """
+
+    exact: dict[tuple[str, str], float]
+    sketched: Tensor
+
+    @classmethod
+    def of(cls, gradients: Mapping[str, MeanGradient], name: str) -> _Products:
+        pairs = combinations_with_replacement(gradients, 2)
+        stacked = torch.cat([found.sketches[name] for found in gradients.values()])
+        exact = {(a, b): dot(gradients[a].layers[name], gradients[b].layers[name]) for a, b in pairs}
+        return cls(exact, stacked @ stacked.mT)
+
+    def __add__(self, other: _Products) -> _Products:
+        exact = {pair: product + other.exact[pair] for pair, product in self.exact.items()}
+        return _Products(exact, self.sketched + other.sketched)
 
 
-def _cosine(product: dict[tuple[str, str], float], a: str, b: str) -> float | None:
-    scale = math.sqrt(product[a, a] * product[b, b])
-    return product[a, b] / scale if scale > 0 else None
+def _shapes(gradient: MeanGradient) -> dict[str, tuple[int, int]]:
+    return {name: (mean.shape[0], mean.shape[1]) for name, mean in gradient.layers.items()}
+
+
+def _cosines(
+    gradients: Mapping[str, MeanGradient],
+    name: str,
+    products: _Products,
+    draws: Sequence[Tensor | None],
+    shape: tuple[int, int] | None,
+    entries: int,
+    **shared: Any,
+) -> Cosines:
+    """Of the layer of this name; "": of the whole model. `draws`: of each domain, its groups' weights in resamples."""
+    reliability = {domain: found.reliability(name) for domain, found in gradients.items()}
+    values, intervals, ceilings, corrected = [], [], [], []
+    for a, b in combinations(range(len(draws)), 2):
+        first, second = list(gradients)[a], list(gradients)[b]
+        exact = products.exact
+        value = cosine(exact[first, second], exact[first, first], exact[second, second])
+        sure = _ceiling(reliability[first], reliability[second], RELIABLE)
+        values.append(value)
+        intervals.append(_interval(value, products.sketched, draws, a, b))
+        ceilings.append(_ceiling(reliability[first], reliability[second], 0.0))
+        corrected.append(None if value is None or sure is None else value / sure)
+    lows, highs = ([interval[side] for interval in intervals] for side in (0, 1))
+    null = 1.96 / math.sqrt(entries)
+    return Cosines(shape, entries, null, reliability, values, lows, highs, ceilings, corrected, **shared)
 
 
 def _ceiling(a: float | None, b: float | None, least: float) -> float | None:
@@ -201,20 +188,20 @@ def _ceiling(a: float | None, b: float | None, least: float) -> float | None:
 
 
 def _interval(
-    exact: float | None, gram: Tensor, sizes: list[int], counts: list[Tensor | None], a: int, b: int
+    exact: float | None, gram: Tensor, draws: Sequence[Tensor | None], a: int, b: int
 ) -> tuple[float | None, float | None]:
-    counts_a, counts_b = counts[a], counts[b]
-    if exact is None or counts_a is None or counts_b is None:
+    """Of the cosine of domains a and b; draws as for `_cosines`, gram as `_Products.sketched`."""
+    draws_a, draws_b = draws[a], draws[b]
+    if exact is None or draws_a is None or draws_b is None:
         return None, None
+    sizes = [1 if weights is None else weights.shape[1] for weights in draws]
     blocks = [list(row.split(sizes, 1)) for row in gram.split(sizes)]
 
-    def sketched(weights_a: Tensor, weights_b: Tensor) -> Tensor:
-        product = ((weights_a @ blocks[a][b]) * weights_b).sum(1)
-        first = ((weights_a @ blocks[a][a]) * weights_a).sum(1)
-        second = ((weights_b @ blocks[b][b]) * weights_b).sum(1)
-        return product / (first * second).sqrt()
+    def product(weights_x: Tensor, weights_y: Tensor, x: int, y: int) -> Tensor:
+        return ((weights_x @ blocks[x][y]) * weights_y).sum(1)
 
-    drawn = sketched(counts_a, counts_b)
+    squares = product(draws_a, draws_a, a, a) * product(draws_b, draws_b, b, b)
+    drawn = product(draws_a, draws_b, a, b) / squares.sqrt()
     drawn = drawn[drawn.isfinite()]
     if not len(drawn):
         return None, None

@@ -15,7 +15,9 @@ from sparse_cl.models.losses import Loss, answer_loss
 from sparse_cl.models.parts import Linear, is_transposed, linear_layers, matrix_of
 from sparse_cl.models.passes import Batch, evaluation
 
+from .checks import check_counted, check_finite, check_least
 from .resampling import GROUPS
+from .result import Result
 
 #: Numbers that a gradient is folded to. A prime, so that no column of a matrix folds onto few of them: the columns of
 #: massive activations hold most of some gradients.
@@ -32,7 +34,7 @@ def spearman_brown(half: float | None) -> float | None:
 
 
 @dataclass(frozen=True)
-class MeanGradient:
+class MeanGradient(Result):
     """Mean gradient of the loss over the tokens of one domain.
 
     Attributes:
@@ -58,21 +60,17 @@ class MeanGradient:
         return spearman_brown(self.split_half[name])
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "loss": self.loss,
-            "tokens": self.tokens,
-            "batches": self.batches,
-            "reliability": self.reliability(),
-            "layers": {
-                name: {
-                    "shape": list(gradient.shape),
-                    "norm": float(torch.linalg.vector_norm(gradient, dtype=torch.float64)),
-                    "split_half": self.split_half[name],
-                    "reliability": self.reliability(name),
-                }
-                for name, gradient in self.layers.items()
-            },
+        layers = {
+            name: {
+                "shape": list(gradient.shape),
+                "norm": float(torch.linalg.vector_norm(gradient, dtype=torch.float64)),
+                "split_half": self.split_half[name],
+                "reliability": self.reliability(name),
+            }
+            for name, gradient in self.layers.items()
         }
+        known = {"loss": self.loss, "tokens": self.tokens, "batches": self.batches}
+        return {**known, "reliability": self.reliability(), "layers": layers}
 
     def tensors(self) -> dict[str, Tensor]:
         return dict(self.layers)
@@ -106,8 +104,7 @@ class GradientProbe:
         groups: int = GROUPS,
         seed: int = 0,
     ):
-        if groups < 2:
-            raise ValueError(f"groups: expected at least 2, got {groups}")
+        check_least(2, groups=groups)
         self.model, self.loss, self.groups, self.seed = model, loss or answer_loss, groups, seed
         self.modules = watched_layers(model, modules)
 
@@ -134,17 +131,14 @@ class GradientProbe:
                             f"{name}: the loss of batch {number} does not depend on its weight; watch layers that run "
                             "in every forward pass: modules={name: layer}"
                         )
-                checks = [own.add(g, count, counted) for own, g in zip(sums, gradients, strict=True)]
-                self._check_finite(checks, loss, number)
+                folded = [own.add(g, count, counted) for own, g in zip(sums, gradients, strict=True)]
+                totals = dict(zip([*self.modules, "the loss"], [*folded, loss.detach()], strict=True))
+                check_finite("a gradient that is", totals, number)
                 total, tokens, counted = total + loss.detach().double(), tokens + count, counted + 1
-        if not tokens:
-            raise ValueError(
-                "batches: expected at least one with a token that counts, got "
-                + (f"{number} without any" if number else "no batch; is the domain empty?")
-            )
+        check_counted(tokens, number)
         split = [own.halves() for own in sums]
-        halves = {name: _cosine(*parts.tolist()) for name, parts in zip(self.modules, split, strict=True)}
-        halves[""] = _cosine(*sum(split, torch.zeros(())).tolist())
+        halves = {name: cosine(*parts.tolist()) for name, parts in zip(self.modules, split, strict=True)}
+        halves[""] = cosine(*sum(split, torch.zeros(())).tolist())
         used = min(self.groups, counted)
         layers, sketches = {}, {}
         for (name, module), own in zip(self.modules.items(), sums, strict=True):
@@ -152,16 +146,6 @@ class GradientProbe:
             layers[name] = mean.mT.contiguous() if is_transposed(module) else mean
             sketches[name] = own.sketch[:used].cpu()
         return MeanGradient(layers, sketches, halves, float(total) / tokens, tokens, counted, self.seed)
-
-    def _check_finite(self, checks: list[Tensor], loss: Tensor, number: int) -> None:
-        # One transfer per batch, not one per layer.
-        finite = torch.stack([check.to(loss.device) for check in [*checks, loss.detach()]]).isfinite()
-        if not finite.all():
-            names = [*self.modules, "the loss"]
-            raise ValueError(
-                f"a gradient that is not finite in {names[int((~finite).nonzero()[0])]}, batch {number}; look at that "
-                "batch, and at the model's weights and dtype (float16 overflows where bfloat16 does not)"
-            )
 
 
 class _GradientSum:
@@ -237,5 +221,6 @@ def dot(a: Tensor, b: Tensor) -> float:
     return float(sum((x.double() @ y.double() for x, y in blocks), torch.zeros((), dtype=torch.float64)))
 
 
-def _cosine(product: float, first: float, second: float) -> float | None:
+def cosine(product: float, first: float, second: float) -> float | None:
+    """From a·b, ‖a‖² and ‖b‖²; None where one is zero."""
     return product / math.sqrt(first * second) if first > 0 and second > 0 else None

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparse_cl.models.losses import Loss, mean_loss
-from sparse_cl.models.parts import Linear, is_transposed
+from sparse_cl.models.parts import is_transposed
 from sparse_cl.models.passes import Batch
 
+from .checks import check_alike, check_read_again
 from .gradients import MeanGradient, dot, watched_layers
+from .result import Result
 
 #: Length of the step, as a share of ‖θ‖ over the watched weights.
 STEP = 4e-4
@@ -25,7 +28,7 @@ _ROUNDED = 0.1
 
 
 @dataclass(frozen=True)
-class Interference:
+class Interference(Result):
     """Rows are the domain whose loss changes (A), columns the domain that is stepped on (B).
 
     Attributes:
@@ -49,7 +52,7 @@ class Interference:
         return [[rise / own for rise in row] for row, own in zip(self.measured, self.loss, strict=True)]
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "domains": list(self.domains), "relative": self.relative()}
+        return {**super().to_json(), "relative": self.relative()}
 
 
 @torch.no_grad()
@@ -89,18 +92,19 @@ def interference(
             f"batches_by_domain: expected the domains of the gradients, {', '.join(domains) or 'none'}, "
             f"got {', '.join(batches_by_domain) or 'none'}"
         )
-    for domain, batches in batches_by_domain.items():
-        if iter(batches) is batches:
-            raise ValueError(f"batches_by_domain: those of {domain} can be read only once; give a list of them")
+    check_read_again(batches_by_domain=batches_by_domain)
     if not (step > 0 and math.isfinite(step)):
         raise ValueError(f"step: expected a positive number, got {step}")
-    weights = _weights(watched_layers(model, modules), gradients)
+    layers = watched_layers(model, modules)
+    # As (outputs, inputs), views.
+    weights = {name: layer.weight.mT if is_transposed(layer) else layer.weight for name, layer in layers.items()}
+    shapes = {domain: {name: tuple(g.shape) for name, g in one.layers.items()} for domain, one in gradients.items()}
+    check_alike("gradients", "weights", {"the model": {n: tuple(w.shape) for n, w in weights.items()}} | shapes)
     before = {name: weight.clone() for name, weight in weights.items()}
     length = step * math.sqrt(sum(dot(weight, weight) for weight in weights.values()))
     products = {
         (a, b): sum(dot(gradients[a].layers[name], gradients[b].layers[name]) for name in weights)
-        for a in domains
-        for b in domains
+        for a, b in itertools.product(domains, repeat=2)
     }
     for domain in domains:
         if not products[domain, domain] > 0:
@@ -127,21 +131,6 @@ def interference(
         [[-length * products[a, b] / math.sqrt(products[b, b]) for b in domains] for a in domains],
         [[after[b][a] - start[a] for b in domains] for a in domains],
     )
-
-
-def _weights(modules: Mapping[str, Linear], gradients: Mapping[str, MeanGradient]) -> dict[str, Tensor]:
-    """The watched weights as (outputs, inputs), views; a weight that two modules share counts once."""
-    weights = {name: m.weight.mT if is_transposed(m) else m.weight for name, m in modules.items()}
-    for domain, gradient in gradients.items():
-        theirs = {name: tuple(layer.shape) for name, layer in gradient.layers.items()}
-        ours = {name: tuple(weight.shape) for name, weight in weights.items()}
-        if theirs != ours:
-            odd = next(name for name in [*ours, *theirs] if ours.get(name) != theirs.get(name))
-            raise ValueError(
-                f"gradients: {odd} is {theirs.get(odd, 'absent')} for {domain} and {ours.get(odd, 'absent')} in the "
-                "model; give the probe and this the same model and modules"
-            )
-    return weights
 
 
 def _take_step(

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from sparse_cl.models.neuron_masks import neuron_count, top_neurons
 from sparse_cl.models.parts import find_mlps, matrix_of
 
-from .chance import central_interval, common_to_all, hypergeometric, iou_of
+from .chance import central_interval, common_to_all, iou_interval, iou_of
+from .checks import check_domains
 from .overlap import group_draws, layer_ranks
 from .resampling import reflected_interval, resamples, top_set_interval
+from .result import Result, plain
 from .scores import ActivationScores
 
 TAUS = (0.0, 0.025, 0.1)
@@ -43,7 +45,7 @@ class LayerHubs:
 
 
 @dataclass(frozen=True)
-class Hubs:
+class Hubs(Result):
     """Hubs of each layer; `share` is K as a share of its neurons."""
 
     domains: tuple[str, ...]
@@ -57,30 +59,24 @@ class Hubs:
 
     def tensors(self) -> dict[str, Tensor]:
         """`layer|hubs` and `layer|usage`."""
-        return {
-            f"{name}|{key}": value
-            for name, layer in self.layers.items()
-            for key, value in (("hubs", layer.indices), ("usage", layer.usage))
-        }
+        found = {f"{name}|hubs": layer.indices for name, layer in self.layers.items()}
+        return found | {f"{name}|usage": layer.usage for name, layer in self.layers.items()}
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON: domains, share, and for each layer the number of hubs, and what to hold it against."""
-        return {
-            "domains": list(self.domains),
-            "share": self.share,
-            "layers": [
-                {
-                    "name": name,
-                    "neurons": len(layer.usage),
-                    "k": layer.size,
-                    "hubs": layer.indices.tolist(),
-                    "interval": layer.interval and list(layer.interval),
-                    "expected": layer.expected,
-                    "null_interval": list(layer.null_interval),
-                }
-                for name, layer in self.layers.items()
-            ],
-        }
+        layers = [
+            {
+                "name": name,
+                "neurons": len(layer.usage),
+                "k": layer.size,
+                "hubs": layer.indices,
+                "interval": layer.interval,
+                "expected": layer.expected,
+                "null_interval": layer.null_interval,
+            }
+            for name, layer in self.layers.items()
+        ]
+        return plain({"domains": self.domains, "share": self.share, "layers": layers})
 
 
 def hubs(
@@ -95,10 +91,7 @@ def hubs(
     Raises:
         ValueError: fewer than two domains, or a share out of range.
     """
-    if len(scores_by_domain) < 2:
-        raise ValueError(
-            f"scores_by_domain: expected at least two domains, got {', '.join(scores_by_domain) or 'none'}"
-        )
+    check_domains(2, scores_by_domain=scores_by_domain)
     generator = torch.Generator().manual_seed(seed)
     parts = [scores.part(part) for scores in scores_by_domain.values()]
     draws = [group_draws(next(iter(found.values())), _RESAMPLES, generator) for found in parts]
@@ -180,7 +173,7 @@ def agreement(by_usage: Hubs, by_weight: WeightHubs) -> dict[str, dict[str, Any]
         found[name] = {
             "iou": iou_of(both, size),
             "null": size / (2 * width - size),
-            "null_interval": [iou_of(x, size) for x in central_interval(hypergeometric(width, size, size))],
+            "null_interval": list(iou_interval(width, size)),
             "ceiling": 1.0,
             "correlation": float(torch.corrcoef(places)[0, 1]) if width > 1 else None,
         }
@@ -188,7 +181,7 @@ def agreement(by_usage: Hubs, by_weight: WeightHubs) -> dict[str, dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Dormant:
+class Dormant(Result):
     """Neurons whose score E|h_i| / mean_j E|h_j| is at most τ, by layer (Sokar et al. 2023).
 
     Attributes:
@@ -220,25 +213,20 @@ class Dormant:
 
         def record(tau: float, domain: str | None) -> dict[str, Any]:
             interval = self.intervals[domain][tau] if domain is not None else None
-            return {
-                "counts": [len(found) for found in self.indices(tau, domain).values()],
-                "share": self.share(tau, domain),
-                "interval": interval and list(interval),
-            }
+            counts = [len(found) for found in self.indices(tau, domain).values()]
+            return {"counts": counts, "share": self.share(tau, domain), "interval": interval and list(interval)}
 
-        return {
-            "taus": list(self.taus),
-            "domains": list(self.scores),
-            "layers": list(layers),
-            "neurons": [len(score) for score in layers.values()],
-            "dormant": [
-                {
-                    "tau": tau,
-                    "domains": {domain: record(tau, domain) for domain in self.scores},
-                    "all domains": record(tau, None),
-                }
-                for tau in self.taus
-            ],
+        dormant = [
+            {
+                "tau": tau,
+                "domains": {domain: record(tau, domain) for domain in self.scores},
+                "all domains": record(tau, None),
+            }
+            for tau in self.taus
+        ]
+        neurons = [len(score) for score in layers.values()]
+        return plain({"taus": self.taus, "domains": list(self.scores), "layers": list(layers), "neurons": neurons}) | {
+            "dormant": dormant
         }
 
 
@@ -261,8 +249,7 @@ def dormant(
         ValueError: no domain, or a threshold below 0.
     """
     by_domain = {"all data": scores} if isinstance(scores, ActivationScores) else dict(scores)
-    if not by_domain:
-        raise ValueError("scores: expected at least one domain, got none")
+    check_domains(1, scores=by_domain)
     if any(tau < 0 for tau in taus):
         raise ValueError(f"taus: expected thresholds of at least 0, got {list(taus)}")
     generator = torch.Generator().manual_seed(seed)

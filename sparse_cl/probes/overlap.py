@@ -13,8 +13,10 @@ from torch import Tensor
 
 from sparse_cl.models.neuron_masks import neuron_count
 
-from .chance import central_interval, hypergeometric, iou_of, mean_iou_interval
+from .chance import iou_interval, iou_of, mean_iou_interval
+from .checks import check_alike, check_domains, check_least
 from .resampling import halves, resamples, top_set_interval
+from .result import Result, plain
 from .scores import ActivationScores, PartScores
 
 FRACTIONS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
@@ -24,7 +26,7 @@ _WIDE = 0.2
 
 
 @dataclass(frozen=True)
-class Overlap:
+class Overlap(Result):
     """Intersection over union of the top-K neurons of each pair of domains, by layer, with what to hold it against.
 
     Tensors are float64; P pairs, F fractions, L layers, D domains. NaN where a domain has one group of sequences only.
@@ -79,19 +81,12 @@ class Overlap:
         `k` is (F, L): K by fraction and layer.
         """
         first, second = ([self.domains.index(pair[side]) for pair in self.pairs] for side in (0, 1))
-        values = self.tensors()
-        for name in ("ceiling", "mean_ceiling"):
-            values[name] = (values[name][first] + values[name][second]) / 2
+        ceilings = {"ceiling": self.ceiling, "mean_ceiling": self.mean_ceiling}
         return {
-            "domains": list(self.domains),
-            "pairs": [list(pair) for pair in self.pairs],
-            "layers": list(self.layers),
-            "widths": list(self.widths),
-            "fractions": list(self.fractions),
+            **super().to_json(),
+            "pairs": plain(self.pairs),
             "k": [[neuron_count(fraction, width) for width in self.widths] for fraction in self.fractions],
-            "tokens": dict(self.tokens),
-            "part": self.part,
-            **{name: _plain(value.tolist()) for name, value in values.items()},
+            **{name: plain((values[first] + values[second]) / 2) for name, values in ceilings.items()},
         }
 
 
@@ -117,89 +112,56 @@ def overlap(
     Raises:
         ValueError: fewer than two domains, domains of different models, a fraction out of range.
     """
-    domains = tuple(scores_by_domain)
-    parts = _check(scores_by_domain, fractions, bootstrap, part)
-    layers = tuple(next(iter(parts.values())))
-    widths = tuple(len(next(iter(parts.values()))[layer].top) for layer in layers)
-    sizes = [[neuron_count(fraction, width) for width in widths] for fraction in fractions]
+    check_domains(2, scores_by_domain=scores_by_domain)
+    if not fractions:
+        raise ValueError("fractions: expected at least one, got none")
+    check_least(2, bootstrap=bootstrap)
+    parts = {name: scores.part(part) for name, scores in scores_by_domain.items()}
+    by_layer = {name: {layer: len(p.top) for layer, p in found.items()} for name, found in parts.items()}
+    domains, (shapes, *_) = tuple(parts), by_layer.values()
+    # Before domains are compared, so that a fraction that fits no layer is named first.
+    for fraction in fractions:
+        neuron_count(fraction, min(shapes.values()))
+    check_alike("scores_by_domain", "neurons", by_layer)
     generator = torch.Generator().manual_seed(seed)
     # One draw for all layers of a domain, so that the mean over layers is resampled as a whole.
     draws = {name: group_draws(next(iter(parts[name].values())), bootstrap, generator) for name in domains}
-    found: dict[str, list[Tensor]] = {name: [] for name in ("iou", "massive_iou", "ceiling", "resampled")}
-    for number, layer in enumerate(layers):
-        ks = [row[number] for row in sizes]
+    found: dict[str, list[Tensor]] = {"ceiling": [], "plain": [], "massive": [], "drawn": []}
+    for layer, width in shapes.items():
+        ks = [neuron_count(fraction, width) for fraction in fractions]
         ranks = {name: layer_ranks(parts[name][layer], draws[name], generator) for name in domains}
         both = [ranks[name]["halves"] for name in domains]
-        found["ceiling"].append(torch.stack([_iou(even, odd, ks, _SPLITS).mean(1) for even, odd in both]))
-        for kind, key, count in (
-            ("iou", "plain", 1),
-            ("massive_iou", "massive", 1),
-            ("resampled", "drawn", bootstrap),
-        ):
-            both = [_iou(ranks[a][key], ranks[b][key], ks, count) for a, b in combinations(domains, 2)]
-            found[kind].append(torch.stack(both))
-    iou, massive_iou = (torch.stack(found[name], -1)[:, :, 0] for name in ("iou", "massive_iou"))
+        found["ceiling"].append(torch.stack([_iou(one, other, ks, _SPLITS).mean(1) for one, other in both]))
+        for kind, count in (("plain", 1), ("massive", 1), ("drawn", bootstrap)):
+            ious = [_iou(ranks[a][kind], ranks[b][kind], ks, count) for a, b in combinations(domains, 2)]
+            found[kind].append(torch.stack(ious))
+    iou, massive_iou = (torch.stack(found[kind], -1)[:, :, 0] for kind in ("plain", "massive"))
     ceiling = torch.stack(found["ceiling"], -1)
-    resampled = torch.stack(found["resampled"], -1).movedim(2, 0)  # (bootstrap, P, F, L)
-    null = _float64([[k / (2 * w - k) for w, k in zip(widths, row, strict=True)] for row in sizes])
-    laws = [[central_interval(hypergeometric(w, k, k)) for w, k in zip(widths, row, strict=True)] for row in sizes]
+    resampled = torch.stack(found["drawn"], -1).movedim(2, 0)  # (bootstrap, P, F, L)
+    sets = [[(width, neuron_count(fraction, width)) for width in shapes.values()] for fraction in fractions]
+    null = _float64([[k / (2 * width - k) for width, k in row] for row in sets])
     result = Overlap(
         domains=domains,
-        layers=layers,
+        layers=tuple(shapes),
         fractions=tuple(fractions),
-        widths=widths,
+        widths=tuple(shapes.values()),
         tokens={name: scores.tokens for name, scores in scores_by_domain.items()},
         part=part,
         iou=iou,
         massive_iou=massive_iou,
         interval=top_set_interval(iou, resampled),
         null=null,
-        null_interval=_float64(
-            [
-                [[iou_of(x, k) for x in law] for law, k in zip(*both, strict=True)]
-                for both in zip(laws, sizes, strict=True)
-            ]
-        ),
+        null_interval=_float64([[iou_interval(*of) for of in row] for row in sets]),
         ceiling=ceiling,
         mean_iou=iou.mean(-1),
         mean_massive_iou=massive_iou.mean(-1),
         mean_interval=top_set_interval(iou.mean(-1), resampled.mean(-1)),
         mean_null=null.mean(-1),
-        mean_null_interval=_float64(
-            [mean_iou_interval(list(zip(widths, row, strict=True)), generator) for row in sizes]
-        ),
+        mean_null_interval=_float64([mean_iou_interval(row, generator) for row in sets]),
         mean_ceiling=ceiling.mean(-1),
     )
     _warn(result)
     return result
-
-
-def _check(
-    scores_by_domain: Mapping[str, ActivationScores], fractions: Sequence[float], bootstrap: int, part: str
-) -> dict[str, dict[str, PartScores]]:
-    """The part of each domain's scores."""
-    if len(scores_by_domain) < 2:
-        raise ValueError(
-            f"scores_by_domain: expected at least two domains, got {', '.join(scores_by_domain) or 'none'}"
-        )
-    if not fractions:
-        raise ValueError("fractions: expected at least one, got none")
-    if bootstrap < 2:
-        raise ValueError(f"bootstrap: expected at least 2 resamples, got {bootstrap}")
-    parts = {name: scores.part(part) for name, scores in scores_by_domain.items()}
-    (first, shapes), *others = (
-        (name, {layer: len(p.top) for layer, p in found.items()}) for name, found in parts.items()
-    )
-    for fraction in fractions:
-        neuron_count(fraction, min(shapes.values()))
-    for name, found in others:
-        for layer in [*shapes, *found]:
-            if shapes.get(layer) != found.get(layer):
-                raise ValueError(
-                    f"scores_by_domain: expected one model, but {layer} has {shapes.get(layer, 'no')} neurons in "
-                    f"{first} and {found.get(layer, 'no')} in {name}"
-                )
-    return parts
 
 
 def group_draws(part: PartScores, bootstrap: int, generator: torch.Generator) -> dict[str, Tensor]:
@@ -276,9 +238,3 @@ def _warn(result: Overlap) -> None:
 
 def _float64(values: Any) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    return None if value != value else value

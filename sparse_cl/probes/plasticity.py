@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from sparse_cl.models.losses import answer_loss
 from sparse_cl.models.passes import IGNORED, Batch, evaluation
 
+from .checks import check_least
 from .pairing import paired_weights
+from .result import Result, plain
 
 Task = Callable[[int], Batch]
 """A probing task by its seed: one batch, all of which is learned at each step."""
@@ -38,9 +40,9 @@ class RandomSequences:
     response_length: int = 8
 
     def __post_init__(self) -> None:
-        for name, least in (("vocabulary", 2), ("sequences", 1), ("prompt_length", 1), ("response_length", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name}: expected at least {least}, got {getattr(self, name)}")
+        check_least(2, vocabulary=self.vocabulary)
+        lengths = {"prompt_length": self.prompt_length, "response_length": self.response_length}
+        check_least(1, sequences=self.sequences, **lengths)
 
     def __call__(self, seed: int) -> dict[str, Tensor]:
         """input_ids, attention_mask and labels, each (sequences, prompt_length + response_length) int64."""
@@ -53,7 +55,7 @@ class RandomSequences:
 
 
 @dataclass(frozen=True)
-class Fit:
+class Fit(Result):
     """How one task was learned.
 
     Attributes:
@@ -70,7 +72,7 @@ class Fit:
 
 
 @dataclass(frozen=True)
-class Plasticity:
+class Plasticity(Result):
     """Result of `steps_to_fit`.
 
     Attributes:
@@ -105,16 +107,12 @@ class Plasticity:
         return statistics.median(fit.loss_after for fit in self.fits)
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            **{name: getattr(self, name) for name in ("target", "max_steps", "fixed_steps", "lr", "median_steps")},
-            "range_steps": list(self.range_steps),
-            "median_loss": self.median_loss,
-            "fits": [asdict(fit) for fit in self.fits],
-        }
+        over_seeds = {name: plain(getattr(self, name)) for name in ("median_steps", "range_steps", "median_loss")}
+        return super().to_json() | over_seeds
 
 
 @dataclass(frozen=True)
-class PlasticityChange:
+class PlasticityChange(Result):
     """Result of `plasticity`: the same tasks, learned from both checkpoints."""
 
     before: Plasticity
@@ -129,11 +127,7 @@ class PlasticityChange:
         )
 
     def to_json(self) -> dict[str, Any]:
-        return {
-            "before": self.before.to_json(),
-            "after": self.after.to_json(),
-            "extra_steps": list(self.extra_steps),
-        }
+        return {**super().to_json(), "extra_steps": list(self.extra_steps)}
 
 
 def steps_to_fit(
@@ -174,9 +168,10 @@ def steps_to_fit(
     if fixed_steps > max_steps:
         raise ValueError(f"fixed_steps: expected at most max_steps = {max_steps}, got {fixed_steps}")
     task = RandomSequences(_vocabulary(model)) if task is None else task
-    fits = []
+    fits: list[Fit] = []
     for seed in seeds:
-        fits.append(_fit(model, seed, task(seed), lr, target, max_steps, fixed_steps))
+        losses = _losses(model, task(seed), lr, target, max_steps, fixed_steps)
+        fits.append(Fit(seed, _reached(losses, target), tuple(losses), losses[fixed_steps]))
         fitted()
     return Plasticity(tuple(fits), target, max_steps, fixed_steps, lr)
 
@@ -203,33 +198,30 @@ def _vocabulary(model: nn.Module) -> int:
     return embeddings.weight.shape[0]
 
 
-def _fit(
-    model: nn.Module,
-    seed: int,
-    batch: Batch,
-    lr: float,
-    target: float,
-    max_steps: int,
-    fixed_steps: int,
-) -> Fit:
+def _reached(losses: Sequence[float], target: float) -> int | None:
+    """After how many steps the loss was at most the target."""
+    return next((number for number, loss in enumerate(losses) if loss <= target), None)
+
+
+def _losses(model: nn.Module, batch: Batch, lr: float, target: float, max_steps: int, fixed_steps: int) -> list[float]:
+    """Of a copy that learns the batch: before each step and after the last, which is no earlier than `fixed_steps`."""
     learner = copy.deepcopy(model).requires_grad_(True)
     if next(learner.parameters()).dtype != torch.float64:
         learner.float()
     optimizer = torch.optim.AdamW(learner.parameters(), lr=lr, weight_decay=0.0)
     losses: list[float] = []
     with evaluation(learner), torch.enable_grad():
-        while True:
+        for done in range(max_steps + 1):
             summed, count = answer_loss(learner, batch)
             loss = summed / count
             losses.append(loss.item())
             if not torch.isfinite(loss):
                 raise ValueError(
-                    f"the loss of the probing task is {losses[-1]} after {len(losses) - 1} steps; lower lr, {lr:g} now"
+                    f"the loss of the probing task is {losses[-1]} after {done} steps; lower lr, {lr:g} now"
                 )
-            done = len(losses) - 1
-            reached = next((number for number, value in enumerate(losses) if value <= target), None)
-            if done >= max_steps or (reached is not None and done >= fixed_steps):
-                return Fit(seed, reached, tuple(losses), losses[fixed_steps])
+            if done == max_steps or (done >= fixed_steps and _reached(losses, target) is not None):
+                break
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+    return losses

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .pairing import Weights, paired_matrices
+from .result import Result, apart
 
 
 def effective_rank(singular_values: Tensor) -> Tensor:
@@ -39,6 +39,11 @@ def stable_rank(singular_values: Tensor) -> Tensor:
         return sigma.sum(-1)
     relative = sigma / sigma.amax(-1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
     return relative.square().sum(-1)
+
+
+def ranks_of(singular_values: Tensor) -> tuple[float, float]:
+    """Effective and stable rank of one matrix with these singular values (k,)."""
+    return effective_rank(singular_values).item(), stable_rank(singular_values).item()
 
 
 def _checked(singular_values: Tensor) -> Tensor:
@@ -73,12 +78,11 @@ def gaussian_singular_values(rows: int, columns: int, seed: int = 0) -> Tensor:
 
 def gaussian_ranks(rows: int, columns: int) -> tuple[float, float]:
     """Effective and stable rank of a random Gaussian matrix: what no structure at all gives."""
-    sigma = gaussian_singular_values(rows, columns)
-    return effective_rank(sigma).item(), stable_rank(sigma).item()
+    return ranks_of(gaussian_singular_values(rows, columns))
 
 
 @dataclass(frozen=True)
-class WeightUpdate:
+class WeightUpdate(Result):
     """How one weight (m, n) changed.
 
     Attributes:
@@ -97,14 +101,11 @@ class WeightUpdate:
 
 
 @dataclass(frozen=True)
-class UpdateRanks:
+class UpdateRanks(Result):
     """Result of `update_rank`: `weights` by name, and the singular values of each ΔW, (min(m, n),) float64."""
 
     weights: dict[str, WeightUpdate]
-    singular_values: dict[str, Tensor]
-
-    def to_json(self) -> dict[str, Any]:
-        return {"weights": {name: {**asdict(w), "shape": list(w.shape)} for name, w in self.weights.items()}}
+    singular_values: dict[str, Tensor] = apart()
 
     def tensors(self) -> dict[str, Tensor]:
         return {f"{name}.update_singular_values": sigma for name, sigma in self.singular_values.items()}
@@ -129,10 +130,8 @@ def update_rank(before: Weights, after: Weights, names: Iterable[str] | None = N
         sigma = _singular_values(delta)
         norm = torch.linalg.vector_norm(old.double()).item()
         change = torch.linalg.vector_norm(delta).item()
-        ranks = effective_rank(sigma).item(), stable_rank(sigma).item()
-        weights[name] = WeightUpdate(
-            (old.shape[0], old.shape[1]), change / norm if norm else None, *ranks, *gaussian_ranks(*old.shape)
-        )
+        relative, (rows, columns) = change / norm if norm else None, old.shape
+        weights[name] = WeightUpdate((rows, columns), relative, *ranks_of(sigma), *gaussian_ranks(rows, columns))
         spectra[name] = sigma.cpu()
     return UpdateRanks(weights, spectra)
 

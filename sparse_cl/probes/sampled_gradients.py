@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +11,60 @@ from torch import Tensor, nn
 from sparse_cl.models.losses import predictions
 from sparse_cl.models.passes import Batch, evaluation
 
+from .checks import check_counted, check_finite, check_least
 from .gradients import requiring_grad
 
 See = Callable[[dict[str, Tensor]], None]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model predicts for one batch.
+
+    Attributes:
+        number: of the batch, from 1.
+        logits, places: as `losses.predictions` gives them; at least one.
+        generator: of labels.
+        samples: labels that are drawn for each token.
+    """
+
+    number: int
+    logits: Tensor
+    places: Tensor | None
+    generator: torch.Generator
+    samples: int
+
+    def losses(self) -> Iterator[tuple[Tensor, bool]]:
+        """The loss (0-d), summed over the tokens, for each draw of labels; and whether the graph is needed once more.
+
+        Raises:
+            ValueError: logits that are not finite.
+        """
+        wide = self.logits if self.logits.dtype == torch.float64 else self.logits.float()
+        chances = wide.detach().softmax(-1)
+        if not chances.isfinite().all():
+            raise ValueError(f"logits that are not finite in batch {self.number}; look at that batch and the weights")
+        for sample in range(self.samples):
+            labels = torch.multinomial(chances, 1, generator=self.generator).flatten()
+            yield nn.functional.cross_entropy(wide, labels, reduction="sum"), sample < self.samples - 1
+
+
+def predicted(model: nn.Module, batches: Iterable[Batch], seed: int, samples: int) -> Iterator[Prediction]:
+    """The predictions for each batch that has a token that counts. Mode and gradients are the caller's to set.
+
+    Raises:
+        ValueError: there was no such batch.
+    """
+    generator: torch.Generator | None = None
+    number = tokens = 0
+    for number, batch in enumerate(batches, 1):
+        logits, _, places = predictions(model, batch)
+        if not len(logits):
+            continue
+        generator = generator or torch.Generator(logits.device).manual_seed(seed)
+        tokens += len(logits)
+        yield Prediction(number, logits, places, generator, samples)
+    check_counted(tokens, number)
 
 
 def sampled_gradients(
@@ -45,47 +97,21 @@ def sampled_gradients(
     Raises:
         ValueError: samples below 1; no parameter; no token that counts; a gradient that is not finite.
     """
-    if samples < 1:
-        raise ValueError(f"samples: expected at least 1, got {samples}")
+    check_least(1, samples=samples)
     if not parameters:
         raise ValueError("parameters: expected at least one {name: parameter}, got none")
     weights = list(parameters.values())
-    generator: torch.Generator | None = None
-    number = tokens = 0
+    tokens = 0
     with evaluation(model), requiring_grad(weights), torch.enable_grad():
-        for number, batch in enumerate(batches, 1):
-            logits, _, _ = predictions(model, batch)
-            if not len(logits):
-                continue
-            generator = generator or torch.Generator(logits.device).manual_seed(seed)
-            wide = logits if logits.dtype == torch.float64 else logits.float()
-            chances = wide.detach().softmax(-1)
-            if not chances.isfinite().all():
-                raise ValueError(f"logits that are not finite in batch {number}; look at that batch and the weights")
-            for sample in range(samples):
-                labels = torch.multinomial(chances, 1, generator=generator).flatten()
-                loss = nn.functional.cross_entropy(wide, labels, reduction="sum")
-                found = torch.autograd.grad(loss, weights, retain_graph=sample < samples - 1, allow_unused=True)
+        for prediction in predicted(model, batches, seed, samples):
+            for loss, again in prediction.losses():
+                found = torch.autograd.grad(loss, weights, retain_graph=again, allow_unused=True)
                 gradients = {name: g for name, g in zip(parameters, found, strict=True) if g is not None}
-                _check_finite(gradients, number)
+                norms = {
+                    name: torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32))
+                    for name, g in gradients.items()
+                }
+                check_finite("a gradient that is", norms, prediction.number)
                 see(gradients)
-            tokens += len(logits)
-    if not tokens:
-        raise ValueError(
-            "batches: expected at least one with a token that counts, got "
-            + (f"{number} without any" if number else "no batch; is the domain empty?")
-        )
+            tokens += len(prediction.logits)
     return tokens
-
-
-def _check_finite(gradients: Mapping[str, Tensor], number: int) -> None:
-    # One transfer per batch, not one per parameter.
-    if not gradients:
-        return
-    norms = [torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in gradients.values()]
-    finite = torch.stack([norm.to(norms[0].device) for norm in norms]).isfinite()
-    if not finite.all():
-        raise ValueError(
-            f"a gradient that is not finite in {list(gradients)[int((~finite).nonzero()[0])]}, batch {number}; look at "
-            "that batch, and at the model's weights and dtype (float16 overflows where bfloat16 does not)"
-        )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
+
 
 def fit_exponent(widths: Sequence[float], values: Sequence[float]) -> tuple[float, float]:
     """b and its standard error in value = c · width^b, by least squares on logarithms.
@@ -27,9 +29,5 @@ def fit_exponent(widths: Sequence[float], values: Sequence[float]) -> tuple[floa
         raise ValueError(
             f"widths: expected at least three models of at least two widths to fit a power, got widths {list(widths)}"
         )
-    x, y = [math.log(width) for width in widths], [math.log(value) for value in values]
-    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
-    spread = sum((a - mean_x) ** 2 for a in x)
-    slope = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / spread
-    residual = sum((b - mean_y - slope * (a - mean_x)) ** 2 for a, b in zip(x, y, strict=True))
-    return slope, math.sqrt(residual / (len(x) - 2) / spread)
+    (slope, _), covariance = np.polyfit(np.log(widths), np.log(values), 1, cov=True)
+    return float(slope), float(covariance[0, 0] ** 0.5)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from sparse_cl.models.parts import Block, find_blocks, is_transposed, linear_layers, matrix_of
 
 from .pairing import Weights, paired_matrices
+from .result import Result, apart
 
 SHARE = 0.9
 """Of an update's energy ‖ΔW‖²_F, whose spread is asked for."""
@@ -41,7 +41,7 @@ def smallest_share(energy: Tensor, share: float = SHARE) -> float | None:
 
 
 @dataclass(frozen=True)
-class Spread:
+class Spread(Result):
     """Spread of one update over neurons.
 
     Attributes:
@@ -59,7 +59,7 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class HubShare:
+class HubShare(Result):
     """What of an MLP's update falls on its hub neurons.
 
     Attributes:
@@ -77,7 +77,7 @@ class HubShare:
 
 
 @dataclass(frozen=True)
-class Smearing:
+class Smearing(Result):
     """Result of `smearing`: by name, of each linear layer, of each MLP, and of the hubs of each MLP that has some.
 
     `energy`: (neurons,) float64 of each MLP, ‖ΔW‖² by neuron.
@@ -86,10 +86,7 @@ class Smearing:
     layers: dict[str, Spread]
     mlps: dict[str, Spread]
     hubs: dict[str, HubShare]
-    energy: dict[str, Tensor]
-
-    def to_json(self) -> dict[str, Any]:
-        return {kind: {n: asdict(x) for n, x in getattr(self, kind).items()} for kind in ("layers", "mlps", "hubs")}
+    energy: dict[str, Tensor] = apart()
 
     def tensors(self) -> dict[str, Tensor]:
         return {f"{name}.update_energy": energy for name, energy in self.energy.items()}

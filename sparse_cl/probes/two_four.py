@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sparse_cl.masks import TwoFourMask
 from sparse_cl.models.parts import Linear, is_transposed
-from sparse_cl.models.passes import Batch, stream
+from sparse_cl.models.passes import stream
 
 from .fisher import diagonal_fisher
 from .gradients import watched_layers
@@ -64,8 +64,9 @@ def two_four_masks(
         fisher = diagonal_fisher(model, batches, {name: layer.weight for name, layer in layers.items()}, seed=seed)
         scores = {name: fisher[name] * layers[name].weight.detach().square() for name in layers}
     else:
-        norms = _input_norms(model, layers, batches)
-        scores = {name: layers[name].weight.detach().abs() * norms[name] for name in layers}
+        watches, energies = energy_watches(layers)
+        stream(model, watches, batches, tokens="text")
+        scores = {name: layer.weight.detach().abs() * energies[name].sqrt() for name, layer in layers.items()}
     return {name: _best_two(values) for name, values in scores.items()}
 
 
@@ -119,13 +120,6 @@ def _compressed(weight: Tensor, name: str) -> Tensor:
             f"{name} of shape {tuple(weight.shape)} on {weight.device} cannot be compressed ({error}); leave "
             "semi_structured out"
         ) from error
-
-
-def _input_norms(model: nn.Module, layers: Mapping[str, Linear], batches: Iterable[Batch]) -> dict[str, Tensor]:
-    """‖x_j‖₂ of each layer's inputs, (n,)."""
-    watches, energies = energy_watches(layers)
-    stream(model, watches, batches, tokens="text")
-    return {name: total.sqrt() for name, total in energies.items()}
 
 
 def _best_two(scores: Tensor) -> TwoFourMask:

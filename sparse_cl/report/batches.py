@@ -1,15 +1,17 @@
-"""Batches of domains for probes, and a bar that shows them pass."""
+"""What models read for probes: batches of domains and of plain text, and a bar that shows them pass."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from sparse_cl.four_domains import embedded
 from sparse_cl.four_domains.data import Domain
-from sparse_cl.four_domains.encoding import EncodedRecords
+from sparse_cl.four_domains.encoding import EncodedRecords, pad
+from sparse_cl.four_domains.experiment import read_text
 from sparse_cl.four_domains.sequence import DomainBatches
 
 
@@ -27,7 +29,13 @@ def domain_batches(
 
     Args:
         split: "train" or "validation"; probes choose, so they never see a test.
+
+    Raises:
+        ValueError: `max_length` exceeds the model's context.
     """
+    context = getattr(getattr(model, "config", None), "max_position_embeddings", max_length)
+    if max_length > context:
+        raise ValueError(f"max_length: expected at most the model's context of {context} tokens, got {max_length}")
     device = next(model.parameters()).device
     return {
         domain.name: DomainBatches(
@@ -35,6 +43,23 @@ def domain_batches(
         )
         for domain in domains
     }
+
+
+def reference_text(path: str | None) -> str:
+    """The beginning of a file; None: the embedded text. Errors as those of `read_text`."""
+    return embedded.reference_text() if path is None else read_text(path, "--text")
+
+
+def text_batches(tokenizer: Any, text: str, max_length: int, batch_size: int) -> list[dict[str, Tensor]]:
+    """The text in windows of `max_length` tokens that do not overlap, the last one shorter.
+
+    Returns:
+        Batches of input_ids and attention_mask, (at most batch_size, at most max_length) int64.
+    """
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    windows = [ids[start : start + max_length] for start in range(0, len(ids), max_length)]
+    padded = [pad(windows[start : start + batch_size], 0) for start in range(0, len(windows), batch_size)]
+    return [{"input_ids": rows, "attention_mask": mask} for rows, mask in padded]
 
 
 class Shown:

@@ -18,7 +18,7 @@ def add_parsers(commands: Any) -> None:
         "probe",
         help="measure what domains use of a model, what they share, and what is free",
         description="Measure what each domain uses of a model, what domains share, and what is free, with the null, "
-        "the ceiling and an interval beside each number. Several models are compared by width. Nothing is trained.",
+        "the ceiling and an interval beside each number. Nothing is trained.",
     )
     drift = commands.add_parser(
         "drift",

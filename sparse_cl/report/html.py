@@ -7,7 +7,12 @@ import io
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from sparse_cl import storage
+from sparse_cl.four_domains.files import write_json
 
 from .section import PAGE_WIDTH, Section
 
@@ -15,6 +20,31 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _TEMPLATE = "report.html.jinja"
+
+
+def write_folder(
+    out: Path,
+    title: str,
+    facts: Mapping[str, str],
+    sections: Sequence[Section],
+    record: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    kind: str,
+) -> None:
+    """Makes the folder `out` with `report.html`, `results.json` (the record) and, if any, `tensors.safetensors`.
+
+    Args:
+        kind: of the tensors' file, see `sparse_cl.storage.write`.
+
+    Raises:
+        ValueError: as `write_report`.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    if tensors:
+        storage.write(out / "tensors.safetensors", kind, tensors)
+    write_report(out / "report.html", title, facts, sections)
+    # Last: who finds it finds all of the report.
+    write_json(out / "results.json", record)
 
 
 def write_report(path: str | Path, title: str, facts: Mapping[str, str], sections: Sequence[Section]) -> None:

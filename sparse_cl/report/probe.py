@@ -8,27 +8,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from sparse_cl import probes
 from sparse_cl.four_domains.sequence import DomainBatches
 from sparse_cl.models.parts import find_blocks, linear_layers, spread
 from sparse_cl.models.passes import stream
-from sparse_cl.probes.activation import ActivationProbe
-from sparse_cl.probes.capacity import capacity
-from sparse_cl.probes.critical_sparsity import critical_sparsity
-from sparse_cl.probes.curvature import CurvatureProbe, curvature_overlap
-from sparse_cl.probes.features import FeatureProbe, Features
-from sparse_cl.probes.gradient_cosines import compare_gradients
-from sparse_cl.probes.gradients import GradientProbe, MeanGradient
-from sparse_cl.probes.inputs import InputMoments, InputProbe
-from sparse_cl.probes.interference import interference
-from sparse_cl.probes.neurons import agreement, dormant, hubs, weight_hubs
-from sparse_cl.probes.overlap import overlap
-from sparse_cl.probes.scores import ActivationScores
 
 from .batches import Shown
+from .section import Section
+from .sections import activation, capacity, curvature, gradients, neurons, overlap, rank
 from .settings import ProbeSettings
 
 _BISECTIONS = 8
@@ -40,8 +30,8 @@ class Probed:
     """What was found in one model: the record, and what is kept as tensors."""
 
     record: dict[str, Any]
-    activations: Mapping[str, ActivationScores]
-    tensors: Mapping[str, torch.Tensor]
+    activations: Mapping[str, probes.ActivationScores]
+    tensors: Mapping[str, Tensor]
 
 
 def probe_model(model: nn.Module, batches: Mapping[str, DomainBatches], settings: ProbeSettings) -> Probed:
@@ -56,6 +46,22 @@ def probe_model(model: nn.Module, batches: Mapping[str, DomainBatches], settings
         return work.run()
 
 
+def sections(record: Mapping[str, Any]) -> list[Section]:
+    """The report's sections, from what a model's results.json holds."""
+    found = []
+    if "overlap" in record:
+        found.append(overlap.section(record["overlap"]))
+    if "activation" in record:
+        found.append(activation.section(record["activation"], record.get("critical_sparsity")))
+        found.append(neurons.section(record["dormant"], record.get("hubs"), record.get("hub_weights")))
+    if "cosines" in record:
+        found.append(gradients.section(record["cosines"], record["interference"]))
+    for name, section in (("capacity", capacity.section), ("rank", rank.section), ("curvature", curvature.section)):
+        if name in record:
+            found.append(section(record[name]))
+    return found
+
+
 class _Work:
     """The probes of one model, in an order that shares passes."""
 
@@ -65,7 +71,6 @@ class _Work:
         self.layers = linear_layers(model, self.blocks)
         self.bar: tqdm | None = None
         self.seconds: dict[str, float] = {}
-        self.tensors: dict[str, torch.Tensor] = {}
 
     def passes(self) -> int:
         """How many batches will pass."""
@@ -77,100 +82,101 @@ class _Work:
         return each * sum(len(batches) for batches in self.batches.values())
 
     def run(self) -> Probed:
-        chosen = self.settings.probes
+        chosen, seed = self.settings.probes, self.settings.seed
         record: dict[str, Any] = {}
+        tensors: dict[str, Tensor] = {}
         activations, inputs, features = self._forward()
-        gradients = self._gradients() if {"gradients", "capacity"} & {*chosen} else {}
+        gradients = {}
+        if {"gradients", "capacity"} & {*chosen}:
+            probe = probes.GradientProbe(self.model, self.layers, seed=seed)
+            gradients = self._of_each("gradients", "gradients", probe.run)
         if "activation" in chosen:
             with self._timed("overlap"):
                 record |= self._of_neurons(activations)
         if "gradients" in chosen:
             record |= self._of_gradients(gradients)
         if "curvature" in chosen:
-            record["curvature"] = self._curvature()
+            curvature = probes.CurvatureProbe(self.model, self.layers, seed=seed)
+            curved = self._of_each("curvature", "curvature", curvature.run)
+            record["curvature"] = {"domains": _plain(curved)}
+            if len(curved) > 1:
+                record["curvature"]["overlap"] = probes.curvature_overlap(curved)
         if "rank" in chosen:
-            record["rank"] = {domain: found.to_json() for domain, found in features.items()}
+            record["rank"] = _plain(features)
             for domain, found in features.items():
-                self.tensors |= {f"rank|{domain}|{name}": tensor for name, tensor in found.tensors().items()}
+                tensors |= {f"rank|{domain}|{name}": tensor for name, tensor in found.tensors().items()}
         if "capacity" in chosen:
             with self._timed("capacity"):
-                record["capacity"] = capacity(
+                record["capacity"] = probes.capacity(
                     inputs,
                     energy=self.settings.energy,
                     gradients={domain: found.layers for domain, found in gradients.items()},
                     activations={domain: found.mean() for domain, found in activations.items()} or None,
-                    seed=self.settings.seed,
+                    seed=seed,
                 ).to_json()
         record["seconds"] = self.seconds
-        return Probed(record, activations, self.tensors)
+        return Probed(record, activations, tensors)
 
-    def _forward(
-        self,
-    ) -> tuple[dict[str, ActivationScores], dict[str, InputMoments], dict[str, Features]]:
-        chosen = self.settings.probes
+    def _forward(self) -> list[dict[str, Any]]:
+        """What the probes that share a pass forward found, by domain: of activations, of inputs, of features."""
         makers: dict[str, Callable[[], Any]] = {
-            "activation": lambda: ActivationProbe(self.model),
-            "capacity": lambda: InputProbe(self.model, blocks=self.blocks),
-            "rank": lambda: FeatureProbe(self.model, {block.name: block.module for block in self.blocks}),
+            "activation": lambda: probes.ActivationProbe(self.model),
+            "capacity": lambda: probes.InputProbe(self.model, blocks=self.blocks),
+            "rank": lambda: probes.FeatureProbe(self.model, {block.name: block.module for block in self.blocks}),
         }
+        chosen = [name for name in makers if name in self.settings.probes]
         results: dict[str, dict[str, Any]] = {name: {} for name in makers}
-        if not any(name in chosen for name in makers):
-            return {}, {}, {}
-        for domain in self.batches:
-            probes = {name: make() for name, make in makers.items() if name in chosen}
-            with self._timed("forward passes"), _domain(domain):
-                watches = [watch for probe in probes.values() for watch in probe.watches()]
-                stream(self.model, watches, self._passing("activations", domain))
-                for name, probe in probes.items():
-                    results[name][domain] = probe.result()
-        return results["activation"], results["capacity"], results["rank"]
 
-    def _gradients(self) -> dict[str, MeanGradient]:
-        probe = GradientProbe(self.model, self.layers, seed=self.settings.seed)
-        found = {}
-        for domain in self.batches:
-            with self._timed("gradients"), _domain(domain):
-                found[domain] = probe.run(self._passing("gradients", domain))
-        return found
+        def run(batches: Shown) -> dict[str, Any]:
+            running = {name: makers[name]() for name in chosen}
+            stream(self.model, [watch for probe in running.values() for watch in probe.watches()], batches)
+            return {name: probe.result() for name, probe in running.items()}
 
-    def _of_neurons(self, activations: Mapping[str, ActivationScores]) -> dict[str, Any]:
-        record: dict[str, Any] = {"activation": {domain: found.to_json() for domain, found in activations.items()}}
+        if chosen:
+            for domain, found in self._of_each("forward passes", "activations", run).items():
+                for name, result in found.items():
+                    results[name][domain] = result
+        return list(results.values())
+
+    def _of_neurons(self, activations: Mapping[str, probes.ActivationScores]) -> dict[str, Any]:
+        seed = self.settings.seed
+        record: dict[str, Any] = {"activation": _plain(activations)}
         if len(activations) > 1:
-            record["overlap"] = overlap(activations, seed=self.settings.seed).to_json()
-            by_usage, by_weight = hubs(activations, seed=self.settings.seed), weight_hubs(self.model)
+            record["overlap"] = probes.overlap(activations, seed=seed).to_json()
+            by_usage, by_weight = probes.hubs(activations, seed=seed), probes.weight_hubs(self.model)
             record["hubs"] = by_usage.to_json()
-            record["hub_weights"] = agreement(by_usage, by_weight)
-        record["dormant"] = dormant(activations, seed=self.settings.seed).to_json()
+            record["hub_weights"] = probes.agreement(by_usage, by_weight)
+        record["dormant"] = probes.dormant(activations, seed=seed).to_json()
         if self.settings.critical:
+            passing = self._passing("critical sparsity").items()
             record["critical_sparsity"] = {
-                domain: critical_sparsity(self.model, self._passing("critical sparsity", domain)).to_json()
-                for domain in self.batches
+                domain: probes.critical_sparsity(self.model, batches).to_json() for domain, batches in passing
             }
         return record
 
-    def _of_gradients(self, gradients: Mapping[str, MeanGradient]) -> dict[str, Any]:
-        record: dict[str, Any] = {"gradients": {domain: found.to_json() for domain, found in gradients.items()}}
+    def _of_gradients(self, gradients: Mapping[str, probes.MeanGradient]) -> dict[str, Any]:
+        record: dict[str, Any] = {"gradients": _plain(gradients)}
         if len(gradients) > 1:
             with self._timed("comparing gradients"):
-                record["cosines"] = compare_gradients(gradients, seed=self.settings.seed).to_json()
+                record["cosines"] = probes.compare_gradients(gradients, seed=self.settings.seed).to_json()
         with self._timed("interference"):
-            passing = {domain: self._passing("interference", domain) for domain in self.batches}
-            record["interference"] = interference(self.model, passing, gradients, modules=self.layers).to_json()
+            passing = self._passing("interference")
+            record["interference"] = probes.interference(self.model, passing, gradients, modules=self.layers).to_json()
         return record
 
-    def _curvature(self) -> dict[str, Any]:
+    def _of_each(self, stage: str, what: str, run: Callable[[Shown], Any]) -> dict[str, Any]:
+        """What `run` finds in the batches of each domain, which its errors name."""
         found = {}
-        probe = CurvatureProbe(self.model, self.layers, seed=self.settings.seed)
-        for domain in self.batches:
-            with self._timed("curvature"), _domain(domain):
-                found[domain] = probe.run(self._passing("curvature", domain))
-        record: dict[str, Any] = {"domains": {domain: one.to_json() for domain, one in found.items()}}
-        if len(found) > 1:
-            record["overlap"] = curvature_overlap(found)
-        return record
+        for domain, batches in self._passing(what).items():
+            with self._timed(stage):
+                try:
+                    found[domain] = run(batches)
+                except ValueError as error:
+                    raise ValueError(f"domain {domain!r}: {error}") from error
+        return found
 
-    def _passing(self, what: str, domain: str) -> Shown:
-        return Shown(self.batches[domain], f"{what}: {domain}", self.bar)
+    def _passing(self, what: str) -> dict[str, Shown]:
+        return {domain: Shown(batches, f"{what}: {domain}", self.bar) for domain, batches in self.batches.items()}
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
@@ -179,9 +185,6 @@ class _Work:
         self.seconds[stage] = round(self.seconds.get(stage, 0.0) + time.perf_counter() - start, 3)
 
 
-@contextmanager
-def _domain(name: str) -> Iterator[None]:
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"domain {name!r}: {error}") from error
+def _plain(results: Mapping[str, Any]) -> dict[str, Any]:
+    """Each domain's result as JSON."""
+    return {domain: found.to_json() for domain, found in results.items()}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from statistics import mean
 from typing import TYPE_CHECKING
 
 from sparse_cl.four_domains.figures import PAGE_WIDTH, new_figure
@@ -11,7 +12,7 @@ from sparse_cl.four_domains.figures import PAGE_WIDTH, new_figure
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["PAGE_WIDTH", "Section", "Table", "decimal", "new_figure", "span"]
+__all__ = ["PAGE_WIDTH", "Section", "Table", "decimal", "mean_of_known", "nearest", "new_figure", "span", "within"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,12 @@ class Table:
                     f"table: expected {len(self.header)} cells in each row, as in its header, got {len(row)} in row "
                     f"{number} ({', '.join(map(str, row[:3]))}, ...)"
                 )
+
+    @classmethod
+    def of_columns(cls, columns: Iterable[tuple[str, Iterable[str]]]) -> Table:
+        """From the head and the cells of each column; columns must be equally long."""
+        heads, cells = zip(*columns, strict=True)
+        return cls(heads, tuple(zip(*cells, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -62,3 +69,21 @@ def decimal(value: float | None) -> str:
 def span(values: Sequence[float] | None) -> str:
     """From the least to the largest; a dash for none."""
     return f"{decimal(min(values))} to {decimal(max(values))}" if values else "–"
+
+
+def within(interval: Sequence[float | None] | None, form: str = ".3f") -> str:
+    """An interval in brackets, to stand after its estimate; nothing where it is not known."""
+    if interval is None or None in interval:
+        return ""
+    return " [{}, {}]".format(*(format(end, form) for end in interval))
+
+
+def mean_of_known(values: Iterable[float | None]) -> float | None:
+    """Of those that are not None; None where all are."""
+    known = [value for value in values if value is not None]
+    return mean(known) if known else None
+
+
+def nearest(values: Sequence[float], wanted: float) -> int:
+    """The index of the value that is nearest in proportion to a positive one."""
+    return min(range(len(values)), key=lambda i: abs(values[i] / wanted - 1))

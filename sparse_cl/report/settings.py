@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING, asdict, dataclass
+from dataclasses import MISSING, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from sparse_cl.arguments import check_options, option
 from sparse_cl.four_domains.data import DEFAULT_DOMAINS
@@ -36,7 +36,7 @@ class ProbeSettings(_Reading):
 
     models: tuple[str, ...] = option(
         (),
-        "causal language models; several make a scale study (default: embedded)",
+        "a causal language model (default: embedded); for several see `python -m benchmarks.arena scale`",
         flag="--model",
         nargs="+",
         metavar="PATH_OR_HUB_NAME",
@@ -68,9 +68,6 @@ class ProbeSettings(_Reading):
                 raise ValueError(f"unknown probe {name!r}; there are {', '.join(PROBES)}")
         if not self.probes:
             raise ValueError(f"probes: expected at least one of {', '.join(PROBES)}, got none")
-
-    def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), **{name: list(getattr(self, name)) for name in ("models", "domains", "probes")}}
 
 
 @dataclass(frozen=True)

@@ -1,26 +1,14 @@
 """What benchmarks/arena/scale_study.py takes for granted: its models differ in width alone, and `train` can go on."""
 
 import argparse
-import importlib.util
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-PATH = Path(__file__).parents[2] / "benchmarks" / "arena" / "scale_study.py"
+from benchmarks.arena import scale_study as study
 
 
-@pytest.fixture(scope="module")
-def study():
-    spec = importlib.util.spec_from_file_location("scale_study", PATH)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
-
-
-def test_logits_start_equally_large_at_every_width(study, tokenizer):
+def test_logits_start_equally_large_at_every_width(tokenizer):
     ids = torch.randint(1, len(tokenizer), (4, 32), generator=torch.Generator().manual_seed(0))
     spreads = []
     for width in (32, 128, 512):
@@ -32,7 +20,7 @@ def test_logits_start_equally_large_at_every_width(study, tokenizer):
 
 
 @pytest.mark.parametrize("width", [32, 64, 512])
-def test_rates_of_matrices_fall_as_the_width_rises(study, tokenizer, width):
+def test_rates_of_matrices_fall_as_the_width_rises(tokenizer, width):
     model = study.make_model(width, 0, tokenizer)
     groups = study.optimizer(model, 1e-2).param_groups
     rates = {id(p): group["lr"] for group in groups for p in group["params"]}
@@ -41,7 +29,7 @@ def test_rates_of_matrices_fall_as_the_width_rises(study, tokenizer, width):
     assert rates[id(model.model.layers[0].mlp.up_proj.weight)] == pytest.approx(1e-2 * 64 / width)
 
 
-def test_training_lowers_the_loss_and_goes_on_where_it_stopped(study, tokenizer, tmp_path, monkeypatch, capsys):
+def test_training_lowers_the_loss_and_goes_on_where_it_stopped(tokenizer, tmp_path, monkeypatch, capsys):
     for name, value in {"WIDTHS": (32,), "SEEDS": (0,), "STEPS": 12, "BATCH": 4, "BLOCK": 16}.items():
         monkeypatch.setattr(study, name, value)
     text, folder = tmp_path / "text.txt", tmp_path / "tokenizer"
@@ -57,7 +45,7 @@ def test_training_lowers_the_loss_and_goes_on_where_it_stopped(study, tokenizer,
     assert "held-out" not in capsys.readouterr().out
 
 
-def test_a_text_that_is_too_short_is_refused(study, tokenizer, tmp_path):
+def test_a_text_that_is_too_short_is_refused(tokenizer, tmp_path):
     (tmp_path / "text.txt").write_text("one plus two")
     with pytest.raises(SystemExit, match="too short; 4064 blocks of 128 tokens"):
         study.blocks_of_text(tmp_path / "text.txt", tokenizer)

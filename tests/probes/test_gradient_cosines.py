@@ -163,5 +163,5 @@ def test_errors_name_what_is_wrong():
         compare_gradients({"a": one, "b": mean_gradient([normal(0, ROWS, COLUMNS)] * 2, seed=1)})
     small = torch.nn.Linear(4, 4)
     other = GradientProbe(small, {"layer": small}, loss=lambda m, batch: (m(batch).sum(), 1)).run([torch.ones(2, 4)])
-    with pytest.raises(ValueError, match=r"layer is \(24, 32\) in a and \(4, 4\) in b"):
+    with pytest.raises(ValueError, match=r"layer has \(24, 32\) weights in a and \(4, 4\) in b"):
         compare_gradients({"a": one, "b": other})

@@ -128,7 +128,7 @@ def test_errors_name_what_is_wrong():
             interference(model, batches, gradients, step=step, **options)
     with pytest.raises(ValueError, match="those of b can be read only once"):
         interference(model, {**batches, "b": iter(batches["b"])}, gradients, **options)
-    with pytest.raises(ValueError, match=r"other is absent for a and \(3, 4\) in the model"):
+    with pytest.raises(ValueError, match=r"other has \(3, 4\) weights in the model and none in a"):
         interference(model, batches, gradients, modules={"layer": model, "other": model}, loss=quadratic)
     flat = GradientProbe(model, {"layer": model}, loss=lambda m, batch: (0 * m.weight.sum(), 1)).run([None])
     with pytest.raises(ValueError, match="got zeros for c"):

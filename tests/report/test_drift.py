@@ -12,16 +12,17 @@ import torch
 import transformers
 from cases.world import write_world
 
+from sparse_cl import probes
 from sparse_cl.cli import main
 from sparse_cl.four_domains import experiment
 from sparse_cl.four_domains.data import load_domains
 from sparse_cl.four_domains.evaluate import bits_per_byte
 from sparse_cl.four_domains.settings import Settings
 from sparse_cl.report import drift
+from sparse_cl.report.batches import reference_text, text_batches
 from sparse_cl.report.checkpoints import load_checkpoint
 from sparse_cl.report.drift import drift_study, sections
 from sparse_cl.report.settings import DriftSettings
-from sparse_cl.report.text import reference_text, text_batches
 
 DOMAINS = ("code", "medical")
 SMALL = {"records": 4, "batch_size": 4, "max_length": 64}
@@ -93,7 +94,7 @@ def test_a_folder_without_a_finished_domain_or_without_a_method_is_refused(world
 
 def test_the_study_writes_a_record_that_makes_the_same_report(world, tmp_path, monkeypatch):
     monkeypatch.setattr(drift, "TASKS", 1)
-    monkeypatch.setattr(drift, "probe_plasticity", partial(drift.probe_plasticity, max_steps=20))
+    monkeypatch.setattr(probes, "plasticity", partial(probes.plasticity, max_steps=20))
     folder, _, _ = world
     settings = DriftSettings(
         str(folder / "model"),
@@ -125,14 +126,13 @@ def test_the_study_writes_a_record_that_makes_the_same_report(world, tmp_path, m
     assert not re.search(r"(src|href)=[\"']?https?:", text)
 
 
-def test_the_same_checkpoint_twice_did_not_drift(world, tmp_path, monkeypatch):
-    shown = []
-    monkeypatch.setattr(drift, "write_report", lambda path, title, facts, sections: shown.extend(sections))
+def test_the_same_checkpoint_twice_did_not_drift(world, tmp_path):
     folder, _, _ = world
     model = str(folder / "model")
     record = drift_study(DriftSettings(model, model, text=str(folder / "text.txt"), **SMALL), tmp_path / "out")
     assert all(layer["change"] == 0.0 and layer["cka"] == 1.0 for layer in record["drift"]["layers"].values())
     assert "connectivity" not in record
+    shown = sections(record)
     assert [section.title for section in shown] == ["Drift of hidden states", "Smearing", "Rank"]
     for section, sentence in zip(
         shown, ("no hidden state changed", "None of the 2 MLPs", "None of the 16"), strict=True

@@ -5,14 +5,12 @@ import re
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
 
 from sparse_cl.cli import main
 from sparse_cl.four_domains.data import load_domains
 from sparse_cl.probes import ActivationProbe, ActivationScores, GradientProbe, compare_gradients, overlap
 from sparse_cl.report.batches import domain_batches
-from sparse_cl.report.probe import probe_model
-from sparse_cl.report.probe_study import sections
+from sparse_cl.report.probe import probe_model, sections
 from sparse_cl.report.settings import PROBES, ProbeSettings
 
 
@@ -43,7 +41,7 @@ def batches_of(data, tokenizer, model):
 
 
 def arguments(model, data, out, *more):
-    chosen = ["probe", "--model", *map(str, [model] if not isinstance(model, list) else model), "--data", str(data)]
+    chosen = ["probe", "--model", str(model), "--data", str(data)]
     return [*chosen, "--domains", "code,math", "--batch-size", "4", "--max-length", "64", "--out", str(out), *more]
 
 
@@ -124,29 +122,15 @@ def test_the_weights_and_modes_are_as_before(data, tiny_llama, tokenizer):
     assert all(p.requires_grad == ("mlp" in name) for name, p in tiny_llama.named_parameters())
 
 
-def test_a_family_is_compared_by_width(model_folder, data, tiny_llama, tokenizer, tmp_path):
-    config = tiny_llama.config
-    config.intermediate_size, config.hidden_size = 48, 32
-    wide = tmp_path / "wide"
-    LlamaForCausalLM(config).save_pretrained(wide)
-    tokenizer.save_pretrained(wide)
-    out = tmp_path / "out"
-    assert main(arguments([model_folder, wide], data, out, "--probes", "activation,gradients")) == 0
-    record = json.loads((out / "results.json").read_text())
-    assert [(model["model"], model["width"]) for model in record["models"]] == [("model", 16), ("wide", 32)]
-    for name in ("model", "wide"):
-        own = json.loads((out / name / "results.json").read_text())
-        assert own["model"] == name and (out / name / "report.html").is_file()
-
-
 @pytest.mark.parametrize(
     ("more", "message"),
     [
         (["--probes", "luck"], "unknown probe 'luck'; there are activation, gradients"),
         (["--energy", "0"], "energy: expected a share in (0, 1], got 0.0"),
         (["--domains", "law"], "domain 'law': no file"),
-        (["--max-length", "100000"], "exceeds the context of model, 256 tokens"),
+        (["--max-length", "100000"], "max_length: expected at most the model's context of 256 tokens, got 100000"),
         (["--model", "./nowhere"], "nowhere"),
+        (["--model", "a", "b"], "expected one, got 2; several are compared by `python -m benchmarks.arena scale`"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(model_folder, data, tmp_path, capsys, more, message):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
-from sparse_cl.report.section import Section, Table, new_figure, span
+from sparse_cl.report.section import Section, Table, span
+
+from .drawing import label, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,57 +29,47 @@ def _sentence(record: Mapping[str, Any]) -> str:
     domains = record["domains"]
     worse = [name for name, path in domains.items() if path["rise"] > 0]
     changes = ", ".join(f"{name} {path['losses'][0]:.3f} → {path['losses'][-1]:.3f}" for name, path in domains.items())
-    text = f"The loss after is higher than before on {_names(worse)}{_of(worse, domains)} ({changes})"
+    text = f"The loss after is higher than before on {_some(worse, len(domains))} ({changes})"
     barred = {name: path for name, path in domains.items() if path["barrier"] > 0}
     if not barred:
         return f"{text}; at the {len(record['points'])} points of the line between there is no barrier for any domain."
-    most = max(barred, key=lambda name: barred[name]["barrier"])
-    path = barred[most]
+    most, path = max(barred.items(), key=lambda item: item[1]["barrier"])
     halves = path["barrier_halves"]
-    interval = f"; the halves give {min(halves):.3f} to {max(halves):.3f}" if halves else ""
+    interval = f"; the halves give {span(halves)}" if halves else ""
     return (
-        f"{text}; on the line between there is a barrier for {_names(list(barred))}{_of(barred, domains)}, the highest "
+        f"{text}; on the line between there is a barrier for {_some(barred, len(domains))}, the highest "
         f"{path['barrier']:.3f} nats for {most} at t = {path['barrier_at']:g}{interval}."
     )
 
 
-def _names(names: Sequence[str]) -> str:
-    return ", ".join(names) if names else "no domain"
-
-
-def _of(some: Sequence[str] | Mapping[str, Any], domains: Mapping[str, Any]) -> str:
-    return f", {len(some)} of {len(domains)}" if some else f" of {len(domains)}"
+def _some(names: Collection[str], count: int) -> str:
+    return f"{', '.join(names)}, {len(names)} of {count}" if names else f"no domain of {count}"
 
 
 def _figure(record: Mapping[str, Any]) -> Figure:
-    figure, axes = new_figure(1, 1, width=7, height=3.2)
-    axis = axes[0][0]
+    figure, ((axis,),) = new_figure(height=3.2, alone=7)
     for number, (name, path) in enumerate(record["domains"].items()):
         axis.plot(record["points"], path["losses"], "o-", color=f"C{number}", markersize=4, label=name)
         ends = [path["losses"][0], path["losses"][-1]]
         straight = "straight line between the ends" if number == 0 else None
-        axis.plot([0, 1], ends, ":", color=f"C{number}" if number else "C0", linewidth=1, label=straight)
-    axis.set_xticks(record["points"], ["before", *(f"{t:g}" for t in record["points"][1:-1]), "after"], fontsize=8)
-    axis.set_xlabel("t", fontsize=8)
-    axis.set_ylabel("answer loss (nats a token)", fontsize=8)
-    axis.tick_params(axis="y", labelsize=8)
+        axis.plot([0, 1], ends, ":", color=f"C{number}", linewidth=1, label=straight)
+    axis.set_xticks(record["points"], ["before", *(f"{t:g}" for t in record["points"][1:-1]), "after"])
+    label(axis, "t", "answer loss (nats a token)")
     figure.legend(*axis.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     return figure
 
 
 def _table(record: Mapping[str, Any]) -> Table:
-    points = record["points"]
-    header = ("domain", "tokens", *(f"t = {t:g}" for t in points), "rise", "(halves)", "barrier", "(halves)")
-    rows = [
-        (
-            name,
-            str(path["tokens"]),
-            *(f"{loss:.3f}" for loss in path["losses"]),
-            f"{path['rise']:+.3f}",
-            span(path["rise_halves"]),
-            f"{path['barrier']:.3f}",
-            span(path["barrier_halves"]),
-        )
-        for name, path in record["domains"].items()
-    ]
-    return Table(header, tuple(rows))
+    paths = record["domains"].values()
+    losses = [(f"t = {t:g}", [f"{path['losses'][i]:.3f}" for path in paths]) for i, t in enumerate(record["points"])]
+    return Table.of_columns(
+        [
+            ("domain", list(record["domains"])),
+            ("tokens", [str(path["tokens"]) for path in paths]),
+            *losses,
+            ("rise", [f"{path['rise']:+.3f}" for path in paths]),
+            ("(halves)", [span(path["rise_halves"]) for path in paths]),
+            ("barrier", [f"{path['barrier']:.3f}" for path in paths]),
+            ("(halves)", [span(path["barrier_halves"]) for path in paths]),
+        ]
+    )

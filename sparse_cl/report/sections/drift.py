@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-from sparse_cl.report.section import Section, Table, decimal, new_figure, span
+from sparse_cl.report.section import Section, Table, decimal, span
 
-from .layer_axis import label_layers
+from .drawing import label, label_layers, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,6 +22,12 @@ _NOTE = (
     "of the text (even and odd sequences), each an estimate of half the tokens, not a confidence interval. A rotation "
     "that later layers undo counts in the last three, and not in CKA."
 )
+_PANELS = {
+    "cka": "1 − CKA",
+    "overlap": "span kept",
+    "displacement": "displacement of the mean\n(standard deviations)",
+    "change": "change\nE‖y − x‖² / E‖x − E x‖²",
+}
 
 
 def section(record: Mapping[str, Any]) -> Section:
@@ -33,64 +39,53 @@ def section(record: Mapping[str, Any]) -> Section:
 def _sentence(layers: Mapping[str, Mapping[str, Any]]) -> str:
     first = next(iter(layers.values()))
     where = f"On {first['tokens']} tokens of the reference text"
-    known = {name: 1 - layer["cka"] for name, layer in layers.items() if layer["cka"] is not None}
-    if not any(layer["change"] or layer["displacement"] for layer in layers.values()) and all(
-        layer["overlap"] == 1 for layer in layers.values()
-    ):
+    if not any(layer["change"] or layer["displacement"] or layer["overlap"] != 1 for layer in layers.values()):
         return f"{where} no hidden state changed in any bit: there is no drift in any of the {len(layers)} layers."
-    parts = []
+    known = {name: 1 - layer["cka"] for name, layer in layers.items() if layer["cka"] is not None}
     if known:
         most = max(known, key=known.__getitem__)
         halves = _halves(layers[most], "cka")
         interval = f"; the halves of the text give {span([1 - half for half in halves])}" if halves else ""
-        parts.append(
+        text = (
             f"{where} 1 − CKA of the hidden states before and after is {decimal(mean(known.values()))} on average over "
             f"{len(known)} layers (0: no drift, 1: unrelated), and most in {most}, {decimal(known[most])}{interval}"
         )
     else:
-        parts.append(f"{where} CKA is not defined in any layer: there the hidden states do not vary")
-    overlaps = [layer["overlap"] for layer in layers.values()]
-    ceilings = [layer["ceiling_overlap"] for layer in layers.values() if layer["ceiling_overlap"] is not None]
-    ceiling = mean(ceilings) if len(ceilings) == len(layers) else None
-    text = (
-        f"the {first['rank']} leading directions keep {decimal(mean(overlaps))} of their span (chance "
-        f"{decimal(mean(layer['null_overlap'] for layer in layers.values()))}"
+        text = f"{where} CKA is not defined in any layer: there the hidden states do not vary"
+    kept, chance, moved = (
+        mean(layer[key] for layer in layers.values()) for key in ("overlap", "null_overlap", "displacement")
     )
-    if ceiling is not None:
-        text += f"; two halves of the text agree to {decimal(ceiling)} without any training"
-    parts.append(
-        text + ")" + (", no less than estimation explains" if ceiling is not None and mean(overlaps) >= ceiling else "")
+    ceilings = [layer["ceiling_overlap"] for layer in layers.values()]
+    ceiling = (
+        "" if None in ceilings else f"; two halves of the text agree to {decimal(mean(ceilings))} without any training"
     )
-    moved = mean(layer["displacement"] for layer in layers.values())
-    parts.append(f"along them the mean moved by {decimal(moved)} standard deviations")
-    return "; ".join(parts) + "."
+    explained = ", no less than estimation explains" if ceiling and kept >= mean(ceilings) else ""
+    return (
+        f"{text}; the {first['rank']} leading directions keep {decimal(kept)} of their span (chance {decimal(chance)}"
+        f"{ceiling}){explained}; along them the mean moved by {decimal(moved)} standard deviations."
+    )
 
 
 def _figure(layers: Mapping[str, Mapping[str, Any]]) -> Figure:
-    figure, axes = new_figure(2, 2, height=2.4)
-    panels = (
-        ("cka", "1 − CKA", lambda value: 1 - value),
-        ("overlap", "span kept", lambda value: value),
-        ("displacement", "displacement of the mean\n(standard deviations)", lambda value: value),
-        ("change", "change\nE‖y − x‖² / E‖x − E x‖²", lambda value: value),
-    )
-    for axis, (key, label, shown) in zip(axes.flat, panels, strict=True):
+    figure, axes = new_figure(2, 2, 2.4)
+    for axis, (key, title) in zip(axes.flat, _PANELS.items(), strict=True):
         for place, layer in enumerate(layers.values()):
+            values = [1 - value if key == "cka" else value for value in _halves(layer, key)]
             if layer[key] is None:
                 continue
-            axis.plot(place, shown(layer[key]), "o", color="tab:blue", markersize=5)
-            if halves := _halves(layer, key):
-                axis.plot([place] * 2, [shown(half) for half in halves], "_-", color="tab:blue", markersize=9)
-        axis.set_ylabel(label, fontsize=8)
+            axis.plot(place, 1 - layer[key] if key == "cka" else layer[key], "o", color="tab:blue", markersize=5)
+            if values:
+                axis.plot([place] * 2, values, "_-", color="tab:blue", markersize=9)
+        label(axis, y=title)
         label_layers(axis, list(layers))
-    places = range(len(layers))
     overlap = axes[0][1]
-    null = [layer["null_overlap"] for layer in layers.values()]
-    overlap.plot(places, null, color="grey", linestyle=":", marker="_", label="chance (k/width)")
-    ceilings = [(place, layer["ceiling_overlap"]) for place, layer in enumerate(layers.values())]
-    ceilings = [(place, value) for place, value in ceilings if value is not None]
-    if ceilings:
-        overlap.plot(*zip(*ceilings, strict=True), color="tab:green", linestyle="--", marker="_", label="ceiling")
+    for key, look, title in (
+        ("null_overlap", {"color": "grey", "linestyle": ":"}, "chance (k/width)"),
+        ("ceiling_overlap", {"color": "tab:green", "linestyle": "--"}, "ceiling"),
+    ):
+        known = [(place, layer[key]) for place, layer in enumerate(layers.values()) if layer[key] is not None]
+        if known:
+            overlap.plot(*zip(*known, strict=True), marker="_", label=title, **look)
     overlap.set_ylim(0, 1.03)
     overlap.legend(fontsize=8, loc="center right")
     for axis in (axes[0][0], *axes[1]):
@@ -100,23 +95,25 @@ def _figure(layers: Mapping[str, Mapping[str, Any]]) -> Figure:
 
 
 def _table(layers: Mapping[str, Mapping[str, Any]]) -> Table:
-    header = ("layer", "CKA", "(halves)", "span kept", "chance", "ceiling", "displacement", "(halves)", "change")
-    rows = []
-    for name, layer in layers.items():
-        rows.append(
-            (
-                name,
-                decimal(layer["cka"]),
-                span(_halves(layer, "cka")),
-                decimal(layer["overlap"]),
-                decimal(layer["null_overlap"]),
-                decimal(layer["ceiling_overlap"]),
-                decimal(layer["displacement"]),
-                span(_halves(layer, "displacement")),
-                decimal(layer["change"]),
-            )
-        )
-    return Table(header, tuple(rows))
+    def known(key: str) -> list[str]:
+        return [decimal(layer[key]) for layer in layers.values()]
+
+    def halves(key: str) -> list[str]:
+        return [span(_halves(layer, key)) for layer in layers.values()]
+
+    return Table.of_columns(
+        [
+            ("layer", list(layers)),
+            ("CKA", known("cka")),
+            ("(halves)", halves("cka")),
+            ("span kept", known("overlap")),
+            ("chance", known("null_overlap")),
+            ("ceiling", known("ceiling_overlap")),
+            ("displacement", known("displacement")),
+            ("(halves)", halves("displacement")),
+            ("change", known("change")),
+        ]
+    )
 
 
 def _halves(layer: Mapping[str, Any], key: str) -> list[float]:

@@ -6,11 +6,13 @@ from collections.abc import Mapping
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-from sparse_cl.four_domains.figures import by_kind
-from sparse_cl.report.section import Section, Table, decimal, new_figure
-from sparse_cl.report.summary import mean_of_known
+from sparse_cl.four_domains.figures import PAGE_WIDTH, by_kind
+from sparse_cl.report.section import Section, Table, decimal, mean_of_known, within
+
+from .drawing import bands, label, legend_above, new_figure, new_grid
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _PANELS = 12
@@ -20,23 +22,21 @@ _NOTE = (
     "known, so a cosine beyond the band need not mean that domains are related. Bars: 95 % intervals of what another "
     "sample of as many tokens would show. Ceiling: √(r_A r_B), r the split-half reliability, what two samples of one "
     "domain would show; corrected: cosine / ceiling. Shared input directions: ‖UᵀV‖²/k of the {rank} leading right "
-    "singular vectors, chance k/n. Interference: a step of {step:.2g} of the weights' norm down the gradient of the "
-    "domain below, and what it adds to the loss of the domain at the left: first order −η g_A·g_B/‖g_B‖, and measured."
+    "singular vectors, chance k/n."
+)
+_INTERFERENCE = (
+    " Interference: a step of {relative_step:.2g} of the weights' norm down the gradient of the domain below, and what "
+    "it adds to the loss of the domain at the left: first order −η g_A·g_B/‖g_B‖, and measured."
 )
 
 
 def section(cosines: Mapping[str, Any], interference: Mapping[str, Any] | None = None) -> Section:
     """From `GradientComparison.to_json()` and `Interference.to_json()`."""
-    figures = [_cosine_figure(cosines)]
-    note = _NOTE
-    if interference is None:
-        note = note[: note.index(" Interference:")]
-        note = note.format(rank=cosines["rank"])
-    else:
+    sentence, figures, note = _sentence(cosines), [_cosine_figure(cosines)], _NOTE.format(rank=cosines["rank"])
+    if interference is not None:
+        sentence += " " + _interference_sentence(interference)
         figures.append(_interference_figure(interference))
-        note = note.format(rank=cosines["rank"], step=interference["relative_step"])
-    sentences = [_sentence(cosines)] + ([_interference_sentence(interference)] if interference else [])
-    sentence = " ".join(filter(None, sentences))
+        note += _INTERFERENCE.format(**interference)
     return Section("Gradients: do domains pull the same way?", sentence, tuple(figures), _table(cosines), note)
 
 
@@ -53,45 +53,36 @@ def _sentence(cosines: Mapping[str, Any]) -> str:
 
     def told(i: int) -> str:
         a, b = cosines["pairs"][i]
-        interval = "" if whole["low"][i] is None else f" [{whole['low'][i]:.2f}, {whole['high'][i]:.2f}]"
+        interval = within([whole["low"][i], whole["high"][i]], ".2f")
         ceiling = "" if whole["ceiling"][i] is None else f", ceiling {whole['ceiling'][i]:.2f}"
         return f"{whole['cosine'][i]:.2f}{interval} between {a} and {b} (null ±{whole['null']:.1g}{ceiling})"
 
     text = f"The cosine of the whole model's gradients is {told(closest)}"
     if closest != farthest:
-        text = f"{text}, the largest of {len(known)} pairs, and {told(farthest)}, the smallest"
-    layers = [
-        (value, layer["null"]) for layer in cosines["layers"].values() for value in layer["cosine"] if value is not None
-    ]
-    outside = sum(abs(value) > null for value, null in layers)
-    times = mean(abs(value) / null for value, null in layers)
+        text += f", the largest of {len(known)} pairs, and {told(farthest)}, the smallest"
+    found, shared = [], []
+    for layer in cosines["layers"].values():
+        found += [(abs(value), layer["null"]) for value in layer["cosine"] if value is not None]
+        shared += [pair for pair in zip(layer["overlap"], layer["overlap_null"], strict=True) if pair[0] is not None]
+    outside = sum(value > null for value, null in found)
     verdict = (
         "so domains do not share directions more than isotropic gradients do"
-        if outside <= 0.1 * len(layers)
+        if outside <= 0.1 * len(found)
         else "so the layers' gradients are not independent random directions"
     )
     text += (
-        f". By layer, {outside} of {len(layers)} cosines lie outside the isotropic null (mean |cosine| "
-        f"{mean(abs(value) for value, _ in layers):.2f}, {times:.1f} times its bound), {verdict}"
+        f". By layer, {outside} of {len(found)} cosines lie outside the isotropic null (mean |cosine| "
+        f"{mean(value for value, _ in found):.2f}, {mean(value / null for value, null in found):.1f} times its bound), "
+        f"{verdict}"
     )
-    shared = [
-        (value, null)
-        for layer in cosines["layers"].values()
-        for value, null in zip(layer["overlap"], layer["overlap_null"], strict=True)
-        if value is not None
-    ]
     if shared:
-        text += (
-            f"; {mean(value for value, _ in shared):.2f} of their leading input directions are shared "
-            f"(chance {mean(null for _, null in shared):.2f})"
-        )
+        values, nulls = zip(*shared, strict=True)
+        text += f"; {mean(values):.2f} of their leading input directions are shared (chance {mean(nulls):.2f})"
     return text + "."
 
 
 def _interference_sentence(record: Mapping[str, Any]) -> str:
-    domains = record["domains"]
-    relative = record["relative"]
-    count = len(domains)
+    domains, relative, count = record["domains"], record["relative"], len(record["domains"])
     own = mean(relative[i][i] for i in range(count))
     if count < 2:
         return f"A step changes the domain's own loss by {_percent(own)}."
@@ -114,46 +105,16 @@ def _percent(share: float) -> str:
 
 def _cosine_figure(cosines: Mapping[str, Any]) -> Figure:
     names = _pairs(cosines)[:_PANELS]
-    columns = min(3, len(names))
-    rows = -(-len(names) // columns)
-    figure, axes = new_figure(rows, columns, height=2.6)
     kinds = by_kind(list(cosines["layers"]))
-    for axis in axes.flat[len(names) :]:
-        axis.set_axis_off()
-    for number, (axis, name) in enumerate(zip(axes.flat, names, strict=False)):
-        for place, (kind, layers) in enumerate(kinds.items()):
-            offset = 0.7 * ((place + 0.5) / len(kinds) - 0.5)
-            points = [(i + offset, cosines["layers"][layer]) for i, layer in enumerate(layers)]
-            points = [(x, layer) for x, layer in points if layer["cosine"][number] is not None]
-            xs, values = [x for x, _ in points], [layer["cosine"][number] for _, layer in points]
-            axis.plot(xs, values, "o", markersize=3, color=f"C{place % 10}", label=kind)
-            for x, layer in points:
-                if layer["low"][number] is not None:
-                    axis.plot(
-                        [x, x], [layer["low"][number], layer["high"][number]], color=f"C{place % 10}", linewidth=1
-                    )
-                if layer["ceiling"][number] is not None:
-                    axis.plot(x, layer["ceiling"][number], "_", color="0.4", markersize=4)
-        longest = max(map(len, kinds.values()))
-        edges = [i - 0.5 for i in range(longest + 1)]
-        nulls = [
-            mean(cosines["layers"][layers[i]]["null"] for layers in kinds.values() if i < len(layers))
-            for i in range(longest)
-        ]
-        axis.stairs(nulls, edges, baseline=[-null for null in nulls], fill=True, color="0.85", zorder=0)
-        axis.axhline(0, color="0.6", linewidth=0.6, zorder=0)
-        if cosines["model"]["cosine"][number] is not None:
-            axis.axhline(cosines["model"]["cosine"][number], color="black", linestyle=":", linewidth=1)
-        axis.set_title(name, fontsize=9)
-        axis.set_xticks(range(0, longest, -(-longest // 16)))
-        axis.tick_params(labelsize=8)
-        axis.set_xlabel("block", fontsize=8)
-    limits = [axis.get_ylim() for axis in axes.flat[: len(names)]]
-    for axis in axes.flat[: len(names)]:
+    figure, axes = new_grid(len(names), alone=PAGE_WIDTH)
+    for number, (axis, name) in enumerate(zip(axes, names, strict=True)):
+        _draw_cosines(axis, number, cosines, kinds)
+        label(axis, "block", title=name)
+    limits = [axis.get_ylim() for axis in axes]
+    for axis in axes:
         axis.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
-    axes[0][0].set_ylabel("cosine", fontsize=8)
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=min(7, len(labels)), fontsize=8)
+    label(axes[0], y="cosine")
+    legend_above(figure, axes[0], most=7)
     hidden = len(cosines["pairs"]) - len(names)
     more = f"; {hidden} more pairs are in the table" if hidden else ""
     figure.supxlabel(
@@ -163,29 +124,51 @@ def _cosine_figure(cosines: Mapping[str, Any]) -> Figure:
     return figure
 
 
+def _draw_cosines(axis: Axes, pair: int, cosines: Mapping[str, Any], kinds: Mapping[str, list[str]]) -> None:
+    """One pair of domains: each kind of layer in a colour, from the first block to the last."""
+    for place, (kind, names) in enumerate(kinds.items()):
+        colour, offset = f"C{place % 10}", 0.7 * ((place + 0.5) / len(kinds) - 0.5)
+        points = [(i + offset, cosines["layers"][name]) for i, name in enumerate(names)]
+        points = [(x, layer) for x, layer in points if layer["cosine"][pair] is not None]
+        values = [layer["cosine"][pair] for _, layer in points]
+        axis.plot([x for x, _ in points], values, "o", markersize=3, color=colour, label=kind)
+        for x, layer in points:
+            if layer["low"][pair] is not None:
+                axis.plot([x, x], [layer["low"][pair], layer["high"][pair]], color=colour, linewidth=1)
+            if layer["ceiling"][pair] is not None:
+                axis.plot(x, layer["ceiling"][pair], "_", color="0.4", markersize=4)
+    longest = max(map(len, kinds.values()))
+    nulls = [
+        mean(cosines["layers"][names[i]]["null"] for names in kinds.values() if i < len(names)) for i in range(longest)
+    ]
+    bands(axis, [(-null, null) for null in nulls], fill=True, color="0.85", zorder=0)
+    axis.axhline(0, color="0.6", linewidth=0.6, zorder=0)
+    if cosines["model"]["cosine"][pair] is not None:
+        axis.axhline(cosines["model"]["cosine"][pair], color="black", linestyle=":", linewidth=1)
+    axis.set_xticks(range(0, longest, -(-longest // 16)))
+
+
 def _interference_figure(record: Mapping[str, Any]) -> Figure:
     from matplotlib.colors import CenteredNorm
 
-    domains = record["domains"]
+    domains, places = record["domains"], range(len(record["domains"]))
+    first_order = zip(record["first_order"], record["loss"], strict=True)
     percent = {
-        "first order": [
-            [100 * v / own for v in row] for row, own in zip(record["first_order"], record["loss"], strict=True)
-        ],
-        "measured": [[100 * v for v in row] for row in record["relative"]],
+        "first order": [[100 * rise / own for rise in row] for row, own in first_order],
+        "measured": [[100 * share for share in row] for row in record["relative"]],
     }
-    bound = max(abs(value) for table in percent.values() for row in table for value in row) or 1.0
-    figure, axes = new_figure(1, 2, height=1.0 + 0.5 * len(domains))
-    for axis, (title, table) in zip(axes[0], percent.items(), strict=True):
-        image = axis.imshow(table, cmap="RdBu_r", norm=CenteredNorm(halfrange=bound), aspect="auto")
-        for i, row in enumerate(table):
+    bound = max(abs(value) for rises in percent.values() for row in rises for value in row) or 1.0
+    figure, axes = new_figure(1, 2, 1.0 + 0.5 * len(domains))
+    for axis, (title, rises) in zip(axes[0], percent.items(), strict=True):
+        image = axis.imshow(rises, cmap="RdBu_r", norm=CenteredNorm(halfrange=bound), aspect="auto")
+        for i, row in enumerate(rises):
             for j, value in enumerate(row):
                 colour = "white" if abs(value) > 0.6 * bound else "black"
                 axis.text(j, i, f"{value:+.2f}".replace("-", "−"), ha="center", va="center", color=colour, fontsize=9)
-        axis.set_xticks(range(len(domains)), domains, fontsize=8)
-        axis.set_yticks(range(len(domains)), domains, fontsize=8)
-        axis.set_xlabel("step on", fontsize=8)
-        axis.set_title(title, fontsize=9)
-    axes[0][0].set_ylabel("loss of", fontsize=8)
+        axis.set_xticks(places, domains)
+        axis.set_yticks(places, domains)
+        label(axis, "step on", title=title)
+    label(axes[0][0], y="loss of")
     bar = figure.colorbar(image, ax=list(axes[0]), shrink=0.9)
     bar.set_label("change of the loss, %", fontsize=8)
     bar.ax.tick_params(labelsize=8)
@@ -193,21 +176,21 @@ def _interference_figure(record: Mapping[str, Any]) -> Figure:
 
 
 def _table(cosines: Mapping[str, Any]) -> Table:
-    header = ("whole model", "cosine", "interval", "null", "ceiling", "corrected", "shared inputs", "chance")
-    whole, rows = cosines["model"], []
-    for number, name in enumerate(_pairs(cosines)):
-        low, high = whole["low"][number], whole["high"][number]
-        layers = cosines["layers"].values()
-        shared = [[layer[key][number] for layer in layers] for key in ("overlap", "overlap_null")]
-        rows.append(
-            (
-                name,
-                decimal(whole["cosine"][number]),
-                "–" if low is None else f"{low:.3f} to {high:.3f}",
-                f"±{whole['null']:.4f}",
-                decimal(whole["ceiling"][number]),
-                decimal(whole["corrected"][number]),
-                *(decimal(mean_of_known(values)) for values in shared),
-            )
-        )
-    return Table(header, tuple(rows))
+    whole, layers, pairs = cosines["model"], cosines["layers"].values(), _pairs(cosines)
+    intervals = zip(whole["low"], whole["high"], strict=True)
+
+    def mean_over_layers(key: str) -> list[str]:
+        return [decimal(mean_of_known(layer[key][pair] for layer in layers)) for pair in range(len(pairs))]
+
+    return Table.of_columns(
+        [
+            ("whole model", pairs),
+            ("cosine", list(map(decimal, whole["cosine"]))),
+            ("interval", ["–" if low is None else f"{low:.3f} to {high:.3f}" for low, high in intervals]),
+            ("null", [f"±{whole['null']:.4f}"] * len(pairs)),
+            ("ceiling", list(map(decimal, whole["ceiling"]))),
+            ("corrected", list(map(decimal, whole["corrected"]))),
+            ("shared inputs", mean_over_layers("overlap")),
+            ("chance", mean_over_layers("overlap_null")),
+        ]
+    )

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-from sparse_cl.report.section import Section, Table, new_figure
+from sparse_cl.report.section import Section, Table, within
 
-from .layer_axis import label_layers
+from .drawing import bands, bars, beside, label, label_layers, legend_above, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,9 +36,8 @@ def section(
     sentences.append(_dormant_sentence(dormant))
     if any(any(one["counts"]) for entry in dormant["dormant"] for one in entry["domains"].values()):
         figures.append(_dormant_figure(dormant))
-    return Section(
-        "Hub and dormant neurons", " ".join(sentences), tuple(figures), _table(dormant, hubs, weights), _NOTE
-    )
+    table = _table(dormant, hubs, weights)
+    return Section("Hub and dormant neurons", " ".join(sentences), tuple(figures), table, _NOTE)
 
 
 def _hub_sentence(hubs: Mapping[str, Any]) -> str:
@@ -59,13 +58,11 @@ def _hub_sentence(hubs: Mapping[str, Any]) -> str:
 def _weight_sentence(weights: Mapping[str, Any]) -> str:
     iou, null = (mean(layer[key] for layer in weights.values()) for key in ("iou", "null"))
     above = sum(layer["iou"] > layer["null_interval"][1] for layer in weights.values())
-    text = (
+    more = f"more than chance in {above} of {len(weights)} layers" if above else "no more than chance in any layer"
+    return (
         f"The most used neurons are those with the largest weights to an IoU of {iou:.3f} (chance {null:.3f}, "
-        "ceiling 1), "
+        f"ceiling 1), {more}."
     )
-    if not above:
-        return text + "no more than chance in any layer."
-    return text + f"more than chance in {above} of {len(weights)} layers."
 
 
 def _dormant_sentence(dormant: Mapping[str, Any]) -> str:
@@ -83,35 +80,23 @@ def _dormant_sentence(dormant: Mapping[str, Any]) -> str:
 
 
 def _hub_figure(hubs: Mapping[str, Any], weights: Mapping[str, Any] | None) -> Figure:
-    figure, axes = new_figure(1, 2 if weights else 1, height=3.0, width=None if weights else 5.0)
+    figure, axes = new_figure(1, 2 if weights else 1)
     layers, axis = hubs["layers"], axes[0][0]
-    places = range(len(layers))
     counts = [len(layer["hubs"]) for layer in layers]
-    axis.bar(places, counts, color="tab:blue", label="hubs")
-    if all(layer["interval"] for layer in layers):
-        lows = [max(0.0, count - layer["interval"][0]) for count, layer in zip(counts, layers, strict=True)]
-        highs = [max(0.0, layer["interval"][1] - count) for count, layer in zip(counts, layers, strict=True)]
-        axis.errorbar(
-            places, counts, yerr=[lows, highs], linestyle="none", color="black", capsize=3, label="95% interval"
-        )
-    edges = [i - 0.5 for i in range(len(layers) + 1)]
-    axis.stairs(
-        [layer["null_interval"][1] for layer in layers],
-        edges,
-        baseline=[layer["null_interval"][0] for layer in layers],
-        color="tab:red",
-        label="95% of random choices",
-    )
-    axis.set_ylabel(f"hubs, of at most {max(layer['k'] for layer in layers)}", fontsize=8)
+    axis.bar(range(len(layers)), counts, color="tab:blue", label="hubs")
+    if lengths := bars(counts, [layer["interval"] for layer in layers]):
+        look: dict[str, Any] = {"linestyle": "none", "color": "black", "capsize": 3}
+        axis.errorbar(range(len(layers)), counts, yerr=lengths, label="95% interval", **look)
+    bands(axis, [layer["null_interval"] for layer in layers], color="tab:red", label="95% of random choices")
+    label(axis, y=f"hubs, of at most {max(layer['k'] for layer in layers)}")
     axis.legend(fontsize=8)
     label_layers(axis, [layer["name"] for layer in layers])
     if weights:
         axis = axes[0][1]
         axis.bar(range(len(weights)), [layer["iou"] for layer in weights.values()], color="tab:green", label="IoU")
-        lows, highs = map(list, zip(*(layer["null_interval"] for layer in weights.values()), strict=True))
-        edges = [i - 0.5 for i in range(len(weights) + 1)]
-        axis.stairs(highs, edges, baseline=lows, color="tab:red", label="95% of random sets")
-        axis.set_ylabel("IoU of the most used and\nthe largest weights", fontsize=8)
+        nulls = [layer["null_interval"] for layer in weights.values()]
+        bands(axis, nulls, color="tab:red", label="95% of random sets")
+        label(axis, y="IoU of the most used and\nthe largest weights")
         axis.legend(fontsize=8)
         label_layers(axis, list(weights))
     return figure
@@ -119,8 +104,7 @@ def _hub_figure(hubs: Mapping[str, Any], weights: Mapping[str, Any] | None) -> F
 
 def _dormant_figure(dormant: Mapping[str, Any]) -> Figure:
     entries = dormant["dormant"]
-    figure, axes = new_figure(1, len(entries), height=2.6, width=None if len(entries) > 1 else 5.0)
-    layers = range(len(dormant["layers"]))
+    figure, axes = new_figure(1, len(entries), 2.6)
     for axis, entry in zip(axes[0], entries, strict=True):
         series = {name: one["counts"] for name, one in entry["domains"].items()}
         if len(series) > 1:
@@ -128,40 +112,35 @@ def _dormant_figure(dormant: Mapping[str, Any]) -> Figure:
         width = 0.8 / len(series)
         for number, (name, counts) in enumerate(series.items()):
             shares = [count / neurons for count, neurons in zip(counts, dormant["neurons"], strict=True)]
-            colour = "black" if name == "all domains" else None
-            axis.bar(
-                [place - 0.4 + width * (number + 0.5) for place in layers], shares, width, label=name, color=colour
-            )
-        axis.set_title(f"τ = {entry['tau']:g}", fontsize=9)
+            places = beside(number, len(series), len(shares), width)
+            axis.bar(places, shares, width, label=name, color="black" if name == "all domains" else None)
+        label(axis, title=f"τ = {entry['tau']:g}")
         if not any(map(any, series.values())):
             axis.text(0.5, 0.5, "none", transform=axis.transAxes, ha="center", color="grey")
             axis.set_yticks([])
         label_layers(axis, dormant["layers"])
-    axes[0][0].set_ylabel("share of dormant neurons", fontsize=8)
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), fontsize=8)
+    label(axes[0][0], y="share of dormant neurons")
+    legend_above(figure, axes[0][0])
     return figure
 
 
 def _table(dormant: Mapping[str, Any], hubs: Mapping[str, Any] | None, weights: Mapping[str, Any] | None) -> Table:
-    header = ["layer", "neurons"]
+    columns = [("layer", dormant["layers"]), ("neurons", [f"{neurons:,}" for neurons in dormant["neurons"]])]
     if hubs:
-        header += ["hubs", "at random", "95% of random"]
+        layers = hubs["layers"]
+        columns += [
+            ("hubs", [f"{len(layer['hubs'])}{within(layer['interval'], '.0f')}" for layer in layers]),
+            ("at random", [f"{layer['expected']:.3g}" for layer in layers]),
+            ("95% of random", ["{} to {}".format(*layer["null_interval"]) for layer in layers]),
+        ]
     if weights:
-        header += ["IoU with the largest weights", "chance", "rank correlation"]
-    header += [f"dormant in all, τ = {entry['tau']:g}" for entry in dormant["dormant"]]
-    rows = []
-    for number, (name, neurons) in enumerate(zip(dormant["layers"], dormant["neurons"], strict=True)):
-        row = [name, f"{neurons:,}"]
-        if hubs:
-            layer = hubs["layers"][number]
-            interval = layer["interval"] and " [{:.0f}, {:.0f}]".format(*layer["interval"])
-            low, high = layer["null_interval"]
-            row += [f"{len(layer['hubs'])}{interval or ''}", f"{layer['expected']:.3g}", f"{low} to {high}"]
-        if weights:
-            layer = weights[name]
-            correlation = layer["correlation"]
-            row += [f"{layer['iou']:.3f}", f"{layer['null']:.3f}", "–" if correlation is None else f"{correlation:.2f}"]
-        row += [str(entry["all domains"]["counts"][number]) for entry in dormant["dormant"]]
-        rows.append(tuple(row))
-    return Table(tuple(header), tuple(rows))
+        layers = [weights[name] for name in dormant["layers"]]
+        correlations = [layer["correlation"] for layer in layers]
+        columns += [
+            ("IoU with the largest weights", [f"{layer['iou']:.3f}" for layer in layers]),
+            ("chance", [f"{layer['null']:.3f}" for layer in layers]),
+            ("rank correlation", ["–" if value is None else f"{value:.2f}" for value in correlations]),
+        ]
+    for entry in dormant["dormant"]:
+        columns.append((f"dormant in all, τ = {entry['tau']:g}", list(map(str, entry["all domains"]["counts"]))))
+    return Table.of_columns(columns)

@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-from sparse_cl.report.section import Section, Table, new_figure
+from sparse_cl.report.section import Section, Table, decimal, nearest, within
+
+from .drawing import label, legend_above, new_figure, new_grid
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,23 +28,15 @@ _NOTE = (
 
 def section(record: Mapping[str, Any]) -> Section:
     """From `Overlap.to_json()`."""
-    at = min(range(len(record["fractions"])), key=lambda i: abs(record["fractions"][i] - _USUAL))
-    return Section(
-        "Overlap of active neurons",
-        _sentence(record, at),
-        (_heat(record, at), _sweep(record)),
-        _table(record, at),
-        _NOTE,
-    )
+    at = nearest(record["fractions"], _USUAL)
+    figures = (_heat(record, at), _sweep(record))
+    return Section("Overlap of active neurons", _sentence(record, at), figures, _table(record, at), _NOTE)
 
 
 def _sentence(record: Mapping[str, Any], at: int) -> str:
     pairs = [" and ".join(pair) for pair in record["pairs"]]
-    found = [row[at] for row in record["mean_iou"]]
-    ceilings = [row[at] for row in record["mean_ceiling"]]
+    found, ceilings = ([row[at] for row in record[key]] for key in ("mean_iou", "mean_ceiling"))
     null, (low, high) = record["mean_null"][at], record["mean_null_interval"][at]
-    above = sum(value > high for value in found)
-    below = sum(value < low for value in found)
     text = (
         f"Of the {record['fractions'][at]:.0%} most active neurons domains share an IoU of {mean(found):.3f}, mean "
         f"over {'pairs and ' if len(pairs) > 1 else ''}layers: {mean(found) / null:.1f} times chance ({null:.3f}; 95% "
@@ -57,20 +51,16 @@ def _sentence(record: Mapping[str, Any], at: int) -> str:
             f"The most is that of {pairs[most]}, {_value(record, most, at)}, the least that of {pairs[least]}, "
             f"{_value(record, least, at)}. "
         )
+    above, below = sum(value > high for value in found), sum(value < low for value in found)
     text += _verdict(above, below, len(pairs), found, ceilings)
-    massive = max(
-        abs(a - b)
-        for one, other in zip(record["mean_iou"], record["mean_massive_iou"], strict=True)
-        for a, b in zip(one, other, strict=True)
-    )
-    if massive >= 0.005:
+    both = zip(sum(record["mean_iou"], []), sum(record["mean_massive_iou"], []), strict=True)
+    if (massive := max(abs(without - given) for without, given in both)) >= 0.005:
         text += f" With massive activations an IoU is up to {massive:.2f} different."
     return text
 
 
 def _value(record: Mapping[str, Any], pair: int, at: int) -> str:
-    (low, high), value = record["mean_interval"][pair][at], record["mean_iou"][pair][at]
-    return f"{value:.3f}" if low is None else f"{value:.3f} [{low:.3f}, {high:.3f}]"
+    return f"{record['mean_iou'][pair][at]:.3f}{within(record['mean_interval'][pair][at])}"
 
 
 def _verdict(above: int, below: int, pairs: int, found: Sequence[float], ceilings: Sequence[float | None]) -> str:
@@ -79,9 +69,12 @@ def _verdict(above: int, below: int, pairs: int, found: Sequence[float], ceiling
         return "Domains share as much as one domain with itself: no neurons of their own can be told apart here."
     if above == pairs:
         text = "All of it is more than chance gives" if pairs > 1 else "That is more than chance gives"
-        apart = "less than one domain shares with itself" if None not in ceilings else None
-        both = f", and {apart}: domains use neurons in common and neurons of their own" if apart and not reached else ""
-        return text + both + "."
+        if None in ceilings or reached:
+            return text + "."
+        return (
+            f"{text}, and less than one domain shares with itself: domains use neurons in common and neurons of their "
+            "own."
+        )
     if above == 0 and below == 0:
         return "That is what chance gives: domains choose their neurons as if they knew nothing of each other."
     if above == 0:
@@ -90,34 +83,28 @@ def _verdict(above: int, below: int, pairs: int, found: Sequence[float], ceiling
 
 
 def _heat(record: Mapping[str, Any], at: int) -> Figure:
-    layers = len(record["layers"])
-    figure, axes = new_figure(1, 2, height=max(2.6, min(8.0, 1.4 + 0.3 * layers)))
-    iou = [[row[at][layer] for row in record["iou"]] for layer in range(layers)]
-    null = record["null"][at]
-    panels: list[tuple[list[list[float]], str, float, float | None]] = [
-        (iou, f"IoU at K = {record['fractions'][at]:.0%} (chance {mean(null):.3f})", 0.0, None)
+    layers, names = len(record["layers"]), ["–".join(pair) for pair in record["pairs"]]
+    figure, axes = new_figure(1, 2, max(2.6, min(8.0, 1.4 + 0.3 * layers)))
+    null, iou, ceiling = record["null"][at], [row[at] for row in record["iou"]], [row[at] for row in record["ceiling"]]
+    panels: list[tuple[str, list[list[float]], float | None]] = [
+        (f"IoU at K = {record['fractions'][at]:.0%} (chance {mean(null):.3f})", iou, None)
     ]
-    if not any(value is None for row in record["ceiling"] for value in row[at]):
+    if not any(None in row for row in ceiling):
         relative = [
-            [
-                (iou[layer][pair] - null[layer]) / max(record["ceiling"][pair][at][layer] - null[layer], 1e-9)
-                for pair in range(len(record["pairs"]))
-            ]
-            for layer in range(layers)
+            [(value - low) / max(high - low, 1e-9) for value, low, high in zip(*rows, strict=True)]
+            for rows in ((iou[pair], null, ceiling[pair]) for pair in range(len(names)))
         ]
-        panels.append((relative, "from chance (0) to ceiling (1)", 0.0, 1.0))
-    names = ["–".join(pair) for pair in record["pairs"]]
-    for axis, (values, title, low, high) in zip(axes[0], panels, strict=False):
-        image = axis.imshow(values, cmap="viridis", vmin=low, vmax=high, aspect="auto", origin="lower")
+        panels.append(("from chance (0) to ceiling (1)", relative, 1.0))
+    for axis, (title, by_pair, most) in zip(axes[0], panels, strict=False):
+        values = list(zip(*by_pair, strict=True))
+        image = axis.imshow(values, cmap="viridis", vmin=0.0, vmax=most, aspect="auto", origin="lower")
         if layers * len(names) <= 160:
             for y, row in enumerate(values):
                 for x, value in enumerate(row):
                     colour = "white" if image.norm(value) < 0.6 else "black"
                     axis.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=7, color=colour)
-        axis.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=8)
-        axis.set_ylabel("layer, the first below", fontsize=8)
-        axis.tick_params(axis="y", labelsize=8)
-        axis.set_title(title, fontsize=9)
+        axis.set_xticks(range(len(names)), names, rotation=30, ha="right")
+        label(axis, y="layer, the first below", title=title)
         figure.colorbar(image, ax=axis, fraction=0.04).ax.tick_params(labelsize=8)
     for axis in axes[0][len(panels) :]:
         axis.set_axis_off()
@@ -126,55 +113,39 @@ def _heat(record: Mapping[str, Any], at: int) -> Figure:
 
 def _sweep(record: Mapping[str, Any]) -> Figure:
     order = sorted(range(len(record["pairs"])), key=lambda pair: -mean(record["mean_iou"][pair]))[:_PANELS]
-    columns = min(3, len(order))
-    figure, axes = new_figure(-(-len(order) // columns), columns, height=2.6, width=None if columns > 1 else 5.0)
+    figure, axes = new_grid(len(order))
     shares = record["fractions"]
-    for axis, pair in zip(axes.flat, order, strict=False):
+    for axis, pair in zip(axes, order, strict=True):
         axis.plot(shares, record["mean_iou"][pair], marker="o", markersize=3, label="IoU")
-        intervals = record["mean_interval"][pair]
-        if all(low is not None for low, _ in intervals):
-            axis.fill_between(shares, *zip(*intervals, strict=True), alpha=0.3, label="its 95% interval")
+        intervals, ceilings = record["mean_interval"][pair], record["mean_ceiling"][pair]
+        if not any(None in interval for interval in intervals):
+            lows, highs = zip(*intervals, strict=True)
+            axis.fill_between(shares, lows, highs, alpha=0.3, label="its 95% interval")
         axis.plot(shares, record["mean_null"], "--", color="tab:red", label="chance")
-        axis.fill_between(
-            shares,
-            *zip(*record["mean_null_interval"], strict=True),
-            color="tab:red",
-            alpha=0.2,
-            label="95% of random sets",
-        )
-        if all(value is not None for value in record["mean_ceiling"][pair]):
-            axis.plot(shares, record["mean_ceiling"][pair], ":", color="black", label="ceiling")
+        lows, highs = zip(*record["mean_null_interval"], strict=True)
+        axis.fill_between(shares, lows, highs, color="tab:red", alpha=0.2, label="95% of random sets")
+        if None not in ceilings:
+            axis.plot(shares, ceilings, ":", color="black", label="ceiling")
         axis.set_xscale("log")
-        axis.set_xticks(shares, [f"{share:.3g}" for share in shares], fontsize=8)
+        axis.set_xticks(shares, [f"{share:.3g}" for share in shares])
         axis.minorticks_off()
-        axis.tick_params(axis="y", labelsize=8)
         axis.set_ylim(0, 1.02)
-        axis.set_title(" and ".join(record["pairs"][pair]), fontsize=9)
-    for axis in list(axes.flat)[len(order) :]:
-        axis.set_axis_off()
+        label(axis, title=" and ".join(record["pairs"][pair]))
     figure.supxlabel("K, share of the neurons", fontsize=8)
     figure.supylabel("IoU, mean over layers", fontsize=8)
-    handles, labels = axes.flat[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), fontsize=8)
+    legend_above(figure, axes[0])
     return figure
 
 
 def _table(record: Mapping[str, Any], at: int) -> Table:
-    chosen = sorted({at, min(at + 1, len(record["fractions"]) - 1)})
-    header = ["pair"]
-    for f in chosen:
-        header += [f"IoU at {record['fractions'][f]:.0%}", "with massive", "chance", "ceiling"]
-    rows = []
-    for pair, names in enumerate(record["pairs"]):
-        row = [" and ".join(names)]
-        for f in chosen:
-            low, high = record["mean_null_interval"][f]
-            ceiling = record["mean_ceiling"][pair][f]
-            row += [
-                _value(record, pair, f),
-                f"{record['mean_massive_iou'][pair][f]:.3f}",
-                f"{record['mean_null'][f]:.3f} [{low:.3f}, {high:.3f}]",
-                "–" if ceiling is None else f"{ceiling:.3f}",
-            ]
-        rows.append(tuple(row))
-    return Table(tuple(header), tuple(rows))
+    pairs = range(len(record["pairs"]))
+    columns = [("pair", [" and ".join(names) for names in record["pairs"]])]
+    for f in sorted({at, min(at + 1, len(record["fractions"]) - 1)}):
+        chance = f"{record['mean_null'][f]:.3f}{within(record['mean_null_interval'][f])}"
+        columns += [
+            (f"IoU at {record['fractions'][f]:.0%}", [_value(record, pair, f) for pair in pairs]),
+            ("with massive", [f"{record['mean_massive_iou'][pair][f]:.3f}" for pair in pairs]),
+            ("chance", [chance for _ in pairs]),
+            ("ceiling", [decimal(record["mean_ceiling"][pair][f]) for pair in pairs]),
+        ]
+    return Table.of_columns(columns)

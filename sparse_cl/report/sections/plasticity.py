@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from sparse_cl.report.section import Section, Table, new_figure
+from sparse_cl.report.section import Section, Table
+
+from .drawing import label, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -21,73 +24,63 @@ _NOTE = (
 
 def section(record: Mapping[str, Any]) -> Section:
     """From `PlasticityChange.to_json()`."""
-    before = record["before"]
-    note = _NOTE.format(seeds=len(before["fits"]), **{key: before[key] for key in ("lr", "target", "max_steps")})
+    note = _NOTE.format(seeds=len(record["before"]["fits"]), **record["before"])
     return Section("Plasticity", _sentence(record), (_figure(record),), _table(record), note)
 
 
 def _sentence(record: Mapping[str, Any]) -> str:
     before, after = record["before"], record["after"]
     count = len(before["fits"])
-    text = (
-        f"To fit a random task the model needs {_steps(before)} before and {_steps(after)} after (median and range of "
-        f"{count} {'task' if count == 1 else 'tasks'})"
-    )
-    pairs = [tuple(_bounded(fit["steps"]) for fit in fits) for fits in zip(before["fits"], after["fits"], strict=True)]
-    more, fewer = (sum(sign * (b - a) > 0 for a, b in pairs if (a, b) != (_NEVER, _NEVER)) for sign in (1, -1))
-    verdict = (
-        "plasticity was lost" if more == count else "plasticity was gained" if fewer == count else "no clear change"
-    )
+    steps = [[math.inf if fit["steps"] is None else fit["steps"] for fit in side["fits"]] for side in (before, after)]
+    more, fewer = sum(a < b for a, b in zip(*steps, strict=True)), sum(a > b for a, b in zip(*steps, strict=True))
+    verdict = "no clear change"
+    if count in (more, fewer):
+        verdict = "plasticity was lost" if more else "plasticity was gained"
     return (
-        f"{text}: more steps in {more} tasks, fewer in {fewer}, the same in {count - more - fewer}, so {verdict}; "
-        f"after {before['fixed_steps']} steps the median loss is {before['median_loss']:.3f} before and "
-        f"{after['median_loss']:.3f} after."
+        f"To fit a random task the model needs {_steps(before)} before and {_steps(after)} after (median and range of "
+        f"{count} {'task' if count == 1 else 'tasks'}): more steps in {more} tasks, fewer in {fewer}, the same in "
+        f"{count - more - fewer}, so {verdict}; after {before['fixed_steps']} steps the median loss is "
+        f"{before['median_loss']:.3f} before and {after['median_loss']:.3f} after."
     )
-
-
-_NEVER = float("inf")
-
-
-def _bounded(steps: int | None) -> float:
-    return _NEVER if steps is None else steps
 
 
 def _steps(side: Mapping[str, Any]) -> str:
-    low, high = (f"more than {side['max_steps']}" if x is None else str(x) for x in side["range_steps"])
-    middle = side["median_steps"]
-    span = low if low == high else f"{low} to {high}"
-    return f"{f'{middle:g}' if middle is not None else 'more than ' + str(side['max_steps'])} steps ({span})"
+    middle, low, high = (
+        f"more than {side['max_steps']}" if steps is None else f"{steps:g}"
+        for steps in (side["median_steps"], *side["range_steps"])
+    )
+    return f"{middle} steps ({low if low == high else f'{low} to {high}'})"
 
 
 def _figure(record: Mapping[str, Any]) -> Figure:
-    figure, axes = new_figure(1, 1, width=7, height=3)
-    axis = axes[0][0]
+    figure, ((axis,),) = new_figure(alone=7)
     for side, colour in (("before", "tab:blue"), ("after", "tab:orange")):
         for number, fit in enumerate(record[side]["fits"]):
-            label = side if number == 0 else None
-            axis.plot(fit["losses"], color=colour, linewidth=1.2, alpha=0.8, label=label)
+            called = side if number == 0 else None
+            axis.plot(fit["losses"], color=colour, linewidth=1.2, alpha=0.8, label=called)
     axis.axhline(record["before"]["target"], color="grey", linestyle=":", label="target")
     axis.set_ylim(0, None)
-    axis.set_xlabel("optimizer step; a line a task", fontsize=8)
-    axis.set_ylabel("loss of the task (nats a token)", fontsize=8)
-    axis.tick_params(labelsize=8)
+    label(axis, "optimizer step; a line a task", "loss of the task (nats a token)")
     axis.legend(fontsize=8)
     return figure
 
 
 def _table(record: Mapping[str, Any]) -> Table:
-    limit = f"> {record['before']['max_steps']}"
-    fixed = record["before"]["fixed_steps"]
-    header = ("task", "steps before", "after", "extra", f"loss after {fixed} steps, before", "after")
-    rows = [
-        (
-            str(a["seed"]),
-            limit if a["steps"] is None else str(a["steps"]),
-            limit if b["steps"] is None else str(b["steps"]),
-            "–" if extra is None else f"{extra:+d}",
-            f"{a['loss_after']:.3f}",
-            f"{b['loss_after']:.3f}",
-        )
-        for a, b, extra in zip(record["before"]["fits"], record["after"]["fits"], record["extra_steps"], strict=True)
-    ]
-    return Table(header, tuple(rows))
+    before, after = record["before"], record["after"]
+
+    def steps(side: Mapping[str, Any]) -> list[str]:
+        return [f"> {before['max_steps']}" if fit["steps"] is None else str(fit["steps"]) for fit in side["fits"]]
+
+    def losses(side: Mapping[str, Any]) -> list[str]:
+        return [f"{fit['loss_after']:.3f}" for fit in side["fits"]]
+
+    return Table.of_columns(
+        [
+            ("task", [str(fit["seed"]) for fit in before["fits"]]),
+            ("steps before", steps(before)),
+            ("after", steps(after)),
+            ("extra", ["–" if extra is None else f"{extra:+d}" for extra in record["extra_steps"]]),
+            (f"loss after {before['fixed_steps']} steps, before", losses(before)),
+            ("after", losses(after)),
+        ]
+    )

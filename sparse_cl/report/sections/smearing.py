@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
-from sparse_cl.four_domains.figures import by_kind
-from sparse_cl.report.section import Section, Table, decimal, new_figure
-from sparse_cl.report.summary import mean_of_known
+from sparse_cl.four_domains.figures import PAGE_WIDTH, by_kind
+from sparse_cl.report.section import Section, Table, decimal, mean_of_known, span
 
-from .layer_axis import label_layers
+from .drawing import bars, label, label_layers, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,8 +31,8 @@ _NOTE = (
 def section(record: Mapping[str, Any]) -> Section:
     """From `Smearing.to_json()`."""
     sentence = _of_spread(record["mlps"])
-    if hubs := {name: hub for name, hub in record["hubs"].items() if hub["hubs"]}:
-        sentence += " " + _of_hubs(hubs)
+    if any(hub["hubs"] for hub in record["hubs"].values()):
+        sentence += " " + _of_hubs([hub for hub in record["hubs"].values() if hub["hubs"]])
     return Section("Smearing", sentence, (_figure(record),), _table(record), _NOTE)
 
 
@@ -43,18 +42,16 @@ def _of_spread(mlps: Mapping[str, Mapping[str, Any]]) -> str:
         return f"None of the {len(mlps)} MLPs changed."
     least, most = min(shares, key=shares.__getitem__), max(shares, key=shares.__getitem__)
     average = mean(shares.values())
-    text = (
+    still = f"; {len(mlps) - len(shares)} of {len(mlps)} MLPs did not change" if len(shares) < len(mlps) else ""
+    return (
         f"90 % of the update's energy lies in {average:.1%} of an MLP's neurons on average ({shares[least]:.1%} in "
-        f"{least} to {shares[most]:.1%} in {most}; 90 % if it were spread evenly)"
+        f"{least} to {shares[most]:.1%} in {most}; 90 % if it were spread evenly){still}: it is "
+        f"{'concentrated on few' if average < _CONCENTRATED else 'smeared over most'} of the neurons."
     )
-    if len(shares) < len(mlps):
-        text += f"; {len(mlps) - len(shares)} of {len(mlps)} MLPs did not change"
-    kind = "concentrated on few" if average < _CONCENTRATED else "smeared over most"
-    return text + f": it is {kind} of the neurons."
 
 
-def _of_hubs(hubs: Mapping[str, Mapping[str, Any]]) -> str:
-    changed = [hub for hub in hubs.values() if hub["share_of_energy"] is not None]
+def _of_hubs(hubs: list[Mapping[str, Any]]) -> str:
+    changed = [hub for hub in hubs if hub["share_of_energy"] is not None]
     if not changed:
         return "No MLP with hubs changed."
     above = sum(hub["share_of_energy"] > hub["null_interval"][1] for hub in changed)
@@ -69,26 +66,21 @@ def _of_hubs(hubs: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _figure(record: Mapping[str, Any]) -> Figure:
     hubs = {name: hub for name, hub in record["hubs"].items() if hub["share_of_energy"] is not None}
-    figure, axes = new_figure(1, 2 if hubs else 1, height=2.7)
-    axis = axes[0][0]
-    names = list(record["mlps"])
+    figure, axes = new_figure(1, 2 if hubs else 1, 2.7, alone=PAGE_WIDTH)
+    axis, names = axes[0][0], list(record["mlps"])
     axis.bar(range(len(names)), [spread["share90"] or 0.0 for spread in record["mlps"].values()], color="tab:blue")
     axis.axhline(_EVEN, color="grey", linestyle=":", label="spread evenly")
     axis.set_ylim(0, 1)
-    axis.set_ylabel("share of the neurons that\nholds 90 % of the update", fontsize=8)
+    label(axis, y="share of the neurons that\nholds 90 % of the update")
     axis.legend(fontsize=8, loc="lower right")
     label_layers(axis, names)
     if hubs:
-        axis = axes[0][1]
-        axis.bar(range(len(hubs)), [hub["share_of_energy"] for hub in hubs.values()], color="tab:orange", label="hubs")
-        for place, hub in enumerate(hubs.values()):
-            low, high = hub["null_interval"]
-            middle = hub["share_of_neurons"]
-            label = "as many random neurons" if place == 0 else None
-            axis.errorbar(
-                place, middle, [[middle - low], [high - middle]], fmt="_", color="black", capsize=4, label=label
-            )
-        axis.set_ylabel("share of the update", fontsize=8)
+        axis, places = axes[0][1], range(len(hubs))
+        axis.bar(places, [hub["share_of_energy"] for hub in hubs.values()], color="tab:orange", label="hubs")
+        null = [hub["share_of_neurons"] for hub in hubs.values()]
+        lengths = bars(null, [hub["null_interval"] for hub in hubs.values()])
+        axis.errorbar(places, null, lengths, fmt="_", color="black", capsize=4, label="as many random neurons")
+        label(axis, y="share of the update")
         axis.legend(fontsize=8)
         label_layers(axis, list(hubs))
     return figure
@@ -97,19 +89,9 @@ def _figure(record: Mapping[str, Any]) -> Figure:
 def _table(record: Mapping[str, Any]) -> Table:
     rows: list[tuple[str, ...]] = []
     for name, spread in record["mlps"].items():
-        hub = record["hubs"].get(name)
-        within = hub and hub["null_interval"]
-        rows.append(
-            (
-                name,
-                str(spread["neurons"]),
-                decimal(spread["relative"]),
-                decimal(spread["share90"]),
-                decimal(hub and hub["share_of_neurons"]),
-                decimal(hub and hub["share_of_energy"]),
-                f"{decimal(within[0])} to {decimal(within[1])}" if within else "–",
-            )
-        )
+        hub = record["hubs"].get(name) or dict.fromkeys(("share_of_neurons", "share_of_energy", "null_interval"))
+        known = (spread["relative"], spread["share90"], hub["share_of_neurons"], hub["share_of_energy"])
+        rows.append((name, str(spread["neurons"]), *map(decimal, known), span(hub["null_interval"])))
     for kind, names in by_kind(list(record["layers"])).items():
         layers = [record["layers"][name] for name in names]
         means = [mean_of_known(layer[key] for layer in layers) for key in ("relative", "share90")]

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
+from benchmarks.arena.studies import scale_section
+from benchmarks.arena.studies.summary import summary
 from sparse_cl.probes import ActivationProbe, GradientProbe, compare_gradients, overlap
-from sparse_cl.report.sections import scale
-from sparse_cl.report.summary import summary
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def test_the_numbers_are_means_over_pairs_and_layers(probed):
     assert found["overlap"]["null"] == pytest.approx(1 / 47)
     needed = [share for a in activations.values() for share in a.needed(0.99).values()]
     assert found["sparsity"]["needed"] == pytest.approx(sum(needed) / len(needed))
-    assert scale.section([found]).table.rows[0][0] == "tiny"
+    assert scale_section.section([found]).table.rows[0][0] == "tiny"
 
 
 def test_the_null_of_a_mean_cosine_is_that_of_random_directions():

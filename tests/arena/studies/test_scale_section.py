@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from sparse_cl.report.sections.scale import section
+from benchmarks.arena.studies.scale_section import section
 
 
 def model(width, seed, *, family="llama", cosine=-0.5, overlap=0.0, scatter=0.02):

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from statistics import mean
 from typing import Any
 
 from torch import nn
+
+from sparse_cl.report.section import mean_of_known, nearest
 
 SHARE = 0.05
 """Share of a layer's neurons whose overlap is compared between models."""
 
 
 def summary(name: str, model: nn.Module, record: Mapping[str, Any]) -> dict[str, Any]:
-    """Means over pairs of domains and layers of what `probe_model` found, for `sections.scale`.
+    """Means over pairs of domains and layers of what `probe_model` found, for `scale_section`.
 
     Returns:
         `model`, `family` (the architecture), `width` (of the hidden states), `layers`, `parameters`, and each of the
@@ -31,13 +33,6 @@ def summary(name: str, model: nn.Module, record: Mapping[str, Any]) -> dict[str,
         "width": config.hidden_size,
         "layers": config.num_hidden_layers,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        **numbers(record),
-    }
-
-
-def numbers(record: Mapping[str, Any]) -> dict[str, dict[str, Any] | None]:
-    """Those of `summary` that the record alone gives: `overlap`, `cosine`, `sparsity`."""
-    return {
         "overlap": _overlap(record["overlap"]) if "overlap" in record else None,
         "cosine": _cosine(record["cosines"]) if "cosines" in record else None,
         "sparsity": _sparsity(record["activation"]) if "activation" in record else None,
@@ -45,7 +40,7 @@ def numbers(record: Mapping[str, Any]) -> dict[str, dict[str, Any] | None]:
 
 
 def _overlap(record: Mapping[str, Any]) -> dict[str, Any]:
-    at = min(range(len(record["fractions"])), key=lambda i: abs(record["fractions"][i] - SHARE))
+    at = nearest(record["fractions"], SHARE)
     return {
         "share": record["fractions"][at],
         "iou": mean(pair[at] for pair in record["mean_iou"]),
@@ -75,9 +70,3 @@ def _sparsity(record: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         "needed": mean(domain["mean"]["product"]["needed"]["0.99"]["mean"] for domain in domains),
         "null": domains[0]["chance"]["product"]["needed"]["0.99"],
     }
-
-
-def mean_of_known(values: Iterable[float | None]) -> float | None:
-    """Of those that are not None; None where all are."""
-    known = [value for value in values if value is not None]
-    return mean(known) if known else None

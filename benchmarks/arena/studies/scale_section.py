@@ -7,7 +7,7 @@ from statistics import mean
 from typing import TYPE_CHECKING, Any
 
 from sparse_cl.probes.scaling import fit_exponent
-from sparse_cl.report.section import Section, Table, new_figure
+from sparse_cl.report.section import Section, Table, decimal, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -109,7 +109,7 @@ def _sentence(models: Sequence[Mapping[str, Any]], fits: Mapping[tuple[str, str]
 
 
 def _power(exponent: float, error: float) -> str:
-    return f"{exponent:+.2f} ± {2 * error:.2f}".replace("-", "−")
+    return f"{round(exponent, 2) + 0.0:+.2f} ± {2 * error:.2f}".replace("-", "−")
 
 
 def _range(values: Sequence[float]) -> str:
@@ -201,6 +201,6 @@ def _table(models: Sequence[Mapping[str, Any]]) -> Table:
         values = [overlap.get(key) for key in ("iou", "null", "ceiling")]
         values += [cosine.get(key) for key in ("absolute", "mean", "null", "ceiling", "corrected")]
         values += [sparsity.get(key) for key in ("needed", "null")]
-        cells = ["–" if value is None else f"{value:.3f}" for value in values]
-        rows.append((model["model"], str(model["width"]), f"{model['parameters'] / 1e6:.2f} M", *cells))
+        size = f"{model['parameters'] / 1e6:.2f} M"
+        rows.append((model["model"], str(model["width"]), size, *map(decimal, values)))
     return Table(header, tuple(rows))
