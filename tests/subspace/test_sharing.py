@@ -206,7 +206,10 @@ def test_a_consolidation_that_fails_leaves_readers_together(monkeypatch):
 
 
 @pytest.mark.parametrize("fade", [1.0, 0.5])
-def test_what_moves_or_fades_together_stays_together(fade):
+@pytest.mark.parametrize("place", [torch.float64, "cuda"])
+def test_what_moves_or_fades_together_stays_together(place, fade):
+    if place == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
     model, memory = pair()[0]
     observe(model, memory, *inputs(2))
     memory.consolidate()
@@ -215,11 +218,12 @@ def test_what_moves_or_fades_together_stays_together(fade):
         layer.moment = memory._observer._new_moment(layer)
         layer.moment.add(torch.randn(4, 6))
         memory.consolidate(fade=fade)
-    other = Attention().double()
+    other = Attention().to(place)
     memory.bind(other)
     subspace = memory.subspace("q.weight")
     assert subspace is memory.subspace("k.weight") is memory.subspace("v.weight")
-    assert subspace.basis.dtype == subspace.values.dtype == torch.float64
-    observe(other, memory, *(x.double() for x in inputs(2, seed=1)))
+    for tensor in (subspace.basis, subspace.values):
+        assert (tensor.dtype, tensor.device) == (other.q.weight.dtype, other.q.weight.device)
+    observe(other, memory, *(x.to(place) for x in inputs(2, seed=1)))
     memory.consolidate()
     assert memory.subspace("q.weight") is memory.subspace("v.weight")
