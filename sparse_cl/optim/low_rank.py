@@ -22,9 +22,9 @@ class LowRankProjection(Projection):
         P ← P + ΔW U,  C = P - (what the rule leaves of P),  ΔW ← ΔW - C Uᵀ,  P ← P - C
 
     with P = (W - W₀) U, W₀ the weight at the first step: no copy of it is kept. Of a :class:`RowMask` the mask's rows
-    are corrected; P knows all, so that a budget still holds when the mask changes. Of a :class:`ColumnMask` the directions
-    are what its columns see of U, exactly. With masks of single weights C Uᵀ is cut to the mask: P stays exact, and a
-    step never moves W further away, but it takes back less.
+    are corrected; P knows all, so that a budget still holds when the mask changes. Of a :class:`ColumnMask` the
+    directions are what its columns see of U, exactly. With masks of single weights C Uᵀ is cut to the mask: P stays
+    exact, and a step never moves W further away, but it takes back less.
 
     The optimizer keeps P, (m, r) in the dtype of the moments, in the parameter's state and in checkpoints
     (``"projection.moved"``), and one number (``"projection.held"``). Load a checkpoint before a new domain's projection
