@@ -115,9 +115,8 @@ def test_loras_state_is_that_of_its_adapters():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["adamw", "lora", "sparse-masked", "elastic", "elastic-lora", "ewc", "replay-5"])
 def test_state_and_kept_are_those_of_a_live_method(name, dtype):
-    method, model, optimizer = live(name, config(), dtype)
-    precision = "bf16" if dtype == torch.bfloat16 else "fp32"
-    found = count(name, config(), work(2, precision=precision), gpu=False)
+    method, model, optimizer = live(name, config(1), dtype)
+    found = count(name, config(1), work(2, precision="bf16" if dtype == torch.bfloat16 else "fp32"))
     assert found["state"] == optimizer_state_bytes(optimizer)
     assert found["gradients"] == sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
     kept = state_bytes(method, optimizer) - optimizer_state_bytes(optimizer)
@@ -129,34 +128,36 @@ def test_state_and_kept_are_those_of_a_live_method(name, dtype):
 
 @pytest.mark.parametrize("name", ["orthogonal", "orthogonal-lora"])
 def test_protected_directions_are_as_many_as_assumed(name):
-    found = count(name, config(), work(2, used=0.5))
-    _, model, optimizer = live(name, config(), max_rank=8)
+    found = count(name, config(1), work(2, used=0.5))
+    _, model, optimizer = live(name, config(1), max_rank=8)
     assert found["state"] == optimizer_state_bytes(optimizer)
-    layers = 2 * (6 * [WIDTH] + [NEURONS]) + [WIDTH]
-    bases = sum(4 * width * round(width / 4) for width in (layers if name == "orthogonal" else layers))
+    layers = 6 * [WIDTH] + [NEURONS] + [WIDTH]
+    bases = sum(4 * width * round(width / 4) for width in layers)
     assert found["kept"] == pytest.approx(bases, rel=0.05)
     assert found["steps"][0] == 0 < found["steps"][1]
-    capped = count(name, config(), work(2, used=0.5), max_rank=2)
+    capped = count(name, config(1), work(2, used=0.5), max_rank=2)
     assert capped["kept"] == pytest.approx(sum(4 * width * 2 for width in layers), rel=0.05)
 
 
 def test_elastic_turns_gradients_weights_and_updates():
-    found = count("elastic", config(), work(2))
-    turned = 2 * (4 * WIDTH**3 - WIDTH**3 + 2 * NEURONS * WIDTH**2 + WIDTH * NEURONS**2) + WORDS * WIDTH**2
+    found = count("elastic", config(1), work(2))
+    turned = (4 * WIDTH**3 - WIDTH**3 + 2 * NEURONS * WIDTH**2 + WIDTH * NEURONS**2) + WORDS * WIDTH**2
     assert found["steps"] == [0, 3 * 2 * turned]
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_runs_dry(name):
+def test_every_method_runs_dry(name, monkeypatch):
+    # The search for a threshold takes thousands of small ops, all alike.
+    monkeypatch.setattr("sparse_cl.subspace.kronecker._HALVINGS", 2, raising=False)
     found = count(name, config(1), work(2))
     assert min(found["peaks"].values()) > found["weights"] * 0.99
 
 
 @pytest.mark.parametrize("name", ["adamw", "lora"])
 def test_deep_models_are_counted_from_shallow_ones(name, monkeypatch):
-    short = count(name, config(7), work(2))
-    monkeypatch.setattr(counting, "DEPTHS", (7, 7))
-    whole = count(name, config(7), work(2))
+    short = count(name, config(5), work(1))
+    monkeypatch.setattr(counting, "DEPTHS", (5, 5))
+    whole = count(name, config(5), work(1))
     for key in ("weights", "gradients", "state", "activations", "logits", "forward", "passes", "settings"):
         assert short[key] == whole[key]
     assert short["peaks"] == pytest.approx(whole["peaks"], rel=0.02)
@@ -175,7 +176,7 @@ def test_a_method_that_needs_values_is_not_planned(monkeypatch):
 
 
 def test_unknown_methods_and_refused_options():
-    with pytest.raises(ValueError, match="unknown method 'sgd': expected adamw, lora"):
+    with pytest.raises(ValueError, match="unknown method 'sgd'; there are adamw, lora"):
         count("sgd", config(), work())
     with pytest.raises(ValueError, match="fraction: expected a share of the neurons"):
         count("sparse-masked", config(), work(), fraction=2.0)
