@@ -13,8 +13,8 @@ from sparse_cl.methods import METHODS, method_named
 from .devices import DEVICES, FLAGS, OTHER, find_device
 from .model import Workload
 
-_OF_METHODS = {"group": "settings of methods (default: each method's own)"}
-_OF_DEVICE = {"group": "the device (default: what is known of it)"}
+_OF_METHODS: dict[str, Any] = {"group": "settings of methods (default: each method's own)"}
+_OF_DEVICE: dict[str, Any] = {"group": "the device (default: what is known of it)"}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -176,10 +176,7 @@ class DryRun(TorchDispatchMode):
 @contextmanager
 def dry_run(run: DryRun) -> Iterator[None]:
     """Enters a dry run, in which fake tensors also answer what Python code asks of tensors besides ops."""
-    answers: dict[str, Any] = {
-        "numpy": lambda self: np.full(self.shape, _GUESS, str(self.dtype).rpartition(".")[2]),
-        "data_ptr": _key,
-    }
+    answers: dict[str, Any] = {"numpy": lambda self: np.full(self.shape, _GUESS, str(self.dtype).rpartition(".")[2])}
     if run.gpu:
         answers["cpu"] = functools.partialmethod(aten._to_copy, device=torch.device("cpu"))
     with ExitStack() as stack:
