@@ -1,14 +1,14 @@
 """The cost planner against measured steps on this machine's CPU.
 
-    OMP_NUM_THREADS=1 python benchmarks/planner_check.py --model base-5m [--before FILE.json [--memory-only]]
+    OMP_NUM_THREADS=1 python benchmarks/planner_check.py --model base-5m [--before FILE.json [--recorded]]
         [--out FILE.json]
 
 The device is this machine: its rate of float32 products and of copies is measured. The one number that is assumed, the
-share of that rate that a step reaches, is fitted on AdamW at the model's own width; everything else is predicted: other
+share of that rate that products reach, is fitted on AdamW at the model's own width; everything else is predicted: other
 methods, and random models of other widths, lengths and batches. Time is the processor's, so that what else the machine
 does counts little; each case runs in processes of its own, so that its peak memory is its own. With
---before the predictions of an earlier check stand beside the new ones; --memory-only takes the times from it, where the
-machine is not quiet.
+--before the predictions of an earlier check stand beside the new ones; with --recorded its measurements are taken, too,
+and nothing is measured.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def this_machine() -> Device:
     source = torch.randn(1 << 26)
     target = torch.empty_like(source)
     bandwidth = 2 * source.nbytes / best_seconds(lambda: target.copy_(source))
-    return find_device("custom", tflops=flops / 1e12, bandwidth=bandwidth / 1e9, memory=64, price=0, utilization=1.0)
+    return find_device("custom", tflops=flops / 1e12, bandwidth=bandwidth / 1e9, memory=64, price=0, mfu=1.0)
 
 
 def measure(method_name: str, config: Any, batch_size: int, length: int, steps: int) -> dict[str, float]:
@@ -115,24 +115,24 @@ def plan(method: str, config: Any, batch_size: int, length: int, used: float) ->
 
 
 def compute_and_moves(found: Count, device: Device) -> tuple[float, float]:
-    """Seconds of a step in the second domain: of its products at the device's peak, and of the optimizer's traffic."""
-    return (found["passes"][-1] + found["steps"][-1]) / device.flops_fp32, found["traffic"][-1] / device.bandwidth
+    """Seconds of a step in the second domain: of its products at the device's peak, and of what all other ops move."""
+    return (found["passes"][-1] + found["steps"][-1]) / device.flops_fp32, found["moved"][-1] / device.bandwidth
 
 
-def in_own_processes(*case: Any, timed: bool = True) -> dict[str, float]:
+def in_own_processes(*case: Any) -> dict[str, float]:
     """Time and memory, each in a process of its own.
 
     For memory the allocator is told to give back at once what is freed, else the peak is that of its free lists; it is
     slower then.
     """
     found = []
-    for steps, threshold in ((STEPS + WARMUP, None), (2, "16384"))[0 if timed else 1 :]:
+    for steps, threshold in ((STEPS + WARMUP, None), (2, "16384")):
         os.environ.pop("MALLOC_MMAP_THRESHOLD_", None)
         if threshold is not None:
             os.environ["MALLOC_MMAP_THRESHOLD_"] = threshold
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
             found.append(pool.submit(measure, *case, steps).result())
-    return {**found[0], "peak_mb": found[-1]["peak_mb"]}
+    return {**found[0], "peak_mb": found[1]["peak_mb"]}
 
 
 def cases_of(base: Any) -> list[tuple[str, tuple[int, int, int, int]]]:
@@ -147,15 +147,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of a Llama, or its config.json")
     parser.add_argument("--before", type=Path, metavar="FILE.json", help="of an earlier check of the same cases")
-    parser.add_argument("--memory-only", action="store_true", help="measure no time: take it from --before")
+    parser.add_argument("--recorded", action="store_true", help="measure nothing: take what --before measured")
     parser.add_argument("--out", type=Path, metavar="FILE.json")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     base = read_config(arguments.model)
     old = json.loads(arguments.before.read_text()) if arguments.before else None
-    if arguments.memory_only and old is None:
-        raise ValueError("--memory-only: needs --before, for the times")
-    device = machine_of(old) if arguments.memory_only else this_machine()
+    if arguments.recorded and old is None:
+        raise ValueError("--recorded: needs --before, for what was measured")
+    device = machine_of(old) if arguments.recorded else this_machine()
     share, rows = None, []
     for number, (method, (width, neurons, batch_size, length)) in enumerate(cases_of(base)):
         config = transformers.LlamaConfig(
@@ -164,10 +164,12 @@ def main() -> None:
         before = old["cases"][number] if old else None
         if before and (before["method"], before["width"], before["batch"]) != (method, width, [batch_size, length]):
             raise ValueError(f"--before: case {number} is not {method} at width {width}; it is of another model")
-        measured = in_own_processes(method, config, batch_size, length, timed=not arguments.memory_only)
-        used = measured.pop("used")
-        if arguments.memory_only:
-            measured["seconds"] = before["measured_seconds"]
+        if arguments.recorded:
+            measured = {"seconds": before["measured_seconds"], "peak_mb": before["measured_peak_mb"]}
+            used = before["used"]
+        else:
+            measured = in_own_processes(method, config, batch_size, length)
+            used = measured.pop("used")
         found = plan(method, config, batch_size, length, used)
         compute, moves = compute_and_moves(found, device)
         if share is None:
@@ -218,7 +220,7 @@ def main() -> None:
 def machine_of(old: dict[str, Any]) -> Device:
     """The device on which an earlier check measured."""
     return find_device(
-        "custom", tflops=old["gflops"] / 1e3, bandwidth=old["gb_per_second"], memory=64, price=0, utilization=1.0
+        "custom", tflops=old["gflops"] / 1e3, bandwidth=old["gb_per_second"], memory=64, price=0, mfu=1.0
     )
 
 

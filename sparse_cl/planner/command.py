@@ -3,38 +3,42 @@
 from __future__ import annotations
 
 import argparse
-import inspect
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from sparse_cl.arguments import names, positive
-from sparse_cl.methods import METHODS
+from sparse_cl.arguments import add_options, chosen, names, option
+from sparse_cl.methods import METHODS, method_named
 
-from .devices import CUSTOM, DEVICES, find_device
+from .devices import DEVICES, FLAGS, OTHER, find_device
 from .model import Workload
 
-_METHOD = ("rank", "fraction", "max_rank")
-_DEVICE = {
-    "tflops": "peak in the precision of the plan, 1e12 FLOP/s",
-    "bandwidth": "of its memory, GB/s",
-    "memory": "GB",
-    "price": "dollars an hour",
-    "mfu": "share of the peak that is reached, recomputation counted as work",
-}
+_OF_METHODS: dict[str, Any] = {"group": "settings of methods (default: each method's own)"}
+_OF_DEVICE: dict[str, Any] = {"group": "the device (default: what is known of it)"}
 
 
-def _count(text: str) -> float:
-    """A number, with k, M or G after it for a thousand, a million, a billion."""
-    scale = {"k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9}.get(text[-1:].lower(), 1.0)
-    try:
-        value = float(text[:-1] if scale > 1 else text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a positive number such as 20M, got {text!r}")
-    return value * scale
+@dataclass(frozen=True, kw_only=True)
+class _Plan(Workload):
+    """The options of `sparse-cl plan`."""
+
+    model: str = option(MISSING, "folder with a config.json, that file, or a name on the Hub", metavar="CONFIG")
+    method: str = option("all", f"of {', '.join(METHODS)}", metavar="NAME[,NAME…]|all|ours|baselines|bounds")
+    gpu: str = option("h100", f"{', '.join(DEVICES)} or {OTHER}", metavar="NAME")
+    json: Path | None = option(None, "write everything to a file as well", metavar="FILE")
+    rank: int | None = option(None, "of the adapters", least=1, **_OF_METHODS)
+    fraction: float | None = option(None, "of the neurons that a domain may change", **_OF_METHODS)
+    max_rank: int | None = option(None, "most directions that a domain adds to a basis", least=1, **_OF_METHODS)
+    tflops: float | None = option(None, "peak in the precision of the plan, 1e12 FLOP/s", **_OF_DEVICE)
+    bandwidth: float | None = option(None, "of its memory, GB/s", **_OF_DEVICE)
+    memory: float | None = option(None, "GB", **_OF_DEVICE)
+    price: float | None = option(None, "dollars an hour", **_OF_DEVICE)
+    mfu: float | None = option(
+        None, "share of the peak that products of matrices reach, recomputation counted as work", **_OF_DEVICE
+    )
+
+    def given(self, names: Any) -> dict[str, Any]:
+        """Those of the options of these names that are set."""
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
 
 def add_parser(commands: argparse._SubParsersAction) -> None:
@@ -45,33 +49,13 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
         description="Print the memory, FLOPs, hours and dollars of a sequence of domains and of probing it, from "
         "stated assumptions. Nothing is trained, and no weights are loaded.",
     )
-    add, default = parser.add_argument, " (default: %(default)s)"
-    add("--model", required=True, metavar="CONFIG", help="folder with a config.json, that file, or a name on the Hub")
-    kinds = "NAME[,NAME…]|all|ours|baselines|bounds"
-    add("--method", default="all", metavar=kinds, help=f"of {', '.join(METHODS)}{default}")
-    add("--gpu", default="h100", metavar="NAME", help=f"{', '.join(DEVICES)} or {CUSTOM}{default}")
-    add("--json", type=Path, metavar="FILE", help="write everything to a file as well")
-    types = {"tokens": _count, "precision": str, "used": float, "domains": positive}
-    types |= {"batch_size": positive, "length": positive}
-    for field in fields(Workload):
-        flag, help = "--" + field.name.replace("_", "-"), field.metadata["help"]
-        if field.default is False:
-            add(flag, action="store_true", help=help)
-        else:
-            add(flag, type=types.get(field.name, int), default=field.default, help=help + default)
-    add = parser.add_argument_group("settings of methods (default: each method's own)").add_argument
-    add("--rank", type=positive, help="of the adapters")
-    add("--fraction", type=float, help="of the neurons that a domain may change")
-    add("--max-rank", type=positive, help="most directions that a domain adds to a layer's basis")
-    add = parser.add_argument_group("the device (default: what is known of it)").add_argument
-    for name, text in _DEVICE.items():
-        add(f"--{name}", type=float, help=text)
+    add_options(parser, _Plan)
     parser.set_defaults(command=_plan)
 
 
 def _plan(arguments: argparse.Namespace) -> None:
-    given = {name: getattr(arguments, name) for name in _DEVICE}
-    device = find_device(arguments.gpu, utilization=given.pop("mfu"), **given)
+    plan = chosen(_Plan, arguments)
+    device = find_device(plan.gpu, **plan.given(FLAGS))
     # transformers takes seconds to import: not for --help or a mistyped option.
     from sparse_cl.four_domains.files import write_json
     from sparse_cl.four_domains.settings import methods_named
@@ -83,39 +67,34 @@ def _plan(arguments: argparse.Namespace) -> None:
     from .table import plan_text
 
     quiet()
-    methods = methods_named(names(arguments.method))
-    work = Workload(**{field.name: getattr(arguments, field.name) for field in fields(Workload)})
-    if arguments.json is not None and not arguments.json.resolve().parent.is_dir():
-        raise ValueError(f"--json {arguments.json}: its folder does not exist; make it first")
-    taken = _choose(methods, {name: getattr(arguments, name) for name in _METHOD})
-    config = read_config(arguments.model)
-    model = build(config, arguments.model, work.precision)
+    if plan.json is not None and not plan.json.resolve().parent.is_dir():
+        raise ValueError(f"--json {plan.json}: its folder does not exist; make it first")
+    options = _options(plan, methods_named(names(plan.method)))
+    config = read_config(plan.model)
+    model = build(config, plan.model, plan.precision)
     costs: dict[str, Any] = {}
     refused: dict[str, str] = {}
-    for method in methods:
+    for method, taken in options.items():
         try:
-            counted = count(method, config, work, name=arguments.model, **taken[method])
-            costs[method] = cost(model, counted, work, device)
+            costs[method] = cost(model, count(method, config, plan, name=plan.model, **taken), plan, device)
         except NotPlanned as error:
             refused[method] = str(error)
-    print(plan_text(arguments.model, model, work, device, costs, refused))
-    if arguments.json is not None:
-        facts = {"name": arguments.model, "parameters": sum(p.numel() for p in model.parameters())}
-        plan = {"model": facts, "device": vars(device), "run": vars(work), "methods": costs, "not_planned": refused}
-        write_json(arguments.json, plan)
+    print(plan_text(plan.model, model, plan, device, costs, refused))
+    if plan.json is not None:
+        facts = {"name": plan.model, "parameters": sum(p.numel() for p in model.parameters())}
+        run = {field.name: getattr(plan, field.name) for field in fields(Workload)}
+        found = {"model": facts, "device": vars(device), "run": run, "methods": costs, "not_planned": refused}
+        write_json(plan.json, found)
 
 
-def _choose(methods: Sequence[str], options: Mapping[str, float | None]) -> dict[str, dict[str, Any]]:
+def _options(plan: _Plan, methods: tuple[str, ...]) -> dict[str, dict[str, Any]]:
     """For each method those of the options that are given and that it takes."""
     if not methods:
         raise ValueError(f"--method: expected {', '.join(METHODS)}, or all; got none")
-    for name in methods:
-        if name not in METHODS:
-            raise ValueError(f"unknown method {name!r}: expected {', '.join(METHODS)}, or all")
-    taken = {name: inspect.signature(METHODS[name].__init__).parameters for name in methods}
-    given = {option: value for option, value in options.items() if value is not None}
-    for option in given:
-        if not any(option in parameters for parameters in taken.values()):
-            flag = "--" + option.replace("_", "-")
+    taken = {name: method_named(name, "all").options for name in methods}
+    given = plan.given(("rank", "fraction", "max_rank"))
+    for name in given:
+        if not any(name in options for options in taken.values()):
+            flag = "--" + name.replace("_", "-")
             raise ValueError(f"{flag} is set, but no method of this plan takes it: {', '.join(methods)}. Leave it out")
-    return {name: {o: value for o, value in given.items() if o in parameters} for name, parameters in taken.items()}
+    return {method: {o: value for o, value in given.items() if o in options} for method, options in taken.items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from statistics import mean
 from typing import Any
 
 from sparse_cl.models.parts import find_blocks
@@ -27,10 +27,10 @@ def cost(model: Any, counted: Count, work: Workload, device: Device) -> dict[str
         "settings" and "remark", as counted. "memory": bytes on a device that holds everything; "temporary" is what the
         optimizer's step holds besides, "observing" what is held around a domain besides weights and what is kept,
         "peak" the largest of "phases". Means over the domains: "token_flops" (of training, per token; "forward_flops"
-        the forward pass alone), "step_flops" (the optimizer's, in float32), "step_bytes" (read and written by it),
-        "step_seconds". "steps"; "devices" that must share weights, gradients and state (None: no number does) and
-        "fits", a sentence on that; "device_hours", "hours" (by the clock), "dollars"; and of all stages of probing
-        "probe_flops", "probe_device_hours", "probe_dollars".
+        the forward pass alone), "step_flops" (the optimizer's, in float32), "step_bytes" (read and written in a step of
+        training by all but products of matrices), "step_seconds". "steps"; "devices" that must share weights, gradients
+        and state (None: no number does) and "fits", a sentence on that; "device_hours", "hours" (by the clock),
+        "dollars"; and of all stages of probing "probe_flops", "probe_device_hours", "probe_dollars".
     """
     names = ("weights", "gradients", "state", "activations", "logits", "kept")
     memory = {name: counted[name] for name in names} | {"phases": counted["peaks"]}
@@ -39,22 +39,23 @@ def cost(model: Any, counted: Count, work: Workload, device: Device) -> dict[str
     memory["observing"] = max(0, counted["peaks"][AROUND] - held)
     memory["peak"] = max(counted["peaks"].values())
     rate = device.utilization * (device.flops_fp32 if work.precision == "fp32" else device.flops)
-    passes, step, traffic = (mean(counted[key], work.domains) for key in ("passes", "steps", "traffic"))
-    seconds = passes / rate + step / (device.utilization * device.flops_fp32) + traffic / device.bandwidth
+    passes, step, moved = (mean(counted[key]) for key in ("passes", "steps", "moved"))
+    seconds = passes / rate + step / (device.utilization * device.flops_fp32) + moved / device.bandwidth
     steps = work.domains * math.ceil(work.tokens / work.step_tokens)
     devices, fits = _devices(model, memory, device)
     hours = steps * seconds / 3600
-    forward = counted["forward"] / work.step_tokens
-    times = (2 + work.domains if work.forward_passes is None else work.forward_passes) + 3 * work.backward_passes
-    probe_flops = work.probe_stages * work.domains * work.probe_records * work.length * forward * times
+    # A backward pass is taken for two forward passes.
+    probe_tokens = work.probe_stages * work.domains * work.probe_records * work.length
+    probe_passes = probe_tokens / work.step_tokens * (work.probe_forward + 3 * work.backward_passes)
+    probe_hours = probe_passes * (counted["forward"] / rate + counted["forward_moved"] / device.bandwidth) / 3600
     return {
         "settings": counted["settings"],
         "remark": counted["remark"],
         "memory": memory,
-        "forward_flops": forward,
+        "forward_flops": counted["forward"] / work.step_tokens,
         "token_flops": passes / work.step_tokens,
         "step_flops": step,
-        "step_bytes": traffic,
+        "step_bytes": moved,
         "step_seconds": seconds,
         "steps": steps,
         "devices": devices,
@@ -62,16 +63,10 @@ def cost(model: Any, counted: Count, work: Workload, device: Device) -> dict[str
         "device_hours": hours,
         "hours": hours / (devices or 1),
         "dollars": hours * device.price,
-        "probe_flops": probe_flops,
-        "probe_device_hours": probe_flops / rate / 3600,
-        "probe_dollars": probe_flops / rate / 3600 * device.price,
+        "probe_flops": probe_passes * counted["forward"],
+        "probe_device_hours": probe_hours,
+        "probe_dollars": probe_hours * device.price,
     }
-
-
-def mean(values: Sequence[float], domains: int) -> float:
-    """The mean over domains of values in the first, the second and the last one, linear between these two."""
-    first, *later = values
-    return (first + (domains - 1) * (later[0] + later[-1]) / 2) / domains if later else first
 
 
 def _devices(model: Any, memory: dict[str, Any], device: Device) -> tuple[int | None, str]:

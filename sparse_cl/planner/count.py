@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import warnings
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
 
-from sparse_cl.four_domains import state as held
-from sparse_cl.methods import METHODS, Method
+from sparse_cl.four_domains.state import optimizer_state_bytes
+from sparse_cl.methods import Method, method_named
 from sparse_cl.models.parts import find_blocks
-from sparse_cl.subspace import consolidation
 
 from .dry import DryRun, dry_run
 from .model import Workload, build
@@ -27,11 +25,11 @@ FORWARD, BACKWARD, STEP, AROUND = PHASES = (
 )
 
 Count = dict[str, Any]
-"""Bytes: "weights", "gradients", "state" (the optimizer's), "kept" (by the method), "activations" (what a forward pass
-leaves for the backward pass), "logits" (at most, with what the loss makes of them), and "peaks" in each of `PHASES`; of
-the last domain. FLOPs of matrix products: "forward"; and for the first, the second and the last domain "passes",
-"steps" (the optimizer's) and bytes of "traffic" (read and written by the optimizer), all of one step. "settings" and a
-"remark"."""
+"""Bytes on the device in the last domain: "weights", "gradients", "state" (the optimizer's), "kept" (by the method),
+"activations" (what a forward pass leaves for the backward pass), "logits" (with what the loss makes of them in the
+forward pass), and "peaks" in each of `PHASES`. Of a forward pass: "forward" FLOPs of matrix products, and bytes
+"forward_moved", which all other ops read and write. Of a step of training in each domain: FLOPs of "passes" and of
+"steps" (the optimizer's), and bytes "moved" in both. "settings" and a "remark"."""
 
 
 class NotPlanned(Exception):
@@ -51,11 +49,10 @@ def count(method: str, config: Any, work: Workload, *, name: str = "model", gpu:
         ValueError: no such method, an option that it refuses, or a model that it cannot train.
         NotPlanned: the method's code cannot be run without values.
     """
-    if method not in METHODS:
-        raise ValueError(f"unknown method {method!r}: expected {', '.join(METHODS)}")
+    make = method_named(method)
 
     def run(blocks: int | None) -> Count:
-        model, made = build(config, name, work.precision, blocks), METHODS[method](**options)
+        model, made = build(config, name, work.precision, blocks), make(**options)
         try:
             return _domains(made, model, work, gpu)
         except Exception as error:
@@ -63,7 +60,7 @@ def count(method: str, config: Any, work: Workload, *, name: str = "model", gpu:
             raise NotPlanned(f"its code does not run on tensors without values ({reason})") from error
 
     whole = build(config, name, work.precision)
-    METHODS[method](**options).check(whole)
+    make(**options).check(whole)
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if limit is not None and work.length > limit:
         raise ValueError(f"length: expected at most the model's context of {limit} tokens, got {work.length}")
@@ -84,27 +81,26 @@ def _along(a: Any, b: Any, way: float) -> Any:
 
 
 def _domains(method: Method, model: Any, work: Workload, gpu: bool) -> Count:
-    """Runs the first, the second and the last domain, with a step in each."""
-    run = DryRun(wide_at=model.get_output_embeddings().weight.shape[0], gpu=gpu)
-    last, measured = work.domains - 1, []
+    """Runs every domain, with a step in each."""
+    run = DryRun(model.get_output_embeddings().weight.shape[1], gpu)
+    run.share = work.used / work.domains
+    measured = []
     with warnings.catch_warnings(), dry_run(run):
         warnings.simplefilter("ignore")
+        ids = torch.zeros(work.batch_size, work.length, dtype=torch.int64)
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
         model.to_empty(device="cpu").tie_weights()
         if work.checkpointing:
             model.gradient_checkpointing_enable()
-        ids = torch.zeros(work.batch_size, work.length, dtype=torch.int64)
-        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
-        for number in sorted({0, min(1, last), last}):
+        for _ in range(work.domains):
             run.begin(AROUND)
             model = method.before_domain(model, [batch]).train()
             optimizer = method.make_optimizer(model, 1e-3)
             measured.append(_step(run, method, model, optimizer, batch, work))
             run.begin(AROUND)
-            done = last if number == 1 < last else number + 1  # the second stands for all that are not run, too
-            with _directions(work.used * done / work.domains, done - number):
-                method.after_domain(model, [batch])
+            method.after_domain(model, [batch])
     found = {**measured[-1], "peaks": {phase: run.peaks[phase] for phase in PHASES}, "settings": method.settings()}
-    return found | {key: [one[key] for one in measured] for key in ("passes", "steps", "traffic")}
+    return found | {key: [one[key] for one in measured] for key in ("passes", "steps", "moved")}
 
 
 def _step(run: DryRun, method: Method, model: Any, optimizer: Any, batch: Any, work: Workload) -> Count:
@@ -114,9 +110,12 @@ def _step(run: DryRun, method: Method, model: Any, optimizer: Any, batch: Any, w
             group["foreach"] = True  # as torch chooses for parameters on a GPU
     run.peaks |= dict.fromkeys((FORWARD, BACKWARD, STEP), 0)
     run.begin(FORWARD)
-    run.wide_peak, run.flops, before = 0, 0, run.live
+    run.flops = run.moved = 0
+    before = at_head = run.live
 
     def watch(head: Any, given: Any) -> None:
+        nonlocal at_head
+        at_head = run.live
         # When the gradient of what enters the head is there, the logits have gone.
         if given[0].requires_grad:
             given[0].register_hook(lambda gradient: run.begin(BACKWARD))
@@ -125,55 +124,36 @@ def _step(run: DryRun, method: Method, model: Any, optimizer: Any, batch: Any, w
     with torch.autocast("cpu", torch.bfloat16, enabled=work.precision == "mixed"):
         loss = model(**batch, use_cache=False).loss
     hook.remove()
-    activations, forward = run.live - run.wide - before, run.flops
+    logits = max(run.live, run.peaks[FORWARD]) - at_head
+    forward, forward_moved = run.flops, run.moved
     penalty = method.penalty(model)
     (loss if penalty is None else loss + penalty).backward()
     del loss, penalty
-    gradients = run.bytes_of(p.grad for p in model.parameters() if p.grad is not None)
     run.begin(STEP)
-    traffic: list[int] = []
-    before, passes = run.live, run.flops
-    with run.moving(traffic):
-        optimizer.step()
-    made = run.live - before  # the state: later passes find it there, and later steps read and write it
-    for phase in (FORWARD, BACKWARD):
-        run.peaks[phase] += made
+    at_step, passes = run.live, run.flops
     # The leaves of active layers are in the optimizer's state, as masters.
     weights = [t for n, t in (*model.named_parameters(), *model.named_buffers()) if not n.endswith(".active")]
-    own = {name: value for name, value in vars(method).items() if name != held.MEASURING}
+    held = {
+        "weights": run.bytes_of(weights),
+        "gradients": run.bytes_of(p.grad for p in model.parameters() if p.grad is not None),
+    }
+    held["kept"] = at_step - sum(held.values()) - optimizer_state_bytes(optimizer) - run.bytes_of(batch.values())
+    optimizer.step()
+    for phase in (FORWARD, BACKWARD):  # in later steps the state is there from the start
+        run.peaks[phase] += run.live - at_step
     states = [x for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]
     found = {
-        "weights": run.bytes_of(weights),
-        "gradients": gradients,
-        "state": held.optimizer_state_bytes(optimizer),
-        "kept": run.bytes_of(held._tensors(own, set()), but=(*weights, *states)),
-        "activations": activations,
-        "logits": run.wide_peak,
+        **held,
+        "state": optimizer_state_bytes(optimizer),
+        "activations": at_head - before,
+        "logits": logits,
         "forward": forward,
+        "forward_moved": forward_moved,
         "passes": passes,
         "steps": run.flops - passes,
-        "traffic": traffic[0] + 2 * made,
+        "moved": run.moved,
         "remark": "its optimizer keeps moments in bfloat16 and no master copy: small updates are lost to rounding. "
         "--precision mixed keeps float32 weights" * any(x.dtype == torch.bfloat16 for x in states),
     }
     optimizer.zero_grad()
     return found
-
-
-def _directions(share: float, domains: int) -> Any:
-    """What data decide: how many directions join each layer's basis. Here those that make it a share of all.
-
-    Args:
-        domains: for how many a domain stands, each of which adds at most max_rank.
-    """
-    original = consolidation.new_directions
-
-    def planned(moments: Any, subspaces: Any, energy: float, max_rank: int | None) -> list[Tensor]:
-        width = next(iter(moments[0].tensors().values())).shape[0]
-        rank = 0 if subspaces[0] is None else subspaces[0].rank
-        most = width if max_rank is None else rank + domains * max_rank
-        new = max(0, min(width, most, round(share * width)) - rank)
-        with mock.patch.object(consolidation, "_fewest", lambda *given: new):
-            return original(moments, subspaces, energy, max_rank)
-
-    return mock.patch.object(consolidation, "new_directions", planned)

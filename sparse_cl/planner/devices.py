@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 #: Share of a device's memory that tensors may take: the rest is the driver's, the libraries' and lost between blocks.
 USABLE = 0.92
@@ -18,9 +17,9 @@ class Device:
         flops, flops_fp32: peak of dense bfloat16 products, and of float32 products without TF32, FLOP/s.
         bandwidth, memory: bytes/s, bytes.
         price: dollars an hour; an assumption: on-demand offers of 2025 differ by a factor of three.
-        utilization: share of the peak that is reached over a training step, recomputation counted as work; an
-            assumption. PaLM reports 0.46 (Chowdhery et al. 2022, table 3), Llama 3 0.38 to 0.43 (Dubey et al. 2024,
-            table 4), both after much tuning; a plain training loop reaches 0.3 to 0.4.
+        utilization: share of the peak that products of matrices reach, recomputation counted as work; all other ops
+            take the time that their bytes take at `bandwidth`. An assumption: of whole steps PaLM reports 0.46
+            (Chowdhery et al. 2022, table 3), Llama 3 0.38 to 0.43 (Dubey et al. 2024, table 4), both after much tuning.
         source: of the numbers up to `memory`.
     """
 
@@ -44,47 +43,37 @@ DEVICES = {
         Device("h200", 989.4e12, 66.9e12, 4800e9, 141e9, 3.8, 0.35, "NVIDIA H200 Tensor Core GPU data sheet, SXM"),
     )
 }
-CUSTOM = "custom"
+OTHER = "custom"
+#: What may be given of a device: the fields that it sets, and its unit.
+FLAGS = {
+    "tflops": (("flops", "flops_fp32"), 1e12),
+    "bandwidth": (("bandwidth",), 1e9),
+    "memory": (("memory",), 1e9),
+    "price": (("price",), 1),
+    "mfu": (("utilization",), 1),
+}
 
 
-def find_device(
-    name: str,
-    *,
-    tflops: float | None = None,
-    bandwidth: float | None = None,
-    memory: float | None = None,
-    price: float | None = None,
-    utilization: float | None = None,
-) -> Device:
+def find_device(name: str, **given: float) -> Device:
     """A known device with the given numbers in the place of its own, or one that is all given ("custom").
 
     Args:
-        tflops: peak in 1e12 FLOP/s in the precision that is planned for.
-        bandwidth: GB/s (1e9 bytes). memory: GB (1e9 bytes). price: dollars an hour.
-        utilization: in (0, 1].
+        given: of `FLAGS`. tflops: peak in 1e12 FLOP/s in the precision that is planned for. bandwidth: GB/s (1e9
+            bytes). memory: GB (1e9 bytes). price: dollars an hour. mfu: in (0, 1].
 
     Raises:
         ValueError: an unknown name, a number that is not positive, or a custom device without all that it needs.
     """
-    given = {"tflops": tflops, "bandwidth": bandwidth, "memory": memory, "price": price, "mfu": utilization}
     for flag, value in given.items():
-        if value is not None and not (0 < value < float("inf") or (flag == "price" and value == 0)):
+        if not (0 < value < float("inf") or (flag == "price" and value == 0)):
             raise ValueError(f"--{flag}: expected a positive number, got {value:g}")
-    if utilization is not None and utilization > 1:
-        raise ValueError(f"--mfu: expected a share in (0, 1], got {utilization:g}")
-    if name == CUSTOM:
-        if missing := [f"--{flag}" for flag, value in given.items() if value is None and flag != "mfu"]:
-            raise ValueError(f"--gpu {CUSTOM} needs {', '.join(missing)} too: nothing is known of it")
+    if given.get("mfu", 1) > 1:
+        raise ValueError(f"--mfu: expected a share in (0, 1], got {given['mfu']:g}")
+    if name == OTHER:
+        if missing := [f"--{flag}" for flag in FLAGS if flag not in given and flag != "mfu"]:
+            raise ValueError(f"--gpu {OTHER} needs {', '.join(missing)} too: nothing is known of it")
     elif name not in DEVICES:
-        raise ValueError(f"unknown device {name!r}: expected {', '.join(DEVICES)}, or {CUSTOM} with its numbers")
-    device = DEVICES.get(name) or Device(CUSTOM, 0.0, 0.0, 0.0, 0.0, 0.0, 0.4, "given")
-    fields = {"tflops": ("flops", "flops_fp32"), "bandwidth": ("bandwidth",), "memory": ("memory",)}
-    fields |= {"price": ("price",), "mfu": ("utilization",)}
-    units = {"tflops": 1e12, "bandwidth": 1e9, "memory": 1e9}
-    changes: dict[str, Any] = {
-        field: value * units.get(flag, 1)
-        for flag, value in given.items()
-        if value is not None
-        for field in fields[flag]
-    }
-    return replace(device, **changes)
+        raise ValueError(f"unknown device {name!r}: expected {', '.join(DEVICES)}, or {OTHER} with its numbers")
+    device = DEVICES.get(name) or Device(OTHER, 0.0, 0.0, 0.0, 0.0, 0.0, 0.4, "given")
+    changes = {field: value * FLAGS[flag][1] for flag, value in given.items() for field in FLAGS[flag][0]}
+    return replace(device, **changes)  # type: ignore[arg-type]

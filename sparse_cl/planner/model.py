@@ -2,58 +2,76 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import math
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 
+from sparse_cl.arguments import check_options, option
 from sparse_cl.models.parts import find_blocks
 
-PRECISIONS = ("bf16", "mixed", "fp32")
-"""bf16: weights, products and activations in bfloat16. mixed: float32 weights, products in bfloat16 (autocast).
-fp32: all in float32."""
+
+def number(text: str) -> float:
+    """A positive number, with k, M or G after it for a thousand, a million, a billion."""
+    scale = {"k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9}.get(text[-1:].lower(), 1.0)
+    try:
+        value = float(text[:-1] if scale > 1 else text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a positive number such as 20M, got {text!r}")
+    return value * scale
 
 
-def _set(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"help": text})
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Workload:
     """What is run; each field is an option of `sparse-cl plan`, with its meaning beside it.
 
+    `precision` is that of training. bf16: weights, products and activations in bfloat16. mixed: float32 weights,
+    products in bfloat16 (autocast). fp32: all in float32.
+
     Raises:
-        ValueError: a number that is not positive, a share outside [0, 1], or an unknown precision.
+        ValueError: a number that is too small, a share outside [0, 1], or an unknown precision.
     """
 
-    domains: int = _set(4, "how many")
-    tokens: float = _set(20e6, "trained on in a domain, repetitions counted, padding left out: 20000000 or 20M")
-    batch_size: int = _set(8, "sequences in a step on a device")
-    length: int = _set(512, "tokens in a sequence")
-    precision: str = _set("bf16", "bf16; mixed: float32 weights, products in bfloat16; fp32")
-    checkpointing: bool = _set(False, "compute activations again instead of keeping them")
-    used: float = _set(0.4, "share of directions that all domains use, where a method protects them")
-    probe_records: int = _set(128, "records of each domain in one pass of a probe")
-    probe_stages: int = _set(2, "how often everything is probed; 2: before and after")
-    forward_passes: int | None = _set(None, "of probes, at a stage (none: 2 and one for each domain)")
-    backward_passes: int = _set(2, "of probes, at a stage")
+    domains: int = option(4, "how many", least=1)
+    tokens: float = option(
+        20e6,
+        "trained on in a domain, repetitions counted, padding left out: 20000000 or 20M",
+        action="store",
+        type=number,
+    )
+    batch_size: int = option(8, "sequences in a step on a device", least=1)
+    length: int = option(512, "tokens in a sequence", least=1)
+    precision: Literal["bf16", "mixed", "fp32"] = option(
+        "bf16", "bf16; mixed: float32 weights, products in bfloat16; fp32"
+    )
+    checkpointing: bool = option(False, "compute activations again instead of keeping them")
+    used: float = option(0.4, "share of directions that all domains use, where a method protects them", least=0)
+    probe_records: int = option(128, "records of each domain in one pass of a probe", least=0)
+    probe_stages: int = option(2, "how often everything is probed; 2: before and after", least=0)
+    forward_passes: int | None = option(None, "of probes, at a stage (none: 2 and one for each domain)", least=0)
+    backward_passes: int = option(2, "of probes, at a stage", least=0)
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            least = "positive number" if name in ("domains", "tokens", "batch_size", "length") else "number from 0 on"
-            if isinstance(value, (int, float)) and not (0 < value < math.inf or value == 0 and least[0] == "n"):
-                raise ValueError(f"{name}: expected a {least}, got {value}")
-        if self.used > 1:
+        check_options(self)
+        if not 0 < self.tokens < math.inf:
+            raise ValueError(f"tokens: expected a positive number, got {self.tokens}")
+        if not self.used <= 1:
             raise ValueError(f"used: expected a share in [0, 1], got {self.used}")
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"precision: expected one of {', '.join(PRECISIONS)}, got {self.precision!r}")
 
     @property
     def step_tokens(self) -> int:
         """Tokens of a step on one device."""
         return self.batch_size * self.length
+
+    @property
+    def probe_forward(self) -> int:
+        """Forward passes of probes at a stage."""
+        return 2 + self.domains if self.forward_passes is None else self.forward_passes
 
 
 def read_config(source: str) -> Any:

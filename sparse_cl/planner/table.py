@@ -77,7 +77,6 @@ def _assumptions(name: str, model: Any, work: Workload, device: Device, costs: M
     chosen = {method: ", ".join(f"{k} {v}" for k, v in c["settings"].items()) for method, c in costs.items()}
     settings = "; ".join(f"{method} {values}" for method, values in chosen.items() if values)
     parameters = sum(p.numel() for p in model.parameters())
-    forward = 2 + work.domains if work.forward_passes is None else work.forward_passes
     return "\n".join(
         [
             f"Model: {name}: {parameters / 1e6:,.2f} M parameters in {len(find_blocks(model))} blocks",
@@ -87,13 +86,14 @@ def _assumptions(name: str, model: Any, work: Workload, device: Device, costs: M
             f"Device: {device.name}: {peak / 1e12:.4g} TFLOP/s at its peak ({device.flops_fp32 / 1e12:.4g} in float32, "
             f"for the optimizer), {device.bandwidth / 1e9:.4g} GB/s, {device.memory / 1e9:.4g} GB of which "
             f"{USABLE:.0%} can be used ({device.source})",
-            f"Assumed: {device.utilization:.0%} of that peak is reached; {device.price:.4g} dollars an hour",
+            f"Assumed: products of matrices reach {device.utilization:.0%} of that peak, all other ops take as long as "
+            f"their bytes at that bandwidth; {device.price:.4g} dollars an hour",
             "Counted: each method's own code, run on tensors without values; attention fused, all its positions counted"
             + "; the activations of a block computed again" * work.checkpointing,
             f"Protected directions: {work.used:.0%} of each layer's inputs after the last domain, each domain as many, "
             "or as many as max_rank lets a domain add",
-            f"Probing: {work.probe_stages} stages of {forward} forward and {work.backward_passes} forward and backward "
-            f"passes over {work.probe_records} records of each domain, {work.length} tokens each",
+            f"Probing: {work.probe_stages} stages of {work.probe_forward} forward and {work.backward_passes} "
+            f"forward and backward passes over {work.probe_records} records of each domain, {work.length} tokens each",
             "Left out: loading, scoring, the time between domains, communication between devices, and padding",
         ]
     )

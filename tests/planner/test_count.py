@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from sparse_cl.four_domains.state import optimizer_state_bytes, state_bytes
 from sparse_cl.methods import METHODS, AdamW
 from sparse_cl.planner import count as counting
 from sparse_cl.planner.count import NotPlanned, count
+from sparse_cl.planner.dry import DryRun, dry_run
 from sparse_cl.planner.model import Workload
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # names inside peft
@@ -36,7 +38,17 @@ def config(layers=2, **changes):
 
 
 def work(domains=2, **changes):
-    return Workload(**{"domains": domains, "batch_size": BATCH, "length": LENGTH, "precision": "fp32", **changes})
+    given = {"domains": domains, "batch_size": BATCH, "length": LENGTH, "precision": "fp32", "used": 0.5}
+    return Workload(**{**given, **changes})
+
+
+@functools.cache
+def counted(name, precision="fp32"):
+    """Of two domains of a model of one block, once for all tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        # The search for a threshold takes thousands of small ops, all alike.
+        patch.setattr("sparse_cl.subspace.kronecker._HALVINGS", 2, raising=False)
+        return count(name, config(1), work(2, precision=precision))
 
 
 def batch():
@@ -85,6 +97,20 @@ def test_flops_are_six_for_each_parameter_and_token_and_attention():
     assert again["peaks"]["backward pass"] < found["peaks"]["backward pass"]
 
 
+def test_adamws_step_moves_what_its_ops_read_and_write():
+    """Decay, two moments (lerp; mul and addcmul), the denominator (sqrt, div, add), addcdiv; and a count of steps."""
+    run = DryRun(WIDTH, gpu=True)
+    with dry_run(run):
+        weight = torch.nn.Parameter(torch.empty(1 << 10, 1 << 10))
+        weight.grad = torch.empty_like(weight)
+        optimizer = torch.optim.AdamW([weight], foreach=True)
+        optimizer.step()
+        run.moved = 0
+        optimizer.step()
+    assert run.moved == pytest.approx((2 + 3 + (2 + 4) + (2 + 2 + 2) + 4) * weight.nbytes, abs=100)
+    assert run.flops == 0
+
+
 def test_activations_are_what_the_graph_keeps():
     def saved(layers):
         model = transformers.AutoModelForCausalLM.from_config(config(layers))
@@ -115,9 +141,8 @@ def test_loras_state_is_that_of_its_adapters():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["adamw", "lora", "sparse-masked", "elastic", "elastic-lora", "ewc", "replay-5"])
 def test_state_and_kept_are_those_of_a_live_method(name, dtype):
-    method, model, optimizer = live(name, config(), dtype)
-    precision = "bf16" if dtype == torch.bfloat16 else "fp32"
-    found = count(name, config(), work(2, precision=precision), gpu=False)
+    method, model, optimizer = live(name, config(1), dtype)
+    found = counted(name, "bf16" if dtype == torch.bfloat16 else "fp32")
     assert found["state"] == optimizer_state_bytes(optimizer)
     assert found["gradients"] == sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
     kept = state_bytes(method, optimizer) - optimizer_state_bytes(optimizer)
@@ -129,34 +154,35 @@ def test_state_and_kept_are_those_of_a_live_method(name, dtype):
 
 @pytest.mark.parametrize("name", ["orthogonal", "orthogonal-lora"])
 def test_protected_directions_are_as_many_as_assumed(name):
-    found = count(name, config(), work(2, used=0.5))
-    _, model, optimizer = live(name, config(), max_rank=8)
+    found = counted(name)
+    _, model, optimizer = live(name, config(1), max_rank=8)
     assert found["state"] == optimizer_state_bytes(optimizer)
-    layers = 2 * (6 * [WIDTH] + [NEURONS]) + [WIDTH]
-    bases = sum(4 * width * round(width / 4) for width in (layers if name == "orthogonal" else layers))
+    layers = 6 * [WIDTH] + [NEURONS] + [WIDTH]
+    bases = sum(4 * width * round(width / 4) for width in layers)
     assert found["kept"] == pytest.approx(bases, rel=0.05)
     assert found["steps"][0] == 0 < found["steps"][1]
-    capped = count(name, config(), work(2, used=0.5), max_rank=2)
+    capped = count(name, config(1), work(2), max_rank=2)
     assert capped["kept"] == pytest.approx(sum(4 * width * 2 for width in layers), rel=0.05)
 
 
 def test_elastic_turns_gradients_weights_and_updates():
-    found = count("elastic", config(), work(2))
-    turned = 2 * (4 * WIDTH**3 - WIDTH**3 + 2 * NEURONS * WIDTH**2 + WIDTH * NEURONS**2) + WORDS * WIDTH**2
+    found = counted("elastic")
+    turned = (4 * WIDTH**3 - WIDTH**3 + 2 * NEURONS * WIDTH**2 + WIDTH * NEURONS**2) + WORDS * WIDTH**2
     assert found["steps"] == [0, 3 * 2 * turned]
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_runs_dry(name):
-    found = count(name, config(1), work(2))
+    found = counted(name)
     assert min(found["peaks"].values()) > found["weights"] * 0.99
 
 
 @pytest.mark.parametrize("name", ["adamw", "lora"])
 def test_deep_models_are_counted_from_shallow_ones(name, monkeypatch):
-    short = count(name, config(7), work(2))
-    monkeypatch.setattr(counting, "DEPTHS", (7, 7))
-    whole = count(name, config(7), work(2))
+    monkeypatch.setattr(counting, "DEPTHS", (1, 2))
+    short = count(name, config(3), work(1))
+    monkeypatch.setattr(counting, "DEPTHS", (3, 3))
+    whole = count(name, config(3), work(1))
     for key in ("weights", "gradients", "state", "activations", "logits", "forward", "passes", "settings"):
         assert short[key] == whole[key]
     assert short["peaks"] == pytest.approx(whole["peaks"], rel=0.02)
@@ -175,7 +201,7 @@ def test_a_method_that_needs_values_is_not_planned(monkeypatch):
 
 
 def test_unknown_methods_and_refused_options():
-    with pytest.raises(ValueError, match="unknown method 'sgd': expected adamw, lora"):
+    with pytest.raises(ValueError, match="unknown method 'sgd'; there are adamw, lora"):
         count("sgd", config(), work())
     with pytest.raises(ValueError, match="fraction: expected a share of the neurons"):
         count("sparse-masked", config(), work(), fraction=2.0)
