@@ -106,8 +106,8 @@ def capacity(
 ) -> Capacity:
     """What each domain uses of each layer, in the order given, and what is left.
 
-    A domain's directions are found as `SubspaceMemory` does: the fewest that leave out no more than 1 - `energy` of
-    its inputs beside what was left out before (GPM's criterion, Saha, Garg & Roy 2021).
+    A domain's directions are found as `SubspaceMemory` does: the fewest that, with those in use, explain `energy` of
+    its inputs (GPM's criterion, Saha, Garg & Roy 2021).
 
     Args:
         moments: domain → its inputs, from `InputProbe`.
@@ -181,7 +181,7 @@ def _layer(
         null = subspace if null is None else _grown(null, _turned(whole, generator), energy)
         found.alone.append(_grown(None, whole, energy).rank if number else subspace.rank)
         found.alone_halves.append((first.rank, _grown(None, other, energy).rank))
-        found.repeated.append(_further(other, first, energy))
+        found.repeated.append(_grown(first, other, energy).rank - first.rank)
         found.used.append(subspace.rank)
         found.used_null.append(null.rank)
     return found
@@ -198,19 +198,6 @@ def _sum(halves: tuple[ExactMoment, ExactMoment]) -> ExactMoment:
 def _grown(subspace: Subspace | None, moment: ExactMoment, energy: float) -> Subspace:
     """With what a further domain uses."""
     return leading([moment], [subspace], 1.0, [1.0], Settings(energy=energy))[0]
-
-
-def _further(moment: ExactMoment, subspace: Subspace, energy: float) -> int:
-    """The fewest directions that, with those of the subspace, explain `energy` of the moment."""
-    whole = moment.moment.double()
-    basis = subspace.basis.double()
-    left = whole - basis @ (basis.mT @ whole)
-    left = left - (left @ basis) @ basis.mT
-    values = torch.linalg.eigvalsh((left + left.mT) / 2).flip(0).clamp(min=0)
-    missing = left.diagonal().sum() - (1 - energy) * whole.diagonal().sum()
-    # Rounding leaves a direction of nothing where nothing is missing.
-    floor = torch.finfo(torch.float32).eps * whole.diagonal().sum()
-    return int((values.cumsum(0) - values < missing - floor).sum())
 
 
 def _turned(moment: ExactMoment, generator: torch.Generator) -> ExactMoment:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from sparse_cl.reference.precision import full_precision
 
@@ -85,7 +86,8 @@ def leading(
     """The leading directions of A = U diag(λ) Uᵀ + w E[x xᵀ], for each layer of a batch.
 
     As few as leave out no more than (1 - energy) w E‖x‖², what GPM (Saha, Garg & Roy 2021, equation 9) lets a domain
-    leave out, but at most as many as the settings allow. What is left out is remembered as one number.
+    leave out. With a cap on their number they are A's own, whatever U was. Without one U stays among them, as in GPM:
+    no later domain makes an earlier one's directions free. What is left out is remembered as one number.
 
     Args:
         moments: of one kind, width and place.
@@ -93,31 +95,61 @@ def leading(
         weight: w, of the domain.
         weights: Σ w over all domains, this one included.
     """
-    kind: Any = type(moments[0])
     device, dtype = moments[0].place
     with full_precision(device):
         counts = torch.stack([moment.count for moment in moments]).clamp(min=1)
         scales = (weight / counts).tolist()
-        spectra = kind.spectra(moments, scales, known)
         new = [float(moment.energy()) * scale for moment, scale in zip(moments, scales, strict=True)]
-        old = [0.0 if subspace is None else subspace.total for subspace in known]
-        inside = [e if s is None else e - s.outside for e, s in zip(old, known, strict=True)]
-        width = spectra.width
-        most = settings.most(width)
-        ranks = [
-            fewest(values, settings.energy * e + i, _NOISE * (e + i), most)
-            for values, e, i in zip(spectra.values.tolist(), new, inside, strict=True)
-        ]
-        columns = spectra.leading(max(ranks)).to(dtype)
+        if settings.max_rank is None:
+            parts = zip(moments, scales, known, new, strict=True)
+            found = [_grown(moment, scale, subspace, e, settings.energy) for moment, scale, subspace, e in parts]
+        else:
+            found = _largest(moments, scales, known, new, settings)
     result = []
-    for i, rank in enumerate(ranks):
-        values = spectra.values[i, :rank].to(dtype, copy=True)
-        total = new[i] + old[i]
-        outside = max(0.0, total - float(values.sum(dtype=torch.float64)))
+    for (values, basis), e, subspace, whole in zip(found, new, known, weights, strict=True):
+        total = e + (0.0 if subspace is None else subspace.total)
+        outside = max(0.0, total - float(values.sum()))
         # In one order, as a file holds it: products of a transposed matrix round differently.
-        basis = columns[i, :, :rank].clone(memory_format=torch.contiguous_format)
-        result.append(trusted(basis, values, outside, total / (width * weights[i])))
+        basis = basis.to(dtype).clone(memory_format=torch.contiguous_format)
+        mean = total / (len(basis) * whole)
+        result.append(trusted(basis, values.to(dtype, copy=True), outside, mean))
     return result
+
+
+def _grown(moment: Any, scale: float, subspace: Subspace | None, energy: float, share: float) -> tuple[Tensor, Tensor]:
+    """λ and U of the span of the old directions and the fewest new ones that explain the share of an exact moment."""
+    whole = moment.moment.double() * scale
+    old = whole.new_zeros(len(whole), 0) if subspace is None else subspace.basis.double()
+    outside = whole - old @ (old.mT @ whole)
+    outside = outside - (outside @ old) @ old.mT
+    values, vectors = torch.linalg.eigh((outside + outside.mT) / 2)
+    missing = float(outside.diagonal().sum()) - (1 - share) * energy
+    count = fewest(values.flip(0).tolist(), missing, _NOISE * energy, len(whole) - old.shape[1])
+    basis = torch.cat([old, vectors[:, len(whole) - count :]], 1)
+    inner = basis.mT @ whole @ basis
+    if subspace is not None:
+        inner.diagonal()[: subspace.rank] += subspace.values.double()
+    values, turn = torch.linalg.eigh(inner)
+    return values.flip(0).clamp(min=0), basis @ turn.flip(1)
+
+
+def _largest(
+    moments: Sequence[Moment],
+    scales: Sequence[float],
+    known: Sequence[Subspace | None],
+    new: Sequence[float],
+    settings: Settings,
+) -> list[tuple[Tensor, Tensor]]:
+    """λ and U of the largest eigenvalues of A."""
+    kind: Any = type(moments[0])
+    spectra = kind.spectra(moments, scales, known)
+    inside = [0.0 if s is None else s.total - s.outside for s in known]
+    ranks = [
+        fewest(values, settings.energy * e + i, _NOISE * (e + i), settings.most(spectra.width))
+        for values, e, i in zip(spectra.values.tolist(), new, inside, strict=True)
+    ]
+    columns = spectra.leading(max(ranks))
+    return [(spectra.values[i, :rank], columns[i, :, :rank]) for i, rank in enumerate(ranks)]
 
 
 def fewest(values: Sequence[float], wanted: float, noise: float, most: int) -> int:

@@ -63,7 +63,7 @@ def live(name, of, dtype=torch.float32, **options):
     method = METHODS[name](**options)
     for number in range(2):
         model = method.before_domain(model, [batch()]).train()
-        optimizer = method.make_optimizer(model, 1e-3)
+        optimizer = method.make_optimizer(model, 1e-3, path=1.0)
         loss, penalty = model(**batch()).loss, method.penalty(model)
         (loss if penalty is None else loss + penalty).backward()
         optimizer.step()
