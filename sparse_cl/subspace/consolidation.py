@@ -125,7 +125,8 @@ def _grown(moment: Any, scale: float, subspace: Subspace | None, energy: float, 
     values, vectors = torch.linalg.eigh((outside + outside.mT) / 2)
     missing = float(outside.diagonal().sum()) - (1 - share) * energy
     count = fewest(values.flip(0).tolist(), missing, _NOISE * energy, len(whole) - old.shape[1])
-    basis = torch.cat([old, vectors[:, len(whole) - count :]], 1)
+    # The last of the new ones may be as small as rounding errors, and then lie anywhere.
+    basis = torch.linalg.qr(torch.cat([old, vectors[:, len(whole) - count :].flip(1)], 1)).Q
     inner = basis.mT @ whole @ basis
     if subspace is not None:
         inner.diagonal()[: subspace.rank] += subspace.values.double()

@@ -30,26 +30,35 @@ def gradients(scales: Tensor, rows: int, steps: int, seed: int = 0, directions: 
 class Oracle:
     """The memory's rule by singular value decompositions in float64, of all gradients of a domain at once.
 
-    Of A = U diag(λ) Uᵀ + w E[x xᵀ] the leading eigenvectors: the fewest that leave out no more than (1 - energy) of the
-    domain.
+    Of A = U diag(λ) Uᵀ + w E[x xᵀ] the fewest directions that leave out no more than (1 - energy) of the domain: with a
+    cap the leading eigenvectors, without one the old directions and the leading ones outside them (GPM).
     """
 
     def __init__(self, n: int, energy: float, max_rank: int | None = None):
         self.basis, self.values = torch.zeros(n, 0, dtype=torch.float64), torch.zeros(0, dtype=torch.float64)
-        self.energy, self.max_rank = energy, n if max_rank is None else max_rank
+        self.energy, self.max_rank = energy, max_rank
 
     def learn(self, seen: list[Tensor], weight: float = 1.0, fade: float = 1.0) -> int:
         """Ends a domain with these gradients; how many directions there are more."""
         rows, before = torch.cat(seen).double(), len(self.values)
         rows = rows * (weight / len(rows)) ** 0.5
-        both = torch.cat([self.basis * (fade * self.values).sqrt(), rows.mT], 1)
-        vectors, roots, _ = torch.linalg.svd(both, full_matrices=False)
+        old = (self.basis * (fade * self.values).sqrt()).mT
+        if self.max_rank is None:
+            count = self.further([rows])
+            rest = rows - rows @ self.basis @ self.basis.mT
+            new = torch.linalg.svd(rest, full_matrices=False).Vh[:count].mT
+            span = torch.linalg.qr(torch.cat([self.basis, new], 1)).Q
+            _, roots, vh = torch.linalg.svd(torch.cat([old, rows]) @ span, full_matrices=False)
+            self.basis, self.values = span @ vh.mT, roots.square()
+            return count
+        both = torch.cat([old, rows])
+        _, roots, vh = torch.linalg.svd(both, full_matrices=False)
         values, total = roots.square(), both.square().sum()
         wanted = self.energy * rows.square().sum() + fade * self.values.sum()
-        # The sum of all squares rounds to a little less than the total.
+        # Energies are compared where rounding cannot decide.
         count = min(int((values.cumsum(0) < wanted - 1e-12 * total).sum()) + 1, self.max_rank)
         count = min(count, int((values > 1e-7 * total).sum()))
-        self.basis, self.values = vectors[:, :count], values[:count]
+        self.basis, self.values = vh[:count].mT, values[:count]
         return count - before
 
     def further(self, seen: list[Tensor]) -> int:
@@ -57,7 +66,7 @@ class Oracle:
         rows = torch.cat(seen).double()
         rest = torch.linalg.svdvals(rows - rows @ self.basis @ self.basis.mT).square()
         missing = rest.sum() - (1 - self.energy + 1e-12) * rows.square().sum()
-        return int((rest.cumsum(0) - rest < missing).sum())
+        return int(((rest.cumsum(0) - rest < missing) & (rest > 1e-7 * rows.square().sum())).sum())
 
 
 def largest_angle(a: Tensor, b: Tensor) -> float:
