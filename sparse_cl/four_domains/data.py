@@ -132,11 +132,13 @@ def read_hub(name: str, source: str, config: str | None = None) -> Domain:
 
     Splits: train and test, and where there are such: validation, eval. Columns as in a record.
     """
-    import datasets
-
     where = f"data set {source}" + (f" ({config})" if config else "")
     try:
+        import datasets
+
         splits = datasets.load_dataset(source, config)
+    except ModuleNotFoundError as error:
+        raise DataError(f"domain {name!r}: {where} is read by the package datasets: pip install datasets") from error
     except Exception as error:  # `datasets` raises many kinds, of several libraries
         raise DataError(f"domain {name!r}: cannot load {where}: {error}") from error
     for split in ("train", "test"):

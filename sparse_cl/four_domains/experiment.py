@@ -207,7 +207,7 @@ def _check_methods(settings: Settings, model: nn.Module) -> None:
 
 def _digests(domains: Sequence[Domain], reference: str | None, protected: str | None) -> dict[str, str]:
     """SHA-256 of the records and texts that a run reads, by name."""
-    read = {domain.name: asdict(domain) for domain in domains} | {"--reference": reference, "--protect": protected}
+    read = {domain.name: vars(domain) for domain in domains} | {"--reference": reference, "--protect": protected}
     return {
         name: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
         for name, value in read.items()

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from sparse_cl import cli
-from sparse_cl.four_domains import embedded_model, experiment
+from sparse_cl.four_domains import embedded_model
 
 GOLDEN = Path(__file__).parent / "golden" / "results.json"
 COMMAND = "run --method adamw,lora,elastic --steps 10 --batch-size 8 --eval-records 4 --out"
@@ -52,10 +52,9 @@ def assert_close(found, expected, tolerance=TOLERANCE, place="run"):
         assert found == expected, place
 
 
-def test_a_run_has_the_numbers_of_before_the_move(tmp_path, monkeypatch, capsys):
+def test_a_run_has_the_numbers_of_before_the_move(tmp_path, monkeypatch, capsys, no_pictures):
     monkeypatch.setenv("SPARSE_CL_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(embedded_model, "RECIPE", {**embedded_model.RECIPE, **SMALL, "num_hidden_layers": 2})
-    monkeypatch.setattr(experiment, "draw_all", lambda runs, out: None)
     assert cli.main([*COMMAND.split(), str(tmp_path / "out")]) == 0
     runs, golden = (json.loads(path.read_text())["runs"] for path in (tmp_path / "out" / "results.json", GOLDEN))
     assert [run["method"] for run in runs] == [run["method"] for run in golden]
