@@ -53,7 +53,7 @@ $(VENV)/.packages: constraints.txt
 	touch $@
 
 $(VENV)/.built: $(VENV)/.packages $(SOURCES)
-	SPARSE_CL_WERROR=1 $(INSTALL) --no-build-isolation -e '.[run]'
+	SPARSE_CL_WERROR=1 $(INSTALL) --no-build-isolation -e '.[files]'
 	touch $@
 
 # The installed package's own extra: what is built is not built again.

@@ -101,12 +101,15 @@ def read_jsonl(path: Path, *, for_eval: bool = False) -> list[dict]:
     return records
 
 
-def _hold_out(train: list[dict], where: str) -> tuple[list[dict], list[dict]]:
-    """Training records, and the last of them (5 %, at most 256) as validation."""
-    size = min(256, max(1, len(train) // 20))
-    if len(train) < 2:
-        raise DataError(f"{where}: {len(train)} training record; need at least 2, one is held out as validation")
-    return train[:-size], train[-size:]
+def _domain(name: str, records: dict[str, list[dict]], where: str) -> Domain:
+    """The domain of records by split; without validation, the last training records (5 %, at most 256) are that."""
+    train, validation = records["train"], records.get("validation")
+    if not validation:
+        if len(train) < 2:
+            raise DataError(f"{where}: {len(train)} training record; need at least 2, one is held out as validation")
+        size = min(256, max(1, len(train) // 20))
+        train, validation = train[:-size], train[-size:]
+    return Domain(name, train, validation, records["test"], records.get("eval", []))
 
 
 def read_folder(folder: Path, name: str) -> Domain:
@@ -119,9 +122,9 @@ def read_folder(folder: Path, name: str) -> Domain:
                 f"domain {name!r}: no file {paths[split]}; "
                 f"domains with a train file in this folder: {', '.join(present) or 'none'}"
             )
-    train, validation = _hold_out(read_jsonl(paths["train"]), str(paths["train"]))
-    evaluation = read_jsonl(paths["eval"], for_eval=True) if paths["eval"].is_file() else []
-    return Domain(name, train, validation, read_jsonl(paths["test"]), evaluation)
+    there = {split: path for split, path in paths.items() if path.is_file()}
+    records = {split: read_jsonl(path, for_eval=split == "eval") for split, path in there.items()}
+    return _domain(name, records, str(paths["train"]))
 
 
 def read_hub(name: str, source: str, config: str | None = None) -> Domain:
@@ -129,36 +132,28 @@ def read_hub(name: str, source: str, config: str | None = None) -> Domain:
 
     Splits: train and test, and where there are such: validation, eval. Columns as in a record.
     """
-    import datasets
-
     where = f"data set {source}" + (f" ({config})" if config else "")
     try:
+        import datasets
+
         splits = datasets.load_dataset(source, config)
+    except ModuleNotFoundError as error:
+        raise DataError(f"domain {name!r}: {where} is read by the package datasets: pip install datasets") from error
     except Exception as error:  # `datasets` raises many kinds, of several libraries
         raise DataError(f"domain {name!r}: cannot load {where}: {error}") from error
     for split in ("train", "test"):
         if split not in splits:
             raise DataError(f"domain {name!r}: {where} has no split {split!r}; it has {', '.join(splits)}")
-    records = {
-        split: [
-            check_record(
-                {key: value for key, value in row.items() if value is not None},
-                f"{where}, {split}[{number}]",
-                for_eval=split == "eval",
-            )
+        if not len(splits[split]):
+            raise DataError(f"domain {name!r}: {where}, split {split!r} holds no record")
+    records: dict[str, list[dict]] = {}
+    for split in ("train", "validation", "test", "eval"):
+        rows = [{key: value for key, value in row.items() if value is not None} for row in splits.get(split, ())]
+        records[split] = [
+            check_record(row, f"{where}, {split}[{number}]", for_eval=split == "eval")
             for number, row in enumerate(rows)
         ]
-        for split, rows in splits.items()
-        if split in ("train", "validation", "test", "eval")
-    }
-    for split in ("train", "test"):
-        if not records[split]:
-            raise DataError(f"domain {name!r}: {where}, split {split!r} holds no record")
-    if records.get("validation"):
-        train, validation = records["train"], records["validation"]
-    else:
-        train, validation = _hold_out(records["train"], where)
-    return Domain(name, train, validation, records["test"], records.get("eval", []))
+    return _domain(name, records, where)
 
 
 def load_domains(names: Sequence[str], data: str | None, seed: int) -> list[Domain]:

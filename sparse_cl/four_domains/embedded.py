@@ -58,6 +58,8 @@ _DOSE_PHRASINGS = (
     "Which dose of {drug} is right?",
     "At what dose is {drug} given?",
 )
+_ASKED = ((_INDICATION_PHRASINGS, _CONDITIONS), (_DOSE_PHRASINGS, _DOSES))
+"""Of the facts of `formulary`: how each is asked, and all answers."""
 _TRAIN_PHRASINGS = 4
 _VARIABLES = "abcdnmxyz"
 _OPERATIONS = {"+": "{} + {}", "-": "{} - {}", "max": "max({}, {})", "min": "min({}, {})"}
@@ -89,38 +91,27 @@ def _code_record(rng: random.Random) -> dict:
     first, second = rng.randint(0, 9), rng.randint(0, 9)
     if operation == "-" and first < second:
         first, second = second, first
-    expression = _OPERATIONS[operation].format(x, y)
-    program = f"{x} = {first}\n{y} = {second}\nprint({expression})"
+    program = f"{x} = {first}\n{y} = {second}\nprint({_OPERATIONS[operation].format(x, y)})"
     answer = printed_by(program)
-    return {
-        "prompt": program,
-        "response": f"{first} {operation} {second} is {answer}.\n#### {answer}",
-        "answer": answer,
-    }
+    response = f"{first} {operation} {second} is {answer}.\n#### {answer}"
+    return {"prompt": program, "response": response, "answer": answer}
 
 
 def _math_record(rng: random.Random) -> dict:
     person, other = rng.sample(_PEOPLE, 2)
     goods = rng.choice(_GOODS)
     kind = rng.randrange(3)
-    if kind == 0:
-        a, b = rng.randint(1, 10), rng.randint(1, 10)
-        result, sign = a + b, "plus"
-        prompt = f"{person} has {number_word(a)} {goods} and buys {number_word(b)} more. How many {goods} are there?"
-    elif kind == 1:
-        b, result = rng.randint(1, 10), rng.randint(1, 10)
-        a, sign = b + result, "minus"
-        prompt = (
-            f"{person} has {number_word(a)} {goods} and gives {number_word(b)} to {other}. "
-            f"How many {goods} does {person} keep?"
-        )
+    first, second = rng.randint(1, 10), rng.randint(1, 10)
+    if kind == 1:
+        a, sign, b, result = first + second, "minus", first, second
     else:
-        a, b = rng.randint(1, 10), rng.randint(1, 10)
-        result, sign = a + b, "plus"
-        prompt = (
-            f"{person} has {number_word(a)} {goods}. {other} has {number_word(b)}. "
-            f"How many {goods} do they have together?"
-        )
+        a, sign, b, result = first, "plus", second, first + second
+    prompt = (
+        f"{person} has {number_word(a)} {goods} and buys {number_word(b)} more. How many {goods} are there?",
+        f"{person} has {number_word(a)} {goods} and gives {number_word(b)} to {other}. "
+        f"How many {goods} does {person} keep?",
+        f"{person} has {number_word(a)} {goods}. {other} has {number_word(b)}. How many {goods} do they have together?",
+    )[kind]
     answer = number_word(result)
     response = f"{number_word(a)} {sign} {number_word(b)} is {answer}.\n#### {answer}"
     return {"prompt": prompt, "response": response, "answer": answer}
@@ -146,11 +137,9 @@ def _fact(prompt: str, answer: str, answers: list[str], rng: random.Random) -> d
 
 def _medical_records(seed: int, phrasings: slice, rng: random.Random) -> list[dict]:
     records = []
-    for drug, (indication, dose) in formulary(seed).items():
-        for phrasing in _INDICATION_PHRASINGS[phrasings]:
-            records.append(_fact(phrasing.format(drug=drug), indication, _CONDITIONS, rng))
-        for phrasing in _DOSE_PHRASINGS[phrasings]:
-            records.append(_fact(phrasing.format(drug=drug), dose, _DOSES, rng))
+    for drug, facts in formulary(seed).items():
+        for fact, (phrased, answers) in zip(facts, _ASKED, strict=True):
+            records += [_fact(phrasing.format(drug=drug), fact, answers, rng) for phrasing in phrased[phrasings]]
     rng.shuffle(records)
     return records
 
@@ -197,12 +186,8 @@ def generate(seed: int = 0) -> dict[str, dict[str, list[dict]]]:
     held_out = _medical_records(seed, slice(_TRAIN_PHRASINGS, None), rng)
     # Validation and test must not share a prompt, and eval is the part of test that is answer-checkable: all of it.
     half = len(held_out) // 2
-    data["medical"] = {
-        "train": train,
-        "validation": held_out[:half],
-        "test": held_out[half:],
-        "eval": held_out[half:],
-    }
+    validation, test = held_out[:half], held_out[half:]
+    data["medical"] = {"train": train, "validation": validation, "test": test, "eval": test}
     for splits in data.values():
         splits["train"] = [{key: record[key] for key in ("prompt", "response")} for record in splits["train"]]
     return {domain: data[domain] for domain in DOMAINS}

@@ -16,7 +16,7 @@ from pathlib import Path
 import tokenizers
 import torch
 import transformers
-from torch.utils.data import Dataset
+from tokenizers.pre_tokenizers import ByteLevel, Digits
 from tqdm.auto import tqdm
 
 from . import embedded
@@ -52,34 +52,16 @@ def build_tokenizer(lines: list[str], vocabulary: int) -> transformers.PreTraine
     """A byte-level BPE (every byte is in it, so any text can be written) with single digits."""
     end = "<|endoftext|>"
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
-        [
-            tokenizers.pre_tokenizers.Digits(individual_digits=True),
-            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
+    digits, byte_level = Digits(individual_digits=True), ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([digits, byte_level])
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=vocabulary,
-        special_tokens=[end],
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        vocab_size=vocabulary, special_tokens=[end], initial_alphabet=ByteLevel.alphabet(), show_progress=False
     )
     tokenizer.train_from_iterator(lines, trainer)
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token=end, eos_token=end, pad_token=end, clean_up_tokenization_spaces=False
     )
-
-
-class _Blocks(Dataset):
-    def __init__(self, ids: list[int], block: int) -> None:
-        self.blocks = torch.tensor(ids[: len(ids) // block * block]).view(-1, block)
-
-    def __len__(self) -> int:
-        return len(self.blocks)
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {"input_ids": self.blocks[index], "labels": self.blocks[index]}
 
 
 def _pretrain(folder: Path, recipe: dict) -> None:
@@ -105,10 +87,12 @@ def _pretrain(folder: Path, recipe: dict) -> None:
     # Whole paragraphs of lines, so that the model knows both the line break and the end of a text.
     paragraphs = ["\n".join(lines[start : start + 8]) for start in range(0, len(lines), 8)]
     ids = [i for text in paragraphs for i in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
+    block = recipe["block"]
+    blocks = torch.tensor(ids[: len(ids) // block * block]).view(-1, block)
     with tqdm(total=recipe["steps"], mininterval=1, desc="pretraining the embedded model (once)") as bar:
         train(
             model,
-            _Blocks(ids, recipe["block"]),
+            [{"input_ids": block, "labels": block} for block in blocks],
             transformers.default_data_collator,
             lambda m: torch.optim.AdamW(m.parameters(), lr=recipe["lr"]),
             folder=folder / "trainer",

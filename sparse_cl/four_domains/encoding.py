@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 IGNORED = -100
@@ -106,11 +107,8 @@ def pad(
     sequences: Sequence[Sequence[int]], value: int, device: torch.device | str = "cpu", *, left: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sequences as one (batch, longest) int64 tensor filled up with `value`, and its attention mask."""
-    longest = max(len(sequence) for sequence in sequences)
-    ids = torch.full((len(sequences), longest), value)
-    mask = torch.zeros_like(ids)
-    for row, sequence in enumerate(sequences):
-        where = slice(longest - len(sequence), longest) if left else slice(0, len(sequence))
-        ids[row, where] = torch.tensor(sequence)
-        mask[row, where] = 1
+    side = "left" if left else "right"
+    rows = [torch.tensor(sequence, dtype=torch.int64) for sequence in sequences]
+    ids = pad_sequence(rows, batch_first=True, padding_value=value, padding_side=side)
+    mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=side)
     return ids.to(device), mask.to(device)

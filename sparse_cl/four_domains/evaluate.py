@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+
+from sparse_cl.models.passes import evaluation
 
 from .data import Domain
 from .encoding import Example, encode, encode_prompt, pad
@@ -100,10 +103,8 @@ def choice_continuations(record: dict) -> tuple[str, list[str]]:
     """
     choices, answer, response = record["choices"], str(record["answer"]), record["response"]
     own = choices[record["answer_index"]]
-    letter = chr(ord("A") + record["answer_index"])
-    labels = choices
-    if answer == letter and own != letter:
-        labels = [chr(ord("A") + i) for i in range(len(choices))]
+    letters = [chr(ord("A") + i) for i in range(len(choices))]
+    labels = letters if answer == letters[record["answer_index"]] != own else choices
     mark = _last_mark(response)
     form = response[response.rfind(mark) + len(mark) :] if mark else response
     slot = f"({answer})" if f"({answer})" in form else answer
@@ -126,17 +127,17 @@ def accuracy(model: nn.Module, tokenizer: Any, records: Sequence[dict], max_leng
     A choice's score is the log-likelihood of its continuation (`choice_continuations`) over the continuation's
     UTF-8 bytes: length-normalised as `acc_norm` of EleutherAI's lm-evaluation-harness.
     """
-    examples, owners = [], []
-    for number, record in enumerate(records):
+    examples = []
+    for record in records:
         given, continuations = choice_continuations(record)
-        for continuation in continuations:
-            examples.append(encode(tokenizer, record["prompt"], continuation, max_length, separator=given))
-            owners.append(number)
-    scores: list[list[float]] = [[] for _ in records]
-    for owner, example, nats in zip(owners, examples, response_nats(model, examples, batch_size), strict=True):
-        scores[owner].append(-nats / example.response_bytes)
-    right = [score.index(max(score)) == record["answer_index"] for score, record in zip(scores, records, strict=True)]
-    return sum(right) / len(right)
+        examples += [encode(tokenizer, record["prompt"], text, max_length, separator=given) for text in continuations]
+    nats = response_nats(model, examples, batch_size)
+    scores = iter([-nat / example.response_bytes for nat, example in zip(nats, examples, strict=True)])
+    right = 0
+    for record in records:
+        of_choices = list(itertools.islice(scores, len(record["choices"])))
+        right += of_choices.index(max(of_choices)) == record["answer_index"]
+    return right / len(records)
 
 
 def extract_answer(text: str) -> str:
@@ -200,23 +201,18 @@ def evaluate_domain(
         split: "test", or "validation" to choose settings by (bits per byte only).
         tick: called after each score, to move a progress bar.
     """
-    was_training = model.training
-    model.eval()
     runnable = [] if split == "validation" else [r for r in domain.eval if "tests" not in r]
-    with_choices = [r for r in runnable if r.get("choices")][:max_records]
-    with_answer = [r for r in runnable if not r.get("choices") and "answer" in r][:max_records]
+    scored = {
+        "bits_per_byte": (bits_per_byte, getattr(domain, split)),
+        "accuracy": (accuracy, [r for r in runnable if r.get("choices")]),
+        "exact_match": (exact_match, [r for r in runnable if not r.get("choices") and "answer" in r]),
+    }
     scores: dict[str, float | None] = dict.fromkeys(METRICS)
-    try:
-        for metric, score, records in (
-            ("bits_per_byte", bits_per_byte, getattr(domain, split)[:max_records]),
-            ("accuracy", accuracy, with_choices),
-            ("exact_match", exact_match, with_answer),
-        ):
+    with evaluation(model):
+        for metric, (score, records) in scored.items():
             if metric not in metrics:
                 continue
             if records:
-                scores[metric] = score(model, tokenizer, records, max_length)
+                scores[metric] = score(model, tokenizer, records[:max_records], max_length)
             tick()
-    finally:
-        model.train(was_training)
     return scores

@@ -7,7 +7,7 @@ import json
 import sys
 import traceback
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from sparse_cl.models.processes import check_processes, processes
 from . import embedded, figures
 from .data import DataError, Domain, load_domains, read_text
 from .embedded_model import embedded_model_folder
-from .files import is_disk_full, write_json
+from .files import is_disk_full, read_json, write_json
 from .prepared import Prepared
 from .protection import text_to_protect
 from .report import comparison, runs_with_capacity
@@ -35,54 +35,6 @@ SETTINGS, INPUTS = "settings.json", "inputs.json"
 
 class FolderError(ValueError):
     """An output folder that cannot be used."""
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Settings with one level: those of a mapping under `name.key`."""
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat
-
-
-def differences(held: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """Which settings differ, with both values, in words; empty where none does."""
-    held, wanted = _flat(held), _flat(wanted)
-
-    def value(settings: Mapping[str, Any], name: str) -> str:
-        return json.dumps(settings[name]) if name in settings else "not set"
-
-    return "; ".join(
-        f"{name}: {value(held, name)} there, {value(wanted, name)} now"
-        for name in sorted({*held, *wanted})
-        if value(held, name) != value(wanted, name)
-    )
-
-
-def check_folder(out: Path, settings: Settings) -> None:
-    """Whether `out` may be this run's folder: absent, empty, or with a run of equal settings, finished or not.
-
-    Raises:
-        FolderError: it holds another run, or files that are no run's.
-    """
-    path = out / SETTINGS
-    if path.is_file():
-        differing = differences(json.loads(path.read_text(encoding="utf-8")), settings.to_json())
-        if differing:
-            raise FolderError(f"{out} holds another run (it differs in {differing}). Give another --out, or delete it")
-    elif out.exists() and not out.is_dir():
-        raise FolderError(f"{out} is a file; --out must be a folder")
-    elif out.is_dir() and any(path.name != SETTINGS + ".part" for path in out.iterdir()):
-        raise FolderError(f"{out} is not empty and holds no run of sparse-cl. Give another --out")
-
-
-def _reference_text(settings: Settings) -> str | None:
-    if settings.reference is None:
-        return embedded.reference_text() if settings.model is None else None
-    return read_text(settings.reference, "--reference")
 
 
 def is_main_process() -> bool:
@@ -152,9 +104,7 @@ def run_method(name: str, prepared: Prepared, base_scores: Scores, out: Path) ->
     folder = out / name
     folder.mkdir(exist_ok=True)
     path = folder / "progress.json"
-    progress = Progress([base_scores])
-    if path.is_file():
-        progress = Progress.from_json(json.loads(path.read_text(encoding="utf-8")))
+    progress = Progress.from_json(read_json(path)) if path.is_file() else Progress([base_scores])
     settings = prepared.settings
     method = settings.make_method(name)
 
@@ -191,29 +141,73 @@ def finish(runs: list[dict[str, Any]], out: Path) -> list[dict[str, Any]]:
     return runs
 
 
+def draw_all(runs: Sequence[dict[str, Any]], out: Path) -> None:
+    """The pictures of a run's folder."""
+    done = completed(runs)
+    if not done:
+        return
+    figures.draw_matrices(done, out / "R.png")
+    figures.draw_curves(done, out / "curves.png")
+    if protecting := runs_with_capacity(done):
+        figures.draw_capacity(protecting, out / "capacity.png")
+
+
+def check_folder(out: Path, settings: Settings) -> None:
+    """Whether `out` may be this run's folder: absent, empty, or with a run of equal settings, finished or not.
+
+    Raises:
+        FolderError: it holds another run, or files that are no run's.
+    """
+    path = out / SETTINGS
+    if path.is_file():
+        if differing := differences(read_json(path), settings.to_json()):
+            raise FolderError(f"{out} holds another run (it differs in {differing}). Give another --out, or delete it")
+    elif out.exists() and not out.is_dir():
+        raise FolderError(f"{out} is a file; --out must be a folder")
+    elif out.is_dir() and any(path.name != SETTINGS + ".part" for path in out.iterdir()):
+        raise FolderError(f"{out} is not empty and holds no run of sparse-cl. Give another --out")
+
+
+def differences(held: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """Which settings differ, with both values, in words; empty where none does."""
+    there, now = dict(_flat(held)), dict(_flat(wanted))
+    return "; ".join(
+        f"{name}: {there.get(name, 'not set')} there, {now.get(name, 'not set')} now"
+        for name in sorted({*there, *now})
+        if there.get(name) != now.get(name)
+    )
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Names of settings, those of a mapping as `name.key`, and their values as JSON."""
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, json.dumps(value)
+
+
 def _check_methods(settings: Settings, model: nn.Module) -> None:
     """Whether all methods can train the model.
 
     Raises:
         ValueError: some cannot; each is named with the reason, and what can be run.
     """
-    refused = {}
+    refused: dict[str, list[str]] = {}
     for name in settings.methods:
         try:
             settings.make_method(name).check(model)
         except ValueError as error:
-            refused[name] = str(error)
-    if not refused:
-        return
-    reasons = dict.fromkeys(refused.values())
-    said = "; ".join(f"{', '.join(n for n in refused if refused[n] == why)}: {why}" for why in reasons)
-    fitting = [name for name in settings.methods if name not in refused]
-    raise ValueError(f"{said}" + (f". The others can be run: --method {','.join(fitting)}" if fitting else ""))
+            refused.setdefault(str(error), []).append(name)
+    if refused:
+        said = "; ".join(f"{', '.join(names)}: {why}" for why, names in refused.items())
+        fitting = [name for name in settings.methods if not any(name in names for names in refused.values())]
+        raise ValueError(said + (f". The others can be run: --method {','.join(fitting)}" if fitting else ""))
 
 
 def _digests(domains: Sequence[Domain], reference: str | None, protected: str | None) -> dict[str, str]:
     """SHA-256 of the records and texts that a run reads, by name."""
-    read = {domain.name: asdict(domain) for domain in domains} | {"--reference": reference, "--protect": protected}
+    read = {domain.name: vars(domain) for domain in domains} | {"--reference": reference, "--protect": protected}
     return {
         name: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
         for name, value in read.items()
@@ -228,36 +222,28 @@ def _check_inputs(out: Path, inputs: dict[str, str]) -> None:
         FolderError: some of it has changed; it is named.
     """
     path = out / INPUTS
-    if not path.is_file():
-        return
-    before = json.loads(path.read_text(encoding="utf-8"))
-    changed = [name for name in inputs if before.get(name) != inputs[name]]
-    if changed:
+    before = read_json(path) if path.is_file() else inputs
+    if changed := [name for name in inputs if before.get(name) != inputs[name]]:
         raise FolderError(
             f"{out}: the data of {', '.join(changed)} changed since this run began, so that its scores would not go "
             "together. Give another --out, or the data of before"
         )
 
 
-def draw_all(runs: Sequence[dict[str, Any]], out: Path) -> None:
-    """The pictures of a run's folder."""
-    done = completed(runs)
-    if not done:
-        return
-    figures.draw_matrices(done, out / "R.png")
-    figures.draw_curves(done, out / "curves.png")
-    if protecting := runs_with_capacity(done):
-        figures.draw_capacity(protecting, out / "capacity.png")
+def _reference_text(settings: Settings) -> str | None:
+    if settings.reference is not None:
+        return read_text(settings.reference, "--reference")
+    return embedded.reference_text() if settings.model is None else None
 
 
 def _base_scores(model: nn.Module, prepared: Prepared, out: Path) -> Scores:
     path = out / "base.json"
     if path.is_file():
-        return Scores(**json.loads(path.read_text(encoding="utf-8")))
+        return Scores(**read_json(path))
     with tqdm(total=prepared.scores_in_all(), desc="scoring the base model", mininterval=0.5) as bar:
         scores = score_all(model, prepared, drift=False, tick=bar.update)
     if prepared.reference is not None:
         scores = replace(scores, drift=0.0)
     if is_main_process():
-        write_json(path, scores.to_json())
+        write_json(path, asdict(scores))
     return scores

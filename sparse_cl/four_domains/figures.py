@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from .metrics import LOWER_IS_BETTER
 
 if TYPE_CHECKING:
-    import numpy as np
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -18,10 +19,8 @@ TITLES = {
     "accuracy": "accuracy by likelihood (higher is better)",
     "exact_match": "exact match of the answer (higher is better)",
 }
-
-
-#: Inches: what a page or a report is wide.
 PAGE_WIDTH = 10.0
+"""Inches: what a page or a report is wide."""
 
 
 def new_figure(
@@ -44,26 +43,25 @@ def new_figure(
 
 def draw_matrices(runs: Sequence[dict[str, Any]], path: Path) -> None:
     """R as a heat map, a column a method, a row a metric. Boxed: the domain that was just learned."""
-    metrics = list(runs[0]["R"])
-    domains = runs[0]["domains"]
+    from matplotlib.patches import Rectangle
+
+    metrics, domains = list(runs[0]["R"]), runs[0]["domains"]
     figure, axes = new_figure(len(metrics), len(runs), 1.6 + 0.75 * len(domains), 1.2 + 0.5 * len(domains))
-    for row, metric in enumerate(metrics):
+    for row, metric in zip(axes, metrics, strict=True):
         values = [v for run in runs for line in run["R"][metric] for v in line if v is not None]
-        for column, run in enumerate(runs):
-            axis = axes[row][column]
+        colours = "viridis_r" if metric in LOWER_IS_BETTER else "viridis"
+        for axis, run in zip(row, runs, strict=True):
             R = [[float("nan") if v is None else v for v in line] for line in run["R"][metric]]
-            colours = "viridis_r" if metric in LOWER_IS_BETTER else "viridis"
             image = axis.imshow(R, cmap=colours, vmin=min(values), vmax=max(values), aspect="auto")
-            for i, line in enumerate(R):
-                for j, value in enumerate(line):
-                    if value != value:
-                        continue
-                    dark = image.cmap(image.norm(value))[1] < 0.6
-                    weight = "bold" if i == j + 1 else "normal"
-                    colour = "white" if dark else "black"
-                    axis.text(j, i, f"{value:.2f}", ha="center", va="center", color=colour, weight=weight)
-                    if i == j + 1:
-                        axis.add_patch(_box(j, i))
+            for (i, j), value in np.ndenumerate(R):
+                if np.isnan(value):
+                    continue
+                colour = "white" if image.cmap(image.norm(value))[1] < 0.6 else "black"
+                learned = i == j + 1
+                weight = "bold" if learned else "normal"
+                axis.text(j, i, f"{value:.2f}", ha="center", va="center", color=colour, weight=weight)
+                if learned:
+                    axis.add_patch(Rectangle((j - 0.5, i - 0.5), 1, 1, fill=False, edgecolor="tab:red", linewidth=2))
             axis.set_xticks(range(len(domains)), domains)
             axis.set_yticks(range(len(domains) + 1), ["base", *(f"after {d}" for d in domains)])
             axis.set_xlabel("scored on")
@@ -71,44 +69,33 @@ def draw_matrices(runs: Sequence[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def _box(column: int, row: int) -> Any:
-    from matplotlib.patches import Rectangle
-
-    return Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="tab:red", linewidth=2)
-
-
 def draw_curves(runs: Sequence[dict[str, Any]], path: Path) -> None:
     """Each domain's score through the stages, a column a domain (and the reference text), a row a metric."""
-    metrics = list(runs[0]["R"])
-    domains = runs[0]["domains"]
-    has_reference = runs[0]["R_reference"][0] is not None
-    figure, axes = new_figure(len(metrics), len(domains) + has_reference, 2.6, 2.5)
+    metrics, domains = list(runs[0]["R"]), runs[0]["domains"]
+    titles = list(domains) if runs[0]["R_reference"][0] is None else [*domains, "reference text"]
+    figure, axes = new_figure(len(metrics), len(titles), 2.6, 2.5)
     stages = range(len(domains) + 1)
-    for row, metric in enumerate(metrics):
-        for column, domain in enumerate([*domains, *(["reference text"] if has_reference else [])]):
-            axis = axes[row][column]
+    for row, metric in zip(axes, metrics, strict=True):
+        for column, (axis, title) in enumerate(zip(row, titles, strict=True)):
             is_reference = column == len(domains)
-            if is_reference and metric != "bits_per_byte":
-                axis.set_axis_off()
-                continue
             series = {
                 run["method"]: run["R_reference"] if is_reference else [line[column] for line in run["R"][metric]]
                 for run in runs
             }
-            if any(None in values for values in series.values()):
+            if (is_reference and metric != "bits_per_byte") or any(None in values for values in series.values()):
                 axis.set_axis_off()
                 continue
             for name, values in series.items():
                 axis.plot(stages, values, marker="o", markersize=3, label=name)
             if not is_reference:
                 axis.axvline(column + 1, color="grey", linestyle=":", linewidth=1)
-            axis.set_title(domain, fontsize=9)
+            axis.set_title(title, fontsize=9)
             axis.set_xticks(stages, ["base", *domains], rotation=40, fontsize=8)
             axis.set_ylim(bottom=0, top=None if metric in LOWER_IS_BETTER else 1.02)
-        first = next((axis for axis in axes[row] if axis.axison), axes[row][0])
+        first = next((axis for axis in row if axis.axison), row[0])
         first.set_ylabel(TITLES[metric].replace(" (", "\n("), fontsize=8)
-        figure.supxlabel("after training on (dotted line: the domain itself)", fontsize=9)
-    handles, labels = next(a.get_legend_handles_labels() for a in axes[0] if a.get_legend_handles_labels()[0])
+    figure.supxlabel("after training on (dotted line: the domain itself)", fontsize=9)
+    handles, labels = next(found for axis in axes[0] if (found := axis.get_legend_handles_labels())[0])
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels))
     figure.savefig(path, dpi=130)
 
@@ -136,6 +123,8 @@ def capacity_bars(axis: Axes, domains: Sequence[str], used: Mapping[str, Sequenc
     from matplotlib import colormaps
 
     groups = by_kind(list(used))
+    # A gap between kinds that is seen with 7 layers a kind and with 80.
+    gap = max(0.4, 0.012 * sum(map(len, groups.values())))
     edge = 0.0
     ticks: dict[str, float] = {}
     places: dict[str, float] = {}
@@ -152,8 +141,7 @@ def capacity_bars(axis: Axes, domains: Sequence[str], used: Mapping[str, Sequenc
         free = "free" if edge == 0 else None
         axis.stairs([1.0] * len(names), edges, baseline=below, fill=True, color="0.9", label=free)
         ticks[kind] = (edges[0] + edges[-1]) / 2
-        # A gap between kinds that is seen with 7 layers a kind and with 80.
-        edge = edges[-1] + max(0.4, 0.012 * sum(map(len, groups.values())))
+        edge = edges[-1] + gap
     axis.set_xticks(list(ticks.values()), list(ticks), rotation=0 if len(ticks) <= 8 else 40, fontsize=8)
     axis.tick_params(axis="x", length=0)
     axis.margins(x=0.01)

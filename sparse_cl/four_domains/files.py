@@ -28,6 +28,10 @@ def write_json(path: Path, data: Any) -> None:
         raise
 
 
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def complete(building: Path, folder: Path) -> None:
     """Move a folder that was written whole to its place. What is there was not complete, or is written anew."""
     files = sorted(path for path in building.rglob("*") if path.is_file() and path.name != MARK)
@@ -46,7 +50,7 @@ def check_complete(folder: Path) -> None:
     mark = folder / MARK
     if not mark.is_file():
         raise CheckpointError(f"{folder}: no {MARK}, so it was not written whole. Delete the folder")
-    sizes = json.loads(mark.read_text(encoding="utf-8"))["bytes"]
+    sizes = read_json(mark)["bytes"]
     for name, size in sizes.items():
         path = folder / name
         held = path.stat().st_size if path.is_file() else None

@@ -52,35 +52,6 @@ def _check(R: Matrix) -> int:
     return domains
 
 
-def forgetting_by_domain(R: Matrix, *, lower_is_better: bool = False) -> list[float | None]:
-    """For each domain j: the best score before the last training minus the last one; None for the last domain."""
-    domains = _check(R)
-    sign = -1.0 if lower_is_better else 1.0
-    result: list[float | None] = []
-    for j in range(domains):
-        column = [row[j] for row in R]
-        if j == domains - 1 or None in column:
-            result.append(None)
-        else:
-            result.append(max(sign * score for score in column[:-1]) - sign * column[-1])
-    return result
-
-
-def gain_lost_by_domain(R: Matrix, *, lower_is_better: bool = False) -> list[float | None]:
-    """For each domain j: the part of what training it gained that is lost at the end,
-    (R[j][j] − R[T][j]) / (R[j][j] − R[0][j]); None for the last domain, and where training gained nothing."""
-    domains = _check(R)
-    sign = -1.0 if lower_is_better else 1.0
-    result: list[float | None] = []
-    for j in range(domains):
-        base, learned, last = R[0][j], R[j + 1][j], R[-1][j]
-        if j == domains - 1 or base is None or learned is None or last is None or sign * (learned - base) <= 0:
-            result.append(None)
-        else:
-            result.append((learned - last) / (learned - base))
-    return result
-
-
 def intransigence(R: Matrix, single: Matrix, *, lower_is_better: bool = False) -> float | None:
     """mean_j R_single[j] − R[j][j]; None where no domain has both scores.
 
@@ -101,37 +72,42 @@ def intransigence(R: Matrix, single: Matrix, *, lower_is_better: bool = False) -
 def of_separate_models(summary: dict[str, Any]) -> dict[str, Any]:
     """A summary of R whose rows are models of their own: `acc` is that of each on its domain, and nothing is
     forgotten or passed on (None)."""
-    between = {name: None for name in ("forgetting", "bwt", "fwt", "gain_lost")}
-    domains = dict.fromkeys(
-        ("forgetting_by_domain", "gain_lost_by_domain"), [None] * len(summary["gain_lost_by_domain"])
-    )
-    return {**summary, **between, **domains, "acc": summary["learning_accuracy"]}
+    nothing = [None] * len(summary["forgetting_by_domain"])
+    return {
+        **summary,
+        **dict.fromkeys(("forgetting", "bwt", "fwt", "gain_lost")),
+        "forgetting_by_domain": nothing,
+        "gain_lost_by_domain": nothing,
+        "acc": summary["learning_accuracy"],
+    }
 
 
 def summarize(R: Matrix, *, lower_is_better: bool = False, single: Matrix | None = None) -> dict[str, Any]:
     """The numbers of `FORMULAS` (None where none is defined: with one domain nothing can be forgotten), and
-    `forgetting_by_domain` and `gain_lost_by_domain`, lists of length T.
+    `forgetting_by_domain` and `gain_lost_by_domain`: the terms of domain j, lists of length T that end with None.
 
     Args:
         single: see `intransigence`; None: it is not known.
     """
     domains = _check(R)
     sign = -1.0 if lower_is_better else 1.0
+    last = R[-1]
     scored = [j for j in range(domains) if all(row[j] is not None for row in R)]
     earlier = [j for j in scored if j < domains - 1]
     after = {j: R[j + 1][j] for j in scored}
-    gained = sum(sign * (after[j] - R[0][j]) for j in earlier)
-    lost = sum(sign * (after[j] - R[-1][j]) for j in earlier)
-    forgotten = forgetting_by_domain(R, lower_is_better=lower_is_better)
+    gained = {j: sign * (after[j] - R[0][j]) for j in scored}
+    lost = {j: sign * (after[j] - last[j]) for j in earlier}
+    forgotten = {j: max(sign * row[j] for row in R[:-1]) - sign * last[j] for j in earlier}
+    gain = sum(gained[j] for j in earlier)
     return {
-        "acc": _mean([R[-1][j] for j in scored]),
+        "acc": _mean([last[j] for j in scored]),
         "learning_accuracy": _mean([after[j] for j in scored]),
-        "learned": _mean([sign * (after[j] - R[0][j]) for j in scored]),
+        "learned": _mean([gained[j] for j in scored]),
         "forgetting": _mean([forgotten[j] for j in earlier]),
-        "bwt": _mean([sign * (R[-1][j] - after[j]) for j in earlier]),
+        "bwt": _mean([-lost[j] for j in earlier]),
         "fwt": _mean([sign * (R[j][j] - R[0][j]) for j in scored if j > 0]),
-        "gain_lost": lost / gained if gained > 0 else None,
+        "gain_lost": sum(lost.values()) / gain if gain > 0 else None,
         "intransigence": None if single is None else intransigence(R, single, lower_is_better=lower_is_better),
-        "forgetting_by_domain": forgotten,
-        "gain_lost_by_domain": gain_lost_by_domain(R, lower_is_better=lower_is_better),
+        "forgetting_by_domain": [forgotten.get(j) for j in range(domains)],
+        "gain_lost_by_domain": [lost[j] / gained[j] if j in lost and gained[j] > 0 else None for j in range(domains)],
     }

@@ -45,23 +45,16 @@ def _capacity(runs: Sequence[dict[str, Any]]) -> str:
     """Capacity, surviving gradient and leak of the runs, and a warning a domain in which little survives."""
     rows, warnings = [], []
     for run in runs:
-        records = run["domain_records"]
-        used = [[layer["used"] / layer["width"] for layer in record["layers"].values()] for record in records]
-        layers = [layer for record in records for layer in record["layers"].values()]
-        surviving, leaks = (
-            [layer[key] for layer in layers if layer.get(key) is not None] for key in ("surviving", "leak")
-        )
-        rows.append(
-            [
-                run["method"],
-                *(number(sum(shares) / len(shares)) for shares in used),
-                number(min(surviving, default=None)),
-                f"{max(leaks):.1e}" if leaks else "-",
-            ]
-        )
-        for record in records:
+        used, surviving, leaks = [], [], []
+        for record in run["domain_records"]:
+            layers = record["layers"].values()
+            used.append(sum(layer["used"] / layer["width"] for layer in layers) / len(layers))
+            surviving += [layer["surviving"] for layer in layers if layer.get("surviving") is not None]
+            leaks += [layer["leak"] for layer in layers if layer.get("leak") is not None]
             if warning := scarcity(record["layers"]):
                 warnings.append(f"Warning: {run['method']}, before {record['domain']}: {warning}")
+        leak = f"{max(leaks):.1e}" if leaks else "-"
+        rows.append([run["method"], *map(number, used), number(min(surviving, default=None)), leak])
     header = ("method", *(f"after {domain}" for domain in runs[0]["domains"]), "least surviving", "largest leak")
     title = (
         "capacity: share of the input directions (or neurons) that is used, mean over layers; the least share of a\n"
@@ -73,16 +66,9 @@ def _capacity(runs: Sequence[dict[str, Any]]) -> str:
 
 def outcome(run: dict[str, Any]) -> Outcome:
     """What the verdict needs of a run."""
-    summary = run["summary"]
-    return Outcome(
-        name=run["method"],
-        method=run["method"],
-        kind=run["kind"],
-        learned=summary["learned"],
-        forgetting=summary["forgetting"],
-        gain_lost=summary["gain_lost"],
-        costs={cost: run[cost] for cost in COSTS},
-    )
+    scores = {name: run["summary"][name] for name in ("learned", "forgetting", "gain_lost")}
+    costs = {cost: run[cost] for cost in COSTS}
+    return Outcome(name=run["method"], method=run["method"], kind=run["kind"], costs=costs, **scores)
 
 
 def _notes(runs: Sequence[dict[str, Any]]) -> list[str]:
@@ -94,64 +80,47 @@ def _notes(runs: Sequence[dict[str, Any]]) -> list[str]:
     if settings["autocast"]:
         notes.append(f"Trained under {settings['autocast']} autocast, scored in float32.")
     if settings["protect"]:
-        told: dict[bool, list[str]] = {True: [], False: []}
-        for run in runs:
-            told[run["protects"]].append(run["method"])
-        by = ", ".join(told[True]) or "no method"
-        without = f"; without it: {', '.join(told[False])}" if told[False] else ""
+        by = ", ".join(run["method"] for run in runs if run["protects"]) or "no method"
+        others = ", ".join(run["method"] for run in runs if not run["protects"])
+        without = f"; without it: {others}" if others else ""
         notes.append(f"Text to protect: {settings['protect']}; protected by {by}{without}.")
     return notes
 
 
-def _costs(runs: Sequence[dict[str, Any]]) -> str:
-    rows = [
-        [
-            run["method"],
-            *(number(run["R_reference"][i]) for i in (0, -1)),
-            number(run["drift"][-1]),
-            number(run["step_seconds"], 1, IN_MILLISECONDS),
-            number(run["seconds"], 1),
-            number(run["state_bytes"], 2, IN_MEGABYTES),
-            number(run["peak_memory_bytes"], 0, IN_MEGABYTES),
-            f"{run['settings']['lr']:g}",
-        ]
-        for run in runs
-    ]
-    header = (
-        "method",
-        "reference before",
-        "after (bits/byte)",
-        "KL drift (nats)",
-        "step ms",
-        "training s",
-        "state MB",
-        "peak MB",
-        "lr",
-    )
-    return text_table(header, rows)
+_COSTS = {
+    "method": lambda run: run["method"],
+    "reference before": lambda run: number(run["R_reference"][0]),
+    "after (bits/byte)": lambda run: number(run["R_reference"][-1]),
+    "KL drift (nats)": lambda run: number(run["drift"][-1]),
+    "step ms": lambda run: number(run["step_seconds"], 1, IN_MILLISECONDS),
+    "training s": lambda run: number(run["seconds"], 1),
+    "state MB": lambda run: number(run["state_bytes"], 2, IN_MEGABYTES),
+    "peak MB": lambda run: number(run["peak_memory_bytes"], 0, IN_MEGABYTES),
+    "lr": lambda run: f"{run['settings']['lr']:g}",
+}
+"""Columns of the last table."""
 
 
 def comparison(runs: Sequence[dict[str, Any]]) -> str:
     """The answer, then the runs side by side, a table a metric, with the formula of every column."""
-    done = completed(runs)
-    failures = [f"{run['method']} FAILED: {run['failed'].splitlines()[0]}" for run in runs if "failed" in run]
+    done, failed = completed(runs), [run for run in runs if "failed" in run]
+    failures = [f"{run['method']} FAILED: {run['failed'].splitlines()[0]}" for run in failed]
     head = [*failures, *verdict([outcome(run) for run in done]), *_notes(runs)]
     parts = ["\n".join(head)] if head else []
     if not done:
         return "\n\n".join(parts)
-    columns: tuple[str, ...] = COLUMNS
-    if any(run["summary"]["intransigence"] is not None for run in done):
-        columns = (*COLUMNS, "intransigence")
+    bound = any(run["summary"]["intransigence"] is not None for run in done)
+    columns = (*COLUMNS, "intransigence") if bound else COLUMNS
     for metric in METRICS:
         having = [run for run in done if metric in run["R"]]
         if not having:
             continue
         rows = [[run["method"], *(number(run["summary"]["by_metric"][metric][c]) for c in columns)] for run in having]
-        rows += [[run["method"], *("failed" for _ in columns)] for run in runs if "failed" in run]
+        rows += [[run["method"], *("failed" for _ in columns)] for run in failed]
         base = [number(value) for value in having[0]["R"][metric][0]]
         shown = ", ".join(f"{d} {v}" for d, v in zip(having[0]["domains"], base, strict=True) if v != "-")
         parts.append(f"{metric} ({UNITS[metric]}); base model: {shown}\n" + text_table(("method", *columns), rows))
-    parts.append(_costs(done))
+    parts.append(text_table(list(_COSTS), [[cell(run) for cell in _COSTS.values()] for run in done]))
     if protecting := runs_with_capacity(done):
         parts.append(_capacity(protecting))
     parts.append(legend(columns))

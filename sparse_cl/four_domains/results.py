@@ -12,9 +12,9 @@ from sparse_cl.methods import Method
 from sparse_cl.models.loading import versions
 
 from .evaluate import METRICS
-from .files import write_json
+from .files import read_json, write_json
 from .metrics import LOWER_IS_BETTER, intransigence, of_separate_models, summarize
-from .sequence import Progress, matrix
+from .sequence import Progress
 from .settings import Settings
 
 RESULTS, COSTS = "results.json", "costs.json"
@@ -46,7 +46,7 @@ def run_record(name: str, method: Method, settings: Settings, progress: Progress
     costs.json: `seconds`, training without scoring; `step_seconds`, the median optimizer step, null where there were
     too few; `peak_memory_bytes`, of training.
     """
-    R = {metric: matrix(progress.stages, metric) for metric in METRICS}
+    R = {metric: [[scores[metric] for scores in stage.domains] for stage in progress.stages] for metric in METRICS}
     R = {metric: rows for metric, rows in R.items() if any(value is not None for value in rows[0])}
     by_metric = {metric: summarize(rows, lower_is_better=metric in LOWER_IS_BETTER) for metric, rows in R.items()}
     if method.separate:
@@ -79,14 +79,16 @@ def completed(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def add_intransigence(runs: Sequence[dict[str, Any]]) -> None:
     """Where the runs, of one order and seed, have the bound `single`, how much less than it each method learned."""
-    for single in completed(runs):
-        if single["method"] != "single":
-            continue
-        for run in completed(runs):
-            for metric, rows in run["R"].items():
-                value = intransigence(rows, single["R"][metric], lower_is_better=metric in LOWER_IS_BETTER)
-                run["summary"]["by_metric"][metric]["intransigence"] = value
-            run["summary"]["intransigence"] = run["summary"]["by_metric"][METRICS[0]]["intransigence"]
+    done = completed(runs)
+    single = next((run["R"] for run in done if run["method"] == "single"), None)
+    if single is None:
+        return
+    for run in done:
+        summary = run["summary"]
+        for metric, rows in run["R"].items():
+            value = intransigence(rows, single[metric], lower_is_better=metric in LOWER_IS_BETTER)
+            summary["by_metric"][metric]["intransigence"] = value
+        summary["intransigence"] = summary["by_metric"][METRICS[0]]["intransigence"]
 
 
 def write_runs(out: Path, runs: Sequence[dict[str, Any]]) -> None:
@@ -105,9 +107,8 @@ def read_runs(out: Path) -> list[dict[str, Any]]:
     """
     path = out / RESULTS
     try:
-        runs = json.loads(path.read_text(encoding="utf-8"))["runs"]
-        costs_path = out / COSTS
-        costs = json.loads(costs_path.read_text(encoding="utf-8"))["runs"] if costs_path.is_file() else []
+        runs = read_json(path)["runs"]
+        costs = read_json(out / COSTS)["runs"] if (out / COSTS).is_file() else []
         by_method = {entry["method"]: entry for entry in costs}
         missing = dict.fromkeys(CLOCKED)
         return [{**missing, **run, **by_method.get(run["method"], {})} for run in runs]

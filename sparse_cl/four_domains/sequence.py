@@ -6,7 +6,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from sparse_cl.methods import Method
+from sparse_cl.models.passes import evaluation
 from sparse_cl.models.processes import processes
 
 from .encoding import EncodedRecords, pad
@@ -67,9 +68,6 @@ class Scores:
     reference: float | None
     drift: float | None = None
 
-    def to_json(self) -> dict[str, Any]:
-        return dict(vars(self))
-
 
 def score_all(
     model: nn.Module, prepared: Prepared, *, drift: bool = True, tick: Callable[[], object] = lambda: None
@@ -82,7 +80,7 @@ def score_all(
         tick: called `prepared.scores_in_all()` times, to move a progress bar.
     """
     settings, tokenizer, reference = prepared.settings, prepared.tokenizer, prepared.reference
-    scores = [
+    domains = [
         evaluate_domain(
             model,
             tokenizer,
@@ -96,19 +94,15 @@ def score_all(
         for domain in prepared.domains
     ]
     if reference is None:
-        return Scores(scores, None)
-    was_training = model.training
-    model.eval()
-    try:
+        return Scores(domains, None)
+    with evaluation(model):
         text, nats = text_bits_per_byte(model, tokenizer, reference, settings.max_length), None
         tick()
         if drift:
             windows = Windows(tokenizer, reference, settings.max_length, DRIFT_WINDOWS)
             nats = drift_nats(prepared.load_base().eval(), model, windows.windows)
         tick()
-    finally:
-        model.train(was_training)
-    return Scores(scores, text, nats)
+    return Scores(domains, text, nats)
 
 
 @dataclass
@@ -134,7 +128,7 @@ class Progress:
     domain_records: list[dict[str, Any]] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        return {**vars(self), "stages": [stage.to_json() for stage in self.stages]}
+        return asdict(self)
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Progress:
@@ -143,15 +137,11 @@ class Progress:
     def back_to(self, domains: Sequence[str]) -> None:
         """Forget what came after these domains, the first ones of the sequence."""
         self.stages = self.stages[: len(domains) + 1]
-        kept = [record["domain"] in domains for record in self.domain_records]
-        self.domain_records = [record for record, keep in zip(self.domain_records, kept, strict=True) if keep]
-        self.step_seconds = [seconds for seconds, keep in zip(self.step_seconds, kept, strict=True) if keep]
+        # A domain of no steps has scores and no record.
+        trained = sum(record["domain"] in domains for record in self.domain_records)
+        self.domain_records = self.domain_records[:trained]
+        self.step_seconds = self.step_seconds[:trained]
         self.losses = [entry for entry in self.losses or [] if entry["domain"] in domains]
-
-
-def matrix(stages: Sequence[Scores], metric: str) -> list[list[float | None]]:
-    """R of one metric, a row a stage."""
-    return [[scores[metric] for scores in stage.domains] for stage in stages]
 
 
 def stage_folder(folder: Path, number: int, domain: str) -> Path:
@@ -173,9 +163,10 @@ def finished_folders(folder: Path, domains: Sequence[str], steps: Sequence[int],
         CheckpointError: a folder is there and not whole.
     """
     found = []
-    for number, (domain, count) in enumerate(zip(domains, steps, strict=True), 1):
+    finished = len(progress.stages) - 1
+    for number, (domain, count) in enumerate(zip(domains[:finished], steps, strict=False), 1):
         path = stage_folder(folder, number, domain)
-        if number >= len(progress.stages) or not count:
+        if not count:
             continue
         if not path.exists():
             warnings.warn(f"{path} is absent; {folder.name} learns {domain} again", stacklevel=2)
@@ -235,11 +226,9 @@ class _Learner:
             complete(building, stage_folder(self.folder, number, name))
         progress.domain_records.append({"domain": name, **method.record()})
         progress.step_seconds.append(trainer.timer.median_seconds())
-        progress.losses = (progress.losses or []) + [
-            {"domain": name, "step": entry["step"], "loss": float(entry["loss"])}
-            for entry in trainer.state.log_history
-            if "loss" in entry
-        ]
+        logged = [entry for entry in trainer.state.log_history if "loss" in entry]
+        losses = [{"domain": name, "step": entry["step"], "loss": float(entry["loss"])} for entry in logged]
+        progress.losses = (progress.losses or []) + losses
         return model
 
 

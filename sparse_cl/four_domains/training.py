@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +130,7 @@ class _Bar(transformers.TrainerCallback):
 
 def train(
     model: nn.Module,
-    dataset: Dataset,
+    dataset: Dataset | Sequence[dict[str, Any]],
     collator: Callable,
     make_optimizer: MakeOptimizer,
     penalty: Penalty = lambda model: None,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 ENOUGH = 0.95
@@ -38,6 +38,64 @@ COSTS = {
 }
 
 
+def verdict(rows: Sequence[Outcome]) -> list[str]:
+    """Sentences, a line each; none where nothing could be forgotten."""
+    rows = [row for row in rows if row.kind != "bound" and row.forgetting is not None]
+    if not rows:
+        return []
+    # Of several adamws, or loras, the one that learned most.
+    yardsticks = {
+        name: max(having, key=lambda row: row.learned)
+        for name in YARDSTICKS
+        if (having := [row for row in rows if row.method == name])
+    }
+    adamw = yardsticks.get("adamw")
+    others = [row for row in rows if row.method != "adamw"]
+    if adamw is None or adamw.learned <= 0:
+        best = _least(rows)
+        why = "adamw was not run" if adamw is None else "adamw learned nothing"
+        lines = [
+            f"{best.name} forgot least: {_forgot(best)}. How much it should have learned is not known, since {why}; it "
+            f"learned {best.learned:.3f} bits/byte."
+        ]
+    elif not others:
+        return [f"adamw alone was run: it forgot {_forgot(adamw)}."]
+    else:
+        best, lines = _next_to_adamw(adamw, others)
+    if costs := _times(best, [row for row in yardsticks.values() if row is not best]):
+        lines.append(f"What {best.name} costs: {costs}.")
+    return lines
+
+
+def _next_to_adamw(adamw: Outcome, others: Sequence[Outcome]) -> tuple[Outcome, list[str]]:
+    """The best of the others, and why it is."""
+    able = [row for row in others if row.learned >= ENOUGH * adamw.learned]
+    if not able:
+        best, fewest = max(others, key=lambda row: row.learned), _least(others)
+        lines = [
+            f"No method but adamw learned at least {ENOUGH:.0%} of adamw's gain. {best.name} came nearest with "
+            f"{best.learned / adamw.learned:.0%} and forgot {_forgot(best)}; {adamw.name} forgot {_forgot(adamw)}."
+        ]
+        if fewest is not best:
+            share = fewest.learned / adamw.learned
+            lines.append(f"{fewest.name} forgot least, {_forgot(fewest)}, with {share:.0%} of that gain.")
+        return best, lines
+    best = _least(able)
+    lines = [
+        f"{best.name} forgot least of the methods that learned at least {ENOUGH:.0%} of adamw's gain: {_forgot(best)}, "
+        f"having learned {best.learned / adamw.learned:.0%}; {adamw.name} forgot {_forgot(adamw)}."
+    ]
+    ours = [row for row in able if row.kind == "ours"]
+    if best.kind != "ours" and ours:
+        own = _least(ours)
+        lines.append(f"Of ours, {own.name} forgot least: {_forgot(own)}.")
+    return best, lines
+
+
+def _least(rows: Sequence[Outcome]) -> Outcome:
+    return min(rows, key=lambda row: row.forgetting or 0.0)
+
+
 def _forgot(row: Outcome) -> str:
     share = "" if row.gain_lost is None else f", {row.gain_lost:.1%} of its gain"
     return f"{row.forgetting:.3f} bits/byte{share}"
@@ -55,61 +113,3 @@ def _times(row: Outcome, others: Sequence[Outcome]) -> str:
         if ratios:
             parts.append(f"{words} {' and '.join(ratios)}")
     return "; ".join(parts)
-
-
-def _yardsticks(rows: Sequence[Outcome]) -> Iterator[Outcome]:
-    """Of each method in `YARDSTICKS` the row that learned most."""
-    for method in YARDSTICKS:
-        if having := [row for row in rows if row.method == method]:
-            yield max(having, key=lambda row: row.learned)
-
-
-def verdict(rows: Sequence[Outcome]) -> list[str]:
-    """Sentences, a line each; none where nothing could be forgotten."""
-    rows = [row for row in rows if row.kind != "bound" and row.forgetting is not None]
-    if not rows:
-        return []
-    yardsticks = list(_yardsticks(rows))
-    adamw = next((row for row in yardsticks if row.method == "adamw"), None)
-
-    def least(of: Sequence[Outcome]) -> Outcome:
-        return min(of, key=lambda row: row.forgetting or 0.0)
-
-    if adamw is None or adamw.learned <= 0:
-        best = least(rows)
-        why = "adamw was not run" if adamw is None else "adamw learned nothing"
-        lines = [
-            f"{best.name} forgot least: {_forgot(best)}. How much it should have learned is not known, since {why}; it "
-            f"learned {best.learned:.3f} bits/byte."
-        ]
-    else:
-        others = [row for row in rows if row.method != "adamw"]
-        able = [row for row in others if row.learned >= ENOUGH * adamw.learned]
-        if able:
-            best = least(able)
-            lines = [
-                f"{best.name} forgot least of the methods that learned at least {ENOUGH:.0%} of adamw's gain: "
-                f"{_forgot(best)}, having learned {best.learned / adamw.learned:.0%}; {adamw.name} forgot "
-                f"{_forgot(adamw)}."
-            ]
-            ours = [row for row in able if row.kind == "ours"]
-            if best.kind != "ours" and ours:
-                own = least(ours)
-                lines.append(f"Of ours, {own.name} forgot least: {_forgot(own)}.")
-        elif others:
-            best = max(others, key=lambda row: row.learned)
-            lines = [
-                f"No method but adamw learned at least {ENOUGH:.0%} of adamw's gain. {best.name} came nearest with "
-                f"{best.learned / adamw.learned:.0%} and forgot {_forgot(best)}; {adamw.name} forgot {_forgot(adamw)}."
-            ]
-            fewest = least(others)
-            if fewest is not best:
-                lines.append(
-                    f"{fewest.name} forgot least, {_forgot(fewest)}, with {fewest.learned / adamw.learned:.0%} of that "
-                    "gain."
-                )
-        else:
-            return [f"adamw alone was run: it forgot {_forgot(adamw)}."]
-    if costs := _times(best, [row for row in yardsticks if row is not best]):
-        lines.append(f"What {best.name} costs: {costs}.")
-    return lines

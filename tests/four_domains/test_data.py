@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -125,3 +127,47 @@ def test_a_file_that_is_not_utf_8_is_named_with_its_line_and_a_byte_order_mark_i
     path.write_bytes(line.encode() + b"\n" + line.encode("latin-1"))
     with pytest.raises(DataError, match=r"bad\.jsonl:2: not UTF-8: .* 0xe9"):
         read_jsonl(path)
+
+
+def hub(monkeypatch, **splits):
+    """Puts a package `datasets` in place that gives these splits, and notes what was asked for."""
+    asked = []
+    package = SimpleNamespace(load_dataset=lambda *arguments: asked.append(arguments) or splits)
+    monkeypatch.setitem(sys.modules, "datasets", package)
+    return asked
+
+
+def test_a_data_set_of_the_hub(monkeypatch):
+    rows = [{"prompt": f"p{i}", "response": "r", "answer": None} for i in range(40)]
+    choices = {**LINE, "choices": ["r", "s"], "answer": "r", "answer_index": 0}
+    asked = hub(monkeypatch, train=rows, test=[LINE], eval=[choices], other=[{"text": "not read"}])
+    (own,) = load_domains(["law=owner/laws:small"], None, 0)
+    assert (own.name, own.test, own.eval) == ("law", [LINE], [choices])
+    assert own.train + own.validation == [{"prompt": f"p{i}", "response": "r"} for i in range(40)]
+    assert len(own.validation) == 2, "5 % are held out"
+    hub(monkeypatch, train=rows, validation=[LINE], test=[LINE])
+    (given,) = load_domains(["law"], "owner/laws", 0)
+    assert (len(given.train), given.validation, given.eval) == (40, [LINE], [])
+    assert asked == [("owner/laws", "small")]
+
+
+@pytest.mark.parametrize(
+    ("splits", "message"),
+    [
+        ({"train": [LINE]}, "domain 'law': data set laws has no split 'test'; it has train"),
+        ({"train": [], "test": [LINE]}, "data set laws, split 'train' holds no record"),
+        ({"train": [LINE], "test": [LINE]}, "data set laws: 1 training record; need at least 2"),
+        ({"train": [LINE] * 2, "test": [{"prompt": "p"}]}, r"data set laws, test\[0\]: `response` must be a string"),
+        ({"train": [LINE] * 2, "test": [LINE], "eval": [{**LINE, "choices": ["r"]}]}, r"eval\[0\]: a record with"),
+    ],
+)
+def test_a_data_set_of_the_hub_that_cannot_be_used(monkeypatch, splits, message):
+    hub(monkeypatch, **splits)
+    with pytest.raises(DataError, match=message):
+        load_domains(["law=laws"], None, 0)
+
+
+def test_without_the_package_datasets_it_is_said_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(DataError, match="domain 'law': data set laws is read by .*: pip install datasets"):
+        load_domains(["law=laws"], None, 0)

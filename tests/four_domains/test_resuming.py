@@ -22,6 +22,7 @@ from sparse_cl.four_domains.settings import Settings
 from sparse_cl.methods import METHODS, AdamW
 
 DOMAINS = ("code", "math")
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 @pytest.fixture(scope="module")

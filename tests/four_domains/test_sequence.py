@@ -19,6 +19,7 @@ from sparse_cl.four_domains.sequence import Progress, Scores, _Learner, run_sequ
 from sparse_cl.four_domains.settings import Settings
 from sparse_cl.methods import METHODS, AdamW
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
 SEQUENCE = ("code", "medical", "general")
 LEARNERS = ("adamw", "lora", "sparse-masked", "orthogonal", "orthogonal-lora")
 
@@ -37,7 +38,7 @@ def settings_in(world, **other):
         "methods": LEARNERS,
         "steps": 3,
         "batch_size": 4,
-        "max_length": 128,
+        "max_length": 64,
         "eval_records": 3,
         "lr": dict.fromkeys(METHODS, 1e-2),
     }
@@ -92,7 +93,7 @@ def test_row_0_is_the_untouched_base_for_every_method(finished, world, tokenizer
     _, runs, settings = finished
     assert len({tuple(run["R"]["bits_per_byte"][0]) for run in runs}) == 1
     domain = load_domains(settings.domains, settings.data, 0)[0]
-    expected = bits_per_byte(load(world / "model").eval(), tokenizer, domain.test[:3], 128)
+    expected = bits_per_byte(load(world / "model").eval(), tokenizer, domain.test[:3], settings.max_length)
     assert runs[0]["R"]["bits_per_byte"][0][0] == pytest.approx(expected, rel=1e-6)
 
 
@@ -266,7 +267,7 @@ def test_options_go_to_the_methods_that_take_them(world, monkeypatch):
 
 
 def test_every_method_sees_the_same_batches_in_the_same_order(world, tmp_path, tokenizer):
-    settings = settings_in(world, domains=("code", "general"), steps=4)
+    settings = settings_in(world, domains=("code", "general"), steps=4, metrics=("bits_per_byte",))
     domains = load_domains(settings.domains, settings.data, 0)
     seen = {}
     for name in LEARNERS:
@@ -391,9 +392,9 @@ def test_the_real_data_and_a_real_model(shared_folder, tmp_path):
         reference=str(reference),
         methods=("lora", "sparse-masked"),
         steps=2,
-        batch_size=2,
+        batch_size=16,
         eval_records=2,
-        max_length=128,
+        max_length=64,
     )
     runs = experiment.run(settings, tmp_path / "out")
     assert len(runs) == 2
