@@ -30,7 +30,9 @@ class Protection:
         self, optimizer: torch.optim.Optimizer, fitted: Mapping[Tensor, FittedLowRank], every: int, seed: int
     ) -> None:
         self.every, self._steps = every, 0
-        self._optimizer, self._fitted = optimizer, dict(fitted)
+        self._fitted = dict(fitted)
+        #: Σ of the learning rate since the last correction.
+        self._rates: dict[Tensor, Any] = {}
         self._names = {p: _name(optimizer, p) for p in fitted}
         self._generators: dict[torch.device, torch.Generator] = {}
         self._seed = seed
@@ -105,18 +107,20 @@ class Protection:
     @torch.no_grad()
     def _after(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         self._steps += 1
-        rates = {p: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                if param in self._fitted:
+                    self._rates[param] = group["lr"] + self._rates.get(param, 0.0)
         if self._steps % self.every:
             return
+        rates, self._rates = self._rates, {}
         for param, fit in self._fitted.items():
             rule: Rule = fit.given.rule
-            # The elastic rule takes the rates of all steps since the last correction.
-            lr = rates[param] * self.every
             moved = self._moved(param, fit)
             strengths = fit.seen.values.double()[None]
             energies = torch.linalg.vector_norm(moved, dim=0).double().square()[None]
             room = rule.share * self._held[param][None] if isinstance(rule, Budget) else energies[0]
-            taken = 1 - rule.left(strengths, lr, energies, room)[0]
+            taken = 1 - rule.left(strengths, rates[param], energies, room)[0]
             basis = fit.seen.basis.to(moved.dtype)
             with full_precision(param.device):
                 back = (moved * taken.to(moved.dtype)) @ basis.mT
@@ -171,6 +175,9 @@ def protect(
             "optimizer: it has masks, which a correction from outside would not keep; give ElasticAdamW the masks and "
             "the memory"
         )
+    hooks = optimizer._optimizer_step_post_hooks.values()
+    if any(isinstance(getattr(hook, "__self__", None), Protection) for hook in hooks):
+        raise ValueError("optimizer: it is protected already; call .remove() of that protection first")
     rule, fitted = rule_of(strength, path, budget), {}
     for param, (subspace, transposed) in subspaces_of(optimizer.param_groups, memory).items():
         try:

@@ -154,6 +154,11 @@ def test_what_it_refuses():
         protect(optimizer, {parameter(): s}, budget=1.0)
     with pytest.raises(ValueError, match=r"has shape \(24, 32\), but its basis has width 16"):
         protect(optimizer, {weight: subspace(n=16)}, budget=1.0)
+    protection = protect(optimizer, {weight: s}, budget=1.0)
+    with pytest.raises(ValueError, match="it is protected already; call .remove"):
+        protect(optimizer, {weight: s}, budget=1.0)
+    protection.remove()
+    protect(optimizer, {weight: s}, budget=1.0)
     masked = SparseMaskedAdamW([weight], masks={weight: RowMask([0], (M, N))})
     with pytest.raises(ValueError, match="it has masks, .* give ElasticAdamW the masks and the memory"):
         protect(masked, {weight: s}, budget=1.0)
