@@ -76,7 +76,9 @@ def warmup_of(steps: int) -> int:
 def scheduled_path(lr: float, steps: int) -> float:
     """Σ of the learning rate over the schedule of `train`."""
     warmup = warmup_of(steps)
-    return path_of(lr, steps, lambda optimizer: transformers.get_linear_schedule_with_warmup(optimizer, warmup, steps))
+    schedule = transformers.get_linear_schedule_with_warmup
+    # One step is all warm-up, at a rate of 0.
+    return path_of(lr, steps, lambda optimizer: schedule(optimizer, warmup, steps)) or lr
 
 
 class StepTimer(transformers.TrainerCallback):

@@ -149,7 +149,8 @@ def test_state_and_kept_are_those_of_a_live_method(name, dtype):
     if name == "ewc":  # the last weights and their Fisher information
         kept = sum(p.nbytes + 4 * p.numel() for p in model.parameters())
     if name != "sparse-masked":  # its account counts booleans and masks, which views of the state share
-        assert found["kept"] == pytest.approx(kept, rel=0.01)
+        # Of a live layer a direction less may explain enough.
+        assert found["kept"] == pytest.approx(kept, rel=0.05 if name.startswith("elastic") else 0.01)
 
 
 @pytest.mark.parametrize("name", ["orthogonal", "orthogonal-lora"])
@@ -157,18 +158,18 @@ def test_protected_directions_are_as_many_as_assumed(name):
     found = counted(name)
     _, model, optimizer = live(name, config(1), max_rank=8)
     assert found["state"] == optimizer_state_bytes(optimizer)
-    layers = 6 * [WIDTH] + [NEURONS] + [WIDTH]
-    bases = sum(4 * width * round(width / 4) for width in layers)
+    inputs = 4 * [WIDTH] + [NEURONS]  # of q, k and v together, o, gate and up together, the head; and of down
+    bases = sum(4 * (width + 1) * round(width / 4) for width in inputs)
     assert found["kept"] == pytest.approx(bases, rel=0.05)
     assert found["steps"][0] == 0 < found["steps"][1]
     capped = count(name, config(1), work(2), max_rank=2)
-    assert capped["kept"] == pytest.approx(sum(4 * width * 2 for width in layers), rel=0.05)
+    assert capped["kept"] == pytest.approx(sum(4 * (width + 1) * 2 for width in inputs), rel=0.05)
 
 
-def test_elastic_turns_gradients_weights_and_updates():
+def test_elastic_makes_two_products_of_low_rank():
     found = counted("elastic")
-    turned = (4 * WIDTH**3 - WIDTH**3 + 2 * NEURONS * WIDTH**2 + WIDTH * NEURONS**2) + WORDS * WIDTH**2
-    assert found["steps"] == [0, 3 * 2 * turned]
+    wide = 3 * WIDTH**2 + 2 * NEURONS * WIDTH + WORDS * WIDTH
+    assert found["steps"] == [0, 2 * 2 * (wide * (WIDTH // 8) + WIDTH * NEURONS * (NEURONS // 8))]
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -208,5 +209,5 @@ def test_unknown_methods_and_refused_options():
     with pytest.raises(ValueError, match="length: expected at most the model's context of 64 tokens, got 65"):
         count("adamw", config(), work(length=65))
     transposed = transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=50)
-    with pytest.raises(ValueError, match="orthogonal needs a model of torch.nn.Linear"):
-        count("orthogonal", transposed, work())
+    with pytest.raises(ValueError, match="is a Conv1D, .* orthogonal-masked needs torch.nn.Linear"):
+        count("orthogonal-masked", transposed, work())
