@@ -103,7 +103,8 @@ class Method(ABC):
         """A fresh optimizer for the domain.
 
         Args:
-            path: Σ of the learning rate over the domain's steps, see `sparse_cl.path_of`; methods that pull need it.
+            path: Σ of the learning rate over the domain's steps, see `sparse_cl.path_of`, for methods that pull. None:
+                one pass over the batches that `before_domain` was given, at this rate.
         """
 
     def penalty(self, model: nn.Module) -> Tensor | None:

@@ -14,7 +14,7 @@ from sparse_cl.optim import ElasticAdamW, LowRankPull, ProjectedAdamW
 from .base import Batch
 from .lora import ALPHA, RANK
 from .memory_method import FreshAdapters, MemoryMethod
-from .options import check_at_least, path_given
+from .options import check_at_least
 
 
 class Elastic(MemoryMethod):
@@ -59,8 +59,7 @@ class Elastic(MemoryMethod):
         self._check_begun("make_optimizer")
         trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         memory = self.memory if self._known.domains else None
-        path = path_given(self.name, path) if memory is not None else 1.0
-        return ElasticAdamW(trained, lr=lr, memory=memory, strength=self.strength, path=path)
+        return ElasticAdamW(trained, lr=lr, memory=memory, strength=self.strength, path=path or self._one_pass(lr))
 
     def after_domain(self, model: nn.Module, batches: Iterable[Batch]) -> None:
         self._end(model, self._weights, batches)
@@ -105,7 +104,7 @@ class ElasticLoRA(FreshAdapters):
         trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         pulls = {}
         for a, subspace in self._subspaces(model):
-            strengths = subspace.usage * (self.strength / path_given(self.name, path))
+            strengths = subspace.usage * (self.strength / (path or self._one_pass(lr)))
             pulls[a] = LowRankPull(subspace, strengths, from_zero=True)
         return ProjectedAdamW(trained, lr=lr, projections=pulls, rest="train")
 

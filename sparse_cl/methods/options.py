@@ -39,17 +39,3 @@ def check_at_least(name: str, value: Number, least: float) -> Number:
     if not least <= value < math.inf:
         raise ValueError(f"{name}: expected a number of at least {least}, got {value}")
     return value
-
-
-def path_given(method: str, path: float | None) -> float:
-    """The path of a domain, which a method that pulls needs.
-
-    Raises:
-        ValueError: there is none.
-    """
-    if path is None:
-        raise ValueError(
-            f"{method}: make_optimizer needs path, the sum of the learning rate over the domain's steps; see "
-            "sparse_cl.path_of"
-        )
-    return path

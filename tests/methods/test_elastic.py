@@ -74,14 +74,14 @@ def test_pulls_are_as_strong_as_the_inputs_are_used(tiny_llama, tied):
         torch.testing.assert_close(kappa, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
 
 
-def test_a_pull_needs_its_path(tiny_llama):
+def test_without_a_path_a_domain_is_one_pass(tiny_llama):
     method = Elastic()
     method.before_domain(tiny_llama, domain(0))
-    method.make_optimizer(tiny_llama, LR)  # nothing is pulled yet
     method.after_domain(tiny_llama, domain(0))
-    method.before_domain(tiny_llama, domain(1))
-    with pytest.raises(ValueError, match="elastic: make_optimizer needs path, the sum of the learning rate"):
-        method.make_optimizer(tiny_llama, LR)
+    method.before_domain(tiny_llama, domain(1, count=7))
+    said, given = (method.make_optimizer(tiny_llama, LR, path=path).projections for path in (None, 7 * LR))
+    for name, pull in said.items():
+        assert torch.equal(pull.subspace.values, given[name].subspace.values)
 
 
 def furthest(steps, betas=(0.9, 0.999)):
