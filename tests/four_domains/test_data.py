@@ -88,6 +88,7 @@ def test_an_absent_domain_names_those_that_are_there(folder):
 
 
 def test_a_data_set_by_name(tmp_path):
+    pytest.importorskip("datasets")
     dataset = tmp_path / "mine"
     dataset.mkdir()
     write(dataset / "train.jsonl", [{"prompt": f"p{i}", "response": "r"} for i in range(40)])
@@ -98,6 +99,7 @@ def test_a_data_set_by_name(tmp_path):
 
 
 def test_a_data_set_with_other_columns_says_which_it_has(tmp_path):
+    pytest.importorskip("datasets")
     dataset = tmp_path / "mine"
     dataset.mkdir()
     for split in ("train", "test"):
@@ -107,6 +109,7 @@ def test_a_data_set_with_other_columns_says_which_it_has(tmp_path):
 
 
 def test_a_data_set_that_does_not_load(tmp_path):
+    pytest.importorskip("datasets")
     with pytest.raises(DataError, match="domain 'law': cannot load data set"):
         load_domains([f"law={tmp_path / 'absent'}"], None, 0)
 
