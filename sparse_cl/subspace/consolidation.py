@@ -99,7 +99,7 @@ def leading(
     with full_precision(device):
         counts = torch.stack([moment.count for moment in moments]).clamp(min=1)
         scales = (weight / counts).tolist()
-        new = [float(moment.energy()) * scale for moment, scale in zip(moments, scales, strict=True)]
+        new = [float(moment.energy() * scale) for moment, scale in zip(moments, scales, strict=True)]
         if settings.max_rank is None:
             parts = zip(moments, scales, known, new, strict=True)
             found = [_grown(moment, scale, subspace, e, settings.energy) for moment, scale, subspace, e in parts]

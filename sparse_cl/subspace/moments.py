@@ -149,8 +149,8 @@ class SketchedMoment(Moment):
     def __init__(self, test: Tensor):
         self.test = test
         self.sketch = torch.zeros_like(test)
-        self.total = torch.zeros((), dtype=torch.float64, device=test.device)
-        self.count = torch.zeros_like(self.total)
+        self.total = torch.zeros(1, dtype=torch.float64, device=test.device)
+        self.count = torch.zeros((), dtype=torch.float64, device=test.device)
 
     def add(self, rows: Tensor) -> None:
         self.count += len(rows)
@@ -159,7 +159,7 @@ class SketchedMoment(Moment):
             self.total += energy_of(block)
 
     def energy(self) -> Tensor:
-        return self.total
+        return self.total.squeeze(0)
 
     @staticmethod
     def spectra(
