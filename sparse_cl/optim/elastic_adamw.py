@@ -11,7 +11,7 @@ from torch.optim.optimizer import ParamsT
 
 from sparse_cl.subspace import Subspace, SubspaceMemory
 
-from .low_rank import DriftBudget, LowRankProjection, LowRankPull, SubspaceProjection, drift_of
+from .low_rank import DriftBudget, FittedLowRank, LowRankProjection, LowRankPull, SubspaceProjection
 from .memory_adamw import Bases, MemoryAdamW
 
 STRENGTH = 1.5
@@ -60,16 +60,15 @@ class ElasticAdamW(MemoryAdamW):
     def old_output_drift(self) -> dict[str, float]:
         """By parameter Σ_j λ_j ‖(W - W₀) u_j‖² / Σ_j λ_j ‖W₀ u_j‖²: how far old outputs have moved in this domain.
 
-        Of what the kept directions see, `Subspace.outside` says the rest. Waits for the device once.
+        Of what the kept directions see, `Subspace.outside` says the rest. Waits for the device.
         """
-        prefix = "projection."
-        kept = {
-            param: {name.removeprefix(prefix): value for name, value in self.state[param].items() if prefix in name}
-            for param in self._projections
-            if param in self.state
-        }
-        found = {param: drift_of(self._projections[param], tensors) for param, tensors in kept.items()}
-        return {self._store.name(param).strip("'"): float(value) for param, value in found.items()}
+        found = {}
+        for param, fit in self._projections.items():
+            kept = self._kept(param)
+            if isinstance(fit, FittedLowRank) and param in self.state:
+                drift = fit.drift(kept["moved"], kept["held"]) if "moved" in kept else 0.0
+                found[self._store.name(param).strip("'")] = float(drift)
+        return found
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_rule": self._rule}
@@ -102,10 +101,10 @@ def path_of(lr: float, steps: int, make_scheduler: Callable[[torch.optim.Optimiz
     return path
 
 
-Rule = tuple[str, float]
+Asked = tuple[str, float]
 
 
-def rule_of(strength: float | None, path: float | None, budget: float | None) -> Rule:
+def rule_of(strength: float | None, path: float | None, budget: float | None) -> Asked:
     """("budget", b) or ("pull", ρ / Σ lr).
 
     Raises:
@@ -123,19 +122,17 @@ def rule_of(strength: float | None, path: float | None, budget: float | None) ->
     if path is None or not 0 < path < float("inf"):
         raise ValueError(
             f"path: expected the sum of the learning rate over all steps of the domain, above 0, got {path}; give "
-            "path=sparse_cl.path_of(scheduler, steps), or steps * lr for a constant rate"
+            "path=sparse_cl.path_of(lr, steps, make_scheduler), or lr * steps for a constant rate"
         )
     return "pull", strength / path
 
 
-def projection_of(
-    rule: Rule, subspace: Subspace | Tensor, transposed: bool = False, from_zero: bool = False
-) -> LowRankProjection:
-    """The projection of one parameter by a rule, see :func:`rule_of`."""
+def projection_of(asked: Asked, subspace: Subspace | Tensor, transposed: bool) -> LowRankProjection:
+    """The projection of one parameter, by what :func:`rule_of` made of the arguments."""
     known = subspace if isinstance(subspace, Subspace) else Subspace(subspace)
-    kind, number = rule
+    kind, number = asked
     if kind == "pull":
-        return LowRankPull(known, known.usage * number, transposed=transposed, from_zero=from_zero)
+        return LowRankPull(known, known.usage * number, transposed=transposed)
     if number == 0:
         return SubspaceProjection(known, transposed=transposed)
     return DriftBudget(known, number, transposed=transposed)

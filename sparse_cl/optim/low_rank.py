@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -198,6 +197,10 @@ class FittedLowRank(Fitted):
         rows = weight.detach().to(self.whole.basis.dtype)
         return self.whole.energies(rows.mT if self.given.transposed else rows) @ self.whole.values.double()
 
+    def drift(self, moved: Tensor, held: Tensor) -> Tensor:
+        """Σ_j λ_j ‖P_j‖² / Σ_j λ_j ‖W₀ u_j‖²: the share of old outputs that has moved. 0-d, float64."""
+        return energies(moved) @ self.seen.values.double() / held.clamp(min=torch.finfo(torch.float64).tiny)
+
     def rows(self, update: Tensor) -> Tensor:
         """A compact update as the rows that U is for: a view, or a copy of one that is cut to single weights."""
         if self.single:
@@ -247,11 +250,11 @@ class LowRankCorrection(Correction):
         return moved if moved is None or index is None else moved.index_select(0, index)
 
     def _left(self, after: list[Tensor], lr: float | Tensor, skipped: Tensor | None) -> Tensor:
-        energies, room = self.strengths, self.held
+        moved, room = self.strengths, self.held
         if isinstance(self.rule, Budget):
-            energies = self._energies(after)
+            moved = self._energies(after)
             room = self.rule.share * self.held - (self.strengths * self._frozen()).sum(1)
-        left = self.rule.left(self.strengths, lr, energies, room)
+        left = self.rule.left(self.strengths, lr, moved, room)
         # Where a step is skipped, so is the pull.
         return left if skipped is None else torch.where(skipped == 0, left, 1.0)
 
@@ -267,8 +270,7 @@ class LowRankCorrection(Correction):
 
     @staticmethod
     def _energies(parts: list[Tensor]) -> Tensor:
-        norms = [torch.linalg.vector_norm(part, dim=0).double().square() for part in parts]
-        return torch.nn.utils.rnn.pad_sequence(norms, batch_first=True)
+        return torch.nn.utils.rnn.pad_sequence([energies(part) for part in parts], batch_first=True)
 
     @staticmethod
     def _cut(layer: Layer, row: Tensor, basis: Tensor) -> Tensor:
@@ -288,9 +290,6 @@ class LowRankCorrection(Correction):
         self.next = []
 
 
-def drift_of(projection: Fitted, kept: dict[str, Tensor]) -> Any:
-    """Σ_j λ_j ‖P_j‖² / Σ_j λ_j ‖W₀ u_j‖² of what a step kept: 0-d, float64; 0 where nothing is kept."""
-    if not isinstance(projection, FittedLowRank) or "moved" not in kept:
-        return torch.zeros((), dtype=torch.float64)
-    moved = torch.linalg.vector_norm(kept["moved"], dim=0).double().square()
-    return moved @ projection.seen.values.double() / kept["held"].clamp(min=torch.finfo(torch.float64).tiny)
+def energies(moved: Tensor) -> Tensor:
+    """‖P_j‖² (r,) of P (m, r), in float64."""
+    return torch.linalg.vector_norm(moved, dim=0).double().square()

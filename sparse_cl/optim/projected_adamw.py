@@ -99,8 +99,7 @@ class ProjectedAdamW(SparseMaskedAdamW):
         fitted = self._fit(given, "masks", self._store.resolve(masks))
         for param, fit in fitted.items():
             old = self._projections.get(param)
-            kept = any(name.startswith(PROJECTION) for name in self.state.get(param, ()))
-            if old is not None and kept and not fit.continues(old):
+            if old is not None and self._kept(param) and not fit.continues(old):
                 raise ValueError(
                     f"masks: parameter {self._store.name(param)} has moved under its ColumnMask, and its projection "
                     "knows these columns alone; keep the mask, or begin a new domain by setting the projections anew"
@@ -150,8 +149,8 @@ class ProjectedAdamW(SparseMaskedAdamW):
         for param, old in self._given.items():
             if begins and given.get(param) is not old:
                 # What it kept is of other directions, or of where an earlier domain began.
-                for name in [name for name in self.state.get(param, ()) if name.startswith(PROJECTION)]:
-                    del self.state[param][name]
+                for name in self._kept(param):
+                    del self.state[param][PROJECTION + name]
         self._given = given
         self._projections = {param: fit for param, fit in fitted.items() if given[param].any}
         for param, fit in self._projections.items():
@@ -251,12 +250,14 @@ class ProjectedAdamW(SparseMaskedAdamW):
         finally:
             increment_version(chain.from_iterable(call.plan.written() for call in calls))
 
+    def _kept(self, param: Tensor) -> dict[str, Tensor]:
+        """What the parameter's projection keeps, by the names that it gave."""
+        own = self.state.get(param, {})
+        return {name.removeprefix(PROJECTION): v for name, v in own.items() if name.startswith(PROJECTION)}
+
     def _projected(self, plan: Plan) -> ProjectedCall:
         buffer = self._scratch.buffer(plan.params[0].device, plan.packed[0].layout.dtype)
         if plan.projected is None or plan.projected.buffer is not buffer:
-            kept = [
-                {k.removeprefix(PROJECTION): v for k, v in self.state[param].items() if k.startswith(PROJECTION)}
-                for param in plan.own
-            ]
+            kept = [self._kept(param) for param in plan.own]
             plan.projected = ProjectedCall(plan, [self._projections[param] for param in plan.own], kept, buffer)
         return plan.projected

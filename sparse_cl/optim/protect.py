@@ -12,7 +12,7 @@ from sparse_cl.reference.precision import full_precision
 from sparse_cl.subspace import SubspaceMemory
 
 from .elastic_adamw import projection_of, rule_of
-from .low_rank import FittedLowRank
+from .low_rank import FittedLowRank, energies
 from .memory_adamw import Bases, subspaces_of
 from .names import name_of, names_of, parameters_of
 from .rules import Budget, Rule
@@ -78,12 +78,10 @@ class Protection:
     @torch.no_grad()
     def old_output_drift(self) -> dict[str, float]:
         """As :meth:`ElasticAdamW.old_output_drift`."""
-        found = {}
-        for param, fit in self._fitted.items():
-            energies = torch.linalg.vector_norm(self._moved(param, fit), dim=0).double().square()
-            held = self._held[param].clamp(min=torch.finfo(torch.float64).tiny)
-            found[self._names[param]] = float(energies @ fit.seen.values.double() / held)
-        return found
+        return {
+            self._names[param]: float(fit.drift(self._moved(param, fit), self._held[param]))
+            for param, fit in self._fitted.items()
+        }
 
     def _along(self, param: Tensor, fit: FittedLowRank) -> Tensor:
         """W U, (m, r)."""
@@ -118,9 +116,8 @@ class Protection:
             rule: Rule = fit.given.rule
             moved = self._moved(param, fit)
             strengths = fit.seen.values.double()[None]
-            energies = torch.linalg.vector_norm(moved, dim=0).double().square()[None]
-            room = rule.share * self._held[param][None] if isinstance(rule, Budget) else energies[0]
-            taken = 1 - rule.left(strengths, rates[param], energies, room)[0]
+            room = rule.share * self._held[param][None] if isinstance(rule, Budget) else self._held[param][None]
+            taken = 1 - rule.left(strengths, rates[param], energies(moved)[None], room)[0]
             basis = fit.seen.basis.to(moved.dtype)
             with full_precision(param.device):
                 back = (moved * taken.to(moved.dtype)) @ basis.mT

@@ -6,6 +6,7 @@ M = Σ GᵀG, and give the eigenvalues and eigenvectors of A = s M + U diag(λ) 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -49,7 +50,7 @@ def row_blocks(rows: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
         yield block.to(dtype)
 
 
-class Moment:
+class Moment(ABC):
     """What both kinds keep: sums that can be added up.
 
     Attributes:
@@ -69,13 +70,13 @@ class Moment:
         kept = getattr(self, self.names[0])
         return kept.device, kept.dtype
 
+    @abstractmethod
     def add(self, rows: Tensor) -> None:
         """Observes ``rows`` (m, n)."""
-        raise NotImplementedError
 
+    @abstractmethod
     def energy(self) -> Tensor:
         """Σ ||G||²_F: 0-d, float64."""
-        raise NotImplementedError
 
     def tensors(self) -> dict[str, Tensor]:
         """All that was observed; :meth:`merge` takes it back."""

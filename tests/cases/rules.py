@@ -30,6 +30,18 @@ def gradient(step, m=M, n=N):
     return random(m, 2, seed=1) @ basis(n)[:, :2].mT * 3 + random(m, n, seed=100 + step)
 
 
+def parameter(dtype=torch.float32, *shape, seed=2):
+    return torch.nn.Parameter(random(*(shape or (M, N)), seed=seed, dtype=dtype))
+
+
+def run(optimizer, weight, steps, first=0, each=lambda step: None):
+    """Steps on `gradient`; `each` is called with the number of a step after it."""
+    for step in range(first, first + steps):
+        weight.grad = gradient(step).to(weight.dtype)
+        optimizer.step()
+        each(step)
+
+
 RULES = {
     "hard": lambda s: SubspaceProjection(s),
     "pull": lambda s: LowRankPull(s, s.values),

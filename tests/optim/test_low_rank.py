@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from cases.rules import RULES, M, N, Oracle, R, basis, drift, energies, gradient, random, subspace
+from cases.rules import RULES, M, N, Oracle, R, basis, drift, energies, gradient, parameter, random, run, subspace
 
 from sparse_cl import (
     ColumnMask,
@@ -26,19 +26,8 @@ KEY = "projection.moved"
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 2e-5}
 
 
-def parameter(dtype=torch.float32, *shape, seed=2):
-    return torch.nn.Parameter(random(*(shape or (M, N)), seed=seed, dtype=dtype))
-
-
 def stepped(optimizer, weight):
     return optimizer.state[weight].get("master", weight.detach()).double()
-
-
-def run(optimizer, weight, steps, first=0, each=lambda step: None):
-    for step in range(first, first + steps):
-        weight.grad = gradient(step).to(weight.dtype)
-        optimizer.step()
-        each(step)
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from cases.rules import RULES, M, N, R, drift, gradient, random, subspace
+from cases.rules import RULES, M, N, R, drift, gradient, parameter, run, subspace
 
 from sparse_cl import (
     ColumnMask,
@@ -19,18 +19,6 @@ from sparse_cl import (
 from sparse_cl.nn import ActiveLinear
 
 KEY = "projection.moved"
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 2e-5}
-
-
-def parameter(dtype=torch.float32, *shape, seed=2):
-    return torch.nn.Parameter(random(*(shape or (M, N)), seed=seed, dtype=dtype))
-
-
-def run(optimizer, weight, steps, first=0, each=lambda step: None):
-    for step in range(first, first + steps):
-        weight.grad = gradient(step).to(weight.dtype)
-        optimizer.step()
-        each(step)
 
 
 @pytest.mark.parametrize("rule", RULES)

@@ -6,23 +6,12 @@ import copy
 
 import pytest
 import torch
-from cases.rules import M, N, Oracle, basis, drift, gradient, random, subspace
+from cases.rules import M, N, Oracle, basis, drift, gradient, parameter, random, run, subspace
 
 from sparse_cl import ElasticAdamW, RowMask, SparseMaskedAdamW, Subspace, SubspaceMemory, protect
 from sparse_cl.optim.protect import _rounded
 
 GIVEN = {"hard": {"budget": 0.0}, "pull": {"strength": 1.5, "path": 0.3}, "budget": {"budget": 1e-3}}
-
-
-def parameter(dtype=torch.float32):
-    return torch.nn.Parameter(random(M, N, seed=2, dtype=dtype))
-
-
-def run(optimizer, weight, steps, first=0, each=lambda: None):
-    for step in range(first, first + steps):
-        weight.grad = gradient(step).to(weight.dtype)
-        optimizer.step()
-        each()
 
 
 @pytest.mark.parametrize("rule", GIVEN)
@@ -53,7 +42,7 @@ def test_bounds_hold_behind_any_optimizer(name, dtype):
         weight = parameter(dtype)
         start, optimizer, seen = weight.detach().double().clone(), OPTIMIZERS[name]([weight]), []
         protection = protect(optimizer, {weight: s}, **given)
-        run(optimizer, weight, 50, each=lambda w=weight, b=start, x=seen: x.append(drift(w.detach(), b, s)))
+        run(optimizer, weight, 50, each=lambda _, w=weight, b=start, x=seen: x.append(drift(w.detach(), b, s)))
         change = weight.detach().double() - start
         leak = float((change @ basis()).square().sum() / change.square().sum())
         free = parameter(dtype)
@@ -77,7 +66,7 @@ def test_every_third_step():
     start, seen = weight.detach().double().clone(), []
     optimizer = torch.optim.AdamW([weight], lr=1e-2)
     protect(optimizer, {weight: s}, budget=1e-4, every=3)
-    run(optimizer, weight, 30, each=lambda: seen.append(drift(weight.detach(), start, s)))
+    run(optimizer, weight, 30, each=lambda _: seen.append(drift(weight.detach(), start, s)))
     assert max(seen[2::3]) <= 1e-4 * (1 + 1e-4)
     assert max(seen) > 1e-4
 
