@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from sparse_cl.subspace import Subspace, SubspaceMemory
+from sparse_cl.subspace import Subspace, SubspaceMemory, UsedRows
 
 from .low_rank import DriftBudget, FittedLowRank, LowRankProjection, LowRankPull, SubspaceProjection
 from .memory_adamw import Bases, MemoryAdamW
 
 STRENGTH = 1.5
 """ρ of the pull: how far the path that is left would be pulled back at mean use."""
+
+ROW_STRENGTH = 0.05
+"""Of the pull of an embedding's rows, beside that of layers' directions."""
 
 
 class ElasticAdamW(MemoryAdamW):
@@ -37,6 +41,9 @@ class ElasticAdamW(MemoryAdamW):
         strength: ρ, at least 0; with ``path``. None and no budget: 1.5.
         path: Σ lr over the steps of the domain, as :func:`path_of` gives it.
         budget: a share, in place of a strength. 0 keeps out of the directions altogether.
+        row_strength: of an embedding's rows, beside ``strength``: row v is pulled by its use, which is 1 for a row that
+            one domain looks up as often as an average one. 0 leaves rows free; with a budget, any other number keeps
+            them within it.
         rest: what happens to parameters without a basis: ``"train"`` or ``"freeze"``.
 
     Raises:
@@ -51,30 +58,45 @@ class ElasticAdamW(MemoryAdamW):
         strength: float | None = None,
         path: float | None = None,
         budget: float | None = None,
+        row_strength: float = ROW_STRENGTH,
         rest: str = "train",
         **options: Any,
     ) -> None:
-        self._rule = rule_of(strength, path, budget)
+        self._rule = rule_of(strength, path, budget, row_strength)
         super().__init__(params, *arguments, memory=memory, rest=rest, **options)
 
     def old_output_drift(self) -> dict[str, float]:
         """By parameter Σ_j λ_j ‖(W - W₀) u_j‖² / Σ_j λ_j ‖W₀ u_j‖²: how far old outputs have moved in this domain.
 
-        Of what the kept directions see, `Subspace.outside` says the rest. Waits for the device.
+        A weight that is a head and an embedding has a second entry, ``"<name> (rows)"``. Of what the kept directions
+        see, `Subspace.outside` says the rest. Waits for the device.
         """
         found = {}
         for param, fit in self._projections.items():
             kept = self._kept(param)
             if isinstance(fit, FittedLowRank) and param in self.state:
-                drift = fit.drift(kept["moved"], kept["held"]) if "moved" in kept else 0.0
-                found[self._store.name(param).strip("'")] = float(drift)
+                found |= drifts(self._store.name(param).strip("'"), fit, kept)
         return found
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_rule": self._rule}
 
-    def _projection(self, subspace: Subspace | Tensor, transposed: bool) -> LowRankProjection:
-        return projection_of(self._rule, subspace, transposed)
+    def _holds_rows(self) -> bool:
+        return super()._holds_rows() and self._rule.rows > 0
+
+    def _projection(self, subspace: Subspace | Tensor, transposed: bool, rows: UsedRows | None) -> LowRankProjection:
+        return projection_of(self._rule, subspace, transposed, rows)
+
+
+def drifts(name: str, fit: FittedLowRank, kept: Mapping[str, Tensor]) -> dict[str, float]:
+    """The drift of one parameter's outputs by directions and by rows, of what its projection keeps."""
+    held, found = fit.given.rows, {}
+    if held is None or fit.whole.rank:
+        found[name] = float(fit.drift(kept["moved"], kept["held"])) if "moved" in kept else 0.0
+    if held is not None:
+        own = f"{name} (rows)" if found else name
+        found[own] = float(held.drift(kept["rows"], kept["rows_held"])) if "rows" in kept else 0.0
+    return found
 
 
 def path_of(lr: float, steps: int, make_scheduler: Callable[[torch.optim.Optimizer], Any] | None = None) -> float:
@@ -101,21 +123,31 @@ def path_of(lr: float, steps: int, make_scheduler: Callable[[torch.optim.Optimiz
     return path
 
 
-Asked = tuple[str, float]
+@dataclass(frozen=True)
+class Asked:
+    """What :func:`rule_of` made of the arguments: a budget, or a pull of so much per unit of the learning rate."""
+
+    kind: str
+    number: float
+    rows: float
 
 
-def rule_of(strength: float | None, path: float | None, budget: float | None) -> Asked:
-    """("budget", b) or ("pull", ρ / Σ lr).
+def rule_of(
+    strength: float | None, path: float | None, budget: float | None, row_strength: float = ROW_STRENGTH
+) -> Asked:
+    """A budget, or the pull ρ / Σ lr.
 
     Raises:
         ValueError: both or neither of a budget and a path; numbers out of range.
     """
+    if not 0 <= row_strength < float("inf"):
+        raise ValueError(f"row_strength: expected a number of at least 0, got {row_strength}")
     if budget is not None:
         if strength is not None or path is not None:
             raise ValueError("budget: expected no strength and no path beside it; give one or the other")
         if not 0 <= budget < float("inf"):
             raise ValueError(f"budget: expected a share of at least 0, got {budget}")
-        return "budget", float(budget)
+        return Asked("budget", float(budget), row_strength)
     strength = STRENGTH if strength is None else strength
     if not 0 <= strength < float("inf"):
         raise ValueError(f"strength: expected a number of at least 0, got {strength}")
@@ -124,15 +156,20 @@ def rule_of(strength: float | None, path: float | None, budget: float | None) ->
             f"path: expected the sum of the learning rate over all steps of the domain, above 0, got {path}; give "
             "path=sparse_cl.path_of(lr, steps, make_scheduler), or lr * steps for a constant rate"
         )
-    return "pull", strength / path
+    return Asked("pull", strength / path, row_strength)
 
 
-def projection_of(asked: Asked, subspace: Subspace | Tensor, transposed: bool) -> LowRankProjection:
+def projection_of(
+    asked: Asked, subspace: Subspace | Tensor, transposed: bool, rows: UsedRows | None
+) -> LowRankProjection:
     """The projection of one parameter, by what :func:`rule_of` made of the arguments."""
-    known = subspace if isinstance(subspace, Subspace) else Subspace(subspace)
-    kind, number = asked
-    if kind == "pull":
-        return LowRankPull(known, known.usage * number, transposed=transposed)
-    if number == 0:
-        return SubspaceProjection(known, transposed=transposed)
-    return DriftBudget(known, number, transposed=transposed)
+    known, strengths = subspace if isinstance(subspace, Subspace) else Subspace(subspace), None
+    found: LowRankProjection
+    if asked.kind == "pull":
+        found = LowRankPull(known, known.usage * asked.number, transposed=transposed)
+        strengths = None if rows is None else rows.usage * (asked.number * asked.rows)
+    elif asked.number == 0:
+        found = SubspaceProjection(known, transposed=transposed)
+    else:
+        found = DriftBudget(known, asked.number, transposed=transposed)
+    return found if rows is None else found.with_rows(rows, strengths)

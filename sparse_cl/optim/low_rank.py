@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 
 import torch
 from torch import Tensor
 
 from sparse_cl.masks import ColumnMask, Mask, RowMask
-from sparse_cl.subspace import Subspace
+from sparse_cl.subspace import Subspace, UsedRows
 
+from .held_rows import HeldRows
 from .leaf import weight_of
 from .projection import Correction, Fitted, Layer, Projection
 from .rules import Budget, Hard, Pull, Rule
@@ -57,7 +59,19 @@ class LowRankProjection(Projection):
             except ValueError as error:
                 raise ValueError(str(error).replace("values:", "strengths:")) from None
         self.rule, self.subspace, self.transposed, self.from_zero = rule, found, transposed, from_zero
+        self.rows: HeldRows | None = None
         self.any = found.rank > 0 and (isinstance(rule, Hard) or bool((found.values > 0).any()))
+
+    def with_rows(self, rows: UsedRows, strengths: Tensor | None = None) -> LowRankProjection:
+        """This projection with the rule on rows of the weight too, which is an embedding's, (V, n).
+
+        Args:
+            rows: those that earlier domains look up.
+            strengths: (k,), what the rule means by them; None: the rows' values.
+        """
+        found = copy(self)
+        found.rows, found.any = HeldRows(rows, strengths), True
+        return found
 
     def fitted(self, param: Tensor, mask: Mask | None) -> Fitted:
         weight, subspace = weight_of(param), self.subspace
@@ -69,6 +83,11 @@ class LowRankProjection(Projection):
         if subspace.device != param.device:
             raise ValueError(
                 f"is on {param.device}, but its basis is on {subspace.device}; move it with .to({str(param.device)!r})"
+            )
+        if mask is not None and self.rows is not None:
+            raise ValueError(
+                f"has a {type(mask).__name__}, which the protection of an embedding's rows does not take; leave the "
+                "mask out, or free the rows by row_strength=0"
             )
         single = mask is not None and not isinstance(mask, RowMask | ColumnMask)
         if mask is not None and (self.transposed or self.from_zero):
@@ -182,12 +201,15 @@ class FittedLowRank(Fitted):
     def shapes(self, shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
         if not self.remembers:
             return {}
-        return {"moved": (shape[1 if self.given.transposed else 0], self.seen.rank), "held": ()}
+        found = {"moved": (shape[1 if self.given.transposed else 0], self.seen.rank), "held": ()}
+        return found if self.given.rows is None else found | self.given.rows.shapes(tuple(shape))
 
     def begin(self, weight: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         if not self.remembers:
             return {}
         found = {"held": self.held(weight)}
+        if self.given.rows is not None:
+            found |= self.given.rows.begin(weight)
         if self.given.from_zero:
             found["moved"] = weight.detach().to(dtype) @ self.seen.basis.to(dtype)
         return found
@@ -223,8 +245,11 @@ class LowRankCorrection(Correction):
         zero = self.strengths.new_zeros(())
         self.held = torch.stack([layer.kept.get("held", zero) for layer in layers])
         self.next: list[Tensor] = []
+        self.tables = [(layer, held) for layer in layers if (held := layer.projection.given.rows) is not None]
 
     def correct_(self, lr: float | Tensor, skipped: Tensor | None) -> None:
+        for layer, held in self.tables:
+            held.correct_(self.rule, layer, lr, skipped)
         rows = [layer.projection.rows(layer.update) for layer in self.layers]
         moved = [self._moved(layer) for layer in self.layers]
         # Not in place: should the step fail before the weights are written, P is still theirs.
@@ -280,6 +305,8 @@ class LowRankCorrection(Correction):
         return torch.addmm(layer.kept["moved"], row.mul_(support), basis)
 
     def settle_(self) -> None:
+        for layer, held in self.tables:
+            held.settle_(layer)
         keeping = [layer.kept["moved"] for layer in self.layers if "moved" in layer.kept]
         indices = [layer.projection.index for layer in self.layers if "moved" in layer.kept]
         for moved, index, after in zip(keeping, indices, self.next, strict=True):

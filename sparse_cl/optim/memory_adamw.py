@@ -7,10 +7,11 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from sparse_cl.subspace import Subspace, SubspaceMemory
+from sparse_cl.subspace import Subspace, SubspaceMemory, UsedRows
 
 from .leaf import weight_of
 from .low_rank import LowRankProjection
@@ -40,8 +41,12 @@ class MemoryAdamW(ProjectedAdamW):
             self.set_memory(memory)
 
     @abstractmethod
-    def _projection(self, subspace: Subspace | Tensor, transposed: bool) -> LowRankProjection:
-        """The projection that keeps what a subspace says of a parameter."""
+    def _projection(self, subspace: Subspace | Tensor, transposed: bool, rows: UsedRows | None) -> LowRankProjection:
+        """The projection that keeps what a subspace, and of an embedding its used rows, say of a parameter."""
+
+    def _holds_rows(self) -> bool:
+        """Whether an embedding's used rows are protected."""
+        return self._rest == "train"
 
     @property
     def memory(self) -> SubspaceMemory | Bases | None:
@@ -123,16 +128,21 @@ class MemoryAdamW(ProjectedAdamW):
     def _of(self, memory: SubspaceMemory | Bases | None) -> Given:
         """The projections that keep what a memory remembers."""
         given: Given = {}
-        for param, (subspace, transposed) in subspaces_of(self.param_groups, memory).items():
+        for param, (subspace, transposed, rows) in known_of(self.param_groups, memory, self._holds_rows()).items():
             try:
-                given[param] = self._projection(subspace, transposed)
+                given[param] = self._projection(subspace, transposed, rows)
             except (TypeError, ValueError) as error:
                 raise type(error)(f"memory: parameter {self._store.name(param)}: {error}") from None
         return given
 
 
-def subspaces_of(groups: Groups, memory: SubspaceMemory | Bases | None) -> dict[Tensor, tuple[Subspace | Tensor, bool]]:
-    """By parameter what is used of its inputs, and whether it is transposed; those that nothing is known of are absent.
+Known = tuple[Subspace | Tensor, bool, UsedRows | None]
+
+
+def known_of(groups: Groups, memory: SubspaceMemory | Bases | None, with_rows: bool = True) -> dict[Tensor, Known]:
+    """By parameter what is used of its inputs, whether it is transposed, and what is used of an embedding's rows.
+
+    Those that nothing is known of are absent.
 
     Raises:
         TypeError: neither a memory nor a mapping.
@@ -142,7 +152,7 @@ def subspaces_of(groups: Groups, memory: SubspaceMemory | Bases | None) -> dict[
         return {}
     if isinstance(memory, Mapping):
         found = by_param(groups, memory, "memory", "basis")
-        return {param: (basis, False) for param, basis in found.items() if basis is not None}
+        return {param: (basis, False, None) for param, basis in found.items() if basis is not None}
     if not isinstance(memory, SubspaceMemory):
         raise TypeError(
             f"memory: expected a SubspaceMemory or {{parameter or name: basis}}, got {type(memory).__name__}"
@@ -159,11 +169,22 @@ def subspaces_of(groups: Groups, memory: SubspaceMemory | Bases | None) -> dict[
             )
     else:
         keys = _by_name(groups, memory)
-    result: dict[Tensor, tuple[Subspace | Tensor, bool]] = {}
+    result: dict[Tensor, Known] = {}
     for param, key in keys.items():
         if (subspace := memory.subspace(key)) is not None:
-            result[param] = (subspace.to(param.device), memory.is_transposed(key))
+            result[param] = subspace.to(param.device), memory.is_transposed(key), None
+    names = names_of(groups)
+    for param in parameters_of(groups) if with_rows else ():
+        if (rows := memory.used_rows(param if memory.is_bound else names.get(param, ""))) is not None:
+            subspace, transposed, _ = result.get(param, (_nothing_of(param), False, None))
+            result[param] = subspace, transposed, rows.to(param.device)
     return result
+
+
+def _nothing_of(param: Tensor) -> Subspace:
+    """The subspace of an embedding that is no layer's weight too."""
+    wide = torch.float64 if param.dtype == torch.float64 else torch.float32
+    return Subspace(torch.zeros(param.shape[1], 0, dtype=wide, device=param.device))
 
 
 def _by_name(groups: Groups, memory: SubspaceMemory) -> dict[Tensor, str]:

@@ -11,11 +11,12 @@ from torch import Tensor
 from sparse_cl.reference.precision import full_precision
 from sparse_cl.subspace import SubspaceMemory
 
-from .elastic_adamw import projection_of, rule_of
+from .elastic_adamw import ROW_STRENGTH, drifts, projection_of, rule_of
+from .held_rows import HeldRows
 from .low_rank import FittedLowRank, energies
-from .memory_adamw import Bases, subspaces_of
+from .memory_adamw import Bases, known_of
 from .names import name_of, names_of, parameters_of
-from .rules import Budget, Rule
+from .rules import Budget
 from .sparse_masked_adamw import SparseMaskedAdamW
 
 
@@ -36,10 +37,10 @@ class Protection:
         self._names = {p: _name(optimizer, p) for p in fitted}
         self._generators: dict[torch.device, torch.Generator] = {}
         self._seed = seed
-        self._origin, self._held = {}, {}
+        #: By parameter W₀ U and, of an embedding, its used rows at the start; and the energies of old outputs.
+        self._kept: dict[Tensor, dict[str, Tensor]] = {}
         for param, fit in fitted.items():
-            self._origin[param] = self._along(param, fit)
-            self._held[param] = fit.held(param)
+            self._kept[param] = self._start(param, fit)
         self._handles = [
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
@@ -52,8 +53,8 @@ class Protection:
         self._handles = []
 
     def state_dict(self) -> dict[str, Any]:
-        """W₀ U by parameter, the energies of old outputs, and the number of steps."""
-        tensors = {self._names[p]: {"origin": self._origin[p], "held": self._held[p]} for p in self._fitted}
+        """What is kept of the start of the domain by parameter, and the number of steps."""
+        tensors = {self._names[param]: dict(kept) for param, kept in self._kept.items()}
         return {"parameters": tensors, "steps": self._steps}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -64,24 +65,35 @@ class Protection:
         """
         given = state["parameters"]
         for param, name in self._names.items():
-            shape = tuple(self._origin[param].shape)
-            if name not in given or tuple(given[name]["origin"].shape) != shape:
-                found = tuple(given[name]["origin"].shape) if name in given else "none"
-                raise ValueError(
-                    f"state: {name}: expected origin of shape {shape}, got {found}; is it another memory's?"
-                )
+            for key, tensor in self._kept[param].items():
+                found = tuple(given[name][key].shape) if key in given.get(name, {}) else "none"
+                if found != tuple(tensor.shape):
+                    raise ValueError(
+                        f"state: {name}: expected {key} of shape {tuple(tensor.shape)}, got {found}; is it another "
+                        "memory's?"
+                    )
         for param, name in self._names.items():
-            self._origin[param].copy_(given[name]["origin"])
-            self._held[param].copy_(given[name]["held"])
+            for key, tensor in self._kept[param].items():
+                tensor.copy_(given[name][key])
         self._steps = state["steps"]
 
     @torch.no_grad()
     def old_output_drift(self) -> dict[str, float]:
         """As :meth:`ElasticAdamW.old_output_drift`."""
-        return {
-            self._names[param]: float(fit.drift(self._moved(param, fit), self._held[param]))
-            for param, fit in self._fitted.items()
-        }
+        found: dict[str, float] = {}
+        for param, fit in self._fitted.items():
+            kept = {"moved": self._moved(param, fit), "held": self._kept[param]["held"]}
+            if (rows := fit.given.rows) is not None:
+                kept |= {"rows": self._rows(param, rows), "rows_held": self._kept[param]["rows_held"]}
+            found |= drifts(self._names[param], fit, kept)
+        return found
+
+    def _start(self, param: Tensor, fit: FittedLowRank) -> dict[str, Tensor]:
+        """W₀ U and its energy, and of an embedding the used rows."""
+        kept = {"origin": self._along(param, fit), "held": fit.held(param)}
+        if (rows := fit.given.rows) is not None:
+            kept |= {"origin_rows": param.detach()[rows.index].to(_wide(param)), **rows.begin(param)}
+        return kept
 
     def _along(self, param: Tensor, fit: FittedLowRank) -> Tensor:
         """W U, (m, r)."""
@@ -90,7 +102,11 @@ class Protection:
             return rows @ fit.seen.basis.to(rows.dtype)
 
     def _moved(self, param: Tensor, fit: FittedLowRank) -> Tensor:
-        return self._along(param, fit) - self._origin[param]
+        return self._along(param, fit) - self._kept[param]["origin"]
+
+    def _rows(self, param: Tensor, rows: HeldRows) -> Tensor:
+        """(W - W₀)_v of the used rows, (k, n)."""
+        return param.detach()[rows.index].to(_wide(param)) - self._kept[param]["origin_rows"]
 
     def _before(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         own = set(map(id, parameters_of(optimizer.param_groups)))
@@ -113,10 +129,15 @@ class Protection:
             return
         rates, self._rates = self._rates, {}
         for param, fit in self._fitted.items():
-            rule: Rule = fit.given.rule
+            rule, kept = fit.given.rule, self._kept[param]
+            if (rows := fit.given.rows) is not None:
+                away = self._rows(param, rows)
+                back = torch.zeros_like(param, dtype=away.dtype)
+                left = rows.left(rule, away, kept["rows_held"], rates[param])
+                self._subtract(param, back.index_copy_(0, rows.index, away * (1 - left)))
             moved = self._moved(param, fit)
             strengths = fit.seen.values.double()[None]
-            room = rule.share * self._held[param][None] if isinstance(rule, Budget) else self._held[param][None]
+            room = rule.share * kept["held"][None] if isinstance(rule, Budget) else kept["held"][None]
             taken = 1 - rule.left(strengths, rates[param], energies(moved)[None], room)[0]
             basis = fit.seen.basis.to(moved.dtype)
             with full_precision(param.device):
@@ -140,6 +161,7 @@ def protect(
     strength: float | None = None,
     path: float | None = None,
     budget: float | None = None,
+    row_strength: float = ROW_STRENGTH,
     every: int = 1,
     seed: int = 0,
 ) -> Protection:
@@ -155,7 +177,7 @@ def protect(
     Args:
         optimizer: any ``torch.optim.Optimizer`` that steps the model's own parameters.
         memory: as for :class:`ElasticAdamW`.
-        strength, path, budget: as there; a budget of 0 keeps out altogether.
+        strength, path, budget, row_strength: as there; a budget of 0 keeps out altogether.
         every: corrects after each so many steps only; in between a bound may be broken.
         seed: of the stochastic rounding.
 
@@ -175,10 +197,10 @@ def protect(
     hooks = optimizer._optimizer_step_post_hooks.values()
     if any(isinstance(getattr(hook, "__self__", None), Protection) for hook in hooks):
         raise ValueError("optimizer: it is protected already; call .remove() of that protection first")
-    rule, fitted = rule_of(strength, path, budget), {}
-    for param, (subspace, transposed) in subspaces_of(optimizer.param_groups, memory).items():
+    rule, fitted = rule_of(strength, path, budget, row_strength), {}
+    for param, (subspace, transposed, rows) in known_of(optimizer.param_groups, memory, row_strength > 0).items():
         try:
-            found = projection_of(rule, subspace, transposed).fitted(param, None)
+            found = projection_of(rule, subspace, transposed, rows).fitted(param, None)
         except (TypeError, ValueError) as error:
             raise type(error)(f"memory: parameter {_name(optimizer, param)} {error}") from None
         assert isinstance(found, FittedLowRank)

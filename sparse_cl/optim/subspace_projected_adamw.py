@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from sparse_cl.subspace import Subspace
+from sparse_cl.subspace import Subspace, UsedRows
 
 from .low_rank import LowRankProjection, SubspaceProjection
 from .memory_adamw import MemoryAdamW
@@ -31,13 +31,15 @@ class SubspaceProjectedAdamW(MemoryAdamW):
         memory: a :class:`SubspaceMemory`, whose bases are followed as they grow; or ``{parameter or its name: Subspace
             or an orthonormal (n, r) tensor}``.
         rest: what happens to parameters that a basis cannot protect, once there is any basis: those of fewer than two
-            dimensions (biases, norms) and embeddings. ``"freeze"``, as GPM does, or ``"train"``. An unprotected
-            residual path undoes the protection of the rest.
+            dimensions (biases, norms) and embeddings. ``"freeze"``, as GPM does, or ``"train"``, and then of an
+            embedding those rows alone that no earlier domain looked up. An unprotected residual path undoes the
+            protection of the rest.
 
     Raises:
         TypeError, ValueError: as there; a basis that fits no parameter, is not orthonormal, has another width or
             device; a memory of another model.
     """
 
-    def _projection(self, subspace: Subspace | Tensor, transposed: bool) -> LowRankProjection:
-        return SubspaceProjection(subspace, transposed=transposed)
+    def _projection(self, subspace: Subspace | Tensor, transposed: bool, rows: UsedRows | None) -> LowRankProjection:
+        projection = SubspaceProjection(subspace, transposed=transposed)
+        return projection if rows is None else projection.with_rows(rows)

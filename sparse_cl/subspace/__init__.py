@@ -3,5 +3,6 @@
 from .kronecker import Kronecker, threshold_of
 from .memory import SubspaceMemory
 from .subspace import Subspace
+from .tables import UsedRows
 
-__all__ = ["Kronecker", "Subspace", "SubspaceMemory", "threshold_of"]
+__all__ = ["Kronecker", "Subspace", "SubspaceMemory", "UsedRows", "threshold_of"]

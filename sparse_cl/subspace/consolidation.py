@@ -15,6 +15,7 @@ from .layers import Layer
 from .moments import Moment
 from .settings import Settings
 from .subspace import Subspace, trusted
+from .tables import Table
 
 #: Numbers that one batch holds, so that consolidating takes a part of the memory that the model has.
 _BATCH = 1 << 26
@@ -35,8 +36,10 @@ def batches(layers: Iterable[Layer]) -> Iterator[list[Layer]]:
             yield group[start : start + key[-1]]
 
 
-def consolidate(layers: Sequence[Layer], settings: Settings, weight: float, fade: float) -> dict[str, int]:
-    """Adds what observed layers used to what is remembered of them, and forgets their moments.
+def consolidate(
+    layers: Sequence[Layer], tables: Sequence[Table], settings: Settings, weight: float, fade: float
+) -> dict[str, int]:
+    """Adds what observed layers and tables used to what is remembered of them, and forgets their moments.
 
     Args:
         weight: of the domain, whose inputs' mean energy along each direction is what counts.
@@ -50,6 +53,9 @@ def consolidate(layers: Sequence[Layer], settings: Settings, weight: float, fade
         for moment in {id(layer.moment): layer.observed() for layer in layers}.values():
             for tensor in moment.tensors().values():
                 dist.all_reduce(tensor)
+        for table in tables:
+            if table.counts is not None:
+                dist.all_reduce(table.counts)
     # Layers that read the same inputs, and always did, have one subspace.
     groups: dict[tuple, list[Layer]] = {}
     for layer in layers:
@@ -73,6 +79,8 @@ def consolidate(layers: Sequence[Layer], settings: Settings, weight: float, fade
         before = layer.rank
         (layer.subspace, layer.weight), layer.moment = grown[layer.name], None
         added[layer.name] = layer.rank - before
+    for table in tables:
+        table.end_domain(weight, fade)
     return added
 
 

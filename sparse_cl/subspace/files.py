@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from os import PathLike
 from typing import Any
@@ -14,6 +14,7 @@ from sparse_cl import storage
 from .layers import Layer
 from .settings import Settings
 from .subspace import Subspace
+from .tables import Table
 
 _KIND, _WRITER = "memory", "SubspaceMemory.save"
 
@@ -22,7 +23,7 @@ _VERSION = 3
 
 
 def save(
-    path: str | PathLike, settings: Settings, domains: int, embeddings: Sequence[str], layers: Mapping[str, Layer]
+    path: str | PathLike, settings: Settings, domains: int, layers: Mapping[str, Layer], tables: Mapping[str, Table]
 ) -> None:
     """Writes a memory: each subspace once, what was observed, and in the header all else."""
     tensors: dict[str, Tensor] = {}
@@ -38,12 +39,16 @@ def save(
                 tensors |= {f"{name}:basis": subspace.basis, f"{name}:values": subspace.values}
         if layer.moment is not None:
             tensors |= {f"{name}:{key}": tensor for key, tensor in layer.moment.tensors().items()}
-    facts = {"version": _VERSION, **asdict(settings), "domains": domains, "embeddings": list(embeddings)}
+    heights = {name: {"height": table.height, "opaque": table.opaque} for name, table in tables.items()}
+    for name, table in tables.items():
+        kept = {"shares": table.shares, "counts": table.counts}
+        tensors |= {f"{name}:{key}": tensor for key, tensor in kept.items() if tensor is not None}
+    facts = {"version": _VERSION, **asdict(settings), "domains": domains, "tables": heights}
     storage.write(path, _KIND, tensors, settings=facts, layers=index)
 
 
-def load(path: str | PathLike) -> tuple[Settings, int, list[str], list[tuple[Layer, dict[str, Tensor]]]]:
-    """Settings, the number of domains, the names of embeddings, and each layer with the tensors of its moment.
+def load(path: str | PathLike) -> tuple[Settings, int, list[tuple[Layer, dict[str, Tensor]]], dict[str, Table]]:
+    """Settings, the number of domains, each layer with the tensors of its moment, and tables by name.
 
     Raises:
         ValueError: the file is truncated, holds something else, or comes from another version of sparse_cl.
@@ -61,7 +66,8 @@ def load(path: str | PathLike) -> tuple[Settings, int, list[str], list[tuple[Lay
         settings = Settings(**{field.name: found[field.name] for field in fields(Settings)})
         known: dict[str, Subspace] = {}
         layers = [_layer(name, entry, tensors, known) for name, entry in facts["layers"].items()]
-        return settings, found["domains"], found["embeddings"], layers
+        tables = {name: _table(name, entry, tensors) for name, entry in found["tables"].items()}
+        return settings, found["domains"], layers, tables
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path}: the memory is damaged ({error}); write it again with {_WRITER}") from error
 
@@ -79,3 +85,11 @@ def _layer(
             raise ValueError(f"the basis of {name!r} has width {layer.subspace.width}, not {layer.width}")
     keys = ("upper", "sketch", "total", "count")
     return layer, {key: tensors[f"{name}:{key}"] for key in keys if f"{name}:{key}" in tensors}
+
+
+def _table(name: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Table:
+    kept = {key: tensors.get(f"{name}:{key}") for key in ("shares", "counts")}
+    for key, tensor in kept.items():
+        if tensor is not None and tensor.shape != (entry["height"],):
+            raise ValueError(f"{key} of {name!r} have shape {tuple(tensor.shape)}, not ({entry['height']},)")
+    return Table(name, entry["height"], opaque=entry["opaque"], **kept)

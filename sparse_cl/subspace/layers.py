@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .moments import Moment, row_blocks
 from .subspace import Subspace, energy_of, trusted
+from .tables import Table
 
 
 @dataclass
@@ -94,8 +95,8 @@ class Layer:
         return self.param.device, torch.float64 if wide else torch.float32
 
 
-def find_layers(source: nn.Module | Iterable[tuple[str, Tensor]]) -> tuple[dict[str, Layer], dict[str, Tensor]]:
-    """Tracked layers by name, and parameters of embeddings by name.
+def find_layers(source: nn.Module | Iterable[tuple[str, Tensor]]) -> tuple[dict[str, Layer], dict[str, Table]]:
+    """Tracked layers by name, and tables of embeddings by name.
 
     Of a model: the weights of its ``nn.Linear`` and Conv1D layers, those that an embedding shares too, which are in
     both. Of named parameters: those of two dimensions.
@@ -124,17 +125,15 @@ def find_layers(source: nn.Module | Iterable[tuple[str, Tensor]]) -> tuple[dict[
     return layers, {}
 
 
-def _layers_of_module(model: nn.Module) -> tuple[dict[str, Layer], dict[str, Tensor]]:
-    embeddings: dict[str, Tensor] = {
-        f"{name}.{own}" if name else own: param
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Embedding)
-        for own, param in module.named_parameters(recurse=False)
-    }
+def _layers_of_module(model: nn.Module) -> tuple[dict[str, Layer], dict[str, Table]]:
     names = {id(param): name for name, param in model.named_parameters()}
+    tables: dict[str, Table] = {}
     layers: dict[str, Layer] = {}
     by_param: dict[int, Layer] = {}
     for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            name = names[id(module.weight)]
+            tables.setdefault(name, Table(name, len(module.weight), module.weight)).modules.append(module)
         transposed = is_transposed(module)
         if not isinstance(module, nn.Linear) and not transposed:
             continue
@@ -154,7 +153,7 @@ def _layers_of_module(model: nn.Module) -> tuple[dict[str, Layer], dict[str, Ten
             f"with parameters are {', '.join(kinds) or 'none'}. Pass (name, weight) pairs of matrices whose rows are "
             "to be protected"
         )
-    return layers, embeddings
+    return layers, tables
 
 
 def is_transposed(module: nn.Module) -> bool:

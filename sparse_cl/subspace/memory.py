@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from os import PathLike
 from typing import Any
 
@@ -16,6 +17,7 @@ from .layers import Layer, find_layers
 from .observer import Observer
 from .settings import Settings
 from .subspace import Subspace
+from .tables import Table, UsedRows
 
 
 class SubspaceMemory:
@@ -28,8 +30,8 @@ class SubspaceMemory:
 
     Args:
         model_or_named_params: a model, whose ``nn.Linear`` and Conv1D weights are tracked (one that is tied to an
-            embedding too, by what it computes as a head), or (name, parameter) pairs, of which those with two
-            dimensions are.
+            embedding too), or (name, parameter) pairs, of which those with two dimensions are. Of inputs, embeddings
+            are too: rows stand for directions there, and how often each is looked up for its energy.
         max_rank: directions that are kept of a layer. None: as many as ``energy`` asks for, and the exact n × n second
             moment is kept; with a cap, that is so up to n = 1024, and wider layers keep a sketch of
             ``max_rank + oversample`` columns. "auto": an eighth of the layer's inputs, at most 256.
@@ -69,29 +71,27 @@ class SubspaceMemory:
         settings = Settings(max_rank, energy, source, oversample, seed, share_inputs)
         if source == "inputs" and not isinstance(model_or_named_params, nn.Module):
             raise ValueError('source="inputs" needs the model, whose layers it watches; got named parameters')
-        layers, embeddings = find_layers(model_or_named_params)
+        layers, tables = find_layers(model_or_named_params)
         widest = max(layers.values(), key=lambda layer: layer.width)
         if isinstance(max_rank, int) and max_rank > widest.width:
             raise ValueError(
                 f"max_rank: expected at most the width of the widest layer, {widest.width} ({widest.name}), "
                 f"got {max_rank}; None means no cap"
             )
-        self._begin(settings, layers)
-        self._know(embeddings)
+        self._begin(settings, layers, tables)
 
-    def _begin(self, settings: Settings, layers: dict[str, Layer], domains: int = 0) -> None:
+    def _begin(self, settings: Settings, layers: dict[str, Layer], tables: dict[str, Table], domains: int = 0) -> None:
         self.settings = settings
         #: Goes up whenever a basis may have changed.
         self.version = 0
-        self._layers, self._observer = layers, Observer(settings, layers, domains)
+        self._layers, self._tables = layers, tables
+        self._observer = Observer(settings, layers, tables, domains)
+        self._know()
 
-    def _know(self, embeddings: Mapping[str, Tensor]) -> None:
+    def _know(self) -> None:
         """Ties names to the parameters of the model that the layers are of."""
         self._by_param = {id(layer.param): layer for layer in self._layers.values() if layer.param is not None}
-        #: Names of the parameters of embeddings, which are not tracked.
-        self.embeddings = list(embeddings)
-        # Held with the parameters, so that no other tensor can take their identity.
-        self._embeddings = {id(param): param for param in embeddings.values()}
+        self._table_of = {id(table.param): table for table in self._tables.values() if table.param is not None}
 
     # What a training loop calls.
 
@@ -148,7 +148,7 @@ class SubspaceMemory:
         observed = [layer for layer in self._layers.values() if layer.moment is not None]
         if not observed:
             raise ValueError("consolidate: nothing was observed; call observe() in the domain first")
-        added = consolidate(observed, self.settings, weight, fade)
+        added = consolidate(observed, list(self._tables.values()), self.settings, weight, fade)
         faded: dict[int, Subspace | None] = {}
         for layer in self._layers.values():
             if layer.name not in added and layer.subspace is not None and fade != 1:
@@ -262,6 +262,7 @@ class SubspaceMemory:
         subspaces = [layer.subspace for layer in self._layers.values() if layer.subspace is not None]
         moments = [layer.moment for layer in self._layers.values() if layer.moment is not None]
         held = [tensor for subspace in subspaces for tensor in (subspace.basis, subspace.values)]
+        held += [t for table in self._tables.values() for t in (table.shares, table.counts) if t is not None]
         held += [t for moment in (*moments, *self._observer.pending.values()) for t in moment.tensors().values()]
         return sum(t.nbytes for t in {id(t): t for t in (*held, *self._observer.tests.values())}.values())
 
@@ -269,7 +270,7 @@ class SubspaceMemory:
 
     def save(self, path: str | PathLike) -> None:
         """Writes bases, settings and what was observed since the last consolidation to a safetensors file."""
-        files.save(path, self.settings, self.domains, self.embeddings, self._layers)
+        files.save(path, self.settings, self.domains, self._layers, self._tables)
 
     @classmethod
     def load(
@@ -280,11 +281,9 @@ class SubspaceMemory:
         Raises:
             ValueError: not a file of ours, or the memory of another model: the first weight that differs is named.
         """
-        settings, domains, embeddings, layers = files.load(path)
+        settings, domains, layers, tables = files.load(path)
         memory = cls.__new__(cls)
-        memory._begin(settings, {layer.name: layer for layer, _ in layers}, domains)
-        memory._know({})
-        memory.embeddings = embeddings
+        memory._begin(settings, {layer.name: layer for layer, _ in layers}, tables, domains)
         for layer, moment in layers:
             if moment:
                 memory._observer.moment(layer).merge(moment)
@@ -298,7 +297,7 @@ class SubspaceMemory:
         Raises:
             ValueError: the model lacks a tracked weight or has it in another shape; the memory is as before then.
         """
-        found, embeddings = find_layers(model_or_named_params)
+        found, tables = find_layers(model_or_named_params)
         for name, layer in self._layers.items():
             if name not in found:
                 raise ValueError(
@@ -310,12 +309,22 @@ class SubspaceMemory:
                     f"the memory tracks {name!r} of shape {layer.shape}, but the model has {found[name].shape}; "
                     "it was made for another model"
                 )
+        for name, table in self._tables.items():
+            if name not in tables or tables[name].height < table.height:
+                rows = f"{tables[name].height} rows" if name in tables else "none of that name"
+                raise ValueError(
+                    f"the memory knows the embedding {name!r} of {table.height} rows, but the model has {rows}; "
+                    "it was made for another model"
+                )
         moved: dict[tuple, Subspace | None] = {}
         for name, layer in self._layers.items():
             layer.param, layer.modules = found[name].param, found[name].modules
             # Layers that share a subspace go on sharing it.
             layer.subspace = moved.setdefault((id(layer.subspace), layer.place()), layer.used())
-        self._know(embeddings)
+        for name, table in self._tables.items():
+            table.param, table.modules = tables[name].param, tables[name].modules
+            table.fit(tables[name].height)
+        self._know()
         self._observer.attach()
         self.version += 1
 
@@ -328,9 +337,19 @@ class SubspaceMemory:
         """Whether ``param`` is one of the weights that it is bound to."""
         return id(param) in self._by_param
 
+    @property
+    def embeddings(self) -> list[str]:
+        """Names of the parameters of embeddings."""
+        return list(self._tables)
+
     def is_embedding(self, param: Tensor) -> bool:
         """Whether ``param`` belongs to an embedding of the model that it is bound to."""
-        return id(param) in self._embeddings
+        return id(param) in self._table_of
+
+    def used_rows(self, key: str | Tensor) -> UsedRows | None:
+        """The rows of an embedding that earlier domains look up; None while there are none, or it has none."""
+        table = self._tables.get(key) if isinstance(key, str) else self._table_of.get(id(key))
+        return None if table is None else table.used()
 
     def shape(self, name: str) -> tuple[int, int]:
         """(m, n) of a tracked weight."""
@@ -342,15 +361,13 @@ class SubspaceMemory:
 
     def __getstate__(self) -> dict[str, Any]:
         # Watching needs modules; a copy or a pickle of a memory should not be one of the whole model.
-        layers = {name: Layer(**{**vars(layer), "modules": []}) for name, layer in self._layers.items()}
-        own = {"settings": self.settings, "version": self.version, "embeddings": self.embeddings}
-        return {**own, "domains": self.domains, "layers": layers, "tied": list(self._embeddings.values())}
+        own = {"settings": self.settings, "version": self.version, "domains": self.domains}
+        copies = [{name: replace(x, modules=[]) for name, x in kept.items()} for kept in (self._layers, self._tables)]
+        return {**own, "layers": copies[0], "tables": copies[1]}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self._begin(state["settings"], state["layers"], state["domains"])
-        self._know({})
-        self.version, self.embeddings = state["version"], state["embeddings"]
-        self._embeddings = {id(param): param for param in state["tied"]}
+        self._begin(state["settings"], state["layers"], state["tables"], state["domains"])
+        self.version = state["version"]
 
     def __repr__(self) -> str:
         used, width = (sum(c[k] for c in self.capacity().values()) for k in ("used", "width"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from .layers import Layer
 from .moments import ExactMoment, Moment, SketchedMoment
 from .settings import Settings
+from .tables import Table
 
 
 class Observer:
@@ -22,14 +23,18 @@ class Observer:
 
     Args:
         settings: of the memory.
-        layers: of the memory, by name; the moments of what was observed are put there.
+        layers, tables: of the memory, by name; what was observed is put there.
         domains: how many domains have ended. Each has random signs of its own.
     """
 
-    def __init__(self, settings: Settings, layers: Mapping[str, Layer], domains: int = 0) -> None:
-        self.settings, self.layers, self.domains = settings, layers, domains
+    def __init__(
+        self, settings: Settings, layers: Mapping[str, Layer], tables: Mapping[str, Table], domains: int = 0
+    ) -> None:
+        self.settings, self.layers, self.tables, self.domains = settings, layers, tables, domains
         #: Inputs that forward passes brought since the last call of :meth:`observe`.
         self.pending: dict[str, Moment] = {}
+        #: And what they looked up in tables: ids.
+        self.lookups: list[tuple[Table, Tensor]] = []
         #: How many each layer read.
         self.reads: Counter[str] = Counter()
         #: Test matrices of sketches.
@@ -56,6 +61,11 @@ class Observer:
             module.register_forward_pre_hook(_InputHook(self, name), with_kwargs=True)
             for name, module in (named if self.settings.source == "inputs" else ())
         ]
+        self._handles += [
+            module.register_forward_hook(_LookupHook(self, name), with_kwargs=True)
+            for name, table in (self.tables.items() if self.settings.source == "inputs" else ())
+            for module in table.modules
+        ]
 
     @contextmanager
     def watch(self, tokens: Tensor | None) -> Iterator[None]:
@@ -74,9 +84,25 @@ class Observer:
 
     def note(self, name: str, inputs: Tensor) -> None:
         """Notes the inputs (..., n) of a layer, if passes count now."""
-        if self._noting == "all" or (self._noting == "training" and torch.is_grad_enabled()):
+        if self._notes():
             with torch.no_grad():
                 self._note(self.layers[name], inputs)
+
+    def _notes(self) -> bool:
+        return self._noting == "all" or (self._noting == "training" and torch.is_grad_enabled())
+
+    def note_lookup(self, name: str, ids: Any, rows: Any) -> None:
+        """Notes what a table's module was given and what it returned, if passes count now."""
+        if self._notes() and (found := self.tables[name].looked_up(ids, rows)) is not None:
+            self.lookups.append((self.tables[name], self._counting(found, found.shape).flatten()))
+
+    def _counting(self, rows: Tensor, shape: Sequence[int]) -> Tensor:
+        """Of rows (or ids) with these leading dimensions those that `watch` counts, flat."""
+        flat = rows.reshape(-1, *rows.shape[len(shape) :])
+        if self._tokens is None:
+            return flat
+        keep = self._tokens.reshape(-1).ne(0)
+        return flat[keep.to(flat.device)] if tuple(shape) in (self._tokens.shape, keep.shape) else flat
 
     def _note(self, layer: Layer, inputs: Tensor) -> None:
         if inputs.shape[-1] != layer.width:
@@ -84,11 +110,7 @@ class Observer:
         self.reads[layer.name] += 1
         if self._shared(layer, inputs):
             return
-        rows = inputs.reshape(-1, layer.width)
-        if self._tokens is not None:
-            keep = self._tokens.reshape(-1).ne(0)
-            if inputs.shape[:-1] in (self._tokens.shape, keep.shape):
-                rows = rows[keep.to(rows.device)]
+        rows = self._counting(inputs, inputs.shape[:-1])
         if layer.name not in self.pending:
             self.pending[layer.name] = self._new_moment(layer)
         self._add(self.pending[layer.name], rows)
@@ -118,13 +140,13 @@ class Observer:
         return fresh and layer is not first and layer.place() == first.place()
 
     def _drop(self) -> None:
-        self.pending, self.reads, self._last = {}, Counter(), None
+        self.pending, self.lookups, self.reads, self._last = {}, [], Counter(), None
 
     @torch.no_grad()
     def observe(self) -> None:
         """See :meth:`SubspaceMemory.observe`."""
         if self.settings.source == "inputs":
-            pending, reads = self.pending, self.reads
+            pending, lookups, reads = self.pending, self.lookups, self.reads
             self._drop()
             if not pending:
                 raise ValueError(
@@ -139,6 +161,8 @@ class Observer:
                     layer.moment = moment
                 else:
                     self.moment(layer).merge(moment.tensors())
+            for table, ids in lookups:
+                table.count(ids)
             return
         gradients = {
             name: layer.param.grad
@@ -228,3 +252,13 @@ class _InputHook:
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_observer": None, "_name": self._name}
+
+
+class _LookupHook(_InputHook):
+    """The same for the ids that a table is given, beside what it returns."""
+
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], rows: Any = None) -> None:
+        observer = None if self._observer is None else self._observer()
+        given = inputs or tuple(named.values())
+        if observer is not None and given:
+            observer.note_lookup(self._name, given[0], rows)

@@ -222,7 +222,7 @@ def test_versions_of_files(tmp_path, version, message):
         "seed": 2,
         "share_inputs": True,
         "domains": 1,
-        "embeddings": [],
+        "tables": {},
     }
     other = {key: value for key, value in settings.items() if key != "version"} | (
         {"version": version} if version else {}
