@@ -35,7 +35,7 @@ DRIFT_WINDOWS = 16
 
 
 class DomainBatches:
-    """The first records of a domain as batches on a device; iterated over afresh each time."""
+    """Records from the whole of a domain, evenly spaced, as batches on a device; iterated over afresh each time."""
 
     def __init__(
         self, encoded: EncodedRecords | Windows, batch_size: int, device: torch.device, records: int = PROBE_RECORDS
@@ -49,7 +49,7 @@ class DomainBatches:
     def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
         for start in range(0, self.records, self.batch_size):
             stop = min(start + self.batch_size, self.records)
-            items = [self.encoded[i] for i in range(start, stop)]
+            items = [self.encoded[i * len(self.encoded) // self.records] for i in range(start, stop)]
             ids, mask = pad([item["input_ids"] for item in items], 0, self.device)
             labels, _ = pad([item["labels"] for item in items], -100, self.device)
             yield {"input_ids": ids, "attention_mask": mask, "labels": labels}

@@ -71,7 +71,7 @@ class ElasticAdamW(MemoryAdamW):
         A weight that is a head and an embedding has a second entry, ``"<name> (rows)"``. Of what the kept directions
         see, `Subspace.outside` says the rest. Waits for the device.
         """
-        found = {}
+        found: dict[str, float] = {}
         for param, fit in self._projections.items():
             kept = self._kept(param)
             if isinstance(fit, FittedLowRank) and param in self.state:

@@ -176,8 +176,8 @@ def known_of(groups: Groups, memory: SubspaceMemory | Bases | None, with_rows: b
     names = names_of(groups)
     for param in parameters_of(groups) if with_rows else ():
         if (rows := memory.used_rows(param if memory.is_bound else names.get(param, ""))) is not None:
-            subspace, transposed, _ = result.get(param, (_nothing_of(param), False, None))
-            result[param] = subspace, transposed, rows.to(param.device)
+            own = result.get(param, (_nothing_of(param), False, None))
+            result[param] = *own[:2], rows.to(param.device)
     return result
 
 

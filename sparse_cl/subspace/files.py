@@ -88,8 +88,8 @@ def _layer(
 
 
 def _table(name: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Table:
-    kept = {key: tensors.get(f"{name}:{key}") for key in ("shares", "counts")}
-    for key, tensor in kept.items():
+    shares, counts = (tensors.get(f"{name}:{key}") for key in ("shares", "counts"))
+    for tensor in (shares, counts):
         if tensor is not None and tensor.shape != (entry["height"],):
-            raise ValueError(f"{key} of {name!r} have shape {tuple(tensor.shape)}, not ({entry['height']},)")
-    return Table(name, entry["height"], opaque=entry["opaque"], **kept)
+            raise ValueError(f"the lookups of {name!r} have shape {tuple(tensor.shape)}, not ({entry['height']},)")
+    return Table(name, entry["height"], shares=shares, counts=counts, opaque=entry["opaque"])
