@@ -123,8 +123,8 @@ class MemoryMethod(Method):
         """
         if self.memory is None:
             self._remember(base, self._new_memory(base))
-        elif any(base.get_parameter(name) is not weight for name, weight in self._weights.items()):
-            self._known.bind(base)  # resizing embeddings makes new ones
+        else:
+            self._known.bind(base)  # a vocabulary may have grown
             self._remember(base, self._known)
         self._layers = {name: {"surviving": 1.0} for name in self._weights}
         self._before, self._begun = {}, True

@@ -166,11 +166,12 @@ class ParameterState:
 
         counts = torch.where(kept, self._step_counts(by_unit)[source], 0)
         table, cohort = _cohorts(counts)
+        merged = self.merged or bool((table[cohort] != counts).any())
         scope = SHARED if table.numel() == 1 else PER_UNIT if by_unit else PER_ENTRY
         if scope == PER_ENTRY and target.kind in (ROWS, COLUMNS):
             scope, cohort = _by_unit_if_uniform(target, cohort)
         fresh = ParameterState.new(weight, mask, **options, cohorts=table.numel(), cohort_scope=scope)
-        fresh.merged = self.merged or bool((table[cohort] != counts).any())
+        fresh.merged = merged
         fresh.views["step"].copy_(table.view(fresh.views["step"].shape))
         if scope != SHARED:
             fresh.views["cohort"].copy_(cohort.view(fresh.views["cohort"].shape))

@@ -85,8 +85,8 @@ class StateStore:
             if carried is not None:
                 if carried.merged and not packed.merged:
                     warnings.warn(
-                        f"parameter {self.name(param)}: its entries have more than {MAX_COHORTS} different step counts; "
-                        "from now on nearest counts are taken as the larger one in bias correction",
+                        f"parameter {self.name(param)}: its entries have more than {MAX_COHORTS} different step "
+                        "counts; from now on nearest counts are taken as the larger one in bias correction",
                         stacklevel=4,
                     )
                 carried.kept.update(kept)

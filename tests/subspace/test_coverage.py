@@ -30,7 +30,10 @@ def announced(model, memory):
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         optimizer.clip_grad_norm_(1e9)  # plans a step without making it
-    told = [re.search(r"memory: (\d+) parameters of two or more dimensions are trained unprot", str(w.message)) for w in found]
+    told = [
+        re.search(r"memory: (\d+) parameters of two or more dimensions are trained unprot", str(w.message))
+        for w in found
+    ]
     return set(optimizer.rest), sum(int(match[1]) for match in told if match)
 
 
