@@ -100,7 +100,10 @@ def _beside(model: nn.Module, layers: dict[str, Any], memory: SubspaceMemory, ad
     """The subspaces of what is trained beside an adapter; a warning names matrices that have none."""
     adapters = {id(getattr(layer, name)[adapter].weight) for layer in layers.values() for name in ("lora_A", "lora_B")}
     originals: dict[int, nn.Parameter] = {}
+    embeddings: set[int] = set()
     for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            embeddings.update(map(id, module.parameters()))
         copies = getattr(module, "modules_to_save", None)
         if isinstance(copies, nn.ModuleDict) and hasattr(module, "original_module"):
             own = dict(module.original_module.named_parameters())
@@ -112,7 +115,8 @@ def _beside(model: nn.Module, layers: dict[str, Any], memory: SubspaceMemory, ad
             continue
         original = originals.get(id(param), param)
         subspace = memory.subspace(original) if memory.has_seen(original) else None
-        if subspace is None or memory.is_transposed(original):
+        # A mapping of bases cannot say that a weight is transposed, and an embedding has no inputs of this kind.
+        if subspace is None or id(param) in embeddings or memory.is_transposed(original):
             unprotected.append(name)
         else:
             kept[param] = subspace.to(param.device)
