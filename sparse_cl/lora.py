@@ -101,7 +101,8 @@ def _beside(model: nn.Module, layers: dict[str, Any], memory: SubspaceMemory, ad
     adapters = {id(getattr(layer, name)[adapter].weight) for layer in layers.values() for name in ("lora_A", "lora_B")}
     originals: dict[int, nn.Parameter] = {}
     embeddings: set[int] = set()
-    for module in model.modules():
+    modules: Iterator[Any] = model.modules()
+    for module in modules:
         if isinstance(module, nn.Embedding):
             embeddings.update(map(id, module.parameters()))
         copies = getattr(module, "modules_to_save", None)

@@ -159,7 +159,8 @@ def protect(
 
     After each step of the optimizer, the weights it knows are corrected as :class:`ElasticAdamW` corrects them, by
     P = W U - W₀ U: the same rules, (m, r) numbers kept for a weight (m, n), and two products more per step. Between the
-    optimizer's step and the correction the weights are uncorrected. What the memory does not track is trained as ever.
+    optimizer's step and the correction the weights are uncorrected. What the memory does not know is trained as ever;
+    the first step names it.
 
     Weights in bfloat16 or float16 are corrected in float32 and rounded stochastically, so that small corrections are
     right on average; one step's rounding, about 2⁻⁹ or 2⁻¹² of a weight, stays.
