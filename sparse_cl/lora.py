@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparse_cl.optim.memory_adamw import AdapterBases
 from sparse_cl.subspace import Subspace, SubspaceMemory
 
 #: Of LoraConfig.init_lora_weights. All others change the base weight or start B elsewhere than at zero.
@@ -21,9 +22,7 @@ _PLAIN = (True, False, "gaussian")
 
 
 @torch.no_grad()
-def orthogonal_lora(
-    peft_model: nn.Module, memory: SubspaceMemory, adapter_name: str = "default"
-) -> dict[nn.Parameter, Subspace]:
+def orthogonal_lora(peft_model: nn.Module, memory: SubspaceMemory, adapter_name: str = "default") -> AdapterBases:
     """Draws an adapter again, outside the directions that a memory protects of its base layers.
 
     Each ``lora_A`` (r, n) is drawn as PEFT draws it (uniform on ±1/√n), its rows are projected to the complement of the
@@ -41,8 +40,11 @@ def orthogonal_lora(
         adapter_name: which adapter; others stay as they are.
 
     Returns:
-        ``{lora_A weight: subspace to keep out of}``, for layers that have a basis; empty before the first domain.
-        A saturated layer is in it: its A is zero and stays so, and a warning names it.
+        ``{weight: subspace to keep out of}``, for each lora_A of a layer that has a basis, and for what else is
+        trained and the memory knows: copies in ``modules_to_save``, and what was unfrozen. Empty before the first
+        domain. A saturated layer is in it: its A is zero and stays so, and a warning names it. Another warning names
+        what would be trained unprotected: embeddings, tokens, other adapters. What is unfrozen later, the optimizer
+        names.
 
     Raises:
         ValueError: no LoRA layer; no adapter of that name; a base layer that the memory does not track; DoRA or
@@ -63,7 +65,7 @@ def orthogonal_lora(
     _check_config(peft_model, adapter_name)
     subspaces = {name: _subspace(name, layer, memory, adapter_name) for name, layer in having.items()}
 
-    kept: dict[nn.Parameter, Subspace] = {}
+    kept = _beside(peft_model, having, memory, adapter_name)
     saturated = []
     for name, layer in having.items():
         a, subspace = layer.lora_A[adapter_name].weight, subspaces[name]
@@ -84,7 +86,7 @@ def orthogonal_lora(
             f"learn nothing; the first is {saturated[0]}. Lower the memory's energy or max_rank to leave room",
             stacklevel=2,
         )
-    return kept
+    return AdapterBases(kept, [layer.lora_B[adapter_name].weight for layer in having.values()])
 
 
 def _lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -92,6 +94,41 @@ def _lora_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, module in model.named_modules():
         if hasattr(module, "base_layer") and hasattr(module, "lora_A") and hasattr(module, "lora_B"):
             yield name, module
+
+
+def _beside(model: nn.Module, layers: dict[str, Any], memory: SubspaceMemory, adapter: str) -> dict[Any, Subspace]:
+    """The subspaces of what is trained beside an adapter; a warning names matrices that have none."""
+    adapters = {id(getattr(layer, name)[adapter].weight) for layer in layers.values() for name in ("lora_A", "lora_B")}
+    originals: dict[int, nn.Parameter] = {}
+    embeddings: set[int] = set()
+    modules: Iterator[Any] = model.modules()
+    for module in modules:
+        if isinstance(module, nn.Embedding):
+            embeddings.update(map(id, module.parameters()))
+        copies = getattr(module, "modules_to_save", None)
+        if isinstance(copies, nn.ModuleDict) and hasattr(module, "original_module"):
+            own = dict(module.original_module.named_parameters())
+            originals |= {id(p): own[name] for copy in copies.values() for name, p in copy.named_parameters()}
+    kept: dict[Any, Subspace] = {}
+    unprotected = []
+    for name, param in model.named_parameters():
+        if not param.requires_grad or param.dim() < 2 or id(param) in adapters or not memory.domains:
+            continue
+        original = originals.get(id(param), param)
+        subspace = memory.subspace(original) if memory.has_seen(original) else None
+        # A mapping of bases cannot say that a weight is transposed, and an embedding has no inputs of this kind.
+        if subspace is None or id(param) in embeddings or memory.is_transposed(original):
+            unprotected.append(name)
+        else:
+            kept[param] = subspace.to(param.device)
+    if unprotected:
+        warnings.warn(
+            f"peft_model: {len(unprotected)} parameters beside adapter {adapter!r} would be trained unprotected: "
+            f"{', '.join(unprotected[:4])}; freeze them with requires_grad_(False), or leave them out of "
+            "modules_to_save and trainable_token_indices",
+            stacklevel=3,
+        )
+    return kept
 
 
 def _adapters(layer: Any) -> set[str]:

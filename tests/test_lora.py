@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import peft
 import pytest
@@ -267,3 +268,55 @@ def test_a_layer_that_the_memory_does_not_know_is_named(tiny_llama):
 def test_a_model_without_adapters(tiny_llama):
     with pytest.raises(ValueError, match="LlamaForCausalLM has no LoRA layer; wrap it"):
         orthogonal_lora(tiny_llama, remember(tiny_llama))
+
+
+def beside(memory_of_head=True, late=False, **config):
+    """The head's change when it is trained beside an adapter, the memory's basis of it, and what was said."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 32, bias=False), nn.Tanh(), nn.Linear(32, 8, bias=False))
+    memory = SubspaceMemory(model if memory_of_head else model[0], energy=0.9, source="inputs")
+    with torch.no_grad(), memory.watch():
+        model(torch.randn(64, 6) @ torch.randn(6, 32))
+    memory.observe()
+    memory.consolidate()
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["0"], **config))
+    head = adapted.base_model.model[2]
+    head = head.modules_to_save["default"].weight if config else head.weight
+    head.requires_grad_(not late)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        bases = orthogonal_lora(adapted, memory)
+        head.requires_grad_(True)
+        trained = [(name, p) for name, p in adapted.named_parameters() if p.requires_grad]
+        optimizer = SubspaceProjectedAdamW(trained, lr=1e-2, memory=bases, rest="train")
+        before = head.detach().clone()
+        for _ in range(5):
+            optimizer.zero_grad()
+            adapted(torch.randn(16, 32)).square().mean().backward()
+            optimizer.step()
+    return head - before, memory.basis("2.weight") if memory_of_head else None, [str(w.message) for w in told]
+
+
+@pytest.mark.parametrize("config", [{}, {"modules_to_save": ["2"]}])
+def test_what_is_trained_beside_an_adapter_is_protected_too(config):
+    change, basis, told = beside(**config)
+    assert change.any() and share_inside(change, basis) < 1e-6
+    assert not told
+
+
+def test_what_is_trained_beside_an_adapter_unknown_to_the_memory_is_named():
+    _, _, told = beside(memory_of_head=False, modules_to_save=["2"])
+    assert any("1 parameters beside adapter 'default' would be trained unprotected: base_model" in m for m in told)
+
+
+def test_what_is_unfrozen_later_is_named_by_the_optimizer():
+    _, _, told = beside(late=True)
+    assert len(told) == 1 and "1 parameters of two or more dimensions are trained unprotected" in told[0]
+    assert "base_model.model.2.weight" in told[0]
+
+
+@pytest.mark.parametrize("config", [{"trainable_token_indices": [1, 2]}, {"modules_to_save": ["embed_tokens"]}])
+def test_tokens_that_are_trained_beside_an_adapter_are_named(tiny_llama, config):
+    memory = remember(tiny_llama)
+    with pytest.warns(UserWarning, match=r"beside adapter 'default' would be trained unprotected: .*embed_tokens"):
+        orthogonal_lora(adapt(tiny_llama, **config), memory)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sparse_cl import storage
 from sparse_cl.methods.adamw import AdamW
-from sparse_cl.methods.base import Batch, check_first
+from sparse_cl.methods.base import Batch, check_first, refuse_resized
 from sparse_cl.methods.options import check_at_least
 from sparse_cl.probes.fisher import diagonal_fisher
 
@@ -49,6 +49,10 @@ class EWC(AdamW):
     def protect(self, model: nn.Module, batches: Iterable[Batch]) -> None:
         check_first(self.name, not self._springs)
         self.after_domain(model, batches)
+
+    def before_domain(self, model: nn.Module, batches: Iterable[Batch]) -> nn.Module:
+        refuse_resized(self.name, {name: fisher.shape for name, fisher in self.fisher.items()}, model)
+        return super().before_domain(model, batches)
 
     def penalty(self, model: nn.Module) -> Tensor | None:
         if not self._springs:

@@ -33,6 +33,7 @@ class FreezeLower(AdamW):
         return {"frozen_share": self.frozen_share}
 
     def check(self, model: nn.Module) -> None:
+        super().check(model)
         find_blocks(model)
 
     def frozen(self, model: nn.Module) -> list[nn.Module]:

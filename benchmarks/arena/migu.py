@@ -117,6 +117,7 @@ class MIGU(AdamW):
         return {"quantile": self.quantile}
 
     def check(self, model: nn.Module) -> None:
+        super().check(model)
         linear_layers(model)
 
     def make_optimizer(self, model: nn.Module, lr: float, path: float | None = None) -> torch.optim.Optimizer:

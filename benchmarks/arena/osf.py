@@ -39,6 +39,7 @@ class OSF(Method):
         return {"effective_rank": self.effective_rank}
 
     def check(self, model: nn.Module) -> None:
+        super().check(model)
         for name, module in model.named_modules():
             if is_transposed(module):
                 raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +12,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from sparse_cl.models.parts import refuse_quantized
+
 Batch = Mapping[str, Tensor]
+
+
+def refuse_resized(method: str, shapes: Mapping[str, Sequence[int]], model: nn.Module) -> None:
+    """Raises a ValueError if a parameter has another shape than when an earlier domain ended."""
+    for name, shape in shapes.items():
+        found = tuple(model.get_parameter(name).shape)
+        if math.prod(found) != math.prod(shape):
+            raise ValueError(
+                f"{method}: {name} has shape {found}, and had {tuple(shape)} in the domain before; it cannot follow a "
+                "vocabulary that grew. Add all tokens before the first domain"
+            )
 
 
 def check_first(method: str, first: bool) -> None:
@@ -53,12 +67,13 @@ class Method(ABC):
         """The method's own settings, for the record of the run."""
         return {}
 
-    def check(self, model: nn.Module) -> None:  # noqa: B027
+    def check(self, model: nn.Module) -> None:
         """Called with the base model before anything is run or written.
 
         Raises:
             ValueError: the method cannot train this model.
         """
+        refuse_quantized(model, self.name)
 
     def protect(self, model: nn.Module, batches: Iterable[Batch]) -> None:
         """Called once before the first domain, where the run was given a text whose knowledge is to be kept.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_cl import storage
-from sparse_cl.models.parts import is_transposed
+from sparse_cl.models.parts import is_transposed, refuse_shared
 from sparse_cl.optim.curvature_projection import MODES, CurvatureProjection
 from sparse_cl.optim.projected_adamw import ProjectedAdamW
 from sparse_cl.probes.capacity import scarcity
@@ -20,7 +20,7 @@ from sparse_cl.probes.gradients import watched_layers
 from sparse_cl.probes.sampled_gradients import sampled_gradients
 from sparse_cl.subspace.kronecker import Kronecker, threshold_of
 
-from .base import Batch, Method, check_first
+from .base import Batch, Method, check_first, refuse_resized
 from .options import check_share
 from .surviving import surviving_shares
 
@@ -85,6 +85,8 @@ class Curvature(Method):
         return {option: getattr(self, option) for option in self.options}
 
     def check(self, model: nn.Module) -> None:
+        super().check(model)
+        refuse_shared(model)
         watched_layers(model, None)
 
     def protect(self, model: nn.Module, batches: Iterable[Batch]) -> None:
@@ -92,6 +94,7 @@ class Curvature(Method):
         self._observe(model, batches)
 
     def before_domain(self, model: nn.Module, batches: Iterable[Batch]) -> nn.Module:
+        refuse_resized(self.name, {name: projection.shape for name, projection in self.projections.items()}, model)
         weights = self._weights(model)
         self._layers = {name: {"surviving": 1.0, "leak": None} for name in weights}
         self._before = {}

@@ -104,6 +104,9 @@ class LoRA(Method):
     def settings(self) -> dict[str, Any]:
         return {"rank": self.rank, "alpha": self.alpha, "weight_decay": self.weight_decay}
 
+    def check(self, model: nn.Module) -> None:
+        """Any: the base may be quantized."""
+
     def before_domain(self, model: nn.Module, batches: Iterable[Batch]) -> nn.Module:
         import peft
 

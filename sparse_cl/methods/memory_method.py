@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparse_cl.models.parts import refuse_mixtures
+from sparse_cl.models.parts import refuse_mixtures, refuse_shared
 from sparse_cl.models.passes import answer_tokens, evaluation
 from sparse_cl.probes.capacity import scarcity
 from sparse_cl.subspace import SubspaceMemory
@@ -79,6 +79,7 @@ class MemoryMethod(Method):
         return {option: getattr(self, option) for option in self.options}
 
     def check(self, model: nn.Module) -> None:
+        super().check(model)
         refuse_mixtures(model, f"whose experts {self.name} would train unprotected; take a dense model")
         self._new_memory(model)
 
@@ -122,6 +123,9 @@ class MemoryMethod(Method):
         """
         if self.memory is None:
             self._remember(base, self._new_memory(base))
+        else:
+            self._known.bind(base)  # a vocabulary may have grown
+            self._remember(base, self._known)
         self._layers = {name: {"surviving": 1.0} for name in self._weights}
         self._before, self._begun = {}, True
         self._batches = len(batches) if isinstance(batches, Sized) else sum(1 for _ in batches)
@@ -196,6 +200,10 @@ class FreshAdapters(MemoryMethod):
         self.rank = check_at_least("rank", rank, 1)
         self.alpha = check_at_least("alpha", alpha, 1)
 
+    def check(self, model: nn.Module) -> None:
+        super().check(model)
+        refuse_shared(model)  # two adapters would be merged into the one weight
+
     @abstractmethod
     def _confine(self, adapted: nn.Module) -> None:
         """Draws the fresh adapter where earlier domains leave room."""
@@ -205,6 +213,14 @@ class FreshAdapters(MemoryMethod):
         self._begin(base, batches)
         adapted = add_adapter(base, self.rank, self.alpha)
         self._confine(adapted)
+        layers: Iterator[tuple[str, Any]] = ((n, m) for n, m in adapted.named_modules() if hasattr(m, "lora_A"))
+        unseen = [name for name, layer in layers if not self._known.has_seen(layer.get_base_layer().weight)]
+        if self._known.domains and unseen:
+            warnings.warn(
+                f"{self.name}: {len(unseen)} adapters are trained unprotected, as the memory never saw what goes into "
+                f"their layers; the first is {unseen[0]}",
+                stacklevel=2,
+            )
         return adapted
 
     def after_domain(self, model: nn.Module, batches: Iterable[Batch]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sparse_cl import storage
 from sparse_cl.models.neuron_masks import Place, places
-from sparse_cl.models.parts import find_mlps
+from sparse_cl.models.parts import find_mlps, refuse_shared
 from sparse_cl.probes.capacity import SCARCE, scarcity
 
 from .base import Batch
@@ -52,8 +52,9 @@ class NeuronAccount:
         """Whether the model's neurons can be found.
 
         Raises:
-            ValueError: no MLP that is known here, or one without plain weight matrices.
+            ValueError: no MLP that is known here, one without plain weight matrices, or two that share one.
         """
+        refuse_shared(model)
         for mlp in find_mlps(model):
             places(mlp)
 

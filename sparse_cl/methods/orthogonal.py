@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -67,7 +68,7 @@ class OrthogonalLoRA(FreshAdapters):
         alpha: int = ALPHA,
     ) -> None:
         super().__init__(energy, source, max_rank, rank, alpha)
-        self._subspaces: dict[nn.Parameter, Subspace] = {}
+        self._subspaces: dict[Any, Subspace] = {}
 
     def _confine(self, adapted: nn.Module) -> None:
         with told_already():

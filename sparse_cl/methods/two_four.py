@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from sparse_cl.masks import TwoFourMask, load_masks, save_masks
 from sparse_cl.models.losses import mean_loss
+from sparse_cl.models.parts import refuse_shared
 from sparse_cl.optim import SparseMaskedAdamW
 from sparse_cl.probes.two_four import SCORES, only_two_four, two_four_layers, two_four_masks
 
@@ -66,6 +67,8 @@ class TwoFour(Method):
         return {"score": self.score}
 
     def check(self, model: nn.Module) -> None:
+        super().check(model)
+        refuse_shared(model)
         two_four_layers(model)
 
     def protect(self, model: nn.Module, batches: Iterable[Batch]) -> None:

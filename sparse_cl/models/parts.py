@@ -182,6 +182,33 @@ def refuse_mixtures(model: nn.Module, why: str) -> None:
             )
 
 
+def refuse_shared(model: nn.Module) -> None:
+    """Raises a ValueError that names two layers with one weight between them; a head tied to an embedding may be."""
+    first: dict[int, str] = {}
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(module, nn.Embedding) or not isinstance(weight, nn.Parameter) or weight.dim() < 2:
+            continue
+        if (other := first.setdefault(id(weight), name)) != name:
+            raise ValueError(
+                f"{name} and {other} share one weight, while what is used of a layer is known of each alone; give each "
+                "a copy, or take a method with a memory of inputs (elastic, orthogonal)"
+            )
+
+
+def refuse_quantized(model: nn.Module, method: str) -> None:
+    """Raises a ValueError that names the first layer whose weight is no matrix of floating-point numbers."""
+    for name, module in model.named_modules():
+        for own, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            packed = own in ("qweight", "weight_packed") or (own == "weight" and tensor.dtype.itemsize == 1)
+            if packed:
+                raise ValueError(
+                    f"{type(model).__name__} is quantized ({name} is a {type(module).__name__}, whose {own} is "
+                    f"{str(tensor.dtype).removeprefix('torch.')}), and {method} needs float weights; load it without "
+                    "quantization_config"
+                )
+
+
 def _find(
     model: nn.Module, kind: str, layouts: tuple[Layout, ...]
 ) -> Iterator[tuple[tuple[str, Layout, dict[str, Linear], Linear, str], dict[str, nn.Module]]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,11 +15,24 @@ from sparse_cl.subspace import Subspace, SubspaceMemory, UsedRows
 
 from .leaf import weight_of
 from .low_rank import LowRankProjection
-from .names import ByParameter, Groups, by_name, by_param, names_of, parameters_of
+from .names import ByParameter, Groups, by_name, by_param, name_of, names_of, parameters_of
+from .plan import GroupPlan
 from .projected_adamw import Given, ProjectedAdamW
 from .projection import Projection
 
 Bases = ByParameter[Subspace | Tensor]
+
+
+class AdapterBases(dict[Any, Subspace]):
+    """The subspaces of an adapter's parameters, which says that no others are protected.
+
+    Attributes:
+        free: parameters of the adapter that need no subspace.
+    """
+
+    def __init__(self, subspaces: Mapping[Any, Subspace], free: Sequence[Tensor]) -> None:
+        super().__init__(subspaces)
+        self.free = list(free)
 
 
 class MemoryAdamW(ProjectedAdamW):
@@ -63,7 +76,6 @@ class MemoryAdamW(ProjectedAdamW):
         fitted = self._fit(given, "memory")
         self._memory, self._argument = memory, "memory"
         self._take(given, fitted)
-        self._warn_of_rest()
 
     def set_projections(self, projections: ByParameter[Projection]) -> None:
         super().set_projections(projections)
@@ -76,18 +88,12 @@ class MemoryAdamW(ProjectedAdamW):
         """The parameters that the memory does not protect, by name or place."""
         return [self._store.name(p).strip("'") for p in parameters_of(self.param_groups) if self._is_rest(p)]
 
-    def _warn_of_rest(self) -> None:
-        """Embeddings, norms and biases are what the documentation says; matrices that no memory saw are news."""
-        if self._rest != "train" or not isinstance(self._memory, SubspaceMemory) or not self._projections:
-            return
-        found = [p for p in parameters_of(self.param_groups) if p.dim() > 1 and self._is_rest(p)]
-        news = [self._store.name(p) for p in found if not self._is_embedding(p)]
-        if news:
-            warnings.warn(
-                f"memory: {len(news)} parameters of two or more dimensions are trained unprotected, as it never saw "
-                f"what goes into them; the first is {news[0]}. rest='freeze' leaves them as they are",
-                stacklevel=3,
-            )
+    def _plan(self, key: tuple, group: dict[str, Any], grads: list[Tensor | None]) -> GroupPlan:
+        if self._projections:
+            stepped = [p for p, grad in zip(group["params"], grads, strict=True) if grad is not None]
+            news = news_of((p for p in stepped if self._is_rest(p)), self._memory, self.param_groups)
+            warn_of_rest(news, self._rest, self._warned)
+        return super()._plan(key, group, grads)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_memory": self._memory, "_argument": self._argument}
@@ -103,12 +109,7 @@ class MemoryAdamW(ProjectedAdamW):
         if param in self._given:
             # A head that is an embedding too is protected as the one, and as the other it would undo the rest.
             return self._rest == "freeze" and self._is_embedding(param)
-        memory = self._memory
-        if param.dim() < 2 or not isinstance(memory, SubspaceMemory):
-            return param.dim() < 2
-        # What a memory tracks and never saw run, no old output depends on.
-        name = names_of(self.param_groups).get(param)
-        return not (memory.tracks(weight_of(param)) if memory.is_bound else name in memory.names)
+        return param.dim() < 2 or not is_exempt(param, self._memory)
 
     def _takes_part(self, param: Tensor) -> bool:
         if self._rest == "freeze" and self._projections and self._is_embedding(param):
@@ -116,14 +117,7 @@ class MemoryAdamW(ProjectedAdamW):
         return super()._takes_part(param)
 
     def _is_embedding(self, param: Tensor) -> bool:
-        memory = self._memory
-        if not isinstance(memory, SubspaceMemory):
-            return False
-        return (
-            memory.is_embedding(param)
-            if memory.is_bound
-            else names_of(self.param_groups).get(param) in (memory.embeddings)
-        )
+        return is_embedding(param, self._memory, self.param_groups)
 
     def _of(self, memory: SubspaceMemory | Bases | None) -> Given:
         """The projections that keep what a memory remembers."""
@@ -134,6 +128,41 @@ class MemoryAdamW(ProjectedAdamW):
             except (TypeError, ValueError) as error:
                 raise type(error)(f"memory: parameter {self._store.name(param)}: {error}") from None
         return given
+
+
+def is_exempt(param: Tensor, memory: SubspaceMemory | Bases | None) -> bool:
+    """Whether a matrix without a basis may train: what a caller's own mapping leaves out is the caller's choice."""
+    if isinstance(memory, AdapterBases):
+        return any(param is other for other in memory.free)
+    return not isinstance(memory, SubspaceMemory)
+
+
+def is_embedding(param: Tensor, memory: SubspaceMemory | Bases | None, groups: Groups) -> bool:
+    """Whether a memory knows that ``param`` belongs to an embedding."""
+    if not isinstance(memory, SubspaceMemory):
+        return False
+    return memory.is_embedding(param) if memory.is_bound else names_of(groups).get(param) in memory.embeddings
+
+
+def news_of(rest: Iterable[Tensor], memory: SubspaceMemory | Bases | None, groups: Groups) -> list[str]:
+    """Names of what is left of the rest but for what the documentation says: embeddings, norms and biases."""
+    matrices = (p for p in rest if weight_of(p).dim() > 1 and not is_exempt(p, memory))
+    return [name_of(groups, p) for p in matrices if not is_embedding(p, memory, groups)]
+
+
+def warn_of_rest(names: Sequence[str], how: str, warned: set[str]) -> None:
+    """Says once which matrices a memory does not protect, as it never saw what goes into them."""
+    news = [name for name in names if name not in warned]
+    warned.update(news)
+    if news:
+        done, other = "frozen", "rest='train' trains them unprotected"
+        if how == "train":
+            done, other = "trained unprotected", "rest='freeze' leaves them as they are"
+        warnings.warn(
+            f"memory: {len(news)} parameters of two or more dimensions are {done}, as it never saw what goes into "
+            f"them: {', '.join(news[:4])}{', …' if len(news) > 4 else ''}; {other}",
+            stacklevel=2,
+        )
 
 
 Known = tuple[Subspace | Tensor, bool, UsedRows | None]

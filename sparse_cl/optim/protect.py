@@ -14,7 +14,7 @@ from sparse_cl.subspace import SubspaceMemory
 from .elastic_adamw import ROW_STRENGTH, drifts, projection_of, rule_of
 from .held_rows import HeldRows
 from .low_rank import FittedLowRank, energies
-from .memory_adamw import Bases, known_of
+from .memory_adamw import Bases, known_of, news_of, warn_of_rest
 from .names import name_of, names_of, parameters_of
 from .rules import Budget
 from .sparse_masked_adamw import SparseMaskedAdamW
@@ -28,9 +28,16 @@ class Protection:
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, fitted: Mapping[Tensor, FittedLowRank], every: int, seed: int
+        self,
+        optimizer: torch.optim.Optimizer,
+        memory: SubspaceMemory | Bases,
+        fitted: Mapping[Tensor, FittedLowRank],
+        every: int,
+        seed: int,
     ) -> None:
         self.every, self._steps = every, 0
+        #: Until the first step has told what of it is unprotected.
+        self._memory: SubspaceMemory | Bases | None = memory
         self._fitted = dict(fitted)
         #: Σ of the learning rate since the last correction.
         self._rates: dict[Tensor, Any] = {}
@@ -109,7 +116,8 @@ class Protection:
         return param.detach()[rows.index].to(_wide(param)) - self._kept[param]["origin_rows"]
 
     def _before(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-        own = set(map(id, parameters_of(optimizer.param_groups)))
+        groups = optimizer.param_groups
+        own = set(map(id, parameters_of(groups)))
         lost = [self._names[param] for param in self._fitted if id(param) not in own]
         if lost:
             raise RuntimeError(
@@ -117,6 +125,10 @@ class Protection:
                 "any more (ZeRO, FSDP1 and fp16 wrappers flatten or copy them). Nothing is protected then; train "
                 "without such a wrapper, or remove the protection"
             )
+        if self._memory is not None:
+            rest = (p for p in parameters_of(groups) if p.grad is not None and p not in self._fitted)
+            warn_of_rest(news_of(rest, self._memory, groups), "train", set())
+            self._memory = None
 
     @torch.no_grad()
     def _after(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
@@ -169,7 +181,8 @@ def protect(
 
     After each step of the optimizer, the weights it knows are corrected as :class:`ElasticAdamW` corrects them, by
     P = W U - W₀ U: the same rules, (m, r) numbers kept for a weight (m, n), and two products more per step. Between the
-    optimizer's step and the correction the weights are uncorrected. What the memory does not track is trained as ever.
+    optimizer's step and the correction the weights are uncorrected. What the memory does not know is trained as ever;
+    the first step names it.
 
     Weights in bfloat16 or float16 are corrected in float32 and rounded stochastically, so that small corrections are
     right on average; one step's rounding, about 2⁻⁹ or 2⁻¹² of a weight, stays.
@@ -205,7 +218,7 @@ def protect(
             raise type(error)(f"memory: parameter {_name(optimizer, param)} {error}") from None
         assert isinstance(found, FittedLowRank)
         fitted[param] = found
-    return Protection(optimizer, fitted, every, seed)
+    return Protection(optimizer, memory, fitted, every, seed)
 
 
 def _name(optimizer: torch.optim.Optimizer, param: Tensor) -> str:

@@ -31,6 +31,7 @@ class SparseMaskedAdamW(Optimizer):
     Entries outside a mask stay bit-identical, whatever weight decay, momentum or dtype, and cost no state. A parameter
     without a mask is updated densely; one with an empty mask is not updated. Active entries get exactly the update that
     ``torch.optim.AdamW`` gives them, with bias correction by the number of updates that the entry itself has had.
+    A parameter's entries may have 256 different numbers; past that nearest ones are merged, and a warning says so.
 
     Args:
         params: tensors, parameter groups, or ``model.named_parameters()``.

@@ -41,6 +41,7 @@ class ParameterState:
         buffer: uint8, what the op gets.
         views: its sections as typed tensors, by the names that ``optimizer.state[p]`` shows.
         kept: what the parameter's projection keeps, by names that begin with ``PROJECTION``.
+        merged: whether some step counts were too many to be carried, and taken as their neighbours.
         same_as: a mask that was found equal to :attr:`mask`. Comparing them waits for the device.
     """
 
@@ -48,6 +49,7 @@ class ParameterState:
     buffer: Tensor
     views: dict[str, Tensor]
     kept: dict[str, Tensor] = field(default_factory=dict)
+    merged: bool = False
     same_as: Mask | None = None
 
     def __post_init__(self) -> None:
@@ -162,11 +164,14 @@ class ParameterState:
         if not bool(kept.any()):
             return None
 
-        table, cohort = _cohorts(torch.where(kept, self._step_counts(by_unit)[source], 0))
+        counts = torch.where(kept, self._step_counts(by_unit)[source], 0)
+        table, cohort = _cohorts(counts)
+        merged = self.merged or bool((table[cohort] != counts).any())
         scope = SHARED if table.numel() == 1 else PER_UNIT if by_unit else PER_ENTRY
         if scope == PER_ENTRY and target.kind in (ROWS, COLUMNS):
             scope, cohort = _by_unit_if_uniform(target, cohort)
         fresh = ParameterState.new(weight, mask, **options, cohorts=table.numel(), cohort_scope=scope)
+        fresh.merged = merged
         fresh.views["step"].copy_(table.view(fresh.views["step"].shape))
         if scope != SHARED:
             fresh.views["cohort"].copy_(cohort.view(fresh.views["cohort"].shape))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Mapping
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from sparse_cl.layout import MAX_COHORTS
 from sparse_cl.masks import Mask, same_mask
 
 from . import state as states
@@ -81,6 +83,12 @@ class StateStore:
                 leaf = None if owner_of(param) is None else param
                 carried = ParameterState.new(weight_of(param), mask, leaf, **self.options(param, group))
             if carried is not None:
+                if carried.merged and not packed.merged:
+                    warnings.warn(
+                        f"parameter {self.name(param)}: its entries have more than {MAX_COHORTS} different step "
+                        "counts; from now on nearest counts are taken as the larger one in bias correction",
+                        stacklevel=4,
+                    )
                 carried.kept.update(kept)
                 self.put(param, carried)
             else:

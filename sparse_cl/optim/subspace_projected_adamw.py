@@ -30,10 +30,10 @@ class SubspaceProjectedAdamW(MemoryAdamW):
             :class:`SparseMaskedAdamW`.
         memory: a :class:`SubspaceMemory`, whose bases are followed as they grow; or ``{parameter or its name: Subspace
             or an orthonormal (n, r) tensor}``.
-        rest: what happens to parameters that a basis cannot protect, once there is any basis: those of fewer than two
-            dimensions (biases, norms) and embeddings. ``"freeze"``, as GPM does, or ``"train"``, and then of an
-            embedding those rows alone that no earlier domain looked up. An unprotected residual path undoes the
-            protection of the rest.
+        rest: what happens to parameters that the memory does not protect, once there is any basis: biases, norms,
+            embeddings, and what it never saw, which a warning names. ``"freeze"``, as GPM does, or ``"train"``, and
+            then of an embedding those rows alone that no earlier domain looked up. An unprotected residual path undoes
+            the protection of the rest. Of a mapping, those of fewer than two dimensions.
 
     Raises:
         TypeError, ValueError: as there; a basis that fits no parameter, is not orthonormal, has another width or

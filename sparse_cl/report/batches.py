@@ -25,7 +25,7 @@ def domain_batches(
     max_length: int,
     split: str = "train",
 ) -> dict[str, DomainBatches]:
-    """The first records of each domain, on the model's device.
+    """The records of each domain, from all of it, on the model's device.
 
     Args:
         split: "train" or "validation"; probes choose, so they never see a test.

@@ -22,6 +22,7 @@ class Layer:
         shape: (m, n), outputs and inputs.
         param: None while the memory is bound to no model.
         modules: linear layers that have this weight; only these can be watched.
+        places: where in the model they stand; several where a weight or a module is shared.
         transposed: the weight is (n, m), as that of transformers' Conv1D.
         weight: Σ of the weights of its domains.
         source: the name of a layer that reads the same inputs, so that its moment counts here too.
@@ -31,6 +32,7 @@ class Layer:
     shape: tuple[int, int]
     param: Tensor | None = None
     modules: list[nn.Module] = field(default_factory=list)
+    places: int = 0
     subspace: Subspace | None = None
     moment: Moment | None = None
     transposed: bool = False
@@ -130,10 +132,12 @@ def _layers_of_module(model: nn.Module) -> tuple[dict[str, Layer], dict[str, Tab
     tables: dict[str, Table] = {}
     layers: dict[str, Layer] = {}
     by_param: dict[int, Layer] = {}
-    for module in model.modules():
+    for _, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, nn.Embedding):
             name = names[id(module.weight)]
-            tables.setdefault(name, Table(name, len(module.weight), module.weight)).modules.append(module)
+            table = tables.setdefault(name, Table(name, len(module.weight), module.weight))
+            if all(module is not other for other in table.modules):
+                table.modules.append(module)
         transposed = is_transposed(module)
         if not isinstance(module, nn.Linear) and not transposed:
             continue
@@ -145,7 +149,9 @@ def _layers_of_module(model: nn.Module) -> tuple[dict[str, Layer], dict[str, Tab
             shape = tuple(own.weight.shape[::-1]) if transposed else (own.out_features, own.in_features)
             layer = Layer(name, shape, own.weight, transposed=transposed)
             layers[name] = by_param[id(own.weight)] = layer
-        layer.modules.append(module)
+        layer.places += 1
+        if all(module is not other for other in layer.modules):
+            layer.modules.append(module)
     if not layers:
         kinds = sorted({type(m).__name__ for m in model.modules() if any(True for _ in m.parameters(recurse=False))})
         raise ValueError(

@@ -294,17 +294,22 @@ class SubspaceMemory:
     def bind(self, model_or_named_params: nn.Module | Iterable[tuple[str, Tensor]]) -> None:
         """Ties the memory to the parameters of a model, by name.
 
+        A head may have grown with the vocabulary since: what goes into it is as before, and new rows come last.
+
         Raises:
             ValueError: the model lacks a tracked weight or has it in another shape; the memory is as before then.
         """
         found, tables = find_layers(model_or_named_params)
+        vocabularies = {table.height for table in tables.values()}
         for name, layer in self._layers.items():
             if name not in found:
                 raise ValueError(
                     f"the memory tracks {name!r}, which the model does not have; it was made for another model, whose "
                     f"first weights are {', '.join(self.names[:3])}; this one's are {', '.join(list(found)[:3])}"
                 )
-            if found[name].shape != layer.shape:
+            outputs, width = found[name].shape
+            grown = outputs > layer.shape[0] and width == layer.width and outputs in vocabularies
+            if found[name].shape != layer.shape and not grown:
                 raise ValueError(
                     f"the memory tracks {name!r} of shape {layer.shape}, but the model has {found[name].shape}; "
                     "it was made for another model"
@@ -318,7 +323,8 @@ class SubspaceMemory:
                 )
         moved: dict[tuple, Subspace | None] = {}
         for name, layer in self._layers.items():
-            layer.param, layer.modules = found[name].param, found[name].modules
+            for fact in ("param", "modules", "places", "shape"):
+                setattr(layer, fact, getattr(found[name], fact))
             # Layers that share a subspace go on sharing it.
             layer.subspace = moved.setdefault((id(layer.subspace), layer.place()), layer.used())
         for name, table in self._tables.items():
@@ -341,6 +347,10 @@ class SubspaceMemory:
     def embeddings(self) -> list[str]:
         """Names of the parameters of embeddings."""
         return list(self._tables)
+
+    def has_seen(self, param: Tensor) -> bool:
+        """Whether anything is known of what goes into ``param``; not so where a model uses it outside its layer."""
+        return self.tracks(param) and self._layer(param).subspace is not None
 
     def is_embedding(self, param: Tensor) -> bool:
         """Whether ``param`` belongs to an embedding of the model that it is bound to."""

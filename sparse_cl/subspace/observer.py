@@ -125,6 +125,8 @@ class Observer:
             first = self._last[2]
         if layer.source is None and first is not None and self._may_share(layer, self.layers[first]):
             layer.source = first
+        if layer.source not in (None, first) and self.reads[layer.name] > self.reads[str(layer.source)]:
+            self._part(layer, self.layers[str(layer.source)])
         if layer.source not in (None, first):
             raise ValueError(
                 f"watch: {layer.name} read the inputs of {layer.source} until now, and others this time; build the "
@@ -135,9 +137,21 @@ class Observer:
         return layer.source is not None
 
     def _may_share(self, layer: Layer, first: Layer) -> bool:
-        """Whether nothing was noted of either before this read."""
+        """Whether nothing was noted of either before this read, and each is read where the other is."""
+        if layer.places > 1 or first.places > 1:
+            return False
         fresh = layer.moment is None and first.moment is None and self.reads[layer.name] == self.reads[first.name] == 1
         return fresh and layer is not first and layer.place() == first.place()
+
+    def _part(self, layer: Layer, source: Layer) -> None:
+        """Gives a layer that reads once more than its source a moment of its own; so far they read the same."""
+        layer.source = None
+        if source.moment is not None:
+            layer.moment = self._new_moment(layer)
+            layer.moment.merge(source.moment.tensors())
+        if source.name in self.pending:
+            self.pending[layer.name] = self._new_moment(layer)
+            self.pending[layer.name].merge(self.pending[source.name].tensors())
 
     def _drop(self) -> None:
         self.pending, self.lookups, self.reads, self._last = {}, [], Counter(), None

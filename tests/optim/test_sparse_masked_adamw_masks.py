@@ -1,5 +1,7 @@
 """Changes of masks: every entry keeps its own state and step count, or starts anew; and gains."""
 
+import warnings
+
 import pytest
 import torch
 from cases.optimizers import DTYPES, open_entries, random_mask, spread
@@ -118,13 +120,17 @@ def test_more_counts_than_a_byte_can_tell_apart_stay_nearly_exact(implementation
     oracle = Simulated(param.detach(), weight_decay=0.0)
     opt = SparseMaskedAdamW([param], lr=1e-2, weight_decay=0.0)
     start = param.detach().double().clone()
-    for t in range(1, size + 1):
-        active = torch.arange(size) < t
-        opt.set_masks({param: ElementMask(active)})
-        oracle.open(active)
-        param.grad = 1 + 0.1 * torch.randn(size, generator=rng)
-        oracle.step(param.grad)
-        opt.step()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for t in range(1, size + 1):
+            active = torch.arange(size) < t
+            opt.set_masks({param: ElementMask(active)})
+            oracle.open(active)
+            param.grad = 1 + 0.1 * torch.randn(size, generator=rng)
+            oracle.step(param.grad)
+            opt.step()
+            assert len(told) == (t > 256)
+    assert "parameter number 0 of group 0: its entries have more than 256 different step counts" in str(told[0].message)
     assert opt.state[param]["step"].numel() == 256
     moved, expected = param.detach().double() - start, oracle.value - start
     torch.testing.assert_close(moved, expected, rtol=1e-2, atol=0)

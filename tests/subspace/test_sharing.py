@@ -227,3 +227,70 @@ def test_what_moves_or_fades_together_stays_together(place, fade):
     observe(other, memory, *(x.to(place) for x in inputs(2, seed=1)))
     memory.consolidate()
     assert memory.subspace("q.weight") is memory.subspace("v.weight")
+
+
+class Tied(nn.Module):
+    """Two layers with one weight, each of which reads what another layer reads."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.gates = nn.ModuleList(nn.Linear(6, 6, bias=False) for _ in range(2))
+        self.ups = nn.ModuleList(nn.Linear(6, 6, bias=False) for _ in range(2))
+        self.gates[1].weight = self.gates[0].weight
+
+    def forward(self, x):
+        for gate, up in zip(self.gates, self.ups, strict=True):
+            x = gate(x).tanh() + up(x)
+        return x
+
+
+class Twice(nn.Module):
+    """A layer that reads what another reads, and then something else."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.q, self.v = nn.Linear(6, 6, bias=False), nn.Linear(6, 6, bias=False)
+
+    def forward(self, x):
+        return self.q(x) + self.v(x) + self.v(2 * x.roll(1, -1))
+
+
+class Again(nn.Module):
+    """One block in two places."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([Attention(6)] * 2)
+        self.last = nn.Linear(6, 6)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return self.last(x)
+
+
+@pytest.mark.parametrize("kind", [Tied, Twice, Again])
+@pytest.mark.parametrize("max_rank", [None, 3])
+def test_a_weight_used_twice_counts_both_uses(kind, max_rank):
+    found = []
+    for share in (True, False):
+        model = kind()
+        memory = SubspaceMemory(model, source="inputs", max_rank=max_rank, share_inputs=share)
+        for domain in range(2):
+            observe(model, memory, *inputs(3, 6, seed=domain))
+            memory.consolidate()
+        found.append(memory)
+    assert_same(*found)
+
+
+def test_a_second_use_counts_like_the_first():
+    model, batch = Twice(), inputs(1, 6)[0]
+    memory = SubspaceMemory(model, source="inputs", energy=1.0)
+    observe(model, memory, batch)
+    memory.consolidate()
+    rows = torch.cat([batch, 2 * batch.roll(1, -1)]).reshape(-1, 6).double()
+    subspace = memory.subspace("v.weight")
+    whole = (subspace.basis * subspace.values) @ subspace.basis.mT
+    torch.testing.assert_close(whole.double(), rows.mT @ rows / len(rows), rtol=1e-4, atol=1e-5)
