@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from sparse_cl.optim import ElasticAdamW, LowRankPull, ProjectedAdamW
+from sparse_cl.optim.elastic_adamw import ROW_STRENGTH, STRENGTH
 
 from .base import Batch
 from .lora import ALPHA, RANK
@@ -26,30 +27,34 @@ class Elastic(MemoryMethod):
     one domain (`ElasticAdamW`). That is a quadratic penalty on how much the layer's outputs for earlier inputs change:
     EWC (Kirkpatrick et al. 2017) with the input half of a Kronecker-factored Fisher (Ritter, Botev & Barber 2018),
     where hard projection (GPM, Saha et al. 2021) closes some directions and leaves the others free. A head, tied or
-    not, is a layer like any other; embeddings, norms and biases are free. With nothing to protect, in a first domain,
-    all this is AdamW.
+    not, is a layer like any other, and an embedding one whose inputs are one-hot: its rows are pulled, by how often
+    earlier domains look them up. Norms and biases are free. With nothing to protect, in a first domain, all this is
+    AdamW.
 
     Args:
         strength: of the pull that one domain adds. At a direction of mean use it undoes, over a whole domain, about
             this many times what consistent gradients move.
+        row_strength: of embeddings' rows, relative to ``strength``.
         energy, max_rank: of the memory.
         text_weight: weight of the text given to `protect`; a domain has weight 1.
     """
 
     name = "elastic"
     by_use = True
-    options: tuple[str, ...] = ("strength", "energy", "max_rank", "text_weight")
+    options: tuple[str, ...] = ("strength", "row_strength", "energy", "max_rank", "text_weight")
     default_lr = 2e-3
 
     def __init__(
         self,
-        strength: float = 1.5,
+        strength: float = STRENGTH,
+        row_strength: float = ROW_STRENGTH,
         energy: float = 0.99,
         max_rank: int | str | None = "auto",
         text_weight: float = 0.2,
     ) -> None:
         super().__init__(energy, "inputs", max_rank, text_weight)
         self.strength = check_at_least("strength", strength, 0)
+        self.row_strength = check_at_least("row_strength", row_strength, 0)
 
     def before_domain(self, model: nn.Module, batches: Iterable[Batch]) -> nn.Module:
         self._begin(model, batches)
@@ -59,7 +64,8 @@ class Elastic(MemoryMethod):
         self._check_begun("make_optimizer")
         trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         memory = self.memory if self._known.domains else None
-        return ElasticAdamW(trained, lr=lr, memory=memory, strength=self.strength, path=path or self._one_pass(lr))
+        strengths = {"strength": self.strength, "row_strength": self.row_strength}
+        return ElasticAdamW(trained, lr=lr, memory=memory, path=path or self._one_pass(lr), **strengths)
 
     def after_domain(self, model: nn.Module, batches: Iterable[Batch]) -> None:
         self._end(model, self._weights, batches)

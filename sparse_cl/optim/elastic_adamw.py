@@ -15,7 +15,7 @@ from sparse_cl.subspace import Subspace, SubspaceMemory, UsedRows
 from .low_rank import DriftBudget, FittedLowRank, LowRankProjection, LowRankPull, SubspaceProjection
 from .memory_adamw import Bases, MemoryAdamW
 
-STRENGTH = 1.5
+STRENGTH = 1.0
 """ρ of the pull: how far the path that is left would be pulled back at mean use."""
 
 ROW_STRENGTH = 0.05
@@ -38,7 +38,7 @@ class ElasticAdamW(MemoryAdamW):
         params, lr, betas, eps, weight_decay, amsgrad, maximize, capturable, masks, master_weights: as for
             :class:`SparseMaskedAdamW`.
         memory: as for :class:`SubspaceProjectedAdamW`.
-        strength: ρ, at least 0; with ``path``. None and no budget: 1.5.
+        strength: ρ, at least 0; with ``path``. None and no budget: 1.
         path: Σ lr over the steps of the domain, as :func:`path_of` gives it.
         budget: a share, in place of a strength. 0 keeps out of the directions altogether.
         row_strength: of an embedding's rows, beside ``strength``: row v is pulled by its use, which is 1 for a row that

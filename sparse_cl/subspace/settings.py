@@ -9,8 +9,8 @@ SOURCES = ("gradients", "inputs")
 #: Widths up to this keep the exact second moment while a domain is observed: 4 MB, no more than a wide layer's sketch.
 EXACT_WIDTH = 1024
 
-#: Of max_rank "auto": an eighth of a layer's inputs, at most so many.
-AUTO_SHARE, AUTO_MOST = 8, 256
+#: Of max_rank "auto": a quarter of a layer's inputs, at most so many.
+AUTO_SHARE, AUTO_MOST = 4, 256
 
 
 @dataclass(frozen=True)
