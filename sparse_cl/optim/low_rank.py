@@ -70,7 +70,8 @@ class LowRankProjection(Projection):
             strengths: (k,), what the rule means by them; None: the rows' values.
         """
         found = copy(self)
-        found.rows, found.any = HeldRows(rows, strengths), True
+        found.rows = HeldRows(rows, strengths)
+        found.any = self.any or isinstance(self.rule, Hard) or bool((found.rows.strengths > 0).any())
         return found
 
     def fitted(self, param: Tensor, mask: Mask | None) -> Fitted:

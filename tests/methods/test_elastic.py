@@ -65,8 +65,8 @@ def test_pulls_are_as_strong_as_the_inputs_are_used(tiny_llama, tied):
     method.before_domain(model, domain(1))
     optimizer = method.make_optimizer(model, LR, path=0.25)
     head = EMBEDDING if tied else HEAD
-    assert set(optimizer.projections) == {*(f"{name}.weight" for name in LAYERS), head}
-    assert (EMBEDDING in optimizer.rest) != tied and NORM in optimizer.rest
+    assert set(optimizer.projections) == {*(f"{name}.weight" for name in LAYERS), head, EMBEDDING}
+    assert EMBEDDING not in optimizer.rest and NORM in optimizer.rest
     for name, moment in known(method).items():
         pull = optimizer.projections[name].subspace.to(dtype=torch.float64)
         expected = 3.0 / 0.25 * 2.5 * moment * len(moment) / moment.trace()
@@ -240,7 +240,7 @@ def test_settings_out_of_range(arguments, message):
 
 
 def test_settings_are_recorded():
-    given = {"strength": 3.0, "energy": 0.5, "max_rank": 99, "text_weight": 2.0}
+    given = {"strength": 3.0, "row_strength": 0.1, "energy": 0.5, "max_rank": 99, "text_weight": 2.0}
     assert Elastic(**given).settings() == given
 
 
