@@ -11,6 +11,7 @@ from torch.optim.optimizer import ParamsT
 
 from sparse_cl.subspace import Subspace, SubspaceMemory
 
+from .leaf import weight_of
 from .low_rank import DriftBudget, FittedLowRank, LowRankProjection, LowRankPull, SubspaceProjection
 from .memory_adamw import Bases, MemoryAdamW
 
@@ -38,6 +39,8 @@ class ElasticAdamW(MemoryAdamW):
         path: Σ lr over the steps of the domain, as :func:`path_of` gives it.
         budget: a share, in place of a strength. 0 keeps out of the directions altogether.
         rest: what happens to parameters without a basis: ``"train"`` or ``"freeze"``.
+        every: as for :class:`SubspaceProjectedAdamW`; a pull takes the sum of the k rates. In between a budget may be
+            exceeded.
 
     Raises:
         TypeError, ValueError: as there; a strength and a budget, or a strength without a path.
@@ -57,6 +60,7 @@ class ElasticAdamW(MemoryAdamW):
         self._rule = rule_of(strength, path, budget)
         super().__init__(params, *arguments, memory=memory, rest=rest, **options)
 
+    @torch.no_grad()
     def old_output_drift(self) -> dict[str, float]:
         """By parameter Σ_j λ_j ‖(W - W₀) u_j‖² / Σ_j λ_j ‖W₀ u_j‖²: how far old outputs have moved in this domain.
 
@@ -64,10 +68,10 @@ class ElasticAdamW(MemoryAdamW):
         """
         found = {}
         for param, fit in self._projections.items():
-            kept = self._kept(param)
             if isinstance(fit, FittedLowRank) and param in self.state:
-                drift = fit.drift(kept["moved"], kept["held"]) if "moved" in kept else 0.0
-                found[self._store.name(param).strip("'")] = float(drift)
+                kept, weight = self._kept(param), weight_of(param)
+                whole = self._store.packed[param].wide(weight)[1] if fit.later else weight
+                found[self._store.name(param).strip("'")] = fit.drift(whole, kept) if kept else 0.0
         return found
 
     def __getstate__(self) -> dict[str, Any]:

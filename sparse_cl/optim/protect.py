@@ -12,10 +12,10 @@ from sparse_cl.reference.precision import full_precision
 from sparse_cl.subspace import SubspaceMemory
 
 from .elastic_adamw import projection_of, rule_of
-from .low_rank import FittedLowRank, energies
-from .memory_adamw import Bases, subspaces_of
+from .low_rank import FittedLowRank, LowRankCorrection
+from .memory_adamw import Bases, check_every, subspaces_of
 from .names import name_of, names_of, parameters_of
-from .rules import Budget, Rule
+from .projection import Layer
 from .sparse_masked_adamw import SparseMaskedAdamW
 
 
@@ -32,14 +32,11 @@ class Protection:
         self.every, self._steps = every, 0
         self._fitted = dict(fitted)
         #: Σ of the learning rate since the last correction.
-        self._rates: dict[Tensor, Any] = {}
+        self._rates: dict[Tensor, float | Tensor] = dict.fromkeys(fitted, 0.0)
         self._names = {p: _name(optimizer, p) for p in fitted}
         self._generators: dict[torch.device, torch.Generator] = {}
         self._seed = seed
-        self._origin, self._held = {}, {}
-        for param, fit in fitted.items():
-            self._origin[param] = self._along(param, fit)
-            self._held[param] = fit.held(param)
+        self._kept = {p: fit.begin(p, _wide(p)) for p, fit in fitted.items()}
         self._handles = [
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
@@ -52,8 +49,8 @@ class Protection:
         self._handles = []
 
     def state_dict(self) -> dict[str, Any]:
-        """W₀ U by parameter, the energies of old outputs, and the number of steps."""
-        tensors = {self._names[p]: {"origin": self._origin[p], "held": self._held[p]} for p in self._fitted}
+        """By parameter W₀ U, the energy of old outputs and Σ lr since the last correction; and the number of steps."""
+        tensors = {self._names[p]: {**kept, "path": self._rates[p]} for p, kept in self._kept.items()}
         return {"parameters": tensors, "steps": self._steps}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -64,33 +61,22 @@ class Protection:
         """
         given = state["parameters"]
         for param, name in self._names.items():
-            shape = tuple(self._origin[param].shape)
+            shape = tuple(self._kept[param]["origin"].shape)
             if name not in given or tuple(given[name]["origin"].shape) != shape:
                 found = tuple(given[name]["origin"].shape) if name in given else "none"
                 raise ValueError(
                     f"state: {name}: expected origin of shape {shape}, got {found}; is it another memory's?"
                 )
         for param, name in self._names.items():
-            self._origin[param].copy_(given[name]["origin"])
-            self._held[param].copy_(given[name]["held"])
+            for key, tensor in self._kept[param].items():
+                tensor.copy_(given[name][key])
+            self._rates[param] = given[name].get("path", 0.0)
         self._steps = state["steps"]
 
     @torch.no_grad()
     def old_output_drift(self) -> dict[str, float]:
         """As :meth:`ElasticAdamW.old_output_drift`."""
-        return {
-            self._names[param]: float(fit.drift(self._moved(param, fit), self._held[param]))
-            for param, fit in self._fitted.items()
-        }
-
-    def _along(self, param: Tensor, fit: FittedLowRank) -> Tensor:
-        """W U, (m, r)."""
-        with full_precision(param.device):
-            rows = fit.rows(param.detach().to(_wide(param)))
-            return rows @ fit.seen.basis.to(rows.dtype)
-
-    def _moved(self, param: Tensor, fit: FittedLowRank) -> Tensor:
-        return self._along(param, fit) - self._origin[param]
+        return {self._names[param]: fit.drift(param, self._kept[param]) for param, fit in self._fitted.items()}
 
     def _before(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         own = set(map(id, parameters_of(optimizer.param_groups)))
@@ -108,29 +94,23 @@ class Protection:
         for group in optimizer.param_groups:
             for param in group["params"]:
                 if param in self._fitted:
-                    self._rates[param] = group["lr"] + self._rates.get(param, 0.0)
+                    self._rates[param] = self._rates[param] + group["lr"]
         if self._steps % self.every:
             return
-        rates, self._rates = self._rates, {}
         for param, fit in self._fitted.items():
-            rule: Rule = fit.given.rule
-            moved = self._moved(param, fit)
-            strengths = fit.seen.values.double()[None]
-            room = rule.share * self._held[param][None] if isinstance(rule, Budget) else self._held[param][None]
-            taken = 1 - rule.left(strengths, rates[param], energies(moved)[None], room)[0]
-            basis = fit.seen.basis.to(moved.dtype)
+            wide = param.detach().to(_wide(param))
+            update = torch.empty_like(wide)
+            # One layer at a time, so that what is held besides is one layer's.
+            layer = Layer(fit, update, self._kept[param], lambda w=wide: (w, w))
             with full_precision(param.device):
-                back = (moved * taken.to(moved.dtype)) @ basis.mT
-            self._subtract(param, back.mT if fit.given.transposed else back)
-
-    def _subtract(self, param: Tensor, back: Tensor) -> None:
-        if param.dtype in (torch.float32, torch.float64):
-            param.sub_(back)
-            return
-        generator = self._generators.get(param.device)
-        if generator is None:
-            generator = self._generators[param.device] = torch.Generator(param.device).manual_seed(self._seed)
-        param.copy_(_rounded(param.float() - back, param.dtype, generator))
+                LowRankCorrection([layer]).correct_(self._rates[param], None)
+            self._rates[param] = 0.0
+            if param.dtype == update.dtype:
+                param.add_(update)
+                continue
+            if param.device not in self._generators:
+                self._generators[param.device] = torch.Generator(param.device).manual_seed(self._seed)
+            param.copy_(_rounded(update.add_(param), param.dtype, self._generators[param.device]))
 
 
 def protect(
@@ -165,8 +145,6 @@ def protect(
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
-    if every < 1:
-        raise ValueError(f"every: expected at least 1, got {every}")
     if isinstance(optimizer, SparseMaskedAdamW) and optimizer.masks:
         raise ValueError(
             "optimizer: it has masks, which a correction from outside would not keep; give ElasticAdamW the masks and "
@@ -175,10 +153,12 @@ def protect(
     hooks = optimizer._optimizer_step_post_hooks.values()
     if any(isinstance(getattr(hook, "__self__", None), Protection) for hook in hooks):
         raise ValueError("optimizer: it is protected already; call .remove() of that protection first")
-    rule, fitted = rule_of(strength, path, budget), {}
+    every, rule, fitted = check_every(every), rule_of(strength, path, budget), {}
     for param, (subspace, transposed) in subspaces_of(optimizer.param_groups, memory).items():
         try:
-            found = projection_of(rule, subspace, transposed).fitted(param, None)
+            given = projection_of(rule, subspace, transposed)
+            given.later = True
+            found = given.fitted(param, None)
         except (TypeError, ValueError) as error:
             raise type(error)(f"memory: parameter {_name(optimizer, param)} {error}") from None
         assert isinstance(found, FittedLowRank)
