@@ -64,8 +64,8 @@ class Elastic(MemoryMethod):
         self._check_begun("make_optimizer")
         trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         memory = self.memory if self._known.domains else None
-        strengths = {"strength": self.strength, "row_strength": self.row_strength}
-        return ElasticAdamW(trained, lr=lr, memory=memory, path=path or self._one_pass(lr), **strengths)
+        path, strength = path or self._one_pass(lr), self.strength
+        return ElasticAdamW(trained, lr=lr, memory=memory, path=path, strength=strength, row_strength=self.row_strength)
 
     def after_domain(self, model: nn.Module, batches: Iterable[Batch]) -> None:
         self._end(model, self._weights, batches)

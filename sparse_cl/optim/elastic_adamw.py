@@ -12,6 +12,7 @@ from torch.optim.optimizer import ParamsT
 
 from sparse_cl.subspace import Subspace, SubspaceMemory, UsedRows
 
+from .leaf import weight_of
 from .low_rank import DriftBudget, FittedLowRank, LowRankProjection, LowRankPull, SubspaceProjection
 from .memory_adamw import Bases, MemoryAdamW
 
@@ -45,6 +46,8 @@ class ElasticAdamW(MemoryAdamW):
             one domain looks up as often as an average one. 0 leaves rows free; with a budget, any other number keeps
             them within it.
         rest: what happens to parameters without a basis: ``"train"`` or ``"freeze"``.
+        every: as for :class:`SubspaceProjectedAdamW`; a pull takes the sum of the k rates. In between a budget may be
+            exceeded.
 
     Raises:
         TypeError, ValueError: as there; a strength and a budget, or a strength without a path.
@@ -65,6 +68,7 @@ class ElasticAdamW(MemoryAdamW):
         self._rule = rule_of(strength, path, budget, row_strength)
         super().__init__(params, *arguments, memory=memory, rest=rest, **options)
 
+    @torch.no_grad()
     def old_output_drift(self) -> dict[str, float]:
         """By parameter Σ_j λ_j ‖(W - W₀) u_j‖² / Σ_j λ_j ‖W₀ u_j‖²: how far old outputs have moved in this domain.
 
@@ -73,9 +77,10 @@ class ElasticAdamW(MemoryAdamW):
         """
         found: dict[str, float] = {}
         for param, fit in self._projections.items():
-            kept = self._kept(param)
             if isinstance(fit, FittedLowRank) and param in self.state:
-                found |= drifts(self._store.name(param).strip("'"), fit, kept)
+                kept, weight = self._kept(param), weight_of(param)
+                whole = self._store.packed[param].wide(weight)[1] if fit.later else weight
+                found |= drifts(self._store.name(param).strip("'"), fit, whole, kept)
         return found
 
     def __getstate__(self) -> dict[str, Any]:
@@ -88,14 +93,13 @@ class ElasticAdamW(MemoryAdamW):
         return projection_of(self._rule, subspace, transposed, rows)
 
 
-def drifts(name: str, fit: FittedLowRank, kept: Mapping[str, Tensor]) -> dict[str, float]:
+def drifts(name: str, fit: FittedLowRank, weight: Tensor, kept: Mapping[str, Tensor]) -> dict[str, float]:
     """The drift of one parameter's outputs by directions and by rows, of what its projection keeps."""
-    held, found = fit.given.rows, {}
-    if held is None or fit.whole.rank:
-        found[name] = float(fit.drift(kept["moved"], kept["held"])) if "moved" in kept else 0.0
-    if held is not None:
-        own = f"{name} (rows)" if found else name
-        found[own] = float(held.drift(kept["rows"], kept["rows_held"])) if "rows" in kept else 0.0
+    rows, found = fit.given.rows, {}
+    if rows is None or fit.whole.rank:
+        found[name] = fit.drift(weight, kept) if kept else 0.0
+    if rows is not None:
+        found[f"{name} (rows)" if found else name] = rows.drift(weight, kept)
     return found
 
 

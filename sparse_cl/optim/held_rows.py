@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -28,37 +28,40 @@ class HeldRows:
         self.index = rows.index
         self.strengths = (rows.values if strengths is None else strengths).double()
 
-    def shapes(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
-        return {"rows": (len(self.index), shape[1]), "rows_held": ()}
+    def shapes(self, shape: tuple[int, ...], later: bool) -> dict[str, tuple[int, ...]]:
+        """Of what is kept: P, or W₀ where weights are corrected later, of these rows, and their energy."""
+        return {"origin_rows" if later else "rows": (len(self.index), shape[1]), "rows_held": ()}
 
-    def begin(self, weight: Tensor) -> dict[str, Tensor]:
-        """Σ_v s_v ‖W_v‖²: 0-d, float64."""
-        return {"rows_held": self.strengths @ squared(weight.detach()[self.index])}
+    def begin(self, weight: Tensor, dtype: torch.dtype, later: bool) -> dict[str, Tensor]:
+        rows = weight.detach()[self.index]
+        return {"rows_held": self.strengths @ squared(rows)} | ({"origin_rows": rows.to(dtype)} if later else {})
 
-    def drift(self, moved: Tensor, held: Tensor) -> Tensor:
-        """Σ_v s_v ‖P_v‖² / Σ_v s_v ‖W₀_v‖²: 0-d, float64."""
-        return self.strengths @ squared(moved) / held.clamp(min=torch.finfo(torch.float64).tiny)
+    def moved(self, weight: Tensor, kept: Mapping[str, Tensor]) -> Tensor:
+        """P (k, n), of the weight as it is now."""
+        if "rows" in kept:
+            return kept["rows"]
+        return weight.detach()[self.index].to(kept["origin_rows"].dtype) - kept["origin_rows"]
 
-    def left(self, rule: Rule, moved: Tensor, held: Tensor, lr: Any) -> Tensor:
-        """What the rule leaves of each P_v, as a share (k, 1) in the dtype of ``moved``."""
+    def drift(self, weight: Tensor, kept: Mapping[str, Tensor]) -> float:
+        """Σ_v s_v ‖P_v‖² / Σ_v s_v ‖W₀_v‖². Waits for the device."""
+        if not kept:
+            return 0.0
+        spent = self.strengths @ squared(self.moved(weight, kept))
+        return float(spent / kept["rows_held"].clamp(min=torch.finfo(torch.float64).tiny))
+
+    def back(self, rule: Rule, layer: Layer, lr: float | Tensor, skipped: Tensor | None) -> Tensor:
+        """What the rule takes back of the rows, (k, n): to be added to the update."""
+        kept = layer.kept
+        if "origin_rows" in kept:
+            moved = self.moved(layer.weights()[1], kept)
+        else:
+            moved = layer.update.index_select(0, self.index)
+            moved = moved + kept["rows"] if "rows" in kept else moved
+        held = kept.get("rows_held", self.strengths.new_zeros(()))
         room = rule.share * held if isinstance(rule, Budget) else held
         left = rule.left(self.strengths[None], lr, squared(moved)[None], room[None])
-        return left.to(moved.dtype).mT
-
-    def correct_(self, rule: Rule, layer: Layer, lr: float | Tensor, skipped: Tensor | None) -> None:
-        """Corrects the rows of an update in place."""
-        before = layer.kept.get("rows")
-        moved = layer.update.index_select(0, self.index)
-        if before is not None:
-            moved += before
-        held = layer.kept["rows_held"] if before is not None else self.strengths.new_zeros(())
-        left = self.left(rule, moved, held, lr)
-        moved *= left if skipped is None else torch.where(skipped == 0, left, 1.0)
-        layer.update.index_copy_(0, self.index, moved if before is None else moved - before)
-
-    def settle_(self, layer: Layer) -> None:
-        if "rows" in layer.kept:
-            layer.kept["rows"] += layer.update.index_select(0, self.index)
+        left = left if skipped is None else torch.where(skipped == 0, left, 1.0)
+        return moved * (left - 1).to(moved.dtype).mT
 
 
 def squared(rows: Tensor) -> Tensor:

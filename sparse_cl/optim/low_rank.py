@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 
 import torch
 from torch import Tensor
 
 from sparse_cl.masks import ColumnMask, Mask, RowMask
+from sparse_cl.reference.precision import full_precision
 from sparse_cl.subspace import Subspace, UsedRows
 
 from .held_rows import HeldRows
@@ -30,7 +31,8 @@ class LowRankProjection(Projection):
     The optimizer keeps P, (m, r) in the dtype of the moments, in the parameter's state and in checkpoints
     (``"projection.moved"``), and one number (``"projection.held"``). Load a checkpoint before a new domain's projection
     is set, not after. An interrupt that Python delivers between the write of the weights and that of P leaves that one
-    step out of P.
+    step out of P. Where steps are plain and the weights corrected later, it keeps W₀ U (``"projection.origin"``) in
+    place of P, which is W U - W₀ U then.
 
     Args:
         rule: what of P a step leaves.
@@ -39,9 +41,14 @@ class LowRankProjection(Projection):
         transposed: the weight is (n, m), as that of transformers' Conv1D.
         from_zero: W₀ is zero, as for the A of an adapter, whose change is all of it.
 
+    Attributes:
+        later: whether weights that have been stepped are corrected, not updates.
+
     Raises:
         TypeError, ValueError: a basis that is not orthonormal; strengths below 0, not finite, or of another number.
     """
+
+    later = False
 
     def __init__(
         self,
@@ -94,6 +101,11 @@ class LowRankProjection(Projection):
         if mask is not None and (self.transposed or self.from_zero):
             kind = "a transposed weight" if self.transposed else "an adapter"
             raise ValueError(f"has a {type(mask).__name__}, which the projection of {kind} does not take; leave it out")
+        if single and self.later:
+            raise ValueError(
+                f"has a {type(mask).__name__}, within which every step is corrected; take every=1, or a RowMask or "
+                "ColumnMask"
+            )
         if single and isinstance(self.rule, Budget):
             raise ValueError(
                 f"has a {type(mask).__name__}, within which no budget can be kept; take a RowMask or ColumnMask, or a "
@@ -185,7 +197,7 @@ class FittedLowRank(Fitted):
         self.given, self.whole, self.seen, self.mask = given, whole, seen, mask
         self.single = mask is not None and not isinstance(mask, RowMask | ColumnMask)
         self.index = mask.index.to(whole.device).long() if isinstance(mask, RowMask) else None
-        self.exact, self.alike = given.rule.exact, given.rule
+        self.exact, self.alike, self.later = given.rule.exact, given.rule, given.later
         self.correction = LowRankCorrection
         self.free = not isinstance(given.rule, Hard) or seen.free > 0
         masked = "" if mask is None else " of its mask"
@@ -193,7 +205,7 @@ class FittedLowRank(Fitted):
 
     @property
     def remembers(self) -> bool:
-        return self.given.rule.remembers or self.single
+        return self.given.rule.remembers or self.single or self.later
 
     def continues(self, other: Fitted) -> bool:
         columns = [x.mask for x in (self, other) if isinstance(x, FittedLowRank) and isinstance(x.mask, ColumnMask)]
@@ -202,27 +214,42 @@ class FittedLowRank(Fitted):
     def shapes(self, shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
         if not self.remembers:
             return {}
-        found = {"moved": (shape[1 if self.given.transposed else 0], self.seen.rank), "held": ()}
-        return found if self.given.rows is None else found | self.given.rows.shapes(tuple(shape))
+        along = (shape[1 if self.given.transposed else 0], self.seen.rank)
+        found = {"origin" if self.later else "moved": along, "held": ()}
+        return found if self.given.rows is None else found | self.given.rows.shapes(tuple(shape), self.later)
 
     def begin(self, weight: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         if not self.remembers:
             return {}
         found = {"held": self.held(weight)}
         if self.given.rows is not None:
-            found |= self.given.rows.begin(weight)
-        if self.given.from_zero:
-            found["moved"] = weight.detach().to(dtype) @ self.seen.basis.to(dtype)
+            found |= self.given.rows.begin(weight, dtype, self.later)
+        if self.later != self.given.from_zero:
+            found["origin" if self.later else "moved"] = self.along(weight, dtype)
         return found
+
+    def along(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """W U (m, r) of the columns that are seen, in float32 products."""
+        wide = weight.detach().to(dtype)
+        rows = wide.mT if self.given.transposed else wide
+        if isinstance(self.mask, ColumnMask):
+            rows = rows.index_select(1, self.mask.index.to(rows.device))
+        with full_precision(rows.device):
+            return rows @ self.seen.basis.to(dtype)
+
+    def moved(self, weight: Tensor, kept: Mapping[str, Tensor]) -> Tensor:
+        """P (m, r), of the weight as it is now."""
+        return kept["moved"] if "moved" in kept else self.along(weight, kept["origin"].dtype) - kept["origin"]
 
     def held(self, weight: Tensor) -> Tensor:
         """Σ_j λ_j ‖W u_j‖² of the whole weight: what its outputs on old inputs hold. 0-d, float64."""
         rows = weight.detach().to(self.whole.basis.dtype)
         return self.whole.energies(rows.mT if self.given.transposed else rows) @ self.whole.values.double()
 
-    def drift(self, moved: Tensor, held: Tensor) -> Tensor:
-        """Σ_j λ_j ‖P_j‖² / Σ_j λ_j ‖W₀ u_j‖²: the share of old outputs that has moved. 0-d, float64."""
-        return energies(moved) @ self.seen.values.double() / held.clamp(min=torch.finfo(torch.float64).tiny)
+    def drift(self, weight: Tensor, kept: Mapping[str, Tensor]) -> float:
+        """Σ_j λ_j ‖P_j‖² / Σ_j λ_j ‖W₀ u_j‖²: the share of old outputs that has moved. Waits for the device."""
+        spent = energies(self.moved(weight, kept)) @ self.seen.values.double()
+        return float(spent / kept["held"].double().clamp(min=torch.finfo(torch.float64).tiny))
 
     def rows(self, update: Tensor) -> Tensor:
         """A compact update as the rows that U is for: a view, or a copy of one that is cut to single weights."""
@@ -246,52 +273,70 @@ class LowRankCorrection(Correction):
         zero = self.strengths.new_zeros(())
         self.held = torch.stack([layer.kept.get("held", zero) for layer in layers])
         self.next: list[Tensor] = []
-        self.tables = [(layer, held) for layer in layers if (held := layer.projection.given.rows) is not None]
 
     def correct_(self, lr: float | Tensor, skipped: Tensor | None) -> None:
-        for layer, held in self.tables:
-            held.correct_(self.rule, layer, lr, skipped)
         rows = [layer.projection.rows(layer.update) for layer in self.layers]
-        moved = [self._moved(layer) for layer in self.layers]
+        later = self.layers[0].projection.later
+        # What has been stepped without a correction is read off the weights, and the update is -C Uᵀ alone.
+        wide = [layer.weights() for layer in self.layers] if later else []
+        read = [x.projection.rows(w) for x, (w, _) in zip(self.layers, wide, strict=True)] if later else rows
+        # The rows of tables come first; what they take back is part of what moves along the directions.
+        tables = [
+            (number, held.index, held.back(self.rule, layer, lr, skipped))
+            for number, layer in enumerate(self.layers)
+            if (held := layer.projection.given.rows) is not None
+        ]
+        for number, index, back in () if later else tables:
+            rows[number].index_add_(0, index, back)
         # Not in place: should the step fail before the weights are written, P is still theirs.
         after = [
-            row @ basis if before is None else torch.addmm(before, row, basis)
-            for before, row, basis in zip(moved, rows, self.bases, strict=True)
+            row @ basis if known is None else torch.addmm(known, row, basis, beta=-1 if later else 1)
+            for known, row, basis in zip(map(self._known, self.layers), read, self.bases, strict=True)
         ]
-        left = self._left(after, lr, skipped)
+        for number, index, back in tables if later else ():
+            after[number].index_add_(0, index, back @ self.bases[number])
+        left = self._left(after, lr, skipped, [whole for _, whole in wide])
         dtype, self.next = rows[0].dtype, []
         parts = zip(self.layers, rows, self.bases, after, left.to(dtype), (1 - left).to(dtype), strict=True)
         for layer, row, basis, now, stays, taken in parts:
             rank = basis.shape[1]
-            row.addmm_(now, (basis * taken[:rank]).mT, alpha=-1)
+            row.addmm_(now, (basis * taken[:rank]).mT, beta=0 if later else 1, alpha=-1)
             if layer.projection.single:
                 self.next.append(self._cut(layer, row, basis))
             elif "moved" in layer.kept:
                 self.next.append(now.mul_(stays[:rank]))
+        for number, index, back in tables if later else ():
+            rows[number].index_add_(0, index, back)
 
     @staticmethod
-    def _moved(layer: Layer) -> Tensor | None:
-        """P of the rows that are stepped; None where it is zero."""
-        moved, index = layer.kept.get("moved"), layer.projection.index
-        return moved if moved is None or index is None else moved.index_select(0, index)
+    def _known(layer: Layer) -> Tensor | None:
+        """P, or W₀ U, of the rows that are stepped; None where it is zero."""
+        known, index = layer.kept.get("moved", layer.kept.get("origin")), layer.projection.index
+        return known if known is None or index is None else known.index_select(0, index)
 
-    def _left(self, after: list[Tensor], lr: float | Tensor, skipped: Tensor | None) -> Tensor:
+    def _left(
+        self, after: list[Tensor], lr: float | Tensor, skipped: Tensor | None, weights: Sequence[Tensor]
+    ) -> Tensor:
         moved, room = self.strengths, self.held
         if isinstance(self.rule, Budget):
             moved = self._energies(after)
-            room = self.rule.share * self.held - (self.strengths * self._frozen()).sum(1)
+            room = self.rule.share * self.held - (self.strengths * self._frozen(weights)).sum(1)
         left = self.rule.left(self.strengths, lr, moved, room)
         # Where a step is skipped, so is the pull.
         return left if skipped is None else torch.where(skipped == 0, left, 1.0)
 
-    def _frozen(self) -> Tensor:
+    def _frozen(self, weights: Sequence[Tensor]) -> Tensor:
         """‖P_j‖² of the rows that a mask has left behind: (L, r)."""
         if all(layer.projection.index is None for layer in self.layers):
             return torch.zeros_like(self.strengths)
         parts = []
-        for layer in self.layers:
-            moved, index = layer.kept["moved"], layer.projection.index
-            parts.append(moved[:0] if index is None else moved.index_fill(0, index, 0.0))
+        for number, (layer, basis) in enumerate(zip(self.layers, self.bases, strict=True)):
+            fit, kept = layer.projection, layer.kept
+            if fit.index is None:
+                parts.append(basis.new_zeros(0, basis.shape[1]))
+            else:
+                moved = fit.moved(weights[number], kept) if fit.later else kept["moved"]
+                parts.append(moved.index_fill(0, fit.index, 0.0))
         return self._energies(parts)
 
     @staticmethod
@@ -306,8 +351,9 @@ class LowRankCorrection(Correction):
         return torch.addmm(layer.kept["moved"], row.mul_(support), basis)
 
     def settle_(self) -> None:
-        for layer, held in self.tables:
-            held.settle_(layer)
+        for layer in self.layers:
+            if "rows" in layer.kept:
+                layer.kept["rows"] += layer.update.index_select(0, layer.projection.given.rows.index)
         keeping = [layer.kept["moved"] for layer in self.layers if "moved" in layer.kept]
         indices = [layer.projection.index for layer in self.layers if "moved" in layer.kept]
         for moved, index, after in zip(keeping, indices, self.next, strict=True):

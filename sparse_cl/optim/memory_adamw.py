@@ -44,8 +44,12 @@ class MemoryAdamW(ProjectedAdamW):
         *arguments: Any,
         memory: SubspaceMemory | Bases | None = None,
         rest: str = "freeze",
+        every: int = 1,
         **options: Any,
     ) -> None:
+        self._every = check_every(every)
+        if every > 1 and options.get("capturable"):
+            raise ValueError("every: expected 1 where capturable is set: a CUDA graph repeats one kind of step")
         if memory is not None and options.get("projections"):
             raise ValueError("projections: expected none where there is a memory, which makes its own; leave one out")
         self._memory: SubspaceMemory | Bases | None = None
@@ -121,13 +125,20 @@ class MemoryAdamW(ProjectedAdamW):
 
     def _of(self, memory: SubspaceMemory | Bases | None) -> Given:
         """The projections that keep what a memory remembers."""
-        given: Given = {}
+        given: dict[Tensor, LowRankProjection] = {}
         for param, (subspace, transposed, rows) in known_of(self.param_groups, memory, self._holds_rows()).items():
             try:
                 given[param] = self._projection(subspace, transposed, rows)
+                given[param].later = self._every > 1
             except (TypeError, ValueError) as error:
                 raise type(error)(f"memory: parameter {self._store.name(param)}: {error}") from None
-        return given
+        return {**given}
+
+
+def check_every(every: int) -> int:
+    if every < 1:
+        raise ValueError(f"every: expected at least 1, got {every}")
+    return every
 
 
 def is_exempt(param: Tensor, memory: SubspaceMemory | Bases | None) -> bool:

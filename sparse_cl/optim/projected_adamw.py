@@ -26,6 +26,9 @@ from .state import PROJECTION, ParameterState, is_capturing
 
 Given = dict[Tensor, Projection]
 
+#: Of a group: how many steps its weights have taken since they were corrected, and the sum of their rates.
+_SINCE = "since_correction"
+
 
 class ProjectedAdamW(SparseMaskedAdamW):
     """AdamW that projects each parameter's full update, weight decay included.
@@ -51,6 +54,7 @@ class ProjectedAdamW(SparseMaskedAdamW):
 
     _argument = "projections"  # where they come from, for messages
     _captured: tuple = ()
+    _every = 1  # of projections that correct later: after so many steps
 
     def __init__(
         self,
@@ -114,7 +118,7 @@ class ProjectedAdamW(SparseMaskedAdamW):
         self._seen = self._unsure()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_rest", "_given", "_projections", "_warned")
+        own = ("_rest", "_given", "_projections", "_warned", "_every")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}, "_seen": self._unsure()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -159,6 +163,8 @@ class ProjectedAdamW(SparseMaskedAdamW):
                 self._warned.add(name)
                 warnings.warn(f"parameter {name}: {fit.spent}, so it is not updated any more", stacklevel=4)
         self._group_plans, self._scratch, self._seen = {}, Scratch(), self._facts()
+        for group in self.param_groups if begins else ():
+            group.pop(_SINCE, None)
 
     def _is_rest(self, param: Tensor) -> bool:
         return param not in self._given
@@ -208,9 +214,9 @@ class ProjectedAdamW(SparseMaskedAdamW):
         by_call: dict[tuple, dict[tuple, list[int]]] = {}
         for i in positions:
             if (fit := self._projections.get(params[i])) is not None:
-                call = (fit.exact, state_dtype(params[i].dtype))
+                call = (fit.exact, fit.later, state_dtype(params[i].dtype))
                 by_call.setdefault(call, {}).setdefault((fit.correction, fit.alike), []).append(i)
-        for (_, dtype), found in by_call.items():
+        for (*_, dtype), found in by_call.items():
             numbers = list(chain.from_iterable(found.values()))
             masks = [self._store.mask_of(params[i]) for i in numbers]
             sizes = [params[i].numel() if mask is None else mask.numel for i, mask in zip(numbers, masks, strict=True)]
@@ -224,16 +230,45 @@ class ProjectedAdamW(SparseMaskedAdamW):
         by_rate: dict[tuple, list[Call]] = {}
         for call in calls:
             fit = self._projections.get(call.plan.own[0])
-            key = fit and (fit.exact, call.plan.params[0].device, id(call.group))
+            key = fit and (fit.exact, fit.later, call.plan.params[0].device, id(call.group))
             (by_rate.setdefault(key, []) if key else plain).append(call)
+            if fit and fit.later:
+                if is_capturing(call.plan.params[0]):
+                    raise RuntimeError("every: a CUDA graph repeats one kind of step; take every=1 to capture it")
+                plain.append(call)
         super()._apply_all(plain, grad_scale, found_inf)
-        for (exact, device, _), found in by_rate.items():
+        paths: dict[int, float | Tensor | None] = {}
+        for (exact, later, device, number), found in by_rate.items():
+            group = found[0].group
+            if later and number not in paths:
+                paths[number] = self._passed(group, found_inf)
             with products(device, exact):
-                self._apply_projected(found, grad_scale, scalar_on(found_inf, device))
+                if not later:
+                    self._apply_projected(found, group["lr"], grad_scale, scalar_on(found_inf, device))
+                elif (path := paths[number]) is not None:
+                    self._apply_projected(found, path)
 
-    def _apply_projected(self, calls: list[Call], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    def _passed(self, group: dict[str, Any], found_inf: Tensor | None) -> float | Tensor | None:
+        """Counts a step of weights that are corrected later: the sum of the rates since the last time, if it is time.
+
+        What is counted is in the group, and so in checkpoints. A skipped step counts as one, of rate 0.
+        """
+        steps, path = group.get(_SINCE, (0, 0.0))
+        lr, steps = group["lr"], steps + 1
+        lr = float(lr) if isinstance(lr, Tensor) and lr.device.type == "cpu" else lr
+        path = path + (lr if found_inf is None else torch.where(found_inf.reshape(()) == 0, lr, 0.0))
+        group[_SINCE] = (steps, path) if steps < self._every else (0, 0.0)
+        return None if steps < self._every else path
+
+    def _apply_projected(
+        self,
+        calls: list[Call],
+        lr: float | Tensor,
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> None:
         """The calls of one group on one device."""
-        lr, first = calls[0].group["lr"], calls[0].plan.params[0]
+        first, later = calls[0].plan.params[0], self._projections[calls[0].plan.own[0]].later
         if isinstance(lr, Tensor):
             lr = float(lr) if lr.device.type == "cpu" else float_on(lr, first.device).reshape(())
         ready = [self._projected(call.plan) for call in calls]
@@ -243,7 +278,8 @@ class ProjectedAdamW(SparseMaskedAdamW):
         try:
             for call, projected in zip(calls, ready, strict=True):
                 plan = call.plan
-                self._apply(call, grad_scale, found_inf, projected.updates)
+                if not later:
+                    self._apply(call, grad_scale, found_inf, projected.updates)
                 projected.correct_(lr, found_inf)
                 ops.apply_updates_(plan.params, plan.buffers, projected.updates, plan.layout, found_inf)
                 projected.settle_()

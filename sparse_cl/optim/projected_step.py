@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,9 +51,10 @@ class ProjectedCall:
         self.buffer = buffer
         self.layers: list[Layer] = []
         starts, _ = starts_of([state.layout.entries for state in plan.packed])
-        for projection, state, its_own, start in zip(projections, plan.packed, kept, starts, strict=True):
+        parts = zip(plan.params, projections, plan.packed, kept, starts, strict=True)
+        for weight, projection, state, its_own, start in parts:
             update = buffer[start : start + state.layout.entries].view(state.layout.compact_shape)
-            self.layers.append(Layer(projection, update, its_own))
+            self.layers.append(Layer(projection, update, its_own, partial(state.wide, weight)))
         self.updates = [layer.update for layer in self.layers]
         by_kind: dict[tuple[type[Correction], Any], list[Layer]] = {}
         for layer in self.layers:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,12 +41,14 @@ class Fitted:
         free: whether it leaves anything; if not, the parameter is not updated.
         spent: what a warning then says of the parameter.
         exact: whether it needs float32 products where the caller allows less, such as TF32.
+        later: whether weights are corrected after several plain steps, in place of each update.
         correction: corrects the updates of all layers whose projections name it and are ``alike``.
     """
 
     free: bool = True
     spent: str = "all its directions are protected"
     exact: bool = True
+    later: bool = False
     correction: type[Correction]
     alike: Hashable = None
 
@@ -76,11 +78,13 @@ class Layer:
         projection: a :class:`Fitted` of the kind that the layer's correction is for.
         update: AdamW's update, compact, to be corrected in place.
         kept: the tensors of :meth:`Fitted.begin`.
+        weights: the active entries as they are now, in the shape and dtype of the update, and the whole weight.
     """
 
     projection: Any
     update: Tensor
     kept: dict[str, Tensor]
+    weights: Callable[[], tuple[Tensor, Tensor]]
 
 
 class Correction:

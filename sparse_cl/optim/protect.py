@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,11 +13,10 @@ from sparse_cl.reference.precision import full_precision
 from sparse_cl.subspace import SubspaceMemory
 
 from .elastic_adamw import ROW_STRENGTH, drifts, projection_of, rule_of
-from .held_rows import HeldRows
-from .low_rank import FittedLowRank, energies
-from .memory_adamw import Bases, known_of, news_of, warn_of_rest
+from .low_rank import FittedLowRank, LowRankCorrection
+from .memory_adamw import Bases, check_every, known_of, news_of, warn_of_rest
 from .names import name_of, names_of, parameters_of
-from .rules import Budget
+from .projection import Layer
 from .sparse_masked_adamw import SparseMaskedAdamW
 
 
@@ -40,14 +40,12 @@ class Protection:
         self._memory: SubspaceMemory | Bases | None = memory
         self._fitted = dict(fitted)
         #: Σ of the learning rate since the last correction.
-        self._rates: dict[Tensor, Any] = {}
+        self._rates: dict[Tensor, float | Tensor] = dict.fromkeys(fitted, 0.0)
         self._names = {p: _name(optimizer, p) for p in fitted}
         self._generators: dict[torch.device, torch.Generator] = {}
         self._seed = seed
         #: By parameter W₀ U and, of an embedding, its used rows at the start; and the energies of old outputs.
-        self._kept: dict[Tensor, dict[str, Tensor]] = {}
-        for param, fit in fitted.items():
-            self._kept[param] = self._start(param, fit)
+        self._kept = {p: fit.begin(p, _wide(p)) for p, fit in fitted.items()}
         self._handles = [
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
@@ -60,8 +58,8 @@ class Protection:
         self._handles = []
 
     def state_dict(self) -> dict[str, Any]:
-        """What is kept of the start of the domain by parameter, and the number of steps."""
-        tensors = {self._names[param]: dict(kept) for param, kept in self._kept.items()}
+        """By parameter W₀ U, the energy of old outputs and Σ lr since the last correction; and the number of steps."""
+        tensors = {self._names[p]: {**kept, "path": self._rates[p]} for p, kept in self._kept.items()}
         return {"parameters": tensors, "steps": self._steps}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -82,6 +80,7 @@ class Protection:
         for param, name in self._names.items():
             for key, tensor in self._kept[param].items():
                 tensor.copy_(given[name][key])
+            self._rates[param] = given[name].get("path", 0.0)
         self._steps = state["steps"]
 
     @torch.no_grad()
@@ -89,31 +88,8 @@ class Protection:
         """As :meth:`ElasticAdamW.old_output_drift`."""
         found: dict[str, float] = {}
         for param, fit in self._fitted.items():
-            kept = {"moved": self._moved(param, fit), "held": self._kept[param]["held"]}
-            if (rows := fit.given.rows) is not None:
-                kept |= {"rows": self._rows(param, rows), "rows_held": self._kept[param]["rows_held"]}
-            found |= drifts(self._names[param], fit, kept)
+            found |= drifts(self._names[param], fit, param, self._kept[param])
         return found
-
-    def _start(self, param: Tensor, fit: FittedLowRank) -> dict[str, Tensor]:
-        """W₀ U and its energy, and of an embedding the used rows."""
-        kept = {"origin": self._along(param, fit), "held": fit.held(param)}
-        if (rows := fit.given.rows) is not None:
-            kept |= {"origin_rows": param.detach()[rows.index].to(_wide(param)), **rows.begin(param)}
-        return kept
-
-    def _along(self, param: Tensor, fit: FittedLowRank) -> Tensor:
-        """W U, (m, r)."""
-        with full_precision(param.device):
-            rows = fit.rows(param.detach().to(_wide(param)))
-            return rows @ fit.seen.basis.to(rows.dtype)
-
-    def _moved(self, param: Tensor, fit: FittedLowRank) -> Tensor:
-        return self._along(param, fit) - self._kept[param]["origin"]
-
-    def _rows(self, param: Tensor, rows: HeldRows) -> Tensor:
-        """(W - W₀)_v of the used rows, (k, n)."""
-        return param.detach()[rows.index].to(_wide(param)) - self._kept[param]["origin_rows"]
 
     def _before(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         groups = optimizer.param_groups
@@ -136,34 +112,23 @@ class Protection:
         for group in optimizer.param_groups:
             for param in group["params"]:
                 if param in self._fitted:
-                    self._rates[param] = group["lr"] + self._rates.get(param, 0.0)
+                    self._rates[param] = self._rates[param] + group["lr"]
         if self._steps % self.every:
             return
-        rates, self._rates = self._rates, {}
         for param, fit in self._fitted.items():
-            rule, kept = fit.given.rule, self._kept[param]
-            if (rows := fit.given.rows) is not None:
-                away = self._rows(param, rows)
-                back = torch.zeros_like(param, dtype=away.dtype)
-                left = rows.left(rule, away, kept["rows_held"], rates[param])
-                self._subtract(param, back.index_copy_(0, rows.index, away * (1 - left)))
-            moved = self._moved(param, fit)
-            strengths = fit.seen.values.double()[None]
-            room = rule.share * kept["held"][None] if isinstance(rule, Budget) else kept["held"][None]
-            taken = 1 - rule.left(strengths, rates[param], energies(moved)[None], room)[0]
-            basis = fit.seen.basis.to(moved.dtype)
+            wide = param.detach().to(_wide(param))
+            update = torch.empty_like(wide)
+            # One layer at a time, so that what is held besides is one layer's.
+            layer = Layer(fit, update, self._kept[param], partial(_twice, wide))
             with full_precision(param.device):
-                back = (moved * taken.to(moved.dtype)) @ basis.mT
-            self._subtract(param, back.mT if fit.given.transposed else back)
-
-    def _subtract(self, param: Tensor, back: Tensor) -> None:
-        if param.dtype in (torch.float32, torch.float64):
-            param.sub_(back)
-            return
-        generator = self._generators.get(param.device)
-        if generator is None:
-            generator = self._generators[param.device] = torch.Generator(param.device).manual_seed(self._seed)
-        param.copy_(_rounded(param.float() - back, param.dtype, generator))
+                LowRankCorrection([layer]).correct_(self._rates[param], None)
+            self._rates[param] = 0.0
+            if param.dtype == update.dtype:
+                param.add_(update)
+                continue
+            if param.device not in self._generators:
+                self._generators[param.device] = torch.Generator(param.device).manual_seed(self._seed)
+            param.copy_(_rounded(update.add_(param), param.dtype, self._generators[param.device]))
 
 
 def protect(
@@ -200,8 +165,6 @@ def protect(
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
-    if every < 1:
-        raise ValueError(f"every: expected at least 1, got {every}")
     if isinstance(optimizer, SparseMaskedAdamW) and optimizer.masks:
         raise ValueError(
             "optimizer: it has masks, which a correction from outside would not keep; give ElasticAdamW the masks and "
@@ -210,10 +173,12 @@ def protect(
     hooks = optimizer._optimizer_step_post_hooks.values()
     if any(isinstance(getattr(hook, "__self__", None), Protection) for hook in hooks):
         raise ValueError("optimizer: it is protected already; call .remove() of that protection first")
-    rule, fitted = rule_of(strength, path, budget, row_strength), {}
+    every, rule, fitted = check_every(every), rule_of(strength, path, budget, row_strength), {}
     for param, (subspace, transposed, rows) in known_of(optimizer.param_groups, memory, row_strength > 0).items():
         try:
-            found = projection_of(rule, subspace, transposed, rows).fitted(param, None)
+            given = projection_of(rule, subspace, transposed, rows)
+            given.later = True
+            found = given.fitted(param, None)
         except (TypeError, ValueError) as error:
             raise type(error)(f"memory: parameter {_name(optimizer, param)} {error}") from None
         assert isinstance(found, FittedLowRank)
@@ -223,6 +188,10 @@ def protect(
 
 def _name(optimizer: torch.optim.Optimizer, param: Tensor) -> str:
     return names_of(optimizer.param_groups).get(param) or name_of(optimizer.param_groups, param)
+
+
+def _twice(weight: Tensor) -> tuple[Tensor, Tensor]:
+    return weight, weight
 
 
 def _wide(param: Tensor) -> torch.dtype:

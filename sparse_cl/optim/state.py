@@ -138,6 +138,15 @@ class ParameterState:
             return weight.index_select(0 if kind == ROWS else 1, self.views[INDEX_NAME[kind]])
         return weight.reshape(-1)[self.positions()].view(self.layout.compact_shape)
 
+    def wide(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The active entries in the dtype of the moments, and all of ``weight`` with them; not of single weights."""
+        kind, dtype = self.layout.kind, self.layout.dtype
+        active = self.views["master"] if self.layout.master else self.active(weight).to(dtype)
+        if kind == DENSE:
+            return active, active
+        index = self.views[INDEX_NAME[kind]].long()
+        return active, weight.to(dtype).index_copy(0 if kind == ROWS else 1, index, active)
+
     def positions(self) -> Tensor:
         """int64: flat positions of the active entries, ascending."""
         return active_positions(self.layout, self.views, self.buffer.device)

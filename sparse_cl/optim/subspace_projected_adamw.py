@@ -35,6 +35,10 @@ class SubspaceProjectedAdamW(MemoryAdamW):
             then of an embedding those rows alone that no earlier domain looked up. An unprotected residual path undoes
             the protection of the rest. Of a mapping, those of fewer than two dimensions.
 
+        every: k above 1: steps are plain, and after every k-th the weights are corrected for all that they have moved
+            since the domain began. It costs a k-th, and W₀ U (m, r) is kept of each weight. Steps after the last k-th
+            stay uncorrected. Not with masks of single weights, nor in a CUDA graph.
+
     Raises:
         TypeError, ValueError: as there; a basis that fits no parameter, is not orthonormal, has another width or
             device; a memory of another model.

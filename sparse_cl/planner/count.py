@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from typing import Any
 
@@ -65,6 +66,9 @@ def count(method: str, config: Any, work: Workload, *, name: str = "model", gpu:
     if limit is not None and work.length > limit:
         raise ValueError(f"length: expected at most the model's context of {limit} tokens, got {work.length}")
     blocks = find_blocks(whole)
+    # Else each full garbage collection of a dry run goes through all that transformers and torch have imported.
+    gc.collect()
+    gc.freeze()
     shapes = [[(name, p.shape) for name, p in block.module.named_parameters()] for block in blocks]
     if len(blocks) <= DEPTHS[1] or any(shape != shapes[0] for shape in shapes):
         return run(None)
@@ -84,7 +88,8 @@ def _domains(method: Method, model: Any, work: Workload, gpu: bool) -> Count:
     """Runs every domain, with a step in each."""
     run = DryRun(model.get_output_embeddings().weight.shape[1], gpu)
     run.share = work.used / work.domains
-    measured = []
+    measured: list[Count] = []
+    state: list[Count] = []
     with warnings.catch_warnings(), dry_run(run):
         warnings.simplefilter("ignore")
         ids = torch.zeros(work.batch_size, work.length, dtype=torch.int64)
@@ -99,6 +104,11 @@ def _domains(method: Method, model: Any, work: Workload, gpu: bool) -> Count:
             measured.append(_step(run, method, model, optimizer, batch, work))
             run.begin(AROUND)
             method.after_domain(model, [batch])
+            # What has come to rest stays: the domains that follow are as this one was.
+            state.append({**measured[-1], **run.peaks})
+            if len(state) > 1 and state[-1] == state[-2]:
+                break
+    measured += [measured[-1]] * (work.domains - len(measured))
     found = {**measured[-1], "peaks": {phase: run.peaks[phase] for phase in PHASES}, "settings": method.settings()}
     return found | {key: [one[key] for one in measured] for key in ("passes", "steps", "moved")}
 
@@ -138,7 +148,10 @@ def _step(run: DryRun, method: Method, model: Any, optimizer: Any, batch: Any, w
         "gradients": run.bytes_of(p.grad for p in model.parameters() if p.grad is not None),
     }
     held["kept"] = at_step - sum(held.values()) - optimizer_state_bytes(optimizer) - run.bytes_of(batch.values())
+    forward_and_backward = run.moved
     optimizer.step()
+    run.flops, run.moved = passes, forward_and_backward
+    optimizer.step()  # which does not make the state any more
     for phase in (FORWARD, BACKWARD):  # in later steps the state is there from the start
         run.peaks[phase] += run.live - at_step
     states = [x for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor)]

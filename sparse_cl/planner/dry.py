@@ -25,13 +25,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import flop_registry
 
+from sparse_cl.subspace import moments
+
 aten = torch.ops.aten
 SMALL = 1 << 20
 """Entries up to which a tensor may be real."""
 _GUESS = 1e-5
 """Passes for a count of steps as for a rounding error."""
 _FLOPS = {
-    **flop_registry,  # which leaves out attention as it is fused on a CPU
+    **flop_registry,  # which leaves out products in place, and attention as it is fused on a CPU
+    aten.addmm_: flop_registry[aten.addmm],
     aten._scaled_dot_product_flash_attention_for_cpu: flop_registry[aten._scaled_dot_product_flash_attention],
     aten._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
         aten._scaled_dot_product_flash_attention_backward
@@ -152,6 +155,14 @@ class DryRun(TorchDispatchMode):
             read, written = tensors, [x for x in tree_leaves(changed) if isinstance(x, Tensor)] or made
             if func.namespace == "sparse_cl":  # of a parameter as much is touched as it has a gradient of
                 read = written = [x for x in tree_leaves(args[1:]) if isinstance(x, Tensor)]
+            if func._schema.name == "sparse_cl::apply_updates_":
+                # Of a state the master alone: that or the weight goes both ways, and the weight is written beside it.
+                read = written = [*args[2], *args[2]]
+            elif func._schema.name == "sparse_cl::masked_adamw_" and args[3]:
+                read, written = (
+                    [*args[1], *args[2]],
+                    3 * list(args[3]),
+                )  # two moments, and the update in place of a weight
             self.moved += sum(min(x.nbytes, x.untyped_storage().nbytes()) for x in (*read, *written))
 
     def hold(self, tensor: Tensor, host: bool = False) -> None:
@@ -182,6 +193,9 @@ def dry_run(run: DryRun) -> Iterator[None]:
     with ExitStack() as stack:
         for name, answer in answers.items():
             stack.enter_context(mock.patch.object(FakeTensor, name, answer, create=True))
+        if run.gpu:  # where blocks of rows are larger, and so fewer
+            together = functools.partial(moments.rows_together, on_cpu=False)
+            stack.enter_context(mock.patch.object(moments, "rows_together", lambda width, on_cpu: together(width)))
         # Tensors that the fake mode refers to cannot be swapped, as Module.to does.
         stack.enter_context(mock.patch.object(torch.utils, "swap_tensors", lambda a, b: setattr(a, "data", b.data)))
         # A capsule needs memory. In a dry run a tensor stands for its own.

@@ -45,9 +45,13 @@ class Spectra:
 
 def row_blocks(rows: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
     """``rows`` (m, n) in ``dtype``, without a whole second copy of them where they are in another."""
-    on_cpu = rows.device.type == "cpu"
-    for block in rows.split(_CPU_ROWS if on_cpu else max(1, _ENTRIES // max(1, rows.shape[1]))):
+    for block in rows.split(rows_together(rows.shape[1], rows.device.type == "cpu")):
         yield block.to(dtype)
+
+
+def rows_together(width: int, on_cpu: bool) -> int:
+    """How many rows make a block."""
+    return _CPU_ROWS if on_cpu else max(1, _ENTRIES // max(1, width))
 
 
 class Moment(ABC):

@@ -59,20 +59,23 @@ def drift(weight, start, s):
 class Oracle:
     """The nearest weights, in the sense of a rule, to those that AdamW makes."""
 
-    def __init__(self, rule, weight, s, decay=0.1, betas=(0.9, 0.999), eps=1e-8):
+    def __init__(self, rule, weight, s, decay=0.1, betas=(0.9, 0.999), eps=1e-8, every=1):
         self.rule, self.decay, self.betas, self.eps = rule, decay, betas, eps
         self.w = self.start = weight.detach().double().clone()
         self.u, self.values = s.basis.double(), s.values.double()
-        self.first = self.second = 0.0
-        self.t = 0
+        self.first = self.second = self.path = 0.0
+        self.t, self.every = 0, every
 
     def step(self, grad, lr):
         g, self.t = grad.double(), self.t + 1
         self.first = self.betas[0] * self.first + (1 - self.betas[0]) * g
         self.second = self.betas[1] * self.second + (1 - self.betas[1]) * g * g
         first, second = self.first / (1 - self.betas[0] ** self.t), self.second / (1 - self.betas[1] ** self.t)
-        w = self.w - lr * (first / (second.sqrt() + self.eps) + self.decay * self.w)
-        self.w = self.start + getattr(self, self.rule)(w - self.start, lr)
+        self.w = self.w - lr * (first / (second.sqrt() + self.eps) + self.decay * self.w)
+        self.path += lr
+        if self.t % self.every == 0:
+            self.w = self.start + getattr(self, self.rule)(self.w - self.start, self.path)
+            self.path = 0.0
 
     def hard(self, moved, lr):
         return moved @ (torch.eye(len(self.u), dtype=torch.float64) - self.u @ self.u.mT)

@@ -180,33 +180,35 @@ def test_rows_of_an_untied_embedding_equal_the_oracle(kind, rule, number):
             twin.table.weight.copy_(correct(twin.table.weight.detach(), LR))
         torch.testing.assert_close(model.table.weight, twin.table.weight, rtol=1e-7, atol=1e-9)
     drift = (optimizer if kind == "fused" else protection).old_output_drift()
-    assert drift["table.weight"] > 0 and drift.get("middle.weight", 0.0) == 0
+    assert drift["table.weight"] > 0 and drift.get("middle.weight", 0.0) < 1e-20
     if rule == "budget":
         assert drift["table.weight"] <= number * (1 + 1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("given", [{"strength": 20.0, "path": LR * STEPS}, {"budget": 1e-4}])
-def test_a_tied_head_keeps_both_bounds_and_the_hook_equals_the_optimizer(dtype, given):
+@pytest.mark.parametrize("every", [1, 3])
+def test_a_tied_head_keeps_both_bounds_and_the_hook_equals_the_optimizer(dtype, given, every):
     model, twin = (Tied(dtype=dtype) for _ in range(2))
     drifts = []
     for each in (model, twin):
         memory = remember(each, ids(0, 10))
         if each is model:
-            optimizer = ElasticAdamW(each.named_parameters(), lr=LR, weight_decay=0.1, memory=memory, **given)
+            named = each.named_parameters()
+            optimizer = ElasticAdamW(named, lr=LR, weight_decay=0.1, memory=memory, every=every, **given)
             account = optimizer
         else:
             optimizer = torch.optim.AdamW(each.named_parameters(), lr=LR, weight_decay=0.1)
-            account = protect(optimizer, memory, **given)
+            account = protect(optimizer, memory, every=every, **given)
         found = []
         train(each, optimizer, each=lambda account=account, found=found: found.append(account.old_output_drift()))
         drifts.append(found)
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(parameter, twin.get_parameter(name), rtol=1e-4, atol=1e-5)
     assert set(drifts[0][0]) == {"table.weight", "table.weight (rows)", "middle.weight"}
-    for ours, theirs in zip(*drifts, strict=True):
+    for step, (ours, theirs) in enumerate(zip(*drifts, strict=True), 1):
         assert ours == pytest.approx(theirs, rel=1e-2, abs=1e-9)
-        if "budget" in given:
+        if "budget" in given and step % every == 0:
             assert max(ours.values()) <= given["budget"] * (1 + 1e-5)
 
 

@@ -9,12 +9,14 @@ import pytest
 import torch
 import transformers
 
+from sparse_cl import ElasticAdamW
 from sparse_cl.four_domains.state import optimizer_state_bytes, state_bytes
 from sparse_cl.methods import METHODS, AdamW
 from sparse_cl.planner import count as counting
 from sparse_cl.planner.count import NotPlanned, count
 from sparse_cl.planner.dry import DryRun, dry_run
 from sparse_cl.planner.model import Workload
+from sparse_cl.subspace.subspace import trusted
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # names inside peft
 
@@ -95,6 +97,22 @@ def test_flops_are_six_for_each_parameter_and_token_and_attention():
     assert again["passes"][0] - found["passes"][0] == pytest.approx(2 * 2 * MATRICES * tokens + attention, rel=0.25)
     assert again["activations"] < found["activations"] / 4
     assert again["peaks"]["backward pass"] < found["peaks"]["backward pass"]
+
+
+def test_a_corrected_step_moves_what_its_ops_read_and_write():
+    """Gradient and moments in, moments and update out, or a plain step; then the update, and the weight both ways."""
+    for every, plain in ((1, 3 + 3), (2, 2 + 4)):
+        run = DryRun(WIDTH, gpu=True)
+        with dry_run(run):
+            weight = torch.nn.Parameter(torch.empty(1 << 10, 1 << 10))
+            weight.grad = torch.empty_like(weight)
+            basis = trusted(torch.empty(1 << 10, 1), torch.empty(1), 0.0, 1.0)
+            optimizer = ElasticAdamW([weight], memory={weight: basis}, path=1.0, every=every)
+            optimizer.step()
+            run.moved = run.flops = 0
+            optimizer.step()
+        assert run.moved == pytest.approx((plain + 4) * weight.nbytes, rel=0.02)
+        assert run.flops == 2 * 2 * 2**20
 
 
 def test_adamws_step_moves_what_its_ops_read_and_write():
@@ -211,3 +229,16 @@ def test_unknown_methods_and_refused_options():
     transposed = transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=50)
     with pytest.raises(ValueError, match="is a Conv1D, .* orthogonal-masked needs torch.nn.Linear"):
         count("orthogonal-masked", transposed, work())
+
+
+def test_domains_that_are_as_the_one_before_are_not_run(monkeypatch):
+    begun, before_domain = [], AdamW.before_domain
+    monkeypatch.setattr(AdamW, "before_domain", lambda self, *a: begun.append(self) or before_domain(self, *a))
+    found = count("adamw", config(1), work(5))
+    assert len(begun) == 2
+    assert len(found["moved"]) == len(found["steps"]) == 5
+
+
+def test_domains_that_add_directions_are_all_run():
+    steps = count("orthogonal", config(1), work(4))["steps"]
+    assert steps == sorted(set(steps))

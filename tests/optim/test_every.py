@@ -1,0 +1,252 @@
+"""A correction after every k-th step only: the three rules, for all that the weights have moved until then."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from cases.rules import M, N, Oracle, basis, drift, gradient, parameter, run, subspace
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from sparse_cl import (
+    ColumnMask,
+    ElasticAdamW,
+    ElementMask,
+    LowRankPull,
+    RowMask,
+    SparseMaskedAdamW,
+    SubspaceProjectedAdamW,
+    protect,
+)
+
+ORIGIN = "projection.origin"
+GIVEN = {"hard": {"budget": 0.0}, "pull": {"strength": 1.5, "path": 0.3}, "budget": {"budget": 1e-3}}
+
+
+def given(rule, s):
+    """So that the pull's strengths are the energies, as the oracle's are."""
+    return {"strength": s.mean, "path": 1.0} if rule == "pull" else GIVEN[rule]
+
+
+def stepped(optimizer, weight):
+    return optimizer.state[weight].get("master", weight.detach()).double()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rule", GIVEN)
+def test_every_fourth_step_of_a_schedule(rule, dtype):
+    s = subspace(torch.float64 if dtype == torch.float64 else torch.float32)
+    weight = parameter(dtype)
+    oracle = Oracle(rule, weight, s, every=4)
+    optimizer = ElasticAdamW([weight], lr=1e-2, weight_decay=0.1, memory={weight: s}, every=4, **given(rule, s))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 60)
+    for step in range(50):
+        weight.grad = gradient(step).to(dtype)
+        oracle.step(weight.grad, 1e-2 * (1 - step / 60))
+        optimizer.step()
+        schedule.step()
+        ours = stepped(optimizer, weight)
+        assert (ours - oracle.w).abs().max() <= (1e-10 if dtype == torch.float64 else 2e-5) * oracle.w.abs().max()
+        said = optimizer.old_output_drift()["number 0 of group 0"]
+        assert said == pytest.approx(drift(ours, oracle.start, s), rel=1e-3, abs=1e-9)
+    if dtype == torch.bfloat16:
+        assert torch.equal(weight.detach(), ours.to(dtype))
+
+
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("rule", GIVEN)
+def test_it_is_protect_behind_adamw(rule, every):
+    ours, theirs, s = parameter(), parameter(), subspace()
+    fused = ElasticAdamW([ours], lr=1e-2, weight_decay=0.1, memory={ours: s}, every=every, **GIVEN[rule])
+    optimizer = torch.optim.AdamW([theirs], lr=1e-2, weight_decay=0.1)
+    protection = protect(optimizer, {theirs: s}, every=every, **GIVEN[rule])
+    for step in range(20):
+        run(fused, ours, 1, first=step)
+        run(optimizer, theirs, 1, first=step)
+        torch.testing.assert_close(theirs, ours, rtol=0, atol=1e-5)
+        said, expected = (next(iter(x.old_output_drift().values())) for x in (protection, fused))
+        assert said == pytest.approx(expected, rel=2e-3, abs=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_hard_rule_leaks_no_more_than_in_every_step(dtype):
+    weight, s = parameter(dtype), subspace()
+    start = weight.detach().double().clone()
+    optimizer = SubspaceProjectedAdamW([weight], lr=1e-2, memory={weight: s}, every=4)
+    run(optimizer, weight, 52)
+    change = stepped(optimizer, weight) - start
+    assert (change @ basis()).square().sum() <= 1e-6 * change.square().sum()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rule", ["hard", "pull"])
+def test_a_row_mask_is_the_rule_of_its_rows(rule, dtype):
+    rows = [1, 4, 7, 8]
+    masked, dense, s = parameter(dtype), torch.nn.Parameter(parameter(dtype).detach()[rows].clone()), subspace()
+    masks = {masked: RowMask(rows, (M, N))}
+    ours = ElasticAdamW([masked], lr=1e-2, memory={masked: s}, every=3, masks=masks, **GIVEN[rule])
+    plain = ElasticAdamW([dense], lr=1e-2, memory={dense: s}, every=3, **GIVEN[rule])
+    before = masked.detach().clone()
+    for step in range(7):
+        masked.grad = gradient(step).to(dtype)
+        dense.grad = masked.grad[rows]
+        ours.step()
+        plain.step()
+    torch.testing.assert_close(
+        stepped(ours, masked)[slice(None) if dtype == torch.bfloat16 else rows],
+        stepped(plain, dense),
+        rtol=0,
+        atol=2e-6,
+    )
+    others = [i for i in range(M) if i not in rows]
+    assert torch.equal(masked.detach()[others], before[others])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_column_mask_is_the_rule_of_what_its_columns_see(dtype):
+    columns, s = list(range(3, 20)), subspace()
+    weight = parameter(dtype)
+    start = weight.detach().double().clone()
+    masks = {weight: ColumnMask(columns, (M, N))}
+    optimizer = ElasticAdamW([weight], lr=1e-2, memory={weight: s}, every=2, masks=masks, **given("pull", s))
+    plain = torch.nn.Parameter(start[:, columns].clone())
+    adam = torch.optim.AdamW([plain], lr=1e-2)
+    for step in range(2):
+        weight.grad = gradient(step).to(dtype)
+        plain.grad = weight.grad.double()[:, columns]
+        optimizer.step()
+        adam.step()
+    u, moved = s.basis.double()[columns], plain.detach() - start[:, columns]
+    system = torch.eye(len(columns), dtype=torch.float64) + 2e-2 * (u * s.values.double()) @ u.mT
+    expected = torch.linalg.solve(system, moved.mT).mT
+    ours = stepped(optimizer, weight)[:, slice(None) if dtype == torch.bfloat16 else columns]
+    torch.testing.assert_close(ours - start[:, columns], expected, rtol=0, atol=2e-6)
+    others = [i for i in range(N) if i not in columns]
+    assert torch.equal(weight.detach().double()[:, others], start[:, others])
+
+
+def test_a_budget_holds_after_every_second_step_when_the_rows_change():
+    weight, s = parameter(), subspace()
+    start, spent = weight.detach().double().clone(), []
+    optimizer = ElasticAdamW([weight], lr=3e-2, memory={weight: s}, budget=1e-4, every=2)
+    for rows in ([0, 1, 2, 3], [2, 3, 9, 10], [0, 20]):
+        optimizer.set_masks({weight: RowMask(rows, (M, N))})
+        run(optimizer, weight, 8, each=lambda _: spent.append(drift(weight.detach(), start, s)))
+    assert max(spent[1::2]) <= 1e-4 * (1 + 1e-4)
+    assert max(spent) > 1e-4
+
+
+def test_a_skipped_step_adds_no_rate():
+    weight, s = parameter(), subspace()
+    oracle = Oracle("pull", weight, s, decay=0.01, every=2)
+    optimizer = ElasticAdamW([weight], lr=1e-2, memory={weight: s}, every=3, **given("pull", s))
+    for step, skipped in enumerate((0.0, 1.0, 0.0)):
+        weight.grad = torch.full((M, N), torch.nan) if skipped else gradient(step).float()
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor(1.0), torch.tensor([skipped])
+        optimizer.step()
+        if not skipped:
+            oracle.step(gradient(step), 1e-2)
+    torch.testing.assert_close(weight.detach().double(), oracle.w, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_checkpoint_between_two_corrections_goes_on_with_the_same_bits(dtype, tmp_path):
+    first, s = parameter(dtype), subspace()
+    make = {"lr": 1e-2, "memory": {"w": s}, "every": 4, **GIVEN["pull"]}
+    optimizer = ElasticAdamW([("w", first)], **make)
+    run(optimizer, first, 6)
+    torch.save(optimizer.state_dict(), tmp_path / "state.pt")
+    second = torch.nn.Parameter(first.detach().clone())
+    resumed = ElasticAdamW([("w", second)], **make)
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    copied = copy.deepcopy(resumed)
+    (third,) = copied.param_groups[0]["params"]
+    for each, weight in ((optimizer, first), (resumed, second), (copied, third)):
+        assert each.state[weight][ORIGIN].dtype == torch.float32
+        run(each, weight, 3, first=6)
+    assert torch.equal(first, second)
+    assert torch.equal(first, third)
+
+
+def test_a_protection_goes_on_between_two_corrections():
+    ends, s = [], subspace()
+    for resumes in (False, True):
+        weight = parameter()
+        optimizer = torch.optim.SGD([weight], lr=1e-2)
+        protection = protect(optimizer, {weight: s}, every=4, **GIVEN["pull"])
+        run(optimizer, weight, 6)
+        if resumes:
+            state = copy.deepcopy(protection.state_dict())
+            protection.remove()
+            protect(optimizer, {weight: s}, every=4, **GIVEN["pull"]).load_state_dict(state)
+        run(optimizer, weight, 2, first=6)
+        ends.append(weight.detach())
+    assert torch.equal(*ends)
+
+
+def test_a_new_domain_begins_a_new_count():
+    weight, s = parameter(), subspace()
+    optimizer = ElasticAdamW([weight], lr=1e-2, memory={weight: s}, every=2, **given("pull", s))
+    run(optimizer, weight, 1)
+    optimizer.set_memory({weight: subspace(seed=3)})
+    start = weight.detach().double().clone()
+    run(optimizer, weight, 1, first=1)
+    change = drift(weight.detach(), start, subspace(seed=3))
+    run(optimizer, weight, 1, first=2)
+    assert change > 0
+    assert optimizer.old_output_drift()["number 0 of group 0"] < change
+
+
+class Largest(TorchDispatchMode):
+    """The most entries that a tensor has which an op makes."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.entries = max([self.entries, *(x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor))])
+        return out
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_it_keeps_r_numbers_for_each_input_and_output_and_makes_nothing_of_n_by_n(every):
+    m, n, r = 16, 512, 8
+    weight, s = parameter(torch.float32, m, n), subspace(n=n, r=r)
+    optimizer = ElasticAdamW([weight], memory={weight: s}, every=every, **GIVEN["budget"])
+    plain = SparseMaskedAdamW([other := parameter(torch.float32, m, n)])
+    seen = Largest()
+    for step in range(4):
+        for each, w in ((optimizer, weight), (plain, other)):
+            w.grad = gradient(step, m, n).float()
+            with seen:
+                each.step()
+    kept = optimizer.state_bytes() - plain.state_bytes() + s.basis.nbytes + s.values.nbytes
+    assert kept <= 4 * r * (m + n) + 4 * r + 8
+    assert m * n < seen.entries <= 2 * 4 * m * n + 1024  # bytes of the moments
+
+
+def test_what_does_not_go_together():
+    weight, s = parameter(), subspace()
+    mask = ElementMask(torch.rand(M, N) < 0.5)
+    for options, message in (
+        ({"every": 0}, "every: expected at least 1, got 0"),
+        ({"every": 2, "capturable": True}, "every: expected 1 where capturable is set"),
+        (
+            {"every": 2, "masks": {weight: mask}},
+            "has a ElementMask, within which every step is corrected; take every=1",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            ElasticAdamW([weight], memory={weight: s}, **GIVEN["pull"], **options)
+
+
+def test_projections_of_the_caller_s_correct_every_step():
+    ours, theirs, s = parameter(), parameter(), subspace()
+    later = ElasticAdamW([ours], lr=1e-2, every=3, rest="train", **GIVEN["pull"])
+    later.set_projections({ours: LowRankPull(s, s.values)})
+    run(later, ours, 4)
+    once = ElasticAdamW([theirs], lr=1e-2, memory={theirs: s}, **given("pull", s))
+    run(once, theirs, 4)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-6)
