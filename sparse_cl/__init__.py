@@ -12,7 +12,6 @@ from sparse_cl.optim import (
     SparseMaskedAdamW,
     SubspaceProjectedAdamW,
     SubspaceProjection,
-    path_of,
     protect,
 )
 from sparse_cl.subspace import Kronecker, Subspace, SubspaceMemory
@@ -36,7 +35,6 @@ __all__ = [
     "build_info",
     "load_masks",
     "orthonormalize",
-    "path_of",
     "project_out_",
     "protect",
     "randomized_svd",

@@ -72,7 +72,7 @@ def test_the_reference_on_request_has_the_same_face():
     expected = (
         "SparseMaskedAdamW RowMask ColumnMask ElementMask TwoFourMask save_masks load_masks build_info "
         "ProjectedAdamW SubspaceProjectedAdamW SubspaceProjection LowRankPull DriftBudget CurvatureProjection "
-        "ElasticAdamW protect path_of Kronecker SubspaceMemory Subspace orthonormalize randomized_svd project_out_"
+        "ElasticAdamW protect Kronecker SubspaceMemory Subspace orthonormalize randomized_svd project_out_"
     )
     assert set(names) == set(expected.split())
 

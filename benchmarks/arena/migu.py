@@ -120,7 +120,7 @@ class MIGU(AdamW):
         super().check(model)
         linear_layers(model)
 
-    def make_optimizer(self, model: nn.Module, lr: float, path: float | None = None) -> torch.optim.Optimizer:
+    def make_optimizer(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
         if not self.domains:
             return super().make_optimizer(model, lr)
         self._stop_watching()  # of a domain that was left half learned

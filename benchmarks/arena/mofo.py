@@ -102,5 +102,5 @@ class MoFO(Method):
     def settings(self) -> dict[str, Any]:
         return {"fraction": self.fraction, "weight_decay": self.weight_decay}
 
-    def make_optimizer(self, model: nn.Module, lr: float, path: float | None = None) -> torch.optim.Optimizer:
+    def make_optimizer(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
         return MoFOAdamW(model.parameters(), lr=lr, weight_decay=self.weight_decay, fraction=self.fraction)

@@ -51,7 +51,7 @@ class OLoRA(Method):
         self._trained = [p for p in adapted.parameters() if p.requires_grad]
         return adapted
 
-    def make_optimizer(self, model: nn.Module, lr: float, path: float | None = None) -> torch.optim.Optimizer:
+    def make_optimizer(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self._trained, lr=lr)
 
     def penalty(self, model: nn.Module) -> Tensor | None:

@@ -55,7 +55,7 @@ class OSF(Method):
         self._wrapper = peft.get_peft_model(model, config)
         return model
 
-    def make_optimizer(self, model: nn.Module, lr: float, path: float | None = None) -> torch.optim.Optimizer:
+    def make_optimizer(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
         return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
 
     def after_domain(self, model: nn.Module, batches: Iterable[Batch]) -> None:

@@ -26,7 +26,7 @@ from .memory import peak_memory_bytes, reset_peak_memory
 from .prepared import Prepared
 from .protection import Windows
 from .state import state_bytes
-from .training import scheduled_path, train
+from .training import train
 
 PROBE_RECORDS = 128
 """Training records of a new domain that a method may look at before and after it."""
@@ -204,7 +204,7 @@ class _Learner:
             model,
             method.training_data(number - 1, self.datasets, settings.seed),
             self.collator,
-            lambda m: method.make_optimizer(m, self.lr, scheduled_path(self.lr, steps)),
+            lambda m: method.make_optimizer(m, self.lr),
             method.penalty,
             folder=building,
             steps=steps,

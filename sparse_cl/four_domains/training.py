@@ -14,8 +14,6 @@ from torch import nn
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from sparse_cl.optim import path_of
-
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 Penalty = Callable[[nn.Module], torch.Tensor | None]
 
@@ -71,14 +69,6 @@ class OwnOptimizerTrainer(transformers.Trainer):
 def warmup_of(steps: int) -> int:
     """Steps in which the learning rate rises."""
     return max(1, steps // 10)
-
-
-def scheduled_path(lr: float, steps: int) -> float:
-    """Σ of the learning rate over the schedule of `train`."""
-    warmup = warmup_of(steps)
-    schedule = transformers.get_linear_schedule_with_warmup
-    # One step is all warm-up, at a rate of 0.
-    return path_of(lr, steps, lambda optimizer: schedule(optimizer, warmup, steps)) or lr
 
 
 class StepTimer(transformers.TrainerCallback):

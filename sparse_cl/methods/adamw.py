@@ -15,5 +15,5 @@ class AdamW(Method):
     kind = "baseline"
     default_lr = 2e-3
 
-    def make_optimizer(self, model: nn.Module, lr: float, path: float | None = None) -> torch.optim.Optimizer:
+    def make_optimizer(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
         return torch.optim.AdamW(model.parameters(), lr=lr)

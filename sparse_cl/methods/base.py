@@ -114,13 +114,8 @@ class Method(ABC):
         return model
 
     @abstractmethod
-    def make_optimizer(self, model: nn.Module, lr: float, path: float | None = None) -> torch.optim.Optimizer:
-        """A fresh optimizer for the domain.
-
-        Args:
-            path: Σ of the learning rate over the domain's steps, see `sparse_cl.path_of`, for methods that pull. None:
-                one pass over the batches that `before_domain` was given, at this rate.
-        """
+    def make_optimizer(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
+        """A fresh optimizer for the domain; `lr` is the largest rate that it will have."""
 
     def penalty(self, model: nn.Module) -> Tensor | None:
         """What is added to the loss of each batch, a scalar with a graph; None: nothing."""

@@ -111,7 +111,7 @@ class Curvature(Method):
         self._before = {name: model.get_parameter(name).detach().to("cpu", copy=True) for name in weights}
         return model
 
-    def make_optimizer(self, model: nn.Module, lr: float, path: float | None = None) -> torch.optim.Optimizer:
+    def make_optimizer(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
         return ProjectedAdamW(model.named_parameters(), lr=lr, projections=self.projections)
 
     def after_domain(self, model: nn.Module, batches: Iterable[Batch]) -> None:

@@ -23,7 +23,7 @@ class Elastic(MemoryMethod):
 
     With A = Σ w_d E_d[x xᵀ] of a layer's inputs over the earlier domains, and u_j, λ_j its leading eigenvectors and
     eigenvalues, each step of AdamW ends with the proximal step of ½ Σ κ_j ‖(W - W₀) u_j‖², W₀ the weights when the
-    domain began, κ_j = strength / Σlr · λ_j / μ, Σlr the sum of the learning rate over the domain and μ the mean λ of
+    domain began, κ_j = strength / peak lr · λ_j / μ, μ the mean λ of
     one domain (`ElasticAdamW`). That is a quadratic penalty on how much the layer's outputs for earlier inputs change:
     EWC (Kirkpatrick et al. 2017) with the input half of a Kronecker-factored Fisher (Ritter, Botev & Barber 2018),
     where hard projection (GPM, Saha et al. 2021) closes some directions and leaves the others free. A head, tied or
@@ -32,8 +32,8 @@ class Elastic(MemoryMethod):
     AdamW.
 
     Args:
-        strength: of the pull that one domain adds. At a direction of mean use it undoes, over a whole domain, about
-            this many times what consistent gradients move.
+        strength: of the pull that one domain adds: at the peak rate a step takes back about this share of how far a
+            weight has moved along a direction of mean use.
         row_strength: of embeddings' rows, relative to ``strength``.
         energy, max_rank: of the memory.
         text_weight: weight of the text given to `protect`; a domain has weight 1.
@@ -60,12 +60,11 @@ class Elastic(MemoryMethod):
         self._begin(model, batches)
         return model
 
-    def make_optimizer(self, model: nn.Module, lr: float, path: float | None = None) -> torch.optim.Optimizer:
+    def make_optimizer(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
         self._check_begun("make_optimizer")
         trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         memory = self.memory if self._known.domains else None
-        path, strength = path or self._one_pass(lr), self.strength
-        return ElasticAdamW(trained, lr=lr, memory=memory, path=path, strength=strength, row_strength=self.row_strength)
+        return ElasticAdamW(trained, lr=lr, memory=memory, strength=self.strength, row_strength=self.row_strength)
 
     def after_domain(self, model: nn.Module, batches: Iterable[Batch]) -> None:
         self._end(model, self._weights, batches)
@@ -105,12 +104,12 @@ class ElasticLoRA(FreshAdapters):
         super().__init__(energy, "inputs", max_rank, rank, alpha)
         self.strength = check_at_least("strength", strength, 0)
 
-    def make_optimizer(self, model: nn.Module, lr: float, path: float | None = None) -> torch.optim.Optimizer:
+    def make_optimizer(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
         self._check_begun("make_optimizer")
         trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         pulls = {}
         for a, subspace in self._subspaces(model):
-            strengths = subspace.usage * (self.strength / (path or self._one_pass(lr)))
+            strengths = subspace.usage * (self.strength / lr)
             pulls[a] = LowRankPull(subspace, strengths, from_zero=True)
         return ProjectedAdamW(trained, lr=lr, projections=pulls, rest="train")
 

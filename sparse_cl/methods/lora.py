@@ -112,7 +112,7 @@ class LoRA(Method):
 
         return model if isinstance(model, peft.PeftModel) else add_adapter(model, self.rank, self.alpha)
 
-    def make_optimizer(self, model: nn.Module, lr: float, path: float | None = None) -> torch.optim.Optimizer:
+    def make_optimizer(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
         trained = [p for p in model.parameters() if p.requires_grad]
         return torch.optim.AdamW(trained, lr=lr, weight_decay=self.weight_decay)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,7 @@ class MemoryMethod(Method):
         self.text_weight = check_above_zero("text_weight", text_weight)
         self.energy, self.source, self.max_rank = energy, source, max_rank
         self.memory: SubspaceMemory | None = None
-        self._begun, self._batches = False, 0
+        self._begun = False
         self._weights: dict[str, nn.Parameter] = {}
         self._before: dict[str, torch.Tensor] = {}
         self._layers: dict[str, dict[str, Any]] = {}
@@ -128,7 +128,6 @@ class MemoryMethod(Method):
             self._remember(base, self._known)
         self._layers = {name: {"surviving": 1.0} for name in self._weights}
         self._before, self._begun = {}, True
-        self._batches = len(batches) if isinstance(batches, Sized) else sum(1 for _ in batches)
         if not self._known.domains:
             return
         for name, share in surviving_shares(base, self._weights, batches, self._taken).items():
@@ -155,10 +154,6 @@ class MemoryMethod(Method):
         for name, capacity in self._known.capacity(self.by_use).items():
             self._layers[name] |= capacity
         self._begun = False
-
-    def _one_pass(self, lr: float) -> float:
-        """Σ of the learning rate over the batches of the domain, where nobody said how long it is trained."""
-        return lr * max(1, self._batches)
 
     def _check_begun(self, call: str) -> None:
         if not self._begun:

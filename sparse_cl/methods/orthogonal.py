@@ -35,7 +35,7 @@ class Orthogonal(MemoryMethod):
         self._begin(model, batches)
         return model
 
-    def make_optimizer(self, model: nn.Module, lr: float, path: float | None = None) -> torch.optim.Optimizer:
+    def make_optimizer(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
         self._check_begun("make_optimizer")
         with told_already():
             return SubspaceProjectedAdamW(model.named_parameters(), lr=lr, memory=self.memory)
@@ -74,7 +74,7 @@ class OrthogonalLoRA(FreshAdapters):
         with told_already():
             self._subspaces = orthogonal_lora(adapted, self._known)
 
-    def make_optimizer(self, model: nn.Module, lr: float, path: float | None = None) -> torch.optim.Optimizer:
+    def make_optimizer(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
         self._check_begun("make_optimizer")
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         with told_already():

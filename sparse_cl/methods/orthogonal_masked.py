@@ -67,7 +67,7 @@ class OrthogonalMasked(Orthogonal):
         self.masks = train_most_active(self.name, model, batches, self.fraction, self.account)
         return model
 
-    def make_optimizer(self, model: nn.Module, lr: float, path: float | None = None) -> torch.optim.Optimizer:
+    def make_optimizer(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
         self._check_begun("make_optimizer")
         with told_already():
             return SubspaceProjectedAdamW(**trained(model, self.masks), lr=lr, memory=self.memory)

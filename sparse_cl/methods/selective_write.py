@@ -111,7 +111,7 @@ class SelectiveWrite(Method):
         self._frozen.freeze(p for name, p in model.named_parameters() if frozen and name not in self.masks)
         return model
 
-    def make_optimizer(self, model: nn.Module, lr: float, path: float | None = None) -> torch.optim.Optimizer:
+    def make_optimizer(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         masks = {name: self.masks[name] for name, _ in trained if name in self.masks}
         neurons = [(name, p) for name, p in trained if name in masks]

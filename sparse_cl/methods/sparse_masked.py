@@ -50,7 +50,7 @@ class SparseMasked(Method):
         self.masks = train_most_active(self.name, model, batches, self.fraction, self.account)
         return model
 
-    def make_optimizer(self, model: nn.Module, lr: float, path: float | None = None) -> torch.optim.Optimizer:
+    def make_optimizer(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
         return SparseMaskedAdamW(**trained(model, self.masks), lr=lr)
 
     def after_domain(self, model: nn.Module, batches: Iterable[Batch]) -> None:

@@ -58,7 +58,7 @@ class SparseMaskedLoRA(SparseMasked):
             self.masks |= _confine(mlp, adapted.get_submodule("base_model.model"), opened[mlp.name], names)
         return adapted
 
-    def make_optimizer(self, model: nn.Module, lr: float, path: float | None = None) -> torch.optim.Optimizer:
+    def make_optimizer(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         return SparseMaskedAdamW(trained, lr=lr, masks=self.masks)
 

@@ -95,7 +95,7 @@ class TwoFour(Method):
         self._frozen.freeze(p for name, p in model.named_parameters() if name not in self.locked)
         return model
 
-    def make_optimizer(self, model: nn.Module, lr: float, path: float | None = None) -> torch.optim.Optimizer:
+    def make_optimizer(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
         trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         masks = {name: ~self.locked[name] for name, _ in trained if name in self.locked}
         return SparseMaskedAdamW(trained, lr=lr, masks=masks)

@@ -1,7 +1,7 @@
 """Optimizers that confine each update to the room that is free, and the projections that they take."""
 
 from .curvature_projection import CurvatureProjection
-from .elastic_adamw import ElasticAdamW, path_of
+from .elastic_adamw import ElasticAdamW
 from .low_rank import DriftBudget, LowRankPull, SubspaceProjection
 from .projected_adamw import ProjectedAdamW
 from .projection import Projection
@@ -20,6 +20,5 @@ __all__ = [
     "SparseMaskedAdamW",
     "SubspaceProjectedAdamW",
     "SubspaceProjection",
-    "path_of",
     "protect",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from sparse_cl.subspace import Subspace, SubspaceMemory, UsedRows
+from sparse_cl.subspace import Subspace, SubspaceMemory
 
 from .leaf import weight_of
 from .low_rank import DriftBudget, FittedLowRank, LowRankProjection, LowRankPull, SubspaceProjection
-from .memory_adamw import Bases, MemoryAdamW
+from .memory_adamw import Bases, Known, MemoryAdamW
 
-STRENGTH = 1.0
-"""ρ of the pull: how far the path that is left would be pulled back at mean use."""
+STRENGTH = 0.07
+"""Of the pull: what a step at the peak rate takes back of a direction of mean use."""
 
 ROW_STRENGTH = 0.05
 """Of the pull of an embedding's rows, beside that of layers' directions."""
@@ -29,18 +29,19 @@ class ElasticAdamW(MemoryAdamW):
     Old inputs x of a layer have the energies λ_j along directions u_j (:class:`SubspaceMemory`). After AdamW's update
     comes, in these directions alone, either a pull back to where the weight was when the domain began,
 
-        (W - W₀) u_j ← (W - W₀) u_j / (1 + lr κ_j),  κ_j = (strength / path) · λ_j / μ
+        (W - W₀) u_j ← (W - W₀) u_j / (1 + lr κ_j),  κ_j = (strength / peak lr) · λ_j / μ
 
     or the nearest point within a budget: Σ_j λ_j ‖(W - W₀) u_j‖² ≤ budget · Σ_j λ_j ‖W₀ u_j‖² for each layer, at every
-    step. A pulled coordinate settles at 1/κ_j, whatever the rate; in units of the path Σ lr that the schedule allows in
-    all, one strength does for all rates and lengths.
+    step. A pulled coordinate that AdamW moves by lr each step settles at 1/κ_j. In units of the peak rate one strength
+    does for all rates and, as far as was measured, lengths.
 
     Args:
         params, lr, betas, eps, weight_decay, amsgrad, maximize, capturable, masks, master_weights: as for
             :class:`SparseMaskedAdamW`.
         memory: as for :class:`SubspaceProjectedAdamW`.
-        strength: ρ, at least 0; with ``path``. None and no budget: 1.
-        path: Σ lr over the steps of the domain, as :func:`path_of` gives it.
+        strength: s, at least 0: a step at the peak rate takes back s u / (1 + s u) of how far a weight has moved along
+            a direction of use u = λ_j / μ, 1 for one that a domain uses as much as an average one. None and no budget:
+            0.07.
         budget: a share, in place of a strength. 0 keeps out of the directions altogether.
         row_strength: of an embedding's rows, beside ``strength``: row v is pulled by its use, which is 1 for a row that
             one domain looks up as often as an average one. 0 leaves rows free; with a budget, any other number keeps
@@ -50,7 +51,8 @@ class ElasticAdamW(MemoryAdamW):
             exceeded.
 
     Raises:
-        TypeError, ValueError: as there; a strength and a budget, or a strength without a path.
+        TypeError, ValueError: as there; a strength and a budget; a peak rate of 0. The peak is the group's ``max_lr``
+            or ``initial_lr``, where a scheduler has set one, or else its ``lr``, when the memory is set.
     """
 
     def __init__(
@@ -59,13 +61,14 @@ class ElasticAdamW(MemoryAdamW):
         *arguments: Any,
         memory: SubspaceMemory | Bases | None = None,
         strength: float | None = None,
-        path: float | None = None,
         budget: float | None = None,
         row_strength: float = ROW_STRENGTH,
         rest: str = "train",
         **options: Any,
     ) -> None:
-        self._rule = rule_of(strength, path, budget, row_strength)
+        self._rule = rule_of(strength, budget, row_strength)
+        #: Of the domain: a rate that has decayed since is no other peak.
+        self._peaks: dict[Tensor, float] = {}
         super().__init__(params, *arguments, memory=memory, rest=rest, **options)
 
     @torch.no_grad()
@@ -84,13 +87,23 @@ class ElasticAdamW(MemoryAdamW):
         return found
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_rule": self._rule}
+        return {**super().__getstate__(), "_rule": self._rule, "_peaks": self._peaks}
+
+    def set_memory(self, memory: SubspaceMemory | Bases | None) -> None:
+        before, self._peaks = self._peaks, {}
+        try:
+            super().set_memory(memory)
+        except BaseException:
+            self._peaks = before
+            raise
+
+    set_memory.__doc__ = MemoryAdamW.set_memory.__doc__
 
     def _holds_rows(self) -> bool:
         return super()._holds_rows() and self._rule.rows > 0
 
-    def _projection(self, subspace: Subspace | Tensor, transposed: bool, rows: UsedRows | None) -> LowRankProjection:
-        return projection_of(self._rule, subspace, transposed, rows)
+    def _projection(self, param: Tensor, known: Known) -> LowRankProjection:
+        return projection_of(self._rule, known, self._peaks.setdefault(param, known.peak))
 
 
 def drifts(name: str, fit: FittedLowRank, weight: Tensor, kept: Mapping[str, Tensor]) -> dict[str, float]:
@@ -103,77 +116,51 @@ def drifts(name: str, fit: FittedLowRank, weight: Tensor, kept: Mapping[str, Ten
     return found
 
 
-def path_of(lr: float, steps: int, make_scheduler: Callable[[torch.optim.Optimizer], Any] | None = None) -> float:
-    """Σ of the learning rate over the steps of a schedule: what :class:`ElasticAdamW` takes as its path.
-
-    Args:
-        lr: peak learning rate.
-        steps: optimizer steps.
-        make_scheduler: makes any scheduler of ``torch.optim`` for an optimizer; None: the rate is constant.
-
-    Raises:
-        ValueError: no step.
-    """
-    if steps < 1:
-        raise ValueError(f"steps: expected at least 1, got {steps}")
-    if make_scheduler is None:
-        return lr * steps
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=lr)
-    scheduler, path = make_scheduler(optimizer), 0.0
-    for _ in range(steps):
-        path += optimizer.param_groups[0]["lr"]
-        optimizer.step()
-        scheduler.step()
-    return path
-
-
 @dataclass(frozen=True)
 class Asked:
-    """What :func:`rule_of` made of the arguments: a budget, or a pull of so much per unit of the learning rate."""
+    """What was asked for: a "budget", or a "pull" of this strength; and how strongly rows are held beside it."""
 
     kind: str
     number: float
     rows: float
 
 
-def rule_of(
-    strength: float | None, path: float | None, budget: float | None, row_strength: float = ROW_STRENGTH
-) -> Asked:
-    """A budget, or the pull ρ / Σ lr.
+def rule_of(strength: float | None, budget: float | None, row_strength: float) -> Asked:
+    """What the arguments ask for.
 
     Raises:
-        ValueError: both or neither of a budget and a path; numbers out of range.
+        ValueError: both a budget and a strength; numbers out of range.
     """
     if not 0 <= row_strength < float("inf"):
         raise ValueError(f"row_strength: expected a number of at least 0, got {row_strength}")
     if budget is not None:
-        if strength is not None or path is not None:
-            raise ValueError("budget: expected no strength and no path beside it; give one or the other")
+        if strength is not None:
+            raise ValueError("budget: expected no strength beside it; give one or the other")
         if not 0 <= budget < float("inf"):
             raise ValueError(f"budget: expected a share of at least 0, got {budget}")
         return Asked("budget", float(budget), row_strength)
     strength = STRENGTH if strength is None else strength
     if not 0 <= strength < float("inf"):
         raise ValueError(f"strength: expected a number of at least 0, got {strength}")
-    if path is None or not 0 < path < float("inf"):
-        raise ValueError(
-            f"path: expected the sum of the learning rate over all steps of the domain, above 0, got {path}; give "
-            "path=sparse_cl.path_of(lr, steps, make_scheduler), or lr * steps for a constant rate"
-        )
-    return Asked("pull", strength / path, row_strength)
+    return Asked("pull", float(strength), row_strength)
 
 
-def projection_of(
-    asked: Asked, subspace: Subspace | Tensor, transposed: bool, rows: UsedRows | None
-) -> LowRankProjection:
-    """The projection of one parameter, by what :func:`rule_of` made of the arguments."""
-    known, strengths = subspace if isinstance(subspace, Subspace) else Subspace(subspace), None
+def projection_of(asked: Asked, known: Known, peak: float) -> LowRankProjection:
+    """The projection of one parameter, whose learning rate has this peak."""
+    subspace = known.subspace if isinstance(known.subspace, Subspace) else Subspace(known.subspace)
+    rows, strengths = known.rows, None
     found: LowRankProjection
     if asked.kind == "pull":
-        found = LowRankPull(known, known.usage * asked.number, transposed=transposed)
-        strengths = None if rows is None else rows.usage * (asked.number * asked.rows)
+        if asked.number and not peak > 0:
+            raise ValueError(
+                f"lr: expected a peak rate above 0, which the strength is relative to, got {peak}; make the optimizer "
+                "before its rate is 0, or the scheduler before the memory is set"
+            )
+        per_rate = asked.number / peak if asked.number else 0.0
+        found = LowRankPull(subspace, subspace.usage * per_rate, transposed=known.transposed)
+        strengths = None if rows is None else rows.usage * (per_rate * asked.rows)
     elif asked.number == 0:
-        found = SubspaceProjection(known, transposed=transposed)
+        found = SubspaceProjection(subspace, transposed=known.transposed)
     else:
-        found = DriftBudget(known, asked.number, transposed=transposed)
+        found = DriftBudget(subspace, asked.number, transposed=known.transposed)
     return found if rows is None else found.with_rows(rows, strengths)

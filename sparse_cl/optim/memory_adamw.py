@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -35,6 +36,23 @@ class AdapterBases(dict[Any, Subspace]):
         self.free = list(free)
 
 
+@dataclass(frozen=True)
+class Known:
+    """What is known of one parameter.
+
+    Attributes:
+        subspace: what is used of its inputs.
+        peak: the largest learning rate of its group.
+        transposed: the weight is (n, m).
+        rows: of an embedding, what is used of its rows.
+    """
+
+    subspace: Subspace | Tensor
+    peak: float
+    transposed: bool = False
+    rows: UsedRows | None = None
+
+
 class MemoryAdamW(ProjectedAdamW):
     """What :class:`SubspaceProjectedAdamW` and :class:`ElasticAdamW` share."""
 
@@ -58,8 +76,8 @@ class MemoryAdamW(ProjectedAdamW):
             self.set_memory(memory)
 
     @abstractmethod
-    def _projection(self, subspace: Subspace | Tensor, transposed: bool, rows: UsedRows | None) -> LowRankProjection:
-        """The projection that keeps what a subspace, and of an embedding its used rows, say of a parameter."""
+    def _projection(self, param: Tensor, known: Known) -> LowRankProjection:
+        """The projection that keeps what is known of a parameter."""
 
     def _holds_rows(self) -> bool:
         """Whether an embedding's used rows are protected."""
@@ -126,9 +144,9 @@ class MemoryAdamW(ProjectedAdamW):
     def _of(self, memory: SubspaceMemory | Bases | None) -> Given:
         """The projections that keep what a memory remembers."""
         given: dict[Tensor, LowRankProjection] = {}
-        for param, (subspace, transposed, rows) in known_of(self.param_groups, memory, self._holds_rows()).items():
+        for param, known in known_of(self.param_groups, memory, self._holds_rows()).items():
             try:
-                given[param] = self._projection(subspace, transposed, rows)
+                given[param] = self._projection(param, known)
                 given[param].later = self._every > 1
             except (TypeError, ValueError) as error:
                 raise type(error)(f"memory: parameter {self._store.name(param)}: {error}") from None
@@ -176,13 +194,8 @@ def warn_of_rest(names: Sequence[str], how: str, warned: set[str]) -> None:
         )
 
 
-Known = tuple[Subspace | Tensor, bool, UsedRows | None]
-
-
 def known_of(groups: Groups, memory: SubspaceMemory | Bases | None, with_rows: bool = True) -> dict[Tensor, Known]:
-    """By parameter what is used of its inputs, whether it is transposed, and what is used of an embedding's rows.
-
-    Those that nothing is known of are absent.
+    """What is known of each parameter; those that nothing is known of are absent.
 
     Raises:
         TypeError: neither a memory nor a mapping.
@@ -190,9 +203,10 @@ def known_of(groups: Groups, memory: SubspaceMemory | Bases | None, with_rows: b
     """
     if memory is None:
         return {}
+    peaks = {param: _peak_of(group) for group in groups for param in group["params"]}
     if isinstance(memory, Mapping):
         found = by_param(groups, memory, "memory", "basis")
-        return {param: (basis, False, None) for param, basis in found.items() if basis is not None}
+        return {param: Known(basis, peaks[param]) for param, basis in found.items() if basis is not None}
     if not isinstance(memory, SubspaceMemory):
         raise TypeError(
             f"memory: expected a SubspaceMemory or {{parameter or name: basis}}, got {type(memory).__name__}"
@@ -212,13 +226,18 @@ def known_of(groups: Groups, memory: SubspaceMemory | Bases | None, with_rows: b
     result: dict[Tensor, Known] = {}
     for param, key in keys.items():
         if (subspace := memory.subspace(key)) is not None:
-            result[param] = subspace.to(param.device), memory.is_transposed(key), None
+            result[param] = Known(subspace.to(param.device), peaks[param], memory.is_transposed(key))
     names = names_of(groups)
     for param in parameters_of(groups) if with_rows else ():
         if (rows := memory.used_rows(param if memory.is_bound else names.get(param, ""))) is not None:
-            own = result.get(param, (_nothing_of(param), False, None))
-            result[param] = *own[:2], rows.to(param.device)
+            own = result.get(param) or Known(_nothing_of(param), peaks[param])
+            result[param] = replace(own, rows=rows.to(param.device))
     return result
+
+
+def _peak_of(group: Mapping[str, Any]) -> float:
+    """The largest learning rate of a group's schedule, as far as a scheduler has said."""
+    return float(next(group[name] for name in ("max_lr", "initial_lr", "lr") if name in group))
 
 
 def _nothing_of(param: Tensor) -> Subspace:

@@ -136,7 +136,6 @@ def protect(
     memory: SubspaceMemory | Bases,
     *,
     strength: float | None = None,
-    path: float | None = None,
     budget: float | None = None,
     row_strength: float = ROW_STRENGTH,
     every: int = 1,
@@ -155,7 +154,7 @@ def protect(
     Args:
         optimizer: any ``torch.optim.Optimizer`` that steps the model's own parameters.
         memory: as for :class:`ElasticAdamW`.
-        strength, path, budget, row_strength: as there; a budget of 0 keeps out altogether.
+        strength, budget, row_strength: as there; a budget of 0 keeps out altogether.
         every: corrects after each so many steps only; in between a bound may be broken.
         seed: of the stochastic rounding.
 
@@ -173,10 +172,10 @@ def protect(
     hooks = optimizer._optimizer_step_post_hooks.values()
     if any(isinstance(getattr(hook, "__self__", None), Protection) for hook in hooks):
         raise ValueError("optimizer: it is protected already; call .remove() of that protection first")
-    every, rule, fitted = check_every(every), rule_of(strength, path, budget, row_strength), {}
-    for param, (subspace, transposed, rows) in known_of(optimizer.param_groups, memory, row_strength > 0).items():
+    every, rule, fitted = check_every(every), rule_of(strength, budget, row_strength), {}
+    for param, known in known_of(optimizer.param_groups, memory, row_strength > 0).items():
         try:
-            given = projection_of(rule, subspace, transposed, rows)
+            given = projection_of(rule, known, known.peak)
             given.later = True
             found = given.fitted(param, None)
         except (TypeError, ValueError) as error:

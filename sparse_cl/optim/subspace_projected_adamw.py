@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from sparse_cl.subspace import Subspace, UsedRows
-
 from .low_rank import LowRankProjection, SubspaceProjection
-from .memory_adamw import MemoryAdamW
+from .memory_adamw import Known, MemoryAdamW
 
 
 class SubspaceProjectedAdamW(MemoryAdamW):
@@ -44,6 +42,6 @@ class SubspaceProjectedAdamW(MemoryAdamW):
             device; a memory of another model.
     """
 
-    def _projection(self, subspace: Subspace | Tensor, transposed: bool, rows: UsedRows | None) -> LowRankProjection:
-        projection = SubspaceProjection(subspace, transposed=transposed)
-        return projection if rows is None else projection.with_rows(rows)
+    def _projection(self, param: Tensor, known: Known) -> LowRankProjection:
+        projection = SubspaceProjection(known.subspace, transposed=known.transposed)
+        return projection if known.rows is None else projection.with_rows(known.rows)

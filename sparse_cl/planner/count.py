@@ -100,7 +100,7 @@ def _domains(method: Method, model: Any, work: Workload, gpu: bool) -> Count:
         for _ in range(work.domains):
             run.begin(AROUND)
             model = method.before_domain(model, [batch]).train()
-            optimizer = method.make_optimizer(model, 1e-3, path=1.0)
+            optimizer = method.make_optimizer(model, 1e-3)
             measured.append(_step(run, method, model, optimizer, batch, work))
             run.begin(AROUND)
             method.after_domain(model, [batch])

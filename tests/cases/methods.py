@@ -29,7 +29,7 @@ def learn(method, model, batches, lr=1e-2, steps=6, folder=None, each_step=lambd
     """
     transformers.set_seed(0)
     model = method.before_domain(model, batches)
-    optimizer = method.make_optimizer(model, lr, lr * steps)
+    optimizer = method.make_optimizer(model, lr)
     model.train()
     for step in range(steps):
         loss = model(**batches[step % len(batches)]).loss

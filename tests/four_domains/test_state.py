@@ -15,7 +15,7 @@ def begun(method, model):
     """One domain learned, the next one begun and one step made: the optimizer."""
     model = learn(method, model, domain(0), steps=2)
     model = method.before_domain(model, domain(1))
-    optimizer = method.make_optimizer(model, 1e-3, path=1e-2)
+    optimizer = method.make_optimizer(model, 1e-3)
     model(**domain(1)[0]).loss.backward()
     optimizer.step()
     return optimizer

@@ -57,31 +57,21 @@ def test_what_is_remembered_is_each_text_s_mean_over_its_tokens(tiny_llama):
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_pulls_are_as_strong_as_the_inputs_are_used(tiny_llama, tied):
-    """κ as a matrix is strength / path · texts · A n / tr A."""
+    """κ as a matrix is strength / lr · texts · A n / tr A."""
     model = tiny_llama if tied else untied(tiny_llama)
     method = Elastic(strength=3.0, text_weight=1.5, **WHOLE)
     method.protect(model, domain(2))
     model = learn(method, model, domain(0), lr=LR)
     method.before_domain(model, domain(1))
-    optimizer = method.make_optimizer(model, LR, path=0.25)
+    optimizer = method.make_optimizer(model, LR)
     head = EMBEDDING if tied else HEAD
     assert set(optimizer.projections) == {*(f"{name}.weight" for name in LAYERS), head, EMBEDDING}
     assert EMBEDDING not in optimizer.rest and NORM in optimizer.rest
     for name, moment in known(method).items():
         pull = optimizer.projections[name].subspace.to(dtype=torch.float64)
-        expected = 3.0 / 0.25 * 2.5 * moment * len(moment) / moment.trace()
+        expected = 3.0 / LR * 2.5 * moment * len(moment) / moment.trace()
         kappa = pull.basis * pull.values @ pull.basis.mT
         torch.testing.assert_close(kappa, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
-
-
-def test_without_a_path_a_domain_is_one_pass(tiny_llama):
-    method = Elastic()
-    method.before_domain(tiny_llama, domain(0))
-    method.after_domain(tiny_llama, domain(0))
-    method.before_domain(tiny_llama, domain(1, count=7))
-    said, given = (method.make_optimizer(tiny_llama, LR, path=path).projections for path in (None, 7 * LR))
-    for name, pull in said.items():
-        assert torch.equal(pull.subspace.values, given[name].subspace.values)
 
 
 def furthest(steps, betas=(0.9, 0.999)):
@@ -94,7 +84,7 @@ def furthest(steps, betas=(0.9, 0.999)):
     return most
 
 
-@pytest.mark.parametrize("strength", [0.1, 10.0, 1000.0])
+@pytest.mark.parametrize("strength", [0.005, 0.5, 50.0])
 def test_a_domain_goes_no_further_than_each_direction_s_pull_lets_it(tiny_llama, strength):
     """A step of AdamW is at most lr·b; each ends with a division by 1 + lr·κ, so that the sum stays below b/κ."""
     method, steps = Elastic(strength=strength), 20
@@ -104,7 +94,7 @@ def test_a_domain_goes_no_further_than_each_direction_s_pull_lets_it(tiny_llama,
     for name, subspace in used.items():
         basis = subspace.basis.double()
         start, change = before[name].double() @ basis, (after[name].double() - before[name].double()) @ basis
-        kappa = strength / (LR * steps) * subspace.usage.double()
+        kappa = strength / LR * subspace.usage.double()
         bound = (furthest(steps) * basis.abs().sum(0)) + 0.01 * (start.abs().amax() + change.abs().amax())
         limit = torch.minimum(steps * LR * bound, bound / kappa) + 1e-6
         assert (change.abs() <= limit).all()
@@ -117,7 +107,7 @@ def test_a_domain_goes_no_further_than_each_direction_s_pull_lets_it(tiny_llama,
 @pytest.mark.parametrize("gpt2", [False, True])
 def test_the_stronger_the_less_outputs_for_earlier_inputs_change(tiny_llama, gpt2):
     given, changes = make("GPT2", FAMILIES["GPT2"] | {"vocab_size": 300}) if gpt2 else tiny_llama, []
-    for strength in (0.0, 1.0, 100.0):
+    for strength in (0.0, 0.05, 5.0):
         method, model = Elastic(strength, **WHOLE), copy_of(given)
         model = learn(method, model, domain(0), lr=LR)
         names = [name for name in method.memory.names if method.memory.domains]
@@ -136,7 +126,7 @@ def test_the_stronger_the_less_outputs_for_earlier_inputs_change(tiny_llama, gpt
 class Plain(AdamW):
     """AdamW by our own step."""
 
-    def make_optimizer(self, model, lr, path=None):
+    def make_optimizer(self, model, lr):
         return SparseMaskedAdamW(model.named_parameters(), lr=lr)
 
 
@@ -156,7 +146,7 @@ def test_the_first_domain_and_a_strength_of_zero_are_adamw(tiny_llama):
 
 
 @pytest.mark.parametrize(
-    ("settings", "text"), [({}, False), (WHOLE, False), ({"strength": 10.0, "text_weight": 2.0}, True)]
+    ("settings", "text"), [({}, False), (WHOLE, False), ({"strength": 0.5, "text_weight": 2.0}, True)]
 )
 def test_a_resumed_run_goes_on_with_the_same_bits(tiny_llama, tmp_path, settings, text):
     base, method, model = copy_of(tiny_llama), Elastic(**settings), tiny_llama

@@ -22,12 +22,12 @@ from sparse_cl import (
 )
 
 ORIGIN = "projection.origin"
-GIVEN = {"hard": {"budget": 0.0}, "pull": {"strength": 1.5, "path": 0.3}, "budget": {"budget": 1e-3}}
+GIVEN = {"hard": {"budget": 0.0}, "pull": {"strength": 0.05}, "budget": {"budget": 1e-3}}
 
 
 def given(rule, s):
     """So that the pull's strengths are the energies, as the oracle's are."""
-    return {"strength": s.mean, "path": 1.0} if rule == "pull" else GIVEN[rule]
+    return {"strength": 1e-2 * s.mean} if rule == "pull" else GIVEN[rule]
 
 
 def stepped(optimizer, weight):

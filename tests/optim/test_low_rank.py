@@ -14,13 +14,15 @@ from sparse_cl import (
     ElasticAdamW,
     LowRankPull,
     ProjectedAdamW,
+    RowMask,
     SparseMaskedAdamW,
     Subspace,
     SubspaceProjectedAdamW,
     SubspaceProjection,
     ops,
-    path_of,
+    protect,
 )
+from sparse_cl.optim.elastic_adamw import STRENGTH
 
 KEY = "projection.moved"
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 2e-5}
@@ -87,7 +89,7 @@ def test_a_budget_holds_at_every_step(dtype, columns):
 def test_five_hundred_steps_leave_p_what_it_says():
     weight, s = parameter(), subspace()
     start = weight.detach().double().clone()
-    optimizer = ElasticAdamW([weight], lr=1e-2, memory={weight: s}, strength=1.5, path=5.0)
+    optimizer = ElasticAdamW([weight], lr=1e-2, memory={weight: s}, strength=0.003)
     run(optimizer, weight, 500)
     expected = (weight.detach().double() - start) @ s.basis.double()
     assert (optimizer.state[weight][KEY].double() - expected).norm() <= 1e-4 * expected.norm()
@@ -101,7 +103,7 @@ def test_the_account_is_the_change_of_outputs_on_the_data():
     s = Subspace(vectors[:, -R:].float(), values[-R:].float())
     weight = parameter()
     start = weight.detach().double().clone()
-    optimizer = ElasticAdamW([weight], lr=1e-2, memory={weight: s}, strength=1.5, path=0.3)
+    optimizer = ElasticAdamW([weight], lr=1e-2, memory={weight: s}, strength=0.05)
     run(optimizer, weight, 20)
     change = weight.detach().double() - start
     said = optimizer.old_output_drift()["number 0 of group 0"]
@@ -231,14 +233,32 @@ def test_a_step_that_breaks_off_leaves_the_weights_and_where_they_are(monkeypatc
     assert torch.equal(optimizer.state[weight][KEY], moved)
 
 
-def test_a_path_is_the_sum_of_a_schedule():
-    def linear(optimizer):
-        return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 10)
-
-    assert path_of(0.1, 10) == pytest.approx(1.0)
-    assert path_of(0.1, 10, linear) == pytest.approx(0.55)
-    with pytest.raises(ValueError, match="steps: expected at least 1, got 0"):
-        path_of(0.1, 0)
+@pytest.mark.parametrize(
+    ("make_scheduler", "peak"),
+    [
+        (None, 1e-2),
+        (lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: step / 10), 1e-2),
+        (lambda o: torch.optim.lr_scheduler.OneCycleLR(o, max_lr=0.5, total_steps=10), 0.5),
+    ],
+)
+@pytest.mark.parametrize("hook", [False, True])
+def test_a_strength_is_relative_to_the_peak_of_the_rate(make_scheduler, peak, hook):
+    weight, s, mask = parameter(), subspace(), RowMask(range(3), (M, N))
+    if hook:
+        optimizer = torch.optim.AdamW([weight], lr=1e-2)
+        if make_scheduler is not None:
+            make_scheduler(optimizer)
+        (fit,) = protect(optimizer, {weight: s}, strength=0.1)._fitted.values()
+        found = fit.given
+    else:
+        optimizer = ElasticAdamW([weight], lr=1e-2)
+        if make_scheduler is not None:
+            make_scheduler(optimizer)
+        optimizer.memory or optimizer.set_memory({weight: s})
+        optimizer.param_groups[0]["lr"] = 1e-5
+        optimizer.set_masks({weight: mask})  # the domain goes on
+        found = optimizer.projections[weight]
+    torch.testing.assert_close(found.subspace.values, s.usage * (STRENGTH if not hook else 0.1) / peak)
 
 
 def test_what_does_not_fit():
@@ -257,11 +277,11 @@ def test_what_does_not_fit():
         ProjectedAdamW([("w", weight)], projections={"w": LowRankPull(u, torch.ones(R))})
     weight = parameter()
     for given, message in (
-        ({}, r"path: expected the sum of the learning rate over all steps .* got None; give path=sparse_cl.path_of"),
-        ({"path": 0.0}, "path: expected the sum"),
-        ({"strength": -1.0, "path": 1.0}, "strength: expected a number of at least 0, got -1"),
+        ({"lr": 0.0}, "lr: expected a peak rate above 0, which the strength is relative to, got 0"),
+        ({"row_strength": -1.0}, "row_strength: expected a number of at least 0, got -1"),
+        ({"strength": -1.0}, "strength: expected a number of at least 0, got -1"),
         ({"budget": -1.0}, "budget: expected a share of at least 0, got -1"),
-        ({"budget": 1.0, "path": 1.0}, "budget: expected no strength and no path beside it"),
+        ({"budget": 1.0, "strength": 1.0}, "budget: expected no strength beside it"),
     ):
         with pytest.raises(ValueError, match=message):
             ElasticAdamW([weight], memory={weight: s}, **given)

@@ -65,7 +65,7 @@ def live(name, of, dtype=torch.float32, **options):
     method = METHODS[name](**options)
     for number in range(2):
         model = method.before_domain(model, [batch()]).train()
-        optimizer = method.make_optimizer(model, 1e-3, path=1.0)
+        optimizer = method.make_optimizer(model, 1e-3)
         loss, penalty = model(**batch()).loss, method.penalty(model)
         (loss if penalty is None else loss + penalty).backward()
         optimizer.step()
@@ -107,7 +107,7 @@ def test_a_corrected_step_moves_what_its_ops_read_and_write():
             weight = torch.nn.Parameter(torch.empty(1 << 10, 1 << 10))
             weight.grad = torch.empty_like(weight)
             basis = trusted(torch.empty(1 << 10, 1), torch.empty(1), 0.0, 1.0)
-            optimizer = ElasticAdamW([weight], memory={weight: basis}, path=1.0, every=every)
+            optimizer = ElasticAdamW([weight], memory={weight: basis}, every=every)
             optimizer.step()
             run.moved = run.flops = 0
             optimizer.step()
