@@ -62,7 +62,7 @@ def bases(model: nn.Module, rank: int | None) -> dict[Tensor, Subspace]:
 def optimizers(model: nn.Module, rank: int | None, whose: str) -> dict[str, tuple[torch.optim.Optimizer, int]]:
     """Each with the number of its steps in a round; ``whose`` AdamW is beside ours: "ours" or "both"."""
     memory, named = bases(model, rank), list(model.named_parameters())
-    elastic = {"lr": LR, "memory": memory, "path": 1000 * LR}
+    elastic = {"lr": LR, "memory": memory}
     theirs = {"torch AdamW": (torch.optim.AdamW(model.parameters(), lr=LR, fused=True), 1)} if whose == "both" else {}
     return {
         **theirs,

@@ -10,6 +10,7 @@ from sparse_cl.probes.capacity import scarcity
 from .evaluate import METRICS
 from .metrics import FORMULAS
 from .results import completed
+from .table import text_table
 from .verdict import COSTS, Outcome, verdict
 
 COLUMNS = ("learning_accuracy", "acc", "learned", "forgetting", "bwt", "fwt", "gain_lost")
@@ -20,16 +21,6 @@ IN_MEGABYTES, IN_MILLISECONDS = 1e-6, 1e3
 def number(value: float | None, decimals: int = 3, scale: float = 1.0) -> str:
     """A number with so many decimals; a dash for what is not known."""
     return "-" if value is None else f"{value * scale:.{decimals}f}"
-
-
-def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Cells in columns as wide as they need: the first one to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-    lines = []
-    for row in (header, *rows):
-        first, *others = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-        lines.append("  ".join([first.strip().ljust(widths[0]), *others]))
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
 def runs_with_capacity(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

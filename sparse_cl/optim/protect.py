@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -116,12 +115,7 @@ class Protection:
         if self._steps % self.every:
             return
         for param, fit in self._fitted.items():
-            wide = param.detach().to(_wide(param))
-            update = torch.empty_like(wide)
-            # One layer at a time, so that what is held besides is one layer's.
-            layer = Layer(fit, update, self._kept[param], partial(_twice, wide))
-            with full_precision(param.device):
-                LowRankCorrection([layer]).correct_(self._rates[param], None)
+            update = self._correction(param, fit)
             self._rates[param] = 0.0
             if param.dtype == update.dtype:
                 param.add_(update)
@@ -129,6 +123,14 @@ class Protection:
             if param.device not in self._generators:
                 self._generators[param.device] = torch.Generator(param.device).manual_seed(self._seed)
             param.copy_(_rounded(update.add_(param), param.dtype, self._generators[param.device]))
+
+    def _correction(self, param: Tensor, fit: FittedLowRank) -> Tensor:
+        """-C Uᵀ; of one layer at a time, so that what is held besides is one layer's."""
+        wide = param.detach().to(_wide(param))
+        layer = Layer(fit, torch.empty_like(wide), self._kept[param], lambda: (wide, wide))
+        with full_precision(param.device):
+            LowRankCorrection([layer]).correct_(self._rates[param], None)
+        return layer.update
 
 
 def protect(
@@ -187,10 +189,6 @@ def protect(
 
 def _name(optimizer: torch.optim.Optimizer, param: Tensor) -> str:
     return names_of(optimizer.param_groups).get(param) or name_of(optimizer.param_groups, param)
-
-
-def _twice(weight: Tensor) -> tuple[Tensor, Tensor]:
-    return weight, weight
 
 
 def _wide(param: Tensor) -> torch.dtype:

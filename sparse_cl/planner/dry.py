@@ -22,7 +22,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
 from torch.utils import dlpack
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
 
 from sparse_cl.subspace import moments
@@ -76,8 +76,10 @@ class DryRun(TorchDispatchMode):
         return sum({_key(x): x.untyped_storage().nbytes() for x in tensors if _key(x) not in self._host}.values())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
+            return args[0].fake_device  # of half of all calls, and no op
         kwargs = kwargs or {}
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        tensors = _tensors((args, kwargs))
         if any(isinstance(x, FakeTensor) for x in tensors):
             out = self._guess(func, args, kwargs)
         elif tensors and not any(x.is_meta for x in tensors):
@@ -87,7 +89,7 @@ class DryRun(TorchDispatchMode):
         else:
             with self.fake:
                 out = func(*args, **kwargs)
-            made = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+            made = _tensors(out)
             if not tensors and all(_has_values(x) and x.dtype != torch.uint8 for x in made):  # but buffers of state
                 with unset_fake_temporarily():
                     out = func(*args, **kwargs)
@@ -110,7 +112,7 @@ class DryRun(TorchDispatchMode):
             if packet in (aten.index, aten.index_put, aten.index_put_):
                 args = (first, [part for index in args[1] for part in _places(index)], *args[2:])
             out = func(*args, **kwargs)
-        found = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+        found = _tensors(out)
         with unset_fake_temporarily():
             if packet is aten._linalg_eigh:
                 return self._spectrum(out[0]), out[1]
@@ -139,7 +141,7 @@ class DryRun(TorchDispatchMode):
 
     def _account(self, func: Any, tensors: list[Tensor], args: Any, kwargs: Any, out: Any) -> None:
         """Adds what an op made to the ledger, and what it did to `flops` or `moved`."""
-        made = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
+        made = _tensors(out)
         known = [x for x in tensors if isinstance(x, FakeTensor)]
         host = bool(known) and all(_key(x) in self._host for x in known)
         if self.gpu and known and func is aten._to_copy.default and kwargs.get("device") is not None:
@@ -152,9 +154,9 @@ class DryRun(TorchDispatchMode):
         elif not (func.is_view or func.namespace == "prim" or func.overloadpacket in _MOVES_NOTHING):
             changes = [a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments]
             changed = [value for value, change in zip(args, changes, strict=False) if change]
-            read, written = tensors, [x for x in tree_leaves(changed) if isinstance(x, Tensor)] or made
+            read, written = tensors, _tensors(changed) or made
             if func.namespace == "sparse_cl":  # of a parameter as much is touched as it has a gradient of
-                read = written = [x for x in tree_leaves(args[1:]) if isinstance(x, Tensor)]
+                read = written = _tensors(args[1:])
             if func._schema.name == "sparse_cl::apply_updates_":
                 # Of a state the master alone: that or the weight goes both ways, and the weight is written beside it.
                 read = written = [*args[2], *args[2]]
@@ -203,6 +205,17 @@ def dry_run(run: DryRun) -> Iterator[None]:
             stack.enter_context(mock.patch.multiple(module, to_dlpack=lambda x: x, from_dlpack=lambda x: x))
         stack.enter_context(run)
         yield
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    """All tensors in nested arguments or results; quicker than pytrees, since every op is asked twice."""
+    if isinstance(values, Tensor):
+        return [values]
+    if isinstance(values, dict):
+        values = values.values()
+    elif not isinstance(values, (list, tuple)):
+        return []
+    return [x for value in values for x in _tensors(value)]
 
 
 def _key(tensor: Tensor) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from sparse_cl.four_domains.report import text_table
+from sparse_cl.four_domains.table import text_table
 from sparse_cl.models.parts import find_blocks
 
 from .devices import USABLE, Device

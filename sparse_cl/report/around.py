@@ -10,8 +10,9 @@ from typing import Any
 
 from sparse_cl.four_domains.data import load_domains
 from sparse_cl.four_domains.embedded_model import embedded_model_folder
-from sparse_cl.four_domains.report import number, text_table
+from sparse_cl.four_domains.report import number
 from sparse_cl.four_domains.settings import Settings
+from sparse_cl.four_domains.table import text_table
 from sparse_cl.models.loading import load_model
 
 from .checkpoints import load_checkpoint
