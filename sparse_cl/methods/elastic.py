@@ -35,19 +35,21 @@ class Elastic(MemoryMethod):
         strength: of the pull that one domain adds: at the peak rate a step takes back about this share of how far a
             weight has moved along a direction of mean use.
         row_strength: of embeddings' rows, relative to ``strength``.
+        every: steps between two pulls. More than one makes the pull cheaper; steps after the last are not pulled.
         energy, max_rank: of the memory.
         text_weight: weight of the text given to `protect`; a domain has weight 1.
     """
 
     name = "elastic"
     by_use = True
-    options: tuple[str, ...] = ("strength", "row_strength", "energy", "max_rank", "text_weight")
+    options: tuple[str, ...] = ("strength", "row_strength", "every", "energy", "max_rank", "text_weight")
     default_lr = 2e-3
 
     def __init__(
         self,
         strength: float = STRENGTH,
         row_strength: float = ROW_STRENGTH,
+        every: int = 1,
         energy: float = 0.99,
         max_rank: int | str | None = "auto",
         text_weight: float = 0.2,
@@ -55,6 +57,7 @@ class Elastic(MemoryMethod):
         super().__init__(energy, "inputs", max_rank, text_weight)
         self.strength = check_at_least("strength", strength, 0)
         self.row_strength = check_at_least("row_strength", row_strength, 0)
+        self.every = check_at_least("every", every, 1)
 
     def before_domain(self, model: nn.Module, batches: Iterable[Batch]) -> nn.Module:
         self._begin(model, batches)
@@ -64,7 +67,14 @@ class Elastic(MemoryMethod):
         self._check_begun("make_optimizer")
         trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         memory = self.memory if self._known.domains else None
-        return ElasticAdamW(trained, lr=lr, memory=memory, strength=self.strength, row_strength=self.row_strength)
+        return ElasticAdamW(
+            trained,
+            lr=lr,
+            memory=memory,
+            strength=self.strength,
+            row_strength=self.row_strength,
+            every=self.every,
+        )
 
     def after_domain(self, model: nn.Module, batches: Iterable[Batch]) -> None:
         self._end(model, self._weights, batches)

@@ -230,7 +230,7 @@ def test_settings_out_of_range(arguments, message):
 
 
 def test_settings_are_recorded():
-    given = {"strength": 3.0, "row_strength": 0.1, "energy": 0.5, "max_rank": 99, "text_weight": 2.0}
+    given = {"strength": 3.0, "row_strength": 0.1, "every": 2, "energy": 0.5, "max_rank": 99, "text_weight": 2.0}
     assert Elastic(**given).settings() == given
 
 
