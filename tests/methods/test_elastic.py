@@ -84,7 +84,7 @@ def furthest(steps, betas=(0.9, 0.999)):
     return most
 
 
-@pytest.mark.parametrize("strength", [0.005, 0.1, 50.0])
+@pytest.mark.parametrize("strength", [0.005, 0.03, 50.0])
 def test_a_domain_goes_no_further_than_each_direction_s_pull_lets_it(tiny_llama, strength):
     """A step of AdamW is at most lr·b; each ends with a division by 1 + lr·κ, so that the sum stays below b/κ."""
     method, steps = Elastic(strength=strength), 20
