@@ -23,7 +23,7 @@ class Elastic(MemoryMethod):
 
     With A = Σ w_d E_d[x xᵀ] of a layer's inputs over the earlier domains, and u_j, λ_j its leading eigenvectors and
     eigenvalues, each step of AdamW ends with the proximal step of ½ Σ κ_j ‖(W - W₀) u_j‖², W₀ the weights when the
-    domain began, κ_j = strength / peak lr · λ_j / μ, μ the mean λ of
+    domain began, κ_j = strength / rms W₀ · λ_j / μ, μ the mean λ of
     one domain (`ElasticAdamW`). That is a quadratic penalty on how much the layer's outputs for earlier inputs change:
     EWC (Kirkpatrick et al. 2017) with the input half of a Kronecker-factored Fisher (Ritter, Botev & Barber 2018),
     where hard projection (GPM, Saha et al. 2021) closes some directions and leaves the others free. A head, tied or
@@ -32,8 +32,8 @@ class Elastic(MemoryMethod):
     AdamW.
 
     Args:
-        strength: of the pull that one domain adds: at the peak rate a step takes back about this share of how far a
-            weight has moved along a direction of mean use.
+        strength: of the pull that one domain adds: along a direction of mean use a weight that is pushed on and on
+            stops where it has moved by 1 / strength of the root mean square of its matrix.
         row_strength: of embeddings' rows, relative to ``strength``.
         every: steps between two pulls. More than one makes the pull cheaper; steps after the last are not pulled.
         energy, max_rank: of the memory.
@@ -105,7 +105,7 @@ class ElasticLoRA(FreshAdapters):
 
     def __init__(
         self,
-        strength: float = 1.5,
+        strength: float = 0.35,
         energy: float = 0.99,
         max_rank: int | str | None = "auto",
         rank: int = RANK,
@@ -119,8 +119,7 @@ class ElasticLoRA(FreshAdapters):
         trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         pulls = {}
         for a, subspace in self._subspaces(model):
-            strengths = subspace.usage * (self.strength / lr)
-            pulls[a] = LowRankPull(subspace, strengths, from_zero=True)
+            pulls[a] = LowRankPull(subspace, subspace.usage * self.strength, from_zero=True, relative=True)
         return ProjectedAdamW(trained, lr=lr, projections=pulls, rest="train")
 
     @torch.no_grad()

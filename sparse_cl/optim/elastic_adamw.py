@@ -16,8 +16,8 @@ from .leaf import weight_of
 from .low_rank import DriftBudget, FittedLowRank, LowRankProjection, LowRankPull, SubspaceProjection
 from .memory_adamw import Bases, Known, MemoryAdamW
 
-STRENGTH = 0.07
-"""Of the pull: what a step at the peak rate takes back of a direction of mean use."""
+STRENGTH = 5.0
+"""Of the pull: a weight goes about a fifth of its size along a direction of mean use."""
 
 ROW_STRENGTH = 0.05
 """Of the pull of an embedding's rows, beside that of layers' directions."""
@@ -29,19 +29,19 @@ class ElasticAdamW(MemoryAdamW):
     Old inputs x of a layer have the energies λ_j along directions u_j (:class:`SubspaceMemory`). After AdamW's update
     comes, in these directions alone, either a pull back to where the weight was when the domain began,
 
-        (W - W₀) u_j ← (W - W₀) u_j / (1 + lr κ_j),  κ_j = (strength / peak lr) · λ_j / μ
+        (W - W₀) u_j ← (W - W₀) u_j / (1 + lr κ_j),  κ_j = (strength / rms W₀) · λ_j / μ
 
     or the nearest point within a budget: Σ_j λ_j ‖(W - W₀) u_j‖² ≤ budget · Σ_j λ_j ‖W₀ u_j‖² for each layer, at every
-    step. A pulled coordinate that AdamW moves by lr each step settles at 1/κ_j. In units of the peak rate one strength
-    does for all rates and, as far as was measured, lengths.
+    step. A pulled coordinate that AdamW moves by lr each step settles at 1/κ_j, whatever the rate and the number of
+    steps.
 
     Args:
         params, lr, betas, eps, weight_decay, amsgrad, maximize, capturable, masks, master_weights: as for
             :class:`SparseMaskedAdamW`.
         memory: as for :class:`SubspaceProjectedAdamW`.
-        strength: s, at least 0: a step at the peak rate takes back s u / (1 + s u) of how far a weight has moved along
-            a direction of use u = λ_j / μ, 1 for one that a domain uses as much as an average one. None and no budget:
-            0.07.
+        strength: s, at least 0: along a direction of use u = λ_j / μ, 1 for one that a domain uses as much as an
+            average one, a weight that AdamW pushes on and on stops where it has moved by 1 / (s u) of the root mean
+            square of its matrix. None and no budget: 5.
         budget: a share, in place of a strength. 0 keeps out of the directions altogether.
         row_strength: of an embedding's rows, beside ``strength``: row v is pulled by its use, which is 1 for a row that
             one domain looks up as often as an average one. 0 leaves rows free; with a budget, any other number keeps
@@ -51,8 +51,7 @@ class ElasticAdamW(MemoryAdamW):
             exceeded.
 
     Raises:
-        TypeError, ValueError: as there; a strength and a budget; a peak rate of 0. The peak is the group's ``max_lr``
-            or ``initial_lr``, where a scheduler has set one, or else its ``lr``, when the memory is set.
+        TypeError, ValueError: as there; a strength and a budget.
     """
 
     def __init__(
@@ -67,8 +66,6 @@ class ElasticAdamW(MemoryAdamW):
         **options: Any,
     ) -> None:
         self._rule = rule_of(strength, budget, row_strength)
-        #: Of the domain: a rate that has decayed since is no other peak.
-        self._peaks: dict[Tensor, float] = {}
         super().__init__(params, *arguments, memory=memory, rest=rest, **options)
 
     @torch.no_grad()
@@ -87,23 +84,13 @@ class ElasticAdamW(MemoryAdamW):
         return found
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_rule": self._rule, "_peaks": self._peaks}
-
-    def set_memory(self, memory: SubspaceMemory | Bases | None) -> None:
-        before, self._peaks = self._peaks, {}
-        try:
-            super().set_memory(memory)
-        except BaseException:
-            self._peaks = before
-            raise
-
-    set_memory.__doc__ = MemoryAdamW.set_memory.__doc__
+        return {**super().__getstate__(), "_rule": self._rule}
 
     def _holds_rows(self) -> bool:
         return super()._holds_rows() and self._rule.rows > 0
 
-    def _projection(self, param: Tensor, known: Known) -> LowRankProjection:
-        return projection_of(self._rule, known, self._peaks.setdefault(param, known.peak))
+    def _projection(self, known: Known) -> LowRankProjection:
+        return projection_of(self._rule, known)
 
 
 def drifts(name: str, fit: FittedLowRank, weight: Tensor, kept: Mapping[str, Tensor]) -> dict[str, float]:
@@ -145,20 +132,14 @@ def rule_of(strength: float | None, budget: float | None, row_strength: float) -
     return Asked("pull", float(strength), row_strength)
 
 
-def projection_of(asked: Asked, known: Known, peak: float) -> LowRankProjection:
-    """The projection of one parameter, whose learning rate has this peak."""
+def projection_of(asked: Asked, known: Known) -> LowRankProjection:
+    """The projection of one parameter."""
     subspace = known.subspace if isinstance(known.subspace, Subspace) else Subspace(known.subspace)
     rows, strengths = known.rows, None
     found: LowRankProjection
     if asked.kind == "pull":
-        if asked.number and not peak > 0:
-            raise ValueError(
-                f"lr: expected a peak rate above 0, which the strength is relative to, got {peak}; make the optimizer "
-                "before its rate is 0, or the scheduler before the memory is set"
-            )
-        per_rate = asked.number / peak if asked.number else 0.0
-        found = LowRankPull(subspace, subspace.usage * per_rate, transposed=known.transposed)
-        strengths = None if rows is None else rows.usage * (per_rate * asked.rows)
+        found = LowRankPull(subspace, subspace.usage * asked.number, transposed=known.transposed, relative=True)
+        strengths = None if rows is None else rows.usage * (asked.number * asked.rows)
     elif asked.number == 0:
         found = SubspaceProjection(subspace, transposed=known.transposed)
     else:

@@ -57,9 +57,10 @@ class HeldRows:
         else:
             moved = layer.update.index_select(0, self.index)
             moved = moved + kept["rows"] if "rows" in kept else moved
+        strengths = self.strengths / kept["scale"] if "scale" in kept else self.strengths
         held = kept.get("rows_held", self.strengths.new_zeros(()))
         room = rule.share * held if isinstance(rule, Budget) else held
-        left = rule.left(self.strengths[None], lr, squared(moved)[None], room[None])
+        left = rule.left(strengths[None], lr, squared(moved)[None], room[None])
         left = left if skipped is None else torch.where(skipped == 0, left, 1.0)
         return moved * (left - 1).to(moved.dtype).mT
 

@@ -40,6 +40,7 @@ class LowRankProjection(Projection):
         strengths: (r,), what the rule means by them; None: λ.
         transposed: the weight is (n, m), as that of transformers' Conv1D.
         from_zero: W₀ is zero, as for the A of an adapter, whose change is all of it.
+        relative: strengths are in units of 1 / the root mean square of the weight when the domain begins.
 
     Attributes:
         later: whether weights that have been stepped are corrected, not updates.
@@ -58,6 +59,7 @@ class LowRankProjection(Projection):
         *,
         transposed: bool = False,
         from_zero: bool = False,
+        relative: bool = False,
     ) -> None:
         found = subspace if isinstance(subspace, Subspace) else Subspace(subspace)
         if strengths is not None:
@@ -67,6 +69,7 @@ class LowRankProjection(Projection):
                 raise ValueError(str(error).replace("values:", "strengths:")) from None
         self.rule, self.subspace, self.transposed, self.from_zero = rule, found, transposed, from_zero
         self.rows: HeldRows | None = None
+        self.relative = relative
         self.any = found.rank > 0 and (isinstance(rule, Hard) or bool((found.values > 0).any()))
 
     def with_rows(self, rows: UsedRows, strengths: Tensor | None = None) -> LowRankProjection:
@@ -146,7 +149,7 @@ class LowRankPull(LowRankProjection):
     Args:
         subspace: a :class:`Subspace` or an orthonormal (n, r) tensor, float32 or float64.
         strengths: κ (r,), finite, at least 0; None: the subspace's usage.
-        transposed, from_zero: as for :class:`LowRankProjection`.
+        transposed, from_zero, relative: as for :class:`LowRankProjection`.
     """
 
     def __init__(
@@ -156,10 +159,11 @@ class LowRankPull(LowRankProjection):
         *,
         transposed: bool = False,
         from_zero: bool = False,
+        relative: bool = False,
     ) -> None:
         if strengths is None and isinstance(subspace, Subspace):
             strengths = subspace.usage
-        super().__init__(Pull(), subspace, strengths, transposed=transposed, from_zero=from_zero)
+        super().__init__(Pull(), subspace, strengths, transposed=transposed, from_zero=from_zero, relative=relative)
 
 
 class DriftBudget(LowRankProjection):
@@ -215,13 +219,18 @@ class FittedLowRank(Fitted):
         if not self.remembers:
             return {}
         along = (shape[1 if self.given.transposed else 0], self.seen.rank)
-        found = {"origin" if self.later else "moved": along, "held": ()}
+        found = {"origin" if self.later else "moved": along, "held": ()} | (
+            {"scale": ()} if self.given.relative else {}
+        )
         return found if self.given.rows is None else found | self.given.rows.shapes(tuple(shape), self.later)
 
     def begin(self, weight: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         if not self.remembers:
             return {}
         found = {"held": self.held(weight)}
+        if self.given.relative:
+            size = torch.linalg.vector_norm(weight.detach(), dtype=torch.float64) / weight.numel() ** 0.5
+            found["scale"] = torch.where(size > 0, size, 1.0)
         if self.given.rows is not None:
             found |= self.given.rows.begin(weight, dtype, self.later)
         if self.later != self.given.from_zero:
@@ -270,7 +279,8 @@ class LowRankCorrection(Correction):
         self.bases = [layer.projection.seen.basis.to(layer.update.dtype) for layer in layers]
         values = [layer.projection.seen.values.double() for layer in layers]
         self.strengths = torch.nn.utils.rnn.pad_sequence(values, batch_first=True)
-        zero = self.strengths.new_zeros(())
+        zero, one = self.strengths.new_zeros(()), self.strengths.new_ones(())
+        self.strengths = self.strengths / torch.stack([layer.kept.get("scale", one) for layer in layers])[:, None]
         self.held = torch.stack([layer.kept.get("held", zero) for layer in layers])
         self.next: list[Tensor] = []
 

@@ -42,13 +42,11 @@ class Known:
 
     Attributes:
         subspace: what is used of its inputs.
-        peak: the largest learning rate of its group.
         transposed: the weight is (n, m).
         rows: of an embedding, what is used of its rows.
     """
 
     subspace: Subspace | Tensor
-    peak: float
     transposed: bool = False
     rows: UsedRows | None = None
 
@@ -76,7 +74,7 @@ class MemoryAdamW(ProjectedAdamW):
             self.set_memory(memory)
 
     @abstractmethod
-    def _projection(self, param: Tensor, known: Known) -> LowRankProjection:
+    def _projection(self, known: Known) -> LowRankProjection:
         """The projection that keeps what is known of a parameter."""
 
     def _holds_rows(self) -> bool:
@@ -146,7 +144,7 @@ class MemoryAdamW(ProjectedAdamW):
         given: dict[Tensor, LowRankProjection] = {}
         for param, known in known_of(self.param_groups, memory, self._holds_rows()).items():
             try:
-                given[param] = self._projection(param, known)
+                given[param] = self._projection(known)
                 given[param].later = self._every > 1
             except (TypeError, ValueError) as error:
                 raise type(error)(f"memory: parameter {self._store.name(param)}: {error}") from None
@@ -203,10 +201,9 @@ def known_of(groups: Groups, memory: SubspaceMemory | Bases | None, with_rows: b
     """
     if memory is None:
         return {}
-    peaks = {param: _peak_of(group) for group in groups for param in group["params"]}
     if isinstance(memory, Mapping):
         found = by_param(groups, memory, "memory", "basis")
-        return {param: Known(basis, peaks[param]) for param, basis in found.items() if basis is not None}
+        return {param: Known(basis) for param, basis in found.items() if basis is not None}
     if not isinstance(memory, SubspaceMemory):
         raise TypeError(
             f"memory: expected a SubspaceMemory or {{parameter or name: basis}}, got {type(memory).__name__}"
@@ -226,18 +223,13 @@ def known_of(groups: Groups, memory: SubspaceMemory | Bases | None, with_rows: b
     result: dict[Tensor, Known] = {}
     for param, key in keys.items():
         if (subspace := memory.subspace(key)) is not None:
-            result[param] = Known(subspace.to(param.device), peaks[param], memory.is_transposed(key))
+            result[param] = Known(subspace.to(param.device), memory.is_transposed(key))
     names = names_of(groups)
     for param in parameters_of(groups) if with_rows else ():
         if (rows := memory.used_rows(param if memory.is_bound else names.get(param, ""))) is not None:
-            own = result.get(param) or Known(_nothing_of(param), peaks[param])
+            own = result.get(param) or Known(_nothing_of(param))
             result[param] = replace(own, rows=rows.to(param.device))
     return result
-
-
-def _peak_of(group: Mapping[str, Any]) -> float:
-    """The largest learning rate of a group's schedule, as far as a scheduler has said."""
-    return float(next(group[name] for name in ("max_lr", "initial_lr", "lr") if name in group))
 
 
 def _nothing_of(param: Tensor) -> Subspace:

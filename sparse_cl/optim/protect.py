@@ -177,7 +177,7 @@ def protect(
     every, rule, fitted = check_every(every), rule_of(strength, budget, row_strength), {}
     for param, known in known_of(optimizer.param_groups, memory, row_strength > 0).items():
         try:
-            given = projection_of(rule, known, known.peak)
+            given = projection_of(rule, known)
             given.later = True
             found = given.fitted(param, None)
         except (TypeError, ValueError) as error:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from .low_rank import LowRankProjection, SubspaceProjection
 from .memory_adamw import Known, MemoryAdamW
 
@@ -42,6 +40,6 @@ class SubspaceProjectedAdamW(MemoryAdamW):
             device; a memory of another model.
     """
 
-    def _projection(self, param: Tensor, known: Known) -> LowRankProjection:
+    def _projection(self, known: Known) -> LowRankProjection:
         projection = SubspaceProjection(known.subspace, transposed=known.transposed)
         return projection if known.rows is None else projection.with_rows(known.rows)

@@ -42,6 +42,11 @@ def run(optimizer, weight, steps, first=0, each=lambda step: None):
         each(step)
 
 
+def rms(weight):
+    """What a strength of ElasticAdamW is relative to."""
+    return float(weight.detach().double().square().mean().sqrt())
+
+
 RULES = {
     "hard": lambda s: SubspaceProjection(s),
     "pull": lambda s: LowRankPull(s, s.values),

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from cases.rules import M, N, Oracle, basis, drift, gradient, parameter, run, subspace
+from cases.rules import M, N, Oracle, basis, drift, gradient, parameter, rms, run, subspace
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -22,12 +22,12 @@ from sparse_cl import (
 )
 
 ORIGIN = "projection.origin"
-GIVEN = {"hard": {"budget": 0.0}, "pull": {"strength": 0.05}, "budget": {"budget": 1e-3}}
+GIVEN = {"hard": {"budget": 0.0}, "pull": {"strength": 5.0}, "budget": {"budget": 1e-3}}
 
 
-def given(rule, s):
+def given(rule, s, weight):
     """So that the pull's strengths are the energies, as the oracle's are."""
-    return {"strength": 1e-2 * s.mean} if rule == "pull" else GIVEN[rule]
+    return {"strength": rms(weight) * s.mean} if rule == "pull" else GIVEN[rule]
 
 
 def stepped(optimizer, weight):
@@ -40,7 +40,7 @@ def test_every_fourth_step_of_a_schedule(rule, dtype):
     s = subspace(torch.float64 if dtype == torch.float64 else torch.float32)
     weight = parameter(dtype)
     oracle = Oracle(rule, weight, s, every=4)
-    optimizer = ElasticAdamW([weight], lr=1e-2, weight_decay=0.1, memory={weight: s}, every=4, **given(rule, s))
+    optimizer = ElasticAdamW([weight], lr=1e-2, weight_decay=0.1, memory={weight: s}, every=4, **given(rule, s, weight))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 60)
     for step in range(50):
         weight.grad = gradient(step).to(dtype)
@@ -110,7 +110,7 @@ def test_a_column_mask_is_the_rule_of_what_its_columns_see(dtype):
     weight = parameter(dtype)
     start = weight.detach().double().clone()
     masks = {weight: ColumnMask(columns, (M, N))}
-    optimizer = ElasticAdamW([weight], lr=1e-2, memory={weight: s}, every=2, masks=masks, **given("pull", s))
+    optimizer = ElasticAdamW([weight], lr=1e-2, memory={weight: s}, every=2, masks=masks, **given("pull", s, weight))
     plain = torch.nn.Parameter(start[:, columns].clone())
     adam = torch.optim.AdamW([plain], lr=1e-2)
     for step in range(2):
@@ -141,7 +141,7 @@ def test_a_budget_holds_after_every_second_step_when_the_rows_change():
 def test_a_skipped_step_adds_no_rate():
     weight, s = parameter(), subspace()
     oracle = Oracle("pull", weight, s, decay=0.01, every=2)
-    optimizer = ElasticAdamW([weight], lr=1e-2, memory={weight: s}, every=3, **given("pull", s))
+    optimizer = ElasticAdamW([weight], lr=1e-2, memory={weight: s}, every=3, **given("pull", s, weight))
     for step, skipped in enumerate((0.0, 1.0, 0.0)):
         weight.grad = torch.full((M, N), torch.nan) if skipped else gradient(step).float()
         optimizer.grad_scale, optimizer.found_inf = torch.tensor(1.0), torch.tensor([skipped])
@@ -188,7 +188,7 @@ def test_a_protection_goes_on_between_two_corrections():
 
 def test_a_new_domain_begins_a_new_count():
     weight, s = parameter(), subspace()
-    optimizer = ElasticAdamW([weight], lr=1e-2, memory={weight: s}, every=2, **given("pull", s))
+    optimizer = ElasticAdamW([weight], lr=1e-2, memory={weight: s}, every=2, **given("pull", s, weight))
     run(optimizer, weight, 1)
     optimizer.set_memory({weight: subspace(seed=3)})
     start = weight.detach().double().clone()
@@ -247,6 +247,6 @@ def test_projections_of_the_caller_s_correct_every_step():
     later = ElasticAdamW([ours], lr=1e-2, every=3, rest="train", **GIVEN["pull"])
     later.set_projections({ours: LowRankPull(s, s.values)})
     run(later, ours, 4)
-    once = ElasticAdamW([theirs], lr=1e-2, memory={theirs: s}, **given("pull", s))
+    once = ElasticAdamW([theirs], lr=1e-2, memory={theirs: s}, **given("pull", s, theirs))
     run(once, theirs, 4)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-6)

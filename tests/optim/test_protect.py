@@ -6,12 +6,12 @@ import copy
 
 import pytest
 import torch
-from cases.rules import M, N, Oracle, basis, drift, gradient, parameter, random, run, subspace
+from cases.rules import M, N, Oracle, basis, drift, gradient, parameter, random, rms, run, subspace
 
 from sparse_cl import ElasticAdamW, RowMask, SparseMaskedAdamW, Subspace, SubspaceMemory, protect
 from sparse_cl.optim.protect import _rounded
 
-GIVEN = {"hard": {"budget": 0.0}, "pull": {"strength": 0.05}, "budget": {"budget": 1e-3}}
+GIVEN = {"hard": {"budget": 0.0}, "pull": {"strength": 5.0}, "budget": {"budget": 1e-3}}
 
 
 @pytest.mark.parametrize("rule", GIVEN)
@@ -75,7 +75,7 @@ def test_a_pull_every_third_step_takes_three_rates():
     weight, s = parameter(), subspace()
     oracle = Oracle("pull", weight, Subspace(s.basis, s.usage * 5), decay=0.01)
     optimizer = torch.optim.AdamW([weight], lr=1e-2)
-    protect(optimizer, {weight: s}, strength=0.05, every=3)
+    protect(optimizer, {weight: s}, strength=5 * rms(weight), every=3)
     weight.grad = gradient(0).float()
     start = weight.detach().double().clone()
     plain = torch.nn.Parameter(start.clone())

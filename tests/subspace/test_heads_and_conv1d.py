@@ -147,7 +147,7 @@ def test_the_kind_of_a_layer_is_saved_with_it(model, tmp_path, form):
         if form == "copied" and known is unbound:
             known.bind(other)
         params = model if known is memory else other
-        opts.append(ElasticAdamW(params.named_parameters(), lr=1e-2, memory=known, strength=0.2))
+        opts.append(ElasticAdamW(params.named_parameters(), lr=1e-2, memory=known, strength=2.0))
         train(params, opts[-1], batches(1), steps=2)
     assert opts[0].rest == opts[1].rest
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
