@@ -86,8 +86,8 @@ def test_a_row_mask_is_the_rule_of_its_rows(rule, dtype):
     rows = [1, 4, 7, 8]
     masked, dense, s = parameter(dtype), torch.nn.Parameter(parameter(dtype).detach()[rows].clone()), subspace()
     masks = {masked: RowMask(rows, (M, N))}
-    ours = ElasticAdamW([masked], lr=1e-2, memory={masked: s}, every=3, masks=masks, **GIVEN[rule])
-    plain = ElasticAdamW([dense], lr=1e-2, memory={dense: s}, every=3, **GIVEN[rule])
+    ours = ElasticAdamW([masked], lr=1e-2, memory={masked: s}, every=3, masks=masks, **given(rule, s, masked))
+    plain = ElasticAdamW([dense], lr=1e-2, memory={dense: s}, every=3, **given(rule, s, dense))
     before = masked.detach().clone()
     for step in range(7):
         masked.grad = gradient(step).to(dtype)
