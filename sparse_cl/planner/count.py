@@ -92,7 +92,9 @@ def _domains(method: Method, model: Any, work: Workload, gpu: bool) -> Count:
     state: list[Count] = []
     with warnings.catch_warnings(), dry_run(run):
         warnings.simplefilter("ignore")
-        ids = torch.zeros(work.batch_size, work.length, dtype=torch.int64)
+        # Of text, many rows of an embedding are used.
+        vocabulary = model.get_input_embeddings().weight.shape[0]
+        ids = torch.arange(work.batch_size * work.length).view(work.batch_size, -1) % vocabulary
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
         model.to_empty(device="cpu").tie_weights()
         if work.checkpointing:
