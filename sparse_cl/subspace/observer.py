@@ -33,8 +33,8 @@ class Observer:
         self.settings, self.layers, self.tables, self.domains = settings, layers, tables, domains
         #: Inputs that forward passes brought since the last call of :meth:`observe`.
         self.pending: dict[str, Moment] = {}
-        #: And what they looked up in tables: ids.
-        self.lookups: list[tuple[Table, Tensor]] = []
+        #: And how often they looked up each row of a table.
+        self.lookups: dict[str, Tensor] = {}
         #: How many each layer read.
         self.reads: Counter[str] = Counter()
         #: Test matrices of sketches.
@@ -94,7 +94,8 @@ class Observer:
     def note_lookup(self, name: str, ids: Any, rows: Any) -> None:
         """Notes what a table's module was given and what it returned, if passes count now."""
         if self._notes() and (found := self.tables[name].looked_up(ids, rows)) is not None:
-            self.lookups.append((self.tables[name], self._counting(found, found.shape).flatten()))
+            counts = torch.bincount(self._counting(found, found.shape), minlength=self.tables[name].height).double()
+            self.lookups[name] = self.lookups[name] + counts if name in self.lookups else counts
 
     def _counting(self, rows: Tensor, shape: Sequence[int]) -> Tensor:
         """Of rows (or ids) with these leading dimensions those that `watch` counts, flat."""
@@ -154,7 +155,7 @@ class Observer:
             self.pending[layer.name].merge(self.pending[source.name].tensors())
 
     def _drop(self) -> None:
-        self.pending, self.lookups, self.reads, self._last = {}, [], Counter(), None
+        self.pending, self.lookups, self.reads, self._last = {}, {}, Counter(), None
 
     @torch.no_grad()
     def observe(self) -> None:
@@ -175,8 +176,8 @@ class Observer:
                     layer.moment = moment
                 else:
                     self.moment(layer).merge(moment.tensors())
-            for table, ids in lookups:
-                table.count(ids)
+            for name, counts in lookups.items():
+                self.tables[name].count(counts)
             return
         gradients = {
             name: layer.param.grad

@@ -72,10 +72,9 @@ class Table:
             self.opaque = not self._is_lookup(ids, rows)
         return None if self.opaque else ids
 
-    def count(self, ids: Tensor) -> None:
-        """Adds lookups of the domain that is observed."""
-        found = torch.bincount(ids, minlength=self.height).double()
-        self.counts = found if self.counts is None else self.counts.to(found.device) + found
+    def count(self, lookups: Tensor) -> None:
+        """Adds how often each row (V,) was looked up in the domain that is observed."""
+        self.counts = lookups if self.counts is None else self.counts.to(lookups.device) + lookups
 
     def _is_lookup(self, ids: Any, rows: Any) -> bool:
         """Subclasses compute positions, or scale what they return."""
