@@ -10,7 +10,7 @@ from torch import Tensor
 from sparse_cl.subspace import UsedRows
 
 from .projection import Layer
-from .rules import Budget, Rule
+from .rules import Budget, Rule, energies
 
 
 class HeldRows:
@@ -33,8 +33,8 @@ class HeldRows:
         return {"origin_rows" if later else "rows": (len(self.index), shape[1]), "rows_held": ()}
 
     def begin(self, weight: Tensor, dtype: torch.dtype, later: bool) -> dict[str, Tensor]:
-        rows = weight.detach()[self.index]
-        return {"rows_held": self.strengths @ squared(rows)} | ({"origin_rows": rows.to(dtype)} if later else {})
+        rows = weight.detach()[self.index].to(dtype)
+        return {"rows_held": self.strengths @ energies(rows.mT)} | ({"origin_rows": rows} if later else {})
 
     def moved(self, weight: Tensor, kept: Mapping[str, Tensor]) -> Tensor:
         """P (k, n), of the weight as it is now."""
@@ -46,7 +46,7 @@ class HeldRows:
         """Σ_v s_v ‖P_v‖² / Σ_v s_v ‖W₀_v‖². Waits for the device."""
         if not kept:
             return 0.0
-        spent = self.strengths @ squared(self.moved(weight, kept))
+        spent = self.strengths @ energies(self.moved(weight, kept).mT)
         return float(spent / kept["rows_held"].clamp(min=torch.finfo(torch.float64).tiny))
 
     def back(self, rule: Rule, layer: Layer, lr: float | Tensor, skipped: Tensor | None) -> Tensor:
@@ -60,11 +60,6 @@ class HeldRows:
         strengths = self.strengths / kept["scale"] if "scale" in kept else self.strengths
         held = kept.get("rows_held", self.strengths.new_zeros(()))
         room = rule.share * held if isinstance(rule, Budget) else held
-        left = rule.left(strengths[None], lr, squared(moved)[None], room[None])
+        left = rule.left(strengths[None], lr, energies(moved.mT)[None], room[None])
         left = left if skipped is None else torch.where(skipped == 0, left, 1.0)
         return moved * (left - 1).to(moved.dtype).mT
-
-
-def squared(rows: Tensor) -> Tensor:
-    """‖x‖² (k,) of rows (k, n), in float64."""
-    return torch.linalg.vector_norm(rows, dim=1).double().square()

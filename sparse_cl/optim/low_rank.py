@@ -15,7 +15,7 @@ from sparse_cl.subspace import Subspace, UsedRows
 from .held_rows import HeldRows
 from .leaf import weight_of
 from .projection import Correction, Fitted, Layer, Projection
-from .rules import Budget, Hard, Pull, Rule
+from .rules import Budget, Hard, Pull, Rule, energies
 
 
 class LowRankProjection(Projection):
@@ -372,8 +372,3 @@ class LowRankCorrection(Correction):
             else:
                 moved.index_copy_(0, index, after)
         self.next = []
-
-
-def energies(moved: Tensor) -> Tensor:
-    """‖P_j‖² (r,) of P (m, r), in float64."""
-    return torch.linalg.vector_norm(moved, dim=0).double().square()

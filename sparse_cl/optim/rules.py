@@ -19,6 +19,11 @@ _NEWTON = 8
 _LEAST = 1e-100
 
 
+def energies(moved: Tensor) -> Tensor:
+    """‖P_j‖² (r,) of P (m, r), in float64."""
+    return torch.linalg.vector_norm(moved, dim=0).double().square()
+
+
 class Rule(ABC):
     """One of the three.
 
@@ -57,7 +62,8 @@ class Hard(Rule):
 class Pull(Rule):
     """P_j ← P_j / (1 + lr κ_j), with κ the strengths: the proximal step of ½ Σ κ_j ‖P_j‖².
 
-    Consistent gradients override the pull; noise is undone. A coordinate settles at about 1/κ_j, whatever the rate.
+    Consistent gradients override the pull; noise is undone. Pushed by lr a step on and on, a weight settles about 1/κ_j
+    from where it was, and P_j within ‖u_j‖₁/κ_j, whatever the rate.
     """
 
     def left(self, strengths: Tensor, lr: float | Tensor, energies: Tensor, room: Tensor) -> Tensor:
