@@ -33,7 +33,7 @@ class Elastic(MemoryMethod):
 
     Args:
         strength: of the pull that one domain adds: along a direction of mean use a weight that is pushed on and on
-            stops where it has moved by 1 / strength of the root mean square of its matrix.
+            stops after about 1 / strength of the root mean square of its matrix.
         row_strength: of embeddings' rows, relative to ``strength``.
         every: steps between two pulls. More than one makes the pull cheaper; steps after the last are not pulled.
         energy, max_rank: of the memory.

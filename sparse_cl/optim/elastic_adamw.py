@@ -32,15 +32,15 @@ class ElasticAdamW(MemoryAdamW):
         (W - W₀) u_j ← (W - W₀) u_j / (1 + lr κ_j),  κ_j = (strength / rms W₀) · λ_j / μ
 
     or the nearest point within a budget: Σ_j λ_j ‖(W - W₀) u_j‖² ≤ budget · Σ_j λ_j ‖W₀ u_j‖² for each layer, at every
-    step. A pulled coordinate that AdamW moves by lr each step settles at 1/κ_j, whatever the rate and the number of
-    steps.
+    step. A weight that AdamW pushes by lr each step settles about 1/κ_j from where it was, and (W - W₀) u_j within
+    ‖u_j‖₁/κ_j, whatever the rate and the number of steps.
 
     Args:
         params, lr, betas, eps, weight_decay, amsgrad, maximize, capturable, masks, master_weights: as for
             :class:`SparseMaskedAdamW`.
         memory: as for :class:`SubspaceProjectedAdamW`.
         strength: s, at least 0: along a direction of use u = λ_j / μ, 1 for one that a domain uses as much as an
-            average one, a weight that AdamW pushes on and on stops where it has moved by 1 / (s u) of the root mean
+            average one, a weight that AdamW pushes on and on stops after about 1 / (s u) of the root mean
             square of its matrix. None and no budget: 5.
         budget: a share, in place of a strength. 0 keeps out of the directions altogether.
         row_strength: of an embedding's rows, beside ``strength``: row v is pulled by its use, which is 1 for a row that

@@ -18,19 +18,18 @@ class UsedRows:
     Args:
         index: (k,) int64, ascending.
         values: f (k,), above 0: the share of a domain's lookups that are of each, Σ w_d f_d over domains.
-        height: V.
     """
 
-    def __init__(self, index: Tensor, values: Tensor, height: int) -> None:
-        self.index, self.values, self.height = index, values, height
+    def __init__(self, index: Tensor, values: Tensor) -> None:
+        self.index, self.values = index, values
 
     @property
     def usage(self) -> Tensor:
         """k f_v (k,): 1 for a row that one domain looks up as often as an average one of those in use."""
         return self.values * len(self.index)
 
-    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> UsedRows:
-        return UsedRows(self.index.to(device), self.values.to(device, dtype), self.height)
+    def to(self, device: torch.device) -> UsedRows:
+        return UsedRows(self.index.to(device), self.values.to(device))
 
 
 @dataclass
@@ -59,7 +58,7 @@ class Table:
         if self.shares is None or self.opaque:
             return None
         index = self.shares.nonzero().flatten()
-        found = UsedRows(index, self.shares[index], self.height)
+        found = UsedRows(index, self.shares[index])
         return found if self.param is None else found.to(self.param.device)
 
     def looked_up(self, ids: Any, rows: Any) -> Tensor | None:
