@@ -42,6 +42,22 @@ def run(optimizer, weight, steps, first=0, each=lambda step: None):
         each(step)
 
 
+def stepped(optimizer, weight):
+    """What the optimizer steps: a weight's master, where it has one."""
+    return optimizer.state[weight].get("master", weight.detach()).double()
+
+
+def follow(optimizer, oracle, weight, each=lambda: None):
+    """Fifty steps of both on a linear schedule from 1e-2 on; `each` is called after every one."""
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 60)
+    for step in range(50):
+        weight.grad = gradient(step).to(weight.dtype)
+        oracle.step(weight.grad, 1e-2 * (1 - step / 60))
+        optimizer.step()
+        schedule.step()
+        each()
+
+
 def rms(weight):
     """What a strength of ElasticAdamW is relative to."""
     return float(weight.detach().double().square().mean().sqrt())

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from cases.rules import M, N, Oracle, basis, drift, gradient, parameter, rms, run, subspace
+from cases.rules import M, N, Oracle, basis, drift, follow, gradient, parameter, rms, run, stepped, subspace
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -30,10 +30,6 @@ def given(rule, s, weight):
     return {"strength": rms(weight) * s.mean} if rule == "pull" else GIVEN[rule]
 
 
-def stepped(optimizer, weight):
-    return optimizer.state[weight].get("master", weight.detach()).double()
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rule", GIVEN)
 def test_every_fourth_step_of_a_schedule(rule, dtype):
@@ -41,18 +37,16 @@ def test_every_fourth_step_of_a_schedule(rule, dtype):
     weight = parameter(dtype)
     oracle = Oracle(rule, weight, s, every=4)
     optimizer = ElasticAdamW([weight], lr=1e-2, weight_decay=0.1, memory={weight: s}, every=4, **given(rule, s, weight))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 60)
-    for step in range(50):
-        weight.grad = gradient(step).to(dtype)
-        oracle.step(weight.grad, 1e-2 * (1 - step / 60))
-        optimizer.step()
-        schedule.step()
+
+    def look():
         ours = stepped(optimizer, weight)
         assert (ours - oracle.w).abs().max() <= (1e-10 if dtype == torch.float64 else 2e-5) * oracle.w.abs().max()
         said = optimizer.old_output_drift()["number 0 of group 0"]
         assert said == pytest.approx(drift(ours, oracle.start, s), rel=1e-3, abs=1e-9)
+
+    follow(optimizer, oracle, weight, look)
     if dtype == torch.bfloat16:
-        assert torch.equal(weight.detach(), ours.to(dtype))
+        assert torch.equal(weight.detach(), stepped(optimizer, weight).to(dtype))
 
 
 @pytest.mark.parametrize("every", [1, 3])

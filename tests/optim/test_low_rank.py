@@ -6,7 +6,24 @@ import copy
 
 import pytest
 import torch
-from cases.rules import RULES, M, N, Oracle, R, basis, drift, energies, gradient, parameter, random, rms, run, subspace
+from cases.rules import (
+    RULES,
+    M,
+    N,
+    Oracle,
+    R,
+    basis,
+    drift,
+    energies,
+    follow,
+    gradient,
+    parameter,
+    random,
+    rms,
+    run,
+    stepped,
+    subspace,
+)
 
 from sparse_cl import (
     ColumnMask,
@@ -26,10 +43,6 @@ KEY = "projection.moved"
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 2e-5}
 
 
-def stepped(optimizer, weight):
-    return optimizer.state[weight].get("master", weight.detach()).double()
-
-
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("rate", ["float", "tensor"])
@@ -39,12 +52,7 @@ def test_fifty_steps_of_a_schedule(rule, dtype, rate):
     oracle = Oracle(rule, weight, s)
     lr = torch.tensor(1e-2, dtype=torch.float64) if rate == "tensor" else 1e-2
     optimizer = ProjectedAdamW([weight], lr=lr, weight_decay=0.1, projections={weight: RULES[rule](s)})
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / 60)
-    for step in range(50):
-        weight.grad = gradient(step).to(dtype)
-        oracle.step(weight.grad, 1e-2 * (1 - step / 60))
-        optimizer.step()
-        schedule.step()
+    follow(optimizer, oracle, weight)
     ours = stepped(optimizer, weight)
     assert (ours - oracle.w).abs().max() <= TOLERANCE[dtype] * oracle.w.abs().max()
     if dtype == torch.bfloat16:
