@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .four_domains import command as four_domains
+from .learn import command as learn
 from .planner import command as planner
 from .report import command as report
 
@@ -32,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; the exit status: 0; 1 where a method failed; 2 for input that cannot be used (why: stderr)."""
     parser = argparse.ArgumentParser(prog="sparse-cl", description="Continual learning in the room that is free.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    learn.add_parser(commands)
     four_domains.add_parser(commands, _probe)
     report.add_parsers(commands)
     planner.add_parser(commands)
@@ -54,5 +56,5 @@ def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> 
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted; the same command goes on after the last finished domain", file=sys.stderr)
+        print(f"{parser.prog}: interrupted; the same command goes on where it stopped", file=sys.stderr)
         return 130

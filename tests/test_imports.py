@@ -28,7 +28,7 @@ ORDER = (
     ("methods",),
     ("arguments",),
     ("four_domains",),
-    ("report",),
+    ("learn", "report"),
     ("planner",),
     ("cli",),
 )

@@ -112,6 +112,9 @@ class _Bar(transformers.TrainerCallback):
     def __init__(self, bar: tqdm) -> None:
         self.bar = bar
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.bar.update(state.global_step)  # of a run that goes on
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.bar.update()
 
@@ -134,6 +137,8 @@ def train(
     seed: int,
     bar: tqdm,
     autocast: str | None = None,
+    resume: str | None = None,
+    callbacks: Sequence[transformers.TrainerCallback] = (),
     **arguments: Any,
 ) -> OwnOptimizerTrainer:
     """Train `model` in place and return the Trainer, whose `state.log_history` has the losses, `timer` the step time.
@@ -153,6 +158,8 @@ def train(
         bar: moved by one for every step.
         autocast: "bf16": forward and backward under autocast; the weights and the optimizer keep their dtype, and the
             model is returned without autocast.
+        resume: a checkpoint of the Trainer's to go on from.
+        callbacks: further ones.
         arguments: further `transformers.TrainingArguments`, which go before those chosen here.
     """
     chosen = {
@@ -177,12 +184,12 @@ def train(
         args=transformers.TrainingArguments(output_dir=str(folder), **{**chosen, **arguments}),
         train_dataset=dataset,
         data_collator=collator,
-        callbacks=[_Bar(bar), timer],
+        callbacks=[_Bar(bar), timer, *callbacks],
         make_optimizer=make_optimizer,
         penalty=penalty,
         autocast=autocast,
     )
     trainer.remove_callback(transformers.PrinterCallback)
     trainer.timer = timer
-    trainer.train()
+    trainer.train(resume_from_checkpoint=resume)
     return trainer

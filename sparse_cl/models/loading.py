@@ -18,8 +18,8 @@ import sparse_cl
 from .processes import processes
 
 
-def load_model(source: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any]:
-    """A causal language model on this process's device, and its tokenizer, with a padding token.
+def load_tokenizer(source: str) -> Any:
+    """The tokenizer of a model, with a padding token; without loading the model.
 
     Raises:
         ValueError: there is no such folder, or what is there cannot be loaded; or the tokenizer cannot pad.
@@ -32,13 +32,26 @@ def load_model(source: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Modu
         raise ValueError(f"{source}: there is no such folder; give a model's folder, or its name on the Hub")
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"{source} cannot be loaded as a causal language model and its tokenizer: {error}") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{source}: its tokenizer cannot be loaded: {error}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token_id is None:
         raise ValueError(f"{source}: its tokenizer has no token to pad with, and no end token; give it one (pad_token)")
+    return tokenizer
+
+
+def load_model(source: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any]:
+    """A causal language model on this process's device, and its tokenizer, with a padding token.
+
+    Raises:
+        ValueError: as `load_tokenizer`; or the model cannot be loaded.
+    """
+    tokenizer = load_tokenizer(source)
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"{source} cannot be loaded as a causal language model: {error}") from error
     return model.to(processes().device), tokenizer
 
 

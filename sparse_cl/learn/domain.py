@@ -1,0 +1,198 @@
+"""One domain: read, protect, train, remember, write."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from tqdm.auto import tqdm
+
+from sparse_cl.data import EncodedRecords, Records, check_records, hold_out, read_records, read_text, show
+from sparse_cl.four_domains.protection import WINDOWS, Windows
+from sparse_cl.four_domains.sequence import DomainBatches
+from sparse_cl.four_domains.training import train
+from sparse_cl.methods.carried import Carried, save_carried
+from sparse_cl.methods.lora import merged
+from sparse_cl.models.loading import load_tokenizer, quiet
+from sparse_cl.models.losses import mean_loss
+from sparse_cl.models.processes import check_processes
+
+from .own_texts import write_texts
+from .said import say_moved, say_protected
+from .settings import NONE, SELF, LearnSettings, pairs
+from .source import Source
+from .work import Work
+
+_CHECKPOINTS = 10
+"""How often a run is saved on its way, so that one that was stopped goes on."""
+
+
+def learn(settings: LearnSettings, say: Callable[[str], object] = print) -> Path:
+    """Does what the settings say, and returns the folder; a call that was stopped goes on.
+
+    Everything is checked before anything is written.
+
+    Raises:
+        DataError, ValueError, OSError: bad input, a folder that holds something else, a full disk.
+    """
+    quiet()
+    check_processes()
+    source = Source(settings.model)
+    tokenizer = load_tokenizer(source.base)
+    records, held = _read(settings, tokenizer, source.rows())
+    if settings.show_data:
+        say(show(records, tokenizer, settings.max_length))
+        return settings.out
+    work = Work(settings.out, {**settings.to_json(), "data": records.fingerprint})
+    if work.is_done():
+        say(f"{settings.out} holds this model; nothing is left to do")
+        return settings.out
+    say(f"Learns {records.describe()}; {len(held.records)} held out to score")
+    _Domain(settings, source, tokenizer, records, held, work, say).run()
+    return settings.out
+
+
+def _read(settings: LearnSettings, tokenizer: Any, rows: int) -> tuple[Records, Records]:
+    """The records to learn and those to score."""
+    given = pairs(settings.columns, "columns")
+    records = read_records(settings.data, given)
+    if settings.eval is None:
+        check_records(records, tokenizer, rows, settings.max_length)
+        return hold_out(records, settings.seed)
+    held = read_records([settings.eval], given)
+    for each in (records, held):
+        check_records(each, tokenizer, rows, settings.max_length)
+    return records, held
+
+
+class _Domain:
+    """What one call holds."""
+
+    def __init__(
+        self,
+        settings: LearnSettings,
+        source: Source,
+        tokenizer: Any,
+        records: Records,
+        held: Records,
+        work: Work,
+        say: Callable[[str], object],
+    ) -> None:
+        self.settings, self.source, self.tokenizer, self.work, self.say = settings, source, tokenizer, work, say
+        self.method = settings.make_method()
+        self.data = EncodedRecords(records.records, tokenizer, settings.max_length)
+        self.held = EncodedRecords(held.records, tokenizer, settings.max_length)
+
+    def run(self) -> None:
+        settings, method = self.settings, self.method
+        model, carried = self._begin()
+        say_protected(method, carried, self.say)
+        batches = DomainBatches(self.data, settings.batch_size, _device(model))
+        scored = DomainBatches(self.held, settings.batch_size, _device(model), len(self.held))
+        before = mean_loss(model, scored)
+        transformers.set_seed(settings.seed)
+        model = method.before_domain(model, batches)
+        lr = settings.rate(adapters=hasattr(model, "peft_config"))
+        steps = self._steps()
+        with tqdm(total=steps, desc=f"{method.name}: learning", mininterval=0.5) as bar:
+            train(
+                model,
+                self.data,
+                transformers.DataCollatorForSeq2Seq(self.tokenizer, label_pad_token_id=-100),
+                lambda m: method.make_optimizer(m, lr),
+                method.penalty,
+                folder=self.work.checkpoints,
+                steps=steps,
+                batch_size=settings.batch_size,
+                lr=lr,
+                seed=settings.seed,
+                bar=bar,
+                autocast=settings.autocast,
+                resume=self.work.last_checkpoint(),
+                callbacks=[self.work.marker()],
+                **self._arguments(steps),
+            )
+        method.after_domain(model, batches)
+        after = mean_loss(model, scored)
+        entry = {
+            "name": settings.out.name,
+            "method": method.name,
+            "options": method.settings(),
+            "lr": lr,
+            "steps": steps,
+            "records": len(self.data),
+            "loss": {"before": before, "after": after},
+            "settings": self.work.settings,
+        }
+        self._write(model, carried, entry)
+        self.say(f"Learned: {before:.3f} → {after:.3f} nats a token on {len(self.held)} records that were held out")
+        say_moved(method, carried, self.say)
+        self.say(f"Written to {settings.out}: a model, and what the next call must not forget")
+
+    def _begin(self) -> tuple[nn.Module, Carried]:
+        """The model as the domain finds it, and what it must not forget, in the method's hands."""
+        settings, method = self.settings, self.method
+        dtype = getattr(torch, settings.dtype)
+        model, carried = self.source.load(method, dtype)
+        if carried is None:
+            carried = self.work.protected() or Carried(None, [])
+            if carried.memory is not None:
+                method.remember(model, carried.memory)
+            elif settings.protect != NONE and method.protects:
+                method.check(model)
+                self._protect(model)
+                carried = self.work.keep_protected(Carried(method.memory, []))
+        return model, carried
+
+    def _protect(self, model: nn.Module) -> None:
+        settings = self.settings
+        if settings.protect == SELF:
+            self.say(f"The model writes {settings.texts} texts, by which it is protected (--protect)")
+            length = min(settings.max_length, 256)
+            texts: Any = write_texts(
+                model, self.tokenizer, texts=settings.texts, length=length, batch_size=32, seed=settings.seed
+            )
+        else:
+            text = read_text(settings.protect, "--protect", WINDOWS * settings.max_length * 16)
+            texts = Windows(self.tokenizer, text, settings.max_length)
+        transformers.set_seed(settings.seed)
+        self.method.protect(model, DomainBatches(texts, settings.batch_size, _device(model), len(texts)))
+
+    def _steps(self) -> int:
+        if self.settings.steps is not None:
+            return self.settings.steps
+        per_epoch = math.ceil(len(self.data) / self.settings.batch_size / self.settings.gradient_accumulation)
+        return max(1, math.ceil(per_epoch * self.settings.epochs))
+
+    def _arguments(self, steps: int) -> dict[str, Any]:
+        settings = self.settings
+        return {
+            "gradient_accumulation_steps": settings.gradient_accumulation,
+            "gradient_checkpointing": settings.gradient_checkpointing,
+            "report_to": [] if settings.report_to == "none" else settings.report_to,
+            "save_strategy": "steps",
+            "save_steps": max(1, math.ceil(steps / _CHECKPOINTS)),
+            "save_total_limit": 2,
+            **settings.training_arguments(),
+        }
+
+    def _write(self, model: Any, carried: Carried, entry: dict[str, Any]) -> None:
+        building = self.work.building()
+        if self.settings.merge:
+            model = merged(model)
+        model.save_pretrained(building)
+        self.tokenizer.save_pretrained(building)
+        if not self.settings.merge:
+            self.method.save(building)
+        memory = getattr(self.method, "memory", None)
+        save_carried(building, Carried(memory if memory is not None else carried.memory, [*carried.domains, entry]))
+        self.work.finish()
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device

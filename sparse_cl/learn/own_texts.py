@@ -1,0 +1,101 @@
+"""Texts that a model writes by itself: what it knows, without any data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from sparse_cl.four_domains.encoding import pad
+from sparse_cl.models.passes import evaluation
+
+_MARK = "\N{OBJECT REPLACEMENT CHARACTER}"
+
+
+@torch.no_grad()
+def write_texts(model: Any, tokenizer: Any, *, texts: int, length: int, batch_size: int, seed: int) -> list[dict[str, list[int]]]:
+    """Texts that are drawn from the model, token by token, at temperature 1; items as those of `EncodedRecords`.
+
+    A model with a chat template writes a user's message, and then its answer (as Magpie does, Xu et al. 2024); another
+    one writes text from its first token on, one document after the other.
+
+    Args:
+        texts: how many.
+        length: tokens of each, at most.
+        batch_size: texts that are written at once.
+        seed: of the draw.
+
+    Raises:
+        ValueError: the tokenizer has no token that a text could begin with.
+    """
+    found: list[list[int]] = []
+    with evaluation(model), torch.random.fork_rng(_cuda(model)):
+        torch.manual_seed(seed)
+        while len(found) < texts:
+            count = min(batch_size, texts - len(found))
+            found += _chats(model, tokenizer, count, length) if tokenizer.chat_template else _plain(
+                model, tokenizer, count, length
+            )
+    return [{"input_ids": ids, "attention_mask": [1] * len(ids), "labels": ids} for ids in found]
+
+
+def _plain(model: Any, tokenizer: Any, count: int, length: int) -> list[list[int]]:
+    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if first is None:
+        raise ValueError(
+            "protect: the tokenizer has neither a first nor an end token that a text could begin with; give "
+            "--protect FILE.txt or --protect none"
+        )
+    # Without an end, so that the next document follows.
+    return _continued(model, tokenizer, [[first]] * count, length - 1, stop=False)
+
+
+def _chats(model: Any, tokenizer: Any, count: int, length: int) -> list[list[int]]:
+    whole = tokenizer.apply_chat_template([{"role": "user", "content": _MARK}], tokenize=False)
+    before = tokenizer(whole.split(_MARK)[0], add_special_tokens=False)["input_ids"]
+    asked = _continued(model, tokenizer, [before] * count, max(8, length // 4), stop=True)
+    prompts = []
+    for ids in asked:
+        question = tokenizer.decode(ids[len(before) :], skip_special_tokens=True).strip()
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
+        )
+        prompts.append(tokenizer(text, add_special_tokens=False)["input_ids"][:length])
+    return _continued(model, tokenizer, prompts, max(8, length // 2), stop=True)
+
+
+def _continued(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], tokens: int, stop: bool) -> list[list[int]]:
+    """Prompts with what the model writes after them, to its end token where it is to stop there."""
+    device = next(model.parameters()).device
+    padding = tokenizer.pad_token_id
+    ids, mask = pad(prompts, padding, device, left=True)
+    ends = model.generation_config.eos_token_id if stop else None
+    ends = ends if isinstance(ends, list) else [ends] if ends is not None else []
+    with _plain_sampling(model, tokens, padding, ends or None):
+        written: Tensor = model.generate(input_ids=ids, attention_mask=mask)
+    found = []
+    for prompt, row in zip(prompts, written[:, ids.shape[1] :].tolist(), strict=True):
+        stops = [place for place, token in enumerate(row) if token in ends]
+        found.append([*prompt, *row[: stops[0] + 1 if stops else None]])
+    return found
+
+
+@contextmanager
+def _plain_sampling(model: Any, tokens: int, padding: int, ends: list[int] | None) -> Iterator[None]:
+    """`generate` draws from the model's own distribution, whatever its checkpoint asks for."""
+    own = model.generation_config
+    model.generation_config = transformers.GenerationConfig(
+        do_sample=True, top_k=0, max_new_tokens=tokens, pad_token_id=padding, eos_token_id=ends, use_cache=True
+    )
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def _cuda(model: Any) -> list[torch.device]:
+    return [device for device in {p.device for p in model.parameters()} if device.type == "cuda"]

@@ -1,0 +1,44 @@
+"""What a call says of what is protected, and of how far it moved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from statistics import median
+
+from sparse_cl.methods import Method
+from sparse_cl.methods.carried import Carried
+
+
+def say_protected(method: Method, carried: Carried, say: Callable[[str], object]) -> None:
+    """How many layers and directions are protected, and whose."""
+    learned = [entry["name"] for entry in carried.domains]
+    memory = carried.memory
+    if memory is None or not memory.domains:
+        done = f" (it learned {', '.join(learned)} by a method that remembers nothing)" if learned else ""
+        say(f"Protected: nothing{done}")
+        return
+    whose = "the base model" + (f", {', '.join(learned)}" if learned else "")
+    if getattr(method, "memory", None) is None:
+        say(f"Protected: nothing, as {method.name} has no use for what is remembered of {whose}")
+        return
+    capacity = memory.capacity()
+    used, width = (sum(layer[key] for layer in capacity.values()) for key in ("used", "width"))
+    subspaces = [found for name in memory.names if (found := memory.subspace(name)) is not None]
+    shares = [float(s.values.sum()) / max(float(s.values.sum()) + s.outside, 1e-30) for s in subspaces]
+    say(
+        f"Protected: {whose}; {len(subspaces)} layers, {used:,} of {width:,} directions of their inputs, which hold "
+        f"{median(shares):.0%} of what was put in (median)"
+    )
+
+
+def say_moved(method: Method, carried: Carried, say: Callable[[str], object]) -> None:
+    """How far what layers compute for earlier domains moved."""
+    layers = method.record().get("layers", {})
+    moved = {name: layer["drift"] for name, layer in layers.items() if layer.get("drift") is not None}
+    if not moved:
+        return
+    worst = max(moved, key=lambda name: moved[name])
+    say(
+        f"Earlier domains: a layer's outputs moved by {median(moved.values()):.2%} of their energy (median of "
+        f"{len(moved)} layers), at most {moved[worst]:.2%} ({worst})"
+    )

@@ -1,0 +1,166 @@
+"""What `sparse-cl learn` is told to do."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from sparse_cl.arguments import check_options, option
+from sparse_cl.four_domains.method_options import parse_set
+from sparse_cl.methods import Method, method_named
+
+FULL_LR, ADAPTER_LR = 2e-5, 2e-4
+"""Peak rates for models of today's sizes: of all weights, and of adapters."""
+OWN = "settings of the method"
+SELF, NONE = "self", "none"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnSettings:
+    """Settings of `sparse-cl learn`; two calls with equal settings on equal data are the same."""
+
+    model: str = option(
+        MISSING, "causal language model, or what an earlier call left: a folder or a name on the Hub", metavar="MODEL"
+    )
+    data: tuple[str, ...] = option(
+        MISSING,
+        "records to learn: files (JSONL, JSON, CSV, Parquet), folders, globs, or data sets of the Hub, NAME[:CONFIG]",
+        nargs="+",
+        metavar="DATA",
+    )
+    out: Path = option(MISSING, "new folder for the model", metavar="DIR")
+    method: str = option("elastic", "how it is learned", metavar="NAME")
+    set: tuple[str, ...] = option(
+        (), "an option of the method, as strength=10; may be repeated", nargs="+", metavar="OPTION=VALUE", group=OWN
+    )
+    lr: float | None = option(
+        None, f"peak learning rate (default: {ADAPTER_LR:g} for adapters, else {FULL_LR:g})", metavar="X"
+    )
+    epochs: float = option(1.0, "passes over the records", metavar="X")
+    steps: int | None = option(None, "optimizer steps, in place of epochs", least=1, metavar="N")
+    batch_size: int = option(8, "records per pass", least=1, metavar="N")
+    gradient_accumulation: int = option(1, "passes per optimizer step", least=1, metavar="N")
+    gradient_checkpointing: bool = option(False, "recompute activations: less memory, a third more time")
+    max_length: int = option(512, "tokens of a record", least=16, metavar="N")
+    dtype: Literal["float32", "bfloat16"] = option(
+        "float32", "of the weights; in bfloat16 the optimizer keeps float32 copies of those that it trains"
+    )
+    autocast: Literal["bf16"] | None = option(None, "train under autocast, for float32 weights on a GPU")
+    columns: tuple[str, ...] = option(
+        (), "what the records call their fields, as prompt=question,response=answer", metavar="FIELD=COLUMN,…"
+    )
+    eval: str | None = option(
+        None, "records to score before and after (default: 5 % of the data, which are held out)", metavar="DATA"
+    )
+    protect: str = option(
+        SELF,
+        "what the base model must not forget, before the first domain: self, texts that it writes; a file of plain "
+        "text; or none",
+        metavar="self|FILE.txt|none",
+    )
+    texts: int = option(256, "texts that it writes for --protect self", least=1, metavar="N")
+    report_to: str = option("none", "where losses are logged as well", metavar="none|tensorboard|wandb|…")
+    trainer: tuple[str, ...] = option(
+        (), "further arguments of transformers' TrainingArguments", nargs="+", metavar="NAME=VALUE"
+    )
+    merge: bool = option(False, "write one plain model where the method trains an adapter")
+    show_data: bool = option(False, "show what would be learned, and stop")
+    seed: int = option(0, "of everything random", least=0, metavar="N")
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        if not 0 < self.epochs < float("inf"):
+            raise ValueError(f"epochs: expected a number above 0, got {self.epochs}")
+        if self.lr is not None and not 0 < self.lr < float("inf"):
+            raise ValueError(f"lr: expected a rate above 0, got {self.lr}")
+        pairs(self.columns, "columns")
+        self.make_method()
+        self.training_arguments()
+
+    def make_method(self) -> Method:
+        """A fresh instance of the method.
+
+        Raises:
+            ValueError: there is no such method, or it has not this option.
+        """
+        given = parse_set([entry if "=" not in entry else f"{self.method}.{entry}" for entry in self.set])
+        return method_named(self.method)(**given.get(self.method, {}))
+
+    def training_arguments(self) -> dict[str, Any]:
+        """What `trainer` says, typed as `TrainingArguments` has it.
+
+        Raises:
+            ValueError: it has no such argument, or one that has an option of its own here.
+        """
+        import transformers
+
+        known = {field.name: field for field in dataclasses.fields(transformers.TrainingArguments)}
+        found: dict[str, Any] = {}
+        for name, text in pairs(self.trainer, "trainer").items():
+            if name not in known:
+                raise ValueError(f"trainer: TrainingArguments has no {name!r}")
+            if name in _OURS:
+                raise ValueError(f"trainer: {name} is {_OURS[name]} here")
+            found[name] = _typed(text)
+        return found
+
+    def rate(self, adapters: bool) -> float:
+        """The peak learning rate."""
+        return self.lr if self.lr is not None else ADAPTER_LR if adapters else FULL_LR
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON would give it back, without where the result goes."""
+        found = dataclasses.asdict(self)
+        del found["out"], found["show_data"]
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
+
+
+_OURS = {
+    "output_dir": "--out",
+    "learning_rate": "--lr",
+    "max_steps": "--steps",
+    "num_train_epochs": "--epochs",
+    "per_device_train_batch_size": "--batch-size",
+    "gradient_accumulation_steps": "--gradient-accumulation",
+    "gradient_checkpointing": "--gradient-checkpointing",
+    "report_to": "--report-to",
+    "seed": "--seed",
+    "data_seed": "--seed",
+    "bf16": "--autocast bf16",
+    "optim": "--method",
+    "fp16": "refused: float16 has no place in the methods",
+    "resume_from_checkpoint": "done by giving the same command again",
+}
+"""Arguments of the Trainer that have an option, and which."""
+
+
+def pairs(entries: Sequence[str], name: str) -> dict[str, str]:
+    """{left: right} of entries `left=right`.
+
+    Raises:
+        ValueError: an entry of another form, or one that is given twice.
+    """
+    found: dict[str, str] = {}
+    for entry in entries:
+        left, equals, right = (part.strip() for part in entry.partition("="))
+        if not (left and equals and right):
+            raise ValueError(f"{name}: expected NAME=VALUE, got {entry!r}")
+        if left in found:
+            raise ValueError(f"{name}: {left} is given twice")
+        found[left] = right
+    return found
+
+
+def _typed(text: str) -> Any:
+    words = {"true": True, "false": False, "none": None}
+    if text.lower() in words:
+        return words[text.lower()]
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text

@@ -1,0 +1,105 @@
+"""The folder that a call writes: its checkpoints while it learns, then the model, whole or not there."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import transformers
+
+from sparse_cl.four_domains.experiment import differences
+from sparse_cl.four_domains.files import MARK, complete, read_json, write_json
+from sparse_cl.methods.carried import HISTORY, Carried, load_carried, save_carried
+
+_WORK = "unfinished"
+"""Within the folder, until it is done."""
+
+
+class Work:
+    """What is on disk of one call.
+
+    Args:
+        out: its folder.
+        settings: with the fingerprint of the data; by them a call knows its own folder again.
+
+    Raises:
+        ValueError: the folder holds something else; it is said what.
+    """
+
+    def __init__(self, out: Path, settings: Mapping[str, Any]) -> None:
+        self.out, self.settings, self._work = out, dict(settings), out / _WORK
+        self.checkpoints = self._work / "checkpoints"
+        if out.exists() and not out.is_dir():
+            raise ValueError(f"{out} is a file; --out must be a folder")
+        if (self._work / "finished").is_dir():
+            self._place()
+        held = self._held()
+        if held is None:
+            if out.is_dir() and any(path.name != _WORK for path in out.iterdir()):
+                raise ValueError(f"{out} is not empty and holds no model of sparse-cl learn. Give another --out")
+        elif differing := differences(held, self.settings):
+            raise ValueError(f"{out} is of another call (it differs in {differing}). Give another --out, or delete it")
+
+    def _held(self) -> Any:
+        """The settings of the call whose folder this is; None: of no call."""
+        if (path := self._work / "settings.json").is_file():
+            return read_json(path)
+        path = self.out / HISTORY
+        return read_json(path)["domains"][-1].get("settings") if path.is_file() else None
+
+    def is_done(self) -> bool:
+        """Whether the model is there; if not, the folder is made."""
+        if (self.out / MARK).is_file():
+            return True
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        write_json(self._work / "settings.json", self.settings)
+        return False
+
+    def protected(self) -> Carried | None:
+        """What an interrupted call remembered of the base model."""
+        return load_carried(self._work)
+
+    def keep_protected(self, carried: Carried) -> Carried:
+        """Keeps it, so that it need not be found again."""
+        save_carried(self._work, carried)
+        return carried
+
+    def marker(self) -> transformers.TrainerCallback:
+        """Marks each checkpoint that was written whole."""
+        return _Marker()
+
+    def last_checkpoint(self) -> str | None:
+        """The last one that is whole; others are deleted."""
+        found = sorted(self.checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+        whole = [path for path in found if (path / MARK).is_file()]
+        for path in set(found) - set(whole[-1:]):
+            shutil.rmtree(path)
+        return str(whole[-1]) if whole else None
+
+    def building(self) -> Path:
+        """An empty folder for the model."""
+        folder = self._work / "building"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        return folder
+
+    def finish(self) -> None:
+        """Puts what was built in its place."""
+        complete(self._work / "building", self._work / "finished")
+        self._place()
+
+    def _place(self) -> None:
+        # The mark comes last: without it the folder is not done, and this is done again.
+        parts = sorted((self._work / "finished").iterdir(), key=lambda path: path.name == MARK)
+        for part in parts:
+            if (target := self.out / part.name).is_dir():
+                shutil.rmtree(target)
+            part.rename(target)
+        shutil.rmtree(self._work)
+
+
+class _Marker(transformers.TrainerCallback):
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / MARK, {})
