@@ -130,16 +130,22 @@ def _file(folder: str | Path, name: str) -> Path | None:
     """The file, of a folder or of a model on the Hub; None: there is none."""
     if Path(folder).is_dir():
         return Path(folder) / name if (Path(folder) / name).is_file() else None
-    from transformers.utils import cached_file
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     try:
-        found = cached_file(str(folder), name, _raise_exceptions_for_missing_entries=False)
-    except OSError as error:
+        return Path(hf_hub_download(str(folder), name))
+    except (OSError, ValueError) as error:  # whether the Hub says no, or is not there
+        if isinstance(error, EntryNotFoundError) and not isinstance(error, LocalEntryNotFoundError):
+            return None
+        known = isinstance(error, LocalEntryNotFoundError) and try_to_load_from_cache(str(folder), name)
+        if known is not None and not isinstance(known, str | bool):
+            return None  # the Hub said so when it was last asked
         raise ValueError(
-            f"{folder}: neither a folder nor a model on the Hub that could be asked for {name} ({error}); without it "
-            "what was learned before would not be protected. Download the model whole, and give its folder"
+            f"{folder}: neither a folder nor a model on the Hub that could be asked for {name} "
+            f"({type(error).__name__}), and without it what was learned before would not be protected. Download the "
+            "model whole, and give its folder"
         ) from error
-    return None if found is None else Path(found)
 
 
 def _read(folder: str | Path, path: Path) -> tuple[list[dict[str, Any]], str | None]:

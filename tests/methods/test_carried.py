@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 
+import huggingface_hub
 import pytest
 from cases.methods import copy_of, domain, learn, same, weights
+from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
 
 from sparse_cl import SubspaceMemory
 from sparse_cl.methods import Carried, Curvature, Elastic, ElasticLoRA, Orthogonal, load_carried, save_carried
@@ -45,10 +47,27 @@ def test_a_model_that_was_never_trained_here_carries_nothing(tmp_path):
     assert load_carried(tmp_path) is None
 
 
-def test_neither_a_folder_nor_a_model_of_the_hub(monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match="nobody/nothing: neither a folder nor a model on the Hub"):
-        load_carried("nobody/nothing")
+@pytest.mark.parametrize("answer", ["no such file", "silence", "it said so before", "the file"])
+def test_a_model_on_the_hub(tiny_llama, tmp_path, monkeypatch, answer):
+    learned(tiny_llama, tmp_path)
+
+    def download(repo, name):
+        if answer == "the file":
+            return str(tmp_path / name)
+        raise (RemoteEntryNotFoundError("404", response=Response()) if answer == "no such file" else offline)
+
+    class Response:
+        headers, request, status_code, text = {}, None, 404, ""
+
+    offline = LocalEntryNotFoundError("no connection")
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    known = huggingface_hub._CACHED_NO_EXIST if answer == "it said so before" else None
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda repo, name: known)
+    if answer == "silence":
+        with pytest.raises(ValueError, match="someone/model: neither a folder nor a model on the Hub that could be"):
+            load_carried("someone/model")
+    else:
+        assert (load_carried("someone/model") is None) == (answer != "the file")
 
 
 def test_a_history_without_a_memory(tmp_path, tiny_llama):
