@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .adamw import AdamW
 from .base import Batch, Method
+from .carried import Carried, load_carried, save_carried
 from .curvature import Curvature
 from .elastic import Elastic, ElasticLoRA
 from .lora import LoRA
@@ -38,6 +39,7 @@ join_arena()
 __all__ = [
     "AdamW",
     "Batch",
+    "Carried",
     "Curvature",
     "Elastic",
     "ElasticLoRA",
@@ -53,6 +55,8 @@ __all__ = [
     "SparseMasked",
     "SparseMaskedLoRA",
     "TwoFour",
+    "load_carried",
     "method_named",
     "register",
+    "save_carried",
 ]

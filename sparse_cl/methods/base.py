@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from sparse_cl.models.parts import refuse_quantized
+from sparse_cl.subspace import SubspaceMemory
 
 Batch = Mapping[str, Tensor]
 
@@ -86,6 +87,21 @@ class Method(ABC):
             ValueError: the method protects no text, or has begun its first domain.
         """
         raise ValueError(f"{self.name} protects no text; leave --protect out, or run a method that does")
+
+    def remember(self, model: nn.Module, memory: SubspaceMemory) -> None:
+        """Go on from what earlier domains used, in place of `protect` and before the first domain.
+
+        Args:
+            model: what `before_domain` will be given.
+            memory: of this model, such as `load_carried` reads from a model folder. It is kept, and added to.
+
+        Raises:
+            ValueError: the method keeps no such memory, has one already, or the memory is of another model.
+        """
+        raise ValueError(
+            f"{self.name} keeps no memory of inputs, so it would not protect what was learned before; take a method "
+            "that does (elastic, elastic-lora, orthogonal, orthogonal-lora), or give it none"
+        )
 
     def steps(self, steps: int, number: int, domains: int) -> int:
         """Optimizer steps in the domain of index `number` of `domains`, where the run's setting is `steps`.

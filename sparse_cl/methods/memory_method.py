@@ -18,11 +18,10 @@ from sparse_cl.probes.capacity import scarcity
 from sparse_cl.subspace import SubspaceMemory
 
 from .base import Batch, Method, check_first
+from .carried import memory_path, save_memory
 from .lora import MergedWeights, add_adapter, merged, with_adapters
 from .options import check_above_zero, check_at_least, check_share
 from .surviving import only_gradients_of, surviving_shares
-
-_FILE = "memory.safetensors"
 
 
 @contextmanager
@@ -93,11 +92,29 @@ class MemoryMethod(Method):
             self.memory = None
             raise
 
+    def remember(self, model: nn.Module, memory: SubspaceMemory) -> None:
+        """As `Method.remember`. The memory's own settings go on ruling; a warning says where this method has others."""
+        if self.memory is not None:
+            raise ValueError(
+                f"{self.name}: remember comes once, before protect and the first domain; make a new method"
+            )
+        if memory.settings.source != self.source:
+            raise ValueError(
+                f"source: {self.name} was made for {self.source!r}, but the memory is of {memory.settings.source!r}; "
+                f"make the method with source={memory.settings.source!r}"
+            )
+        memory.bind(model)
+        self._remember(model, memory)
+        others = [name for name in ("energy", "max_rank") if getattr(self, name) != getattr(memory.settings, name)]
+        if others:
+            theirs = ", ".join(f"{name}={getattr(memory.settings, name)!r}" for name in others)
+            warnings.warn(f"{self.name}: the memory goes on with its own {theirs}", stacklevel=2)
+
     def record(self) -> dict[str, Any]:
         return {"layers": self._layers}
 
     def save(self, folder: Path) -> None:
-        self._known.save(folder / _FILE)
+        save_memory(folder, self._known)
 
     def _new_memory(self, base: nn.Module) -> SubspaceMemory:
         return SubspaceMemory(base, max_rank=self.max_rank, energy=self.energy, source=self.source)
@@ -113,7 +130,7 @@ class MemoryMethod(Method):
 
     def _load(self, base: nn.Module, folder: Path) -> None:
         """Go on with the memory that `save` wrote."""
-        self._remember(base, SubspaceMemory.load(folder / _FILE, base))
+        self._remember(base, SubspaceMemory.load(memory_path(folder), base))
 
     def _begin(self, base: nn.Module, batches: Iterable[Batch]) -> None:
         """Measure, before a domain is learned, what survives of its gradient, and warn where little does.
@@ -198,6 +215,14 @@ class FreshAdapters(MemoryMethod):
     def check(self, model: nn.Module) -> None:
         super().check(model)
         refuse_shared(model)  # two adapters would be merged into the one weight
+
+    def remember(self, model: nn.Module, memory: SubspaceMemory) -> None:
+        if hasattr(model, "peft_config"):
+            raise ValueError(
+                f"model: expected the base model, which {self.name} remembers, got a {type(model).__name__}; merge its "
+                "adapter (merge_and_unload), or go on from its folder by restore(base, [folder])"
+            )
+        super().remember(model, memory)
 
     @abstractmethod
     def _confine(self, adapted: nn.Module) -> None:

@@ -134,7 +134,7 @@ def test_the_capacity_of_each_layer_is_recorded_and_no_domain_leaks(finished, me
     text = (out / "comparison.txt").read_text()
     assert "largest leak" in text
     assert f"Warning: {method}, before " in text
-    assert (out / method / "2-medical" / "memory.safetensors").is_file()
+    assert (out / method / "2-medical" / "sparse_cl" / "memory.safetensors").is_file()
 
 
 def test_lora_trains_one_adapter_on_and_on(finished, world):

@@ -166,7 +166,7 @@ def test_a_resumed_run_goes_on_with_the_same_bits(tiny_llama, tmp_path, settings
 
 def test_a_damaged_file(tiny_llama, tmp_path):
     learn(Elastic(), tiny_llama, domain(0), lr=LR, folder=tmp_path)
-    path = tmp_path / "memory.safetensors"
+    path = tmp_path / "sparse_cl" / "memory.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"memory\.safetensors: not a readable memory file"):
         Elastic().restore(tiny_llama, [tmp_path])
