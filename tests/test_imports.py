@@ -26,7 +26,7 @@ ORDER = (
     ("models",),
     ("probes",),
     ("methods",),
-    ("arguments",),
+    ("arguments", "data"),
     ("four_domains",),
     ("learn", "report"),
     ("planner",),

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from sparse_cl.four_domains import experiment
-from sparse_cl.four_domains.data import DEFAULT_DOMAINS
+from sparse_cl.four_domains.domains import DEFAULT_DOMAINS
 from sparse_cl.four_domains.settings import Settings, methods_named
 
 GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)

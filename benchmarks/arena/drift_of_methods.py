@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from sparse_cl.four_domains.data import load_domains
+from sparse_cl.four_domains.domains import load_domains
 from sparse_cl.four_domains.files import write_json
 from sparse_cl.four_domains.report import text_table
 from sparse_cl.models.loading import load_model, quiet

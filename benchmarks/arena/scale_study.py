@@ -24,7 +24,7 @@ import torch
 import transformers
 from tqdm.auto import tqdm
 
-from sparse_cl.four_domains.data import load_domains
+from sparse_cl.four_domains.domains import load_domains
 from sparse_cl.four_domains.training import train
 from sparse_cl.models.loading import load_model, quiet
 from sparse_cl.probes import ActivationProbe, GradientProbe, compare_gradients, overlap

@@ -1,6 +1,6 @@
 """Four small domains with checkable answers, generated from a seed.
 
-The records have the fields of a data folder (see `data.read_folder`):
+The records have the fields of a data folder (see `sparse_cl.data.records`):
 
 * code: trace a small Python program; `answer` is what Python prints.
 * math: arithmetic in words; `answer` is the number word.

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparse_cl.data.encoding import Example, encode, encode_prompt, encode_record, pad, tokenized
 from sparse_cl.models.passes import evaluation
 
-from .data import Domain
-from .encoding import Example, encode, encode_prompt, pad
+from .domains import Domain
 
 METRICS = ("bits_per_byte", "accuracy", "exact_match")
 ANSWER_MARKS = ("####", "The answer is")
@@ -26,7 +26,7 @@ def _batches(items: Sequence, size: int) -> Iterator[Sequence]:
 
 @torch.no_grad()
 def response_nats(model: nn.Module, examples: Sequence[Example], batch_size: int = 16) -> list[float]:
-    """−ln p(response | prompt) of each example, in nats; the end-of-sequence is left out."""
+    """−ln p of what is scored of each example given what stands before it, in nats (`Example.spans`)."""
     device = next(model.parameters()).device
     # Batches of like lengths waste less on padding.
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids))
@@ -35,24 +35,26 @@ def response_nats(model: nn.Module, examples: Sequence[Example], batch_size: int
         ids, mask = pad([examples[i].input_ids for i in indices], 0, device)
         logits = model(input_ids=ids, attention_mask=mask).logits
         for row, i in enumerate(indices):
-            # The first id of all has no prediction: without a prompt or a BOS it goes unscored.
-            first, end = max(examples[i].response_start, 1), examples[i].response_end
-            predictions = logits[row, first - 1 : end - 1].float()
-            losses = nn.functional.cross_entropy(predictions, ids[row, first:end], reduction="none")
-            nats[i] = losses.double().sum().item()
+            for start, end in examples[i].spans:
+                # The first id of all has no prediction: without a prompt or a BOS it goes unscored.
+                first = max(start, 1)
+                predictions = logits[row, first - 1 : end - 1].float()
+                losses = nn.functional.cross_entropy(predictions, ids[row, first:end], reduction="none")
+                nats[i] += losses.double().sum().item()
     return nats
 
 
 def bits_per_byte(
     model: nn.Module, tokenizer: Any, records: Sequence[dict], max_length: int, batch_size: int = 16
 ) -> float:
-    """−log2 p(responses | prompts) over the UTF-8 bytes of the responses, all records together.
+    """−log2 p of what is learned of the records (responses, the assistant's turns, texts) over its UTF-8 bytes, all
+    records together.
 
     Comparable between tokenizers. A truncated response (see `encode`) counts with the part that is kept.
     """
-    examples = [encode(tokenizer, record["prompt"], record["response"], max_length) for record in records]
+    examples = [encode_record(tokenizer, record, max_length) for record in records]
     total = sum(response_nats(model, examples, batch_size))
-    return total / math.log(2) / sum(example.response_bytes for example in examples)
+    return total / math.log(2) / sum(example.scored_bytes for example in examples)
 
 
 @torch.no_grad()
@@ -61,15 +63,14 @@ def text_bits_per_byte(model: nn.Module, tokenizer: Any, text: str, max_length: 
 
     The first token of each window has no context and is not scored; nor are its bytes counted.
     """
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
+    ids, ends = tokenized(tokenizer, text)
     windows, total_bytes = [], 0
     for start in range(0, len(ids), max_length):
         window = ids[start : start + max_length]
         if len(window) < 2:
             continue
-        windows.append(Example(window, window, 1, len(window), 0))
-        total_bytes += len(text[offsets[start][1] : offsets[start + len(window) - 1][1]].encode())
+        windows.append(Example(window, window, ((1, len(window)),), 0))
+        total_bytes += ends(start + len(window)) - ends(start + 1)
     if not windows or not total_bytes:
         raise ValueError(f"the text is too short to be scored: {len(ids)} tokens, need at least 2")
     return sum(response_nats(model, windows, batch_size)) / math.log(2) / total_bytes
@@ -132,7 +133,7 @@ def accuracy(model: nn.Module, tokenizer: Any, records: Sequence[dict], max_leng
         given, continuations = choice_continuations(record)
         examples += [encode(tokenizer, record["prompt"], text, max_length, separator=given) for text in continuations]
     nats = response_nats(model, examples, batch_size)
-    scores = iter([-nat / example.response_bytes for nat, example in zip(nats, examples, strict=True)])
+    scores = iter([-nat / example.scored_bytes for nat, example in zip(nats, examples, strict=True)])
     right = 0
     for record in records:
         of_choices = list(itertools.islice(scores, len(record["choices"])))

@@ -16,11 +16,13 @@ from accelerate.utils.memory import clear_device_cache
 from torch import nn
 from tqdm.auto import tqdm
 
-from sparse_cl.models.loading import load_model, quiet
+from sparse_cl.data import DataError
+from sparse_cl.data.files import read_text
+from sparse_cl.models.loading import load_model, load_tokenizer, quiet
 from sparse_cl.models.processes import check_processes, processes
 
 from . import embedded, figures
-from .data import DataError, Domain, load_domains, read_text
+from .domains import Domain, check_domains, load_domains
 from .embedded_model import embedded_model_folder
 from .files import is_disk_full, read_json, write_json
 from .prepared import Prepared
@@ -72,8 +74,9 @@ def prepare(settings: Settings, out: Path) -> tuple[Prepared, Scores]:
     """
     reference = _reference_text(settings)
     protected = text_to_protect(settings.protect, settings.reference, reference, settings.max_length)
-    domains = load_domains(settings.domains, settings.data, settings.seed)
+    domains = load_domains(settings.domains, settings.data, settings.seed, settings.columns)
     source = settings.model or str(embedded_model_folder())
+    check_domains(domains, *load_tokenizer(source), settings.max_length)
     model, tokenizer = load_model(source)
     prepared = Prepared(settings, source, tokenizer, domains, reference, protected)
     _check_methods(settings, model)
@@ -207,7 +210,10 @@ def _check_methods(settings: Settings, model: nn.Module) -> None:
 
 def _digests(domains: Sequence[Domain], reference: str | None, protected: str | None) -> dict[str, str]:
     """SHA-256 of the records and texts that a run reads, by name."""
-    read = {domain.name: vars(domain) for domain in domains} | {"--reference": reference, "--protect": protected}
+    read: dict[str, Any] = {domain.name: {"name": domain.name, **domain.splits()} for domain in domains} | {
+        "--reference": reference,
+        "--protect": protected,
+    }
     return {
         name: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
         for name, value in read.items()

@@ -10,7 +10,7 @@ from torch import nn
 
 from sparse_cl.models.loading import load_model
 
-from .data import Domain
+from .domains import Domain
 from .settings import Settings
 
 

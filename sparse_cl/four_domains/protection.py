@@ -7,8 +7,10 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
+from sparse_cl.data.files import read_text
+from sparse_cl.data.records import DataError
+
 from . import embedded
-from .data import DataError, read_text
 
 EMBEDDED = "embedded"
 WINDOWS = 128

@@ -15,11 +15,11 @@ import transformers
 from torch import nn
 from tqdm.auto import tqdm
 
+from sparse_cl.data.encoding import EncodedRecords, pad
 from sparse_cl.methods import Method
 from sparse_cl.models.passes import evaluation
 from sparse_cl.models.processes import processes
 
-from .encoding import EncodedRecords, pad
 from .evaluate import drift_nats, evaluate_domain, text_bits_per_byte
 from .files import check_complete, complete
 from .memory import peak_memory_bytes, reset_peak_memory

@@ -10,7 +10,7 @@ from sparse_cl.arguments import check_options, option
 from sparse_cl.methods import METHODS, Method, method_named
 from sparse_cl.methods.registry import elsewhere
 
-from .data import DEFAULT_DOMAINS
+from .domains import COLUMNS_HELP, DATA_HELP, DOMAINS_HELP, default_domains
 from .evaluate import METRICS
 from .method_options import check_option
 
@@ -52,13 +52,11 @@ class Settings:
     )
     data: str | None = option(
         None,
-        "folder of <domain>.{train,test,eval}.jsonl, or a data set of the Hub with a configuration for each domain "
-        "(default: embedded)",
-        metavar="DIR",
+        DATA_HELP + " (default: embedded)",
+        metavar="PATH_OR_HUB_NAME",
     )
-    domains: tuple[str, ...] = option(
-        DEFAULT_DOMAINS, "in training order; NAME=DATASET[:CONFIG] takes one from the Hub", metavar="NAME[,NAME…]"
-    )
+    domains: tuple[str, ...] = option((), DOMAINS_HELP, metavar="NAME[,NAME…]")
+    columns: tuple[str, ...] = option((), COLUMNS_HELP, metavar="FIELD=COLUMN[,…]")
     methods: tuple[str, ...] = field(default_factory=lambda: tuple(METHODS))
     reference: str | None = option(
         None,
@@ -93,6 +91,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_options(self)
+        # Kept as names: what is compared with another run is what was learned, not how it was asked for.
+        object.__setattr__(self, "domains", self.domains or default_domains(self.data))
         if not self.methods or len(set(self.methods)) < len(self.methods):
             raise ValueError(f"methods must be named, each once; got {list(self.methods)}")
         for name in (*self.methods, *self.lr):
@@ -148,8 +148,11 @@ class Settings:
 
     def to_json(self) -> dict[str, Any]:
         """As JSON would give it back."""
+        known = asdict(self)
+        if not self.columns:  # as settings were before there were columns
+            del known["columns"]
         return {
-            **asdict(self),
+            **known,
             "domains": list(self.domains),
             "methods": list(self.methods),
             "lr": {name: self.lr_of(name) for name in self.methods},

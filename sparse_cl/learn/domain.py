@@ -12,7 +12,8 @@ import transformers
 from torch import nn
 from tqdm.auto import tqdm
 
-from sparse_cl.data import EncodedRecords, Records, check_records, hold_out, read_records, read_text, show
+from sparse_cl.data import EncodedRecords, Records, check_records, hold_out, read_records, show
+from sparse_cl.data.files import read_text
 from sparse_cl.four_domains.protection import WINDOWS, Windows
 from sparse_cl.four_domains.sequence import DomainBatches
 from sparse_cl.four_domains.training import train
@@ -43,8 +44,8 @@ def learn(settings: LearnSettings, say: Callable[[str], object] = print) -> Path
     quiet()
     check_processes()
     source = Source(settings.model)
-    tokenizer = load_tokenizer(source.base)
-    records, held = _read(settings, tokenizer, source.rows())
+    tokenizer, rows = load_tokenizer(source.base)
+    records, held = _read(settings, tokenizer, rows)
     if settings.show_data:
         say(show(records, tokenizer, settings.max_length))
         return settings.out
@@ -52,7 +53,7 @@ def learn(settings: LearnSettings, say: Callable[[str], object] = print) -> Path
     if work.is_done():
         say(f"{settings.out} holds this model; nothing is left to do")
         return settings.out
-    say(f"Learns {records.describe()}; {len(held.records)} held out to score")
+    say(f"Learns {records.describe()}; {len(held.records)} to score")
     _Domain(settings, source, tokenizer, records, held, work, say).run()
     return settings.out
 

@@ -10,14 +10,16 @@ import torch
 import transformers
 from torch import Tensor
 
-from sparse_cl.four_domains.encoding import pad
+from sparse_cl.data.encoding import pad
 from sparse_cl.models.passes import evaluation
 
 _MARK = "\N{OBJECT REPLACEMENT CHARACTER}"
 
 
 @torch.no_grad()
-def write_texts(model: Any, tokenizer: Any, *, texts: int, length: int, batch_size: int, seed: int) -> list[dict[str, list[int]]]:
+def write_texts(
+    model: Any, tokenizer: Any, *, texts: int, length: int, batch_size: int, seed: int
+) -> list[dict[str, list[int]]]:
     """Texts that are drawn from the model, token by token, at temperature 1; items as those of `EncodedRecords`.
 
     A model with a chat template writes a user's message, and then its answer (as Magpie does, Xu et al. 2024); another
@@ -37,8 +39,10 @@ def write_texts(model: Any, tokenizer: Any, *, texts: int, length: int, batch_si
         torch.manual_seed(seed)
         while len(found) < texts:
             count = min(batch_size, texts - len(found))
-            found += _chats(model, tokenizer, count, length) if tokenizer.chat_template else _plain(
-                model, tokenizer, count, length
+            found += (
+                _chats(model, tokenizer, count, length)
+                if tokenizer.chat_template
+                else _plain(model, tokenizer, count, length)
             )
     return [{"input_ids": ids, "attention_mask": [1] * len(ids), "labels": ids} for ids in found]
 
@@ -68,7 +72,9 @@ def _chats(model: Any, tokenizer: Any, count: int, length: int) -> list[list[int
     return _continued(model, tokenizer, prompts, max(8, length // 2), stop=True)
 
 
-def _continued(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], tokens: int, stop: bool) -> list[list[int]]:
+def _continued(
+    model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], tokens: int, stop: bool
+) -> list[list[int]]:
     """Prompts with what the model writes after them, to its end token where it is to stop there."""
     device = next(model.parameters()).device
     padding = tokenizer.pad_token_id

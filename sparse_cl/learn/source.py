@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 
 from sparse_cl.methods import Method
@@ -36,11 +35,6 @@ class Source:
             if not base:
                 raise ValueError(f"model: {name} holds an adapter that does not name its base model")
             self.base, self.adapter = base, Path(name)
-
-    def rows(self) -> int:
-        """Rows of the input embedding, without loading the weights."""
-        config = transformers.AutoConfig.from_pretrained(self.base)
-        return int(config.get_text_config().vocab_size)
 
     def load(self, method: Method, dtype: torch.dtype) -> tuple[nn.Module, Carried | None]:
         """The model for a method to go on with, and what it must not forget; None: nothing was learned here yet.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import platform
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,11 +20,23 @@ import sparse_cl
 from .processes import processes
 
 
-def load_tokenizer(source: str) -> Any:
-    """The tokenizer of a model, with a padding token; without loading the model.
+def load_model(source: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any]:
+    """A causal language model on this process's device, and its tokenizer, with a padding token.
 
     Raises:
         ValueError: there is no such folder, or what is there cannot be loaded; or the tokenizer cannot pad.
+    """
+    tokenizer, _ = load_tokenizer(source)
+    with _loading(source):
+        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    return model.to(processes().device), tokenizer
+
+
+def load_tokenizer(source: str) -> tuple[Any, int]:
+    """A model's tokenizer, with a padding token, and the rows of the model's input embedding, without its weights.
+
+    Raises:
+        ValueError: as `load_model`.
     """
     path = Path(source)
     if path.is_dir():
@@ -30,29 +44,22 @@ def load_tokenizer(source: str) -> Any:
             raise ValueError(f"{source} is no model's folder: it has no config.json; there are {_listed(path)}")
     elif path.exists() or source.startswith((".", "/", "~")):
         raise ValueError(f"{source}: there is no such folder; give a model's folder, or its name on the Hub")
-    try:
+    with _loading(source):
+        config = transformers.AutoConfig.from_pretrained(source)
         tokenizer = transformers.AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{source}: its tokenizer cannot be loaded: {error}") from error
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token_id is None:
         raise ValueError(f"{source}: its tokenizer has no token to pad with, and no end token; give it one (pad_token)")
-    return tokenizer
+    return tokenizer, config.get_text_config().vocab_size
 
 
-def load_model(source: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any]:
-    """A causal language model on this process's device, and its tokenizer, with a padding token.
-
-    Raises:
-        ValueError: as `load_tokenizer`; or the model cannot be loaded.
-    """
-    tokenizer = load_tokenizer(source)
+@contextmanager
+def _loading(source: str) -> Iterator[None]:
     try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        yield
     except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"{source} cannot be loaded as a causal language model: {error}") from error
-    return model.to(processes().device), tokenizer
+        raise ValueError(f"{source} cannot be loaded as a causal language model and its tokenizer: {error}") from error
 
 
 def _listed(folder: Path) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from sparse_cl.four_domains.data import load_domains
+from sparse_cl.four_domains.domains import load_domains
 from sparse_cl.four_domains.embedded_model import embedded_model_folder
 from sparse_cl.four_domains.report import number
 from sparse_cl.four_domains.settings import Settings

@@ -8,10 +8,10 @@ from typing import Any
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from sparse_cl.data.encoding import EncodedRecords, pad
+from sparse_cl.data.files import read_text
 from sparse_cl.four_domains import embedded
-from sparse_cl.four_domains.data import Domain
-from sparse_cl.four_domains.encoding import EncodedRecords, pad
-from sparse_cl.four_domains.experiment import read_text
+from sparse_cl.four_domains.domains import Domain
 from sparse_cl.four_domains.sequence import DomainBatches
 
 

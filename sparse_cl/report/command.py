@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from sparse_cl.arguments import add_options, chosen
-from sparse_cl.four_domains.data import DEFAULT_DOMAINS
+from sparse_cl.four_domains.domains import DEFAULT_DOMAINS
 
 from .settings import DriftSettings, Out, ProbeSettings
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from sparse_cl import probes
-from sparse_cl.four_domains.data import load_domains
+from sparse_cl.four_domains.domains import load_domains
 from sparse_cl.four_domains.sequence import DomainBatches
 from sparse_cl.models.loading import load_model, quiet
 from sparse_cl.models.parts import find_blocks, spread

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparse_cl.four_domains.data import Domain, load_domains
+from sparse_cl.four_domains.domains import Domain, load_domains
 from sparse_cl.four_domains.embedded_model import embedded_model_folder
 from sparse_cl.models.loading import load_model, quiet, versions
 

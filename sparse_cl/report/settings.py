@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from sparse_cl.arguments import check_options, option
-from sparse_cl.four_domains.data import DEFAULT_DOMAINS
+from sparse_cl.four_domains.domains import DEFAULT_DOMAINS
 from sparse_cl.methods.options import check_share
 
 PROBES = ("activation", "gradients", "curvature", "rank", "capacity")

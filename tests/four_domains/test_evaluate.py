@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from sparse_cl.four_domains.data import Domain
+from sparse_cl.four_domains.domains import Domain
 from sparse_cl.four_domains.evaluate import (
     accuracy,
     bits_per_byte,

@@ -32,7 +32,7 @@ def test_weights_cut_short(world, tmp_path):
     shutil.copytree(world / "model", tmp_path / "model")
     weights = tmp_path / "model" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(ValueError, match="model cannot be loaded as a causal language model: "):
+    with pytest.raises(ValueError, match="model cannot be loaded as a causal language model and its tokenizer: "):
         experiment.load_model(str(tmp_path / "model"))
 
 

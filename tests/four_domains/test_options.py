@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sparse_cl.four_domains import embedded
-from sparse_cl.four_domains.data import DataError, Domain
+from sparse_cl.four_domains.domains import DataError, Domain
 from sparse_cl.four_domains.evaluate import drift_nats
 from sparse_cl.four_domains.method_options import parse_set
 from sparse_cl.four_domains.prepared import Prepared

@@ -10,7 +10,7 @@ import transformers
 from cases.world import write_world
 
 from sparse_cl.four_domains import experiment
-from sparse_cl.four_domains.data import DataError, load_domains
+from sparse_cl.four_domains.domains import DataError, load_domains
 from sparse_cl.four_domains.embedded import DOMAINS
 from sparse_cl.four_domains.evaluate import bits_per_byte
 from sparse_cl.four_domains.prepared import Prepared

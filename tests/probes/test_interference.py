@@ -104,8 +104,8 @@ def test_a_step_that_rounding_loses_is_warned_about(tiny_llama):
 
 def test_the_default_step_on_a_real_model(shared_folder):
     pytest.importorskip("transformers")
-    from sparse_cl.four_domains.data import load_domains
-    from sparse_cl.four_domains.encoding import EncodedRecords
+    from sparse_cl.data.encoding import EncodedRecords
+    from sparse_cl.four_domains.domains import load_domains
     from sparse_cl.four_domains.sequence import DomainBatches
     from sparse_cl.models.loading import load_model
 

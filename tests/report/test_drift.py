@@ -15,7 +15,7 @@ from cases.world import write_world
 from sparse_cl import probes
 from sparse_cl.cli import main
 from sparse_cl.four_domains import experiment
-from sparse_cl.four_domains.data import load_domains
+from sparse_cl.four_domains.domains import load_domains
 from sparse_cl.four_domains.evaluate import bits_per_byte
 from sparse_cl.four_domains.settings import Settings
 from sparse_cl.report import drift

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sparse_cl.cli import main
-from sparse_cl.four_domains.data import load_domains
+from sparse_cl.four_domains.domains import load_domains
 from sparse_cl.probes import ActivationProbe, ActivationScores, GradientProbe, compare_gradients, overlap
 from sparse_cl.report.batches import domain_batches
 from sparse_cl.report.probe import probe_model, sections

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from sparse_cl.arguments import chosen
-from sparse_cl.four_domains.data import load_domains
+from sparse_cl.four_domains.domains import load_domains
 from sparse_cl.four_domains.files import write_json
 from sparse_cl.models.loading import load_model, quiet
 from sparse_cl.report.html import write_report

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import DataCollatorForSeq2Seq
 
-from sparse_cl.four_domains.encoding import IGNORED, EncodedRecords, encode, encode_prompt, pad
+from sparse_cl.data.encoding import IGNORED, EncodedRecords, encode, encode_prompt, pad
 
 texts = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=40)
 
@@ -14,12 +14,12 @@ texts = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=
 @given(prompt=texts, response=texts)
 def test_labels_are_the_response_and_its_end(tokenizer, prompt, response):
     example = encode(tokenizer, prompt, response, 10_000)
-    start, end = example.response_start, example.response_end
+    ((start, end),) = example.spans
     assert tokenizer.decode(example.input_ids[:start]) == prompt + "\n"
     assert tokenizer.decode(example.input_ids[start:end]) == response
     assert example.input_ids[end:] == [tokenizer.eos_token_id]
     assert example.labels == [IGNORED] * start + example.input_ids[start:]
-    assert example.response_bytes == len(response.encode())
+    assert example.scored_bytes == len(response.encode())
 
 
 @given(prompt=texts, response=texts, max_length=st.integers(4, 30))
@@ -27,14 +27,14 @@ def test_truncation_keeps_the_end_of_the_prompt_and_the_start_of_the_response(to
     whole = encode(tokenizer, prompt, response, 10_000)
     cut = encode(tokenizer, prompt, response, max_length)
     assert len(cut.input_ids) == len(cut.labels) == min(max_length, len(whole.input_ids))
-    prompt_ids, cut_ids = whole.input_ids[: whole.response_start], cut.input_ids[: cut.response_start]
+    ((start, _),), ((cut_start, cut_end),) = whole.spans, cut.spans
+    prompt_ids, cut_ids = whole.input_ids[:start], cut.input_ids[:cut_start]
     assert cut_ids == prompt_ids[len(prompt_ids) - len(cut_ids) :]
     assert len(cut_ids) >= min(len(prompt_ids), max_length // 2)
-    kept = cut.response_end - cut.response_start
-    assert cut.input_ids[cut.response_start : cut.response_end] == whole.input_ids[whole.response_start :][:kept]
-    decoded = tokenizer.decode(cut.input_ids[cut.response_start : cut.response_end], errors="replace")
+    assert cut.input_ids[cut_start:cut_end] == whole.input_ids[start:][: cut_end - cut_start]
+    decoded = tokenizer.decode(cut.input_ids[cut_start:cut_end], errors="replace")
     if "\ufffd" not in decoded:
-        assert cut.response_bytes == len(decoded.encode())
+        assert cut.scored_bytes == len(decoded.encode())
 
 
 class WithBos:
@@ -59,7 +59,8 @@ def test_a_bos_stays_first_and_a_tokenizers_own_eos_is_not_put_between(tokenizer
     cut = encode(wrapped, "long prompt", "yes", 8)
     assert len(cut.input_ids) == 8
     assert cut.input_ids[0] == 7
-    assert cut.input_ids[1 : cut.response_start] == plain[-(cut.response_start - 1) :]
+    start = cut.spans[0][0]
+    assert cut.input_ids[1:start] == plain[-(start - 1) :]
 
 
 def test_too_short_a_length_is_an_error(tokenizer):

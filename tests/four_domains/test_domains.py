@@ -6,7 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from sparse_cl.four_domains.data import DataError, load_domains, read_folder, read_jsonl
+from sparse_cl.data import DataError
+from sparse_cl.data.reading import read_files
+from sparse_cl.four_domains.domains import load_domains, read_folder
 
 LINE = {"prompt": "p", "response": "r"}
 
@@ -44,7 +46,7 @@ def test_a_bad_line_is_named_with_its_number(tmp_path, line, message):
     path = tmp_path / "bad.jsonl"
     path.write_text(json.dumps(LINE) + "\n\n" + line + "\n", encoding="utf-8")
     with pytest.raises(DataError, match=message):
-        read_jsonl(path, for_eval=True)
+        read_files([path], for_eval=True)
 
 
 @pytest.mark.parametrize("content", ["", "\n\n"])
@@ -126,10 +128,10 @@ def test_a_file_that_is_not_utf_8_is_named_with_its_line_and_a_byte_order_mark_i
     path = tmp_path / "bad.jsonl"
     line = json.dumps({"prompt": "né", "response": "r"}, ensure_ascii=False)
     path.write_bytes(b"\xef\xbb\xbf" + line.encode() + b"\r\n")
-    assert read_jsonl(path) == [{"prompt": "né", "response": "r"}]
+    assert list(read_files([path])) == [{"prompt": "né", "response": "r"}]
     path.write_bytes(line.encode() + b"\n" + line.encode("latin-1"))
     with pytest.raises(DataError, match=r"bad\.jsonl:2: not UTF-8: .* 0xe9"):
-        read_jsonl(path)
+        list(read_files([path]))
 
 
 def hub(monkeypatch, **splits):

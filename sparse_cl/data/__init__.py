@@ -1,0 +1,18 @@
+"""Data that people have: read from files and the Hub, checked, split, and encoded as token ids."""
+
+from .checks import check_records, check_tokenizer, show
+from .encoding import EncodedRecords
+from .reading import read_records
+from .records import DataError, Records, hold_out, parse_columns
+
+__all__ = [
+    "DataError",
+    "EncodedRecords",
+    "Records",
+    "check_records",
+    "check_tokenizer",
+    "hold_out",
+    "parse_columns",
+    "read_records",
+    "show",
+]

@@ -1,0 +1,85 @@
+"""What is checked of records with the tokenizer, before a model is loaded; and examples for a person to look at."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from .encoding import IGNORED, encode_record
+from .records import DataError
+
+_SHOWN = 24
+"""Tokens of the beginning and of the end of a stretch that are shown."""
+
+
+def check_tokenizer(tokenizer: Any, rows: int) -> None:
+    """Whether the token that fills up batches has a row in the embedding.
+
+    Raises:
+        DataError: it has none.
+    """
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= rows:
+        raise DataError(_beyond("the tokenizer pads with", tokenizer, tokenizer.pad_token_id, rows))
+
+
+def check_records(records: Sequence[dict], tokenizer: Any, rows: int, max_length: int) -> None:
+    """Whether every record can be learned from by a model.
+
+    Args:
+        rows: of the model's input embedding (`config.vocab_size`).
+        max_length: tokens that a record may have.
+
+    Raises:
+        DataError: a token has no row in the embedding, also the one that is padded with; nothing is left to learn of
+            a record; or a chat template refuses it. File and line are named.
+    """
+    check_tokenizer(tokenizer, rows)
+    for number, record in enumerate(records):
+        where = getattr(record, "where", f"record {number}")
+        example = encode_record(tokenizer, record, max_length)
+        if (highest := max(example.input_ids, default=0)) >= rows:
+            raise DataError(_beyond(f"{where}: its text has", tokenizer, highest, rows))
+        if all(label == IGNORED for label in example.labels[1:]):
+            field = next(field for field in ("messages", "text", "response") if field in record)
+            raise DataError(
+                f"{where}: nothing is left to learn of `{field}`: {len(example.input_ids)} tokens, of which none is "
+                f"learned with another one before it (max_length {max_length}). Leave the record out"
+            )
+
+
+def show(records: Sequence[dict], tokenizer: Any, max_length: int, count: int = 3) -> str:
+    """What was taken, and the first `count` records token by token, as they are trained on.
+
+    A | stands between tokens, « and » around those that are learned; a line break is shown as \\n.
+    """
+    lines = [records.describe() if hasattr(records, "describe") else f"{len(records):,} records"]
+    for number, record in enumerate(records[:count]):
+        example = encode_record(tokenizer, record, max_length)
+        learned = sum(label != IGNORED for label in example.labels)
+        where = getattr(record, "where", f"record {number}")
+        cut = ", cut to fit" * (len(example.input_ids) < len(encode_record(tokenizer, record, 10**9).input_ids))
+        lines += ["", f"{where}: {len(example.input_ids)} tokens{cut}, {learned} of them (in «») are learned"]
+        lines.append(_marked(tokenizer, example.input_ids, [label != IGNORED for label in example.labels]))
+    return "\n".join(lines)
+
+
+def _marked(tokenizer: Any, ids: Sequence[int], learned: Sequence[bool]) -> str:
+    stretches: list[tuple[bool, list[str]]] = []
+    for token, is_learned in zip(ids, learned, strict=True):
+        if not stretches or stretches[-1][0] != is_learned:
+            stretches.append((is_learned, []))
+        stretches[-1][1].append(tokenizer.decode([token]).replace("\n", "\\n"))
+    shown = []
+    for is_learned, pieces in stretches:
+        if len(pieces) > 2 * _SHOWN:
+            left_out = f" … {len(pieces) - 2 * _SHOWN} tokens … "
+            pieces = [*pieces[:_SHOWN], left_out, *pieces[-_SHOWN:]]
+        shown.append(f"«{'|'.join(pieces)}»" if is_learned else "|".join(pieces))
+    return "".join(shown)
+
+
+def _beyond(what: str, tokenizer: Any, token: int, rows: int) -> str:
+    return (
+        f"{what} token {token} ({tokenizer.convert_ids_to_tokens(token)!r}), and the embedding has {rows} rows. "
+        "Resize it (model.resize_token_embeddings) and save the model, or take the tokenizer that belongs to it"
+    )
