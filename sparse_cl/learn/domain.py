@@ -53,7 +53,7 @@ def learn(settings: LearnSettings, say: Callable[[str], object] = print) -> Path
     if work.is_done():
         say(f"{settings.out} holds this model; nothing is left to do")
         return settings.out
-    say(f"Learns {records.describe()}; {len(held.records)} to score")
+    say(f"Learns {records.describe()}" + ("" if settings.eval is None else f"; scores {held.describe()}"))
     _Domain(settings, source, tokenizer, records, held, work, say).run()
     return settings.out
 

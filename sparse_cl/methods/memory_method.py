@@ -162,9 +162,12 @@ class MemoryMethod(Method):
         """
         self._check_begun("after_domain")
         for name, layer in self._layers.items():
-            layer["leak"] = None
+            layer["leak"] = layer["drift"] = None
             if self._before and self._known.rank(name):
-                layer["leak"] = self._taken(name, learned[name].detach().cpu().double() - self._before[name].double())
+                before, change = self._before[name].double(), learned[name].detach().cpu().double()
+                change -= before
+                layer["leak"] = self._taken(name, change)
+                layer["drift"] = self._drift(name, before, change)
         self._before = {}
         self._observe(model, batches)
         self._known.consolidate()
@@ -182,6 +185,16 @@ class MemoryMethod(Method):
     def _taken(self, name: str, matrix: torch.Tensor) -> float:
         """Share of the energy of a gradient or a change of a weight that is in what earlier domains use."""
         return self._known.share_inside(name, matrix, self.by_use)
+
+    def _drift(self, name: str, before: torch.Tensor, change: torch.Tensor) -> float:
+        """By how much of their energy a layer's outputs on earlier inputs moved, as its directions see them."""
+        subspace = self._known.subspace(name)
+        assert subspace is not None  # it has a rank
+        held, moved = (
+            float(subspace.energies(x.mT if self._known.is_transposed(name) else x) @ subspace.values.double())
+            for x in (before.to(subspace.device), change.to(subspace.device))
+        )
+        return moved / held if held else 0.0
 
     def _observe(self, model: nn.Module, batches: Iterable[Batch]) -> None:
         with evaluation(model):
