@@ -100,6 +100,7 @@ class _Domain:
         model = method.before_domain(model, batches)
         lr = settings.rate(adapters=hasattr(model, "peft_config"))
         steps = self._steps()
+        self.work.begin()
         with tqdm(total=steps, desc=f"{method.name}: learning", mininterval=0.5) as bar:
             train(
                 model,

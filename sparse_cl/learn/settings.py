@@ -10,7 +10,10 @@ from typing import Any, Literal
 
 from sparse_cl.arguments import check_options, option
 from sparse_cl.four_domains.method_options import parse_set
-from sparse_cl.methods import Method, method_named
+from sparse_cl.methods import METHODS, Method, method_named
+from sparse_cl.methods.adamw import AdamW
+from sparse_cl.methods.lora import LoRA
+from sparse_cl.methods.memory_method import MemoryMethod
 
 FULL_LR, ADAPTER_LR = 2e-5, 2e-4
 """Peak rates for models of today's sizes: of all weights, and of adapters."""
@@ -86,8 +89,15 @@ class LearnSettings:
         Raises:
             ValueError: there is no such method, or it has not this option.
         """
+        method = method_named(self.method)
+        if not issubclass(method, MemoryMethod) and method not in (AdamW, LoRA):
+            fitting = [name for name, known in METHODS.items() if issubclass(known, MemoryMethod)]
+            raise ValueError(
+                f"method: {self.method} needs what `sparse-cl run` keeps of a whole sequence; expected one that goes on "
+                f"from a model's memory, {', '.join(fitting)}, or that protects nothing, {AdamW.name}, {LoRA.name}"
+            )
         given = parse_set([entry if "=" not in entry else f"{self.method}.{entry}" for entry in self.set])
-        return method_named(self.method)(**given.get(self.method, {}))
+        return method(**given.get(self.method, {}))
 
     def training_arguments(self) -> dict[str, Any]:
         """What `trainer` says, typed as `TrainingArguments` has it.

@@ -49,7 +49,7 @@ class Source:
         if self.adapter is not None and isinstance(method, FreshAdapters | LoRA):
             return method.restore(model, [self.adapter]), carried
         if self.adapter is not None:
-            model = merged(with_adapters(model, [self.adapter]))
+            model = merged(with_adapters(model, [self.adapter])).requires_grad_(True)
         if carried is not None and carried.memory is not None and isinstance(method, MemoryMethod):
             method.remember(model, carried.memory)
         return model, carried

@@ -50,12 +50,13 @@ class Work:
         return read_json(path)["domains"][-1].get("settings") if path.is_file() else None
 
     def is_done(self) -> bool:
-        """Whether the model is there; if not, the folder is made."""
-        if (self.out / MARK).is_file():
-            return True
+        """Whether the model is there."""
+        return (self.out / MARK).is_file()
+
+    def begin(self) -> None:
+        """Makes the folder; before it, nothing is written."""
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         write_json(self._work / "settings.json", self.settings)
-        return False
 
     def protected(self) -> Carried | None:
         """What an interrupted call remembered of the base model."""
@@ -63,6 +64,7 @@ class Work:
 
     def keep_protected(self, carried: Carried) -> Carried:
         """Keeps it, so that it need not be found again."""
+        self.begin()
         save_carried(self._work, carried)
         return carried
 
