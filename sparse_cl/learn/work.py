@@ -60,7 +60,7 @@ class Work:
 
     def protected(self) -> Carried | None:
         """What an interrupted call remembered of the base model."""
-        return load_carried(self._work)
+        return load_carried(self._work) if self._work.is_dir() else None
 
     def keep_protected(self, carried: Carried) -> Carried:
         """Keeps it, so that it need not be found again."""
