@@ -138,6 +138,7 @@ class MemoryMethod(Method):
         Args:
             base: the model without adapters; the first time, a memory of its linear layers is made.
         """
+        self.check(base)
         if self.memory is None:
             self._remember(base, self._new_memory(base))
         else:

@@ -47,6 +47,7 @@ class SparseMaskedLoRA(SparseMasked):
 
     def before_domain(self, model: nn.Module, batches: Iterable[Batch]) -> nn.Module:
         base = merged(model)
+        self.check(base)
         opened = chosen(base, most_active(base, batches, self.fraction))
         self.account.begin(self.name, base, batches, opened)
         mlps = find_mlps(base)

@@ -209,6 +209,21 @@ def refuse_quantized(model: nn.Module, method: str) -> None:
                 )
 
 
+def refuse_encoders(model: nn.Module, method: str) -> None:
+    """Raises a ValueError if a model of transformers does not predict the next token, or has an encoder too."""
+    config = getattr(model, "config", None)
+    generates = getattr(model, "can_generate", None)
+    if getattr(config, "is_encoder_decoder", False):
+        kind = "has an encoder and a decoder"
+    elif callable(generates) and not generates():
+        kind = "does not predict the next token"
+    else:
+        return
+    raise ValueError(
+        f"{type(model).__name__} {kind}, and {method} trains decoders only; load a model with AutoModelForCausalLM"
+    )
+
+
 def _find(
     model: nn.Module, kind: str, layouts: tuple[Layout, ...]
 ) -> Iterator[tuple[tuple[str, Layout, dict[str, Linear], Linear, str], dict[str, nn.Module]]]:
