@@ -19,8 +19,9 @@ from sparse_cl.subspace import SubspaceMemory
 
 from .base import Batch, Method, check_first
 from .carried import memory_path, save_memory
-from .lora import MergedWeights, add_adapter, merged, with_adapters
+from .lora import MergedWeights, add_adapter
 from .options import check_above_zero, check_at_least, check_share
+from .stacked import MergedAdapters
 from .surviving import only_gradients_of, surviving_shares
 
 
@@ -202,6 +203,8 @@ class MemoryMethod(Method):
 class FreshAdapters(MemoryMethod):
     """A fresh LoRA adapter for each domain; the one before is merged.
 
+    What `save` leaves is one adapter of all domains on the base as it was (`stacked`), which PEFT loads.
+
     Args:
         rank, alpha: of the adapters, whose change of a weight is alpha / rank · B A.
     """
@@ -212,6 +215,7 @@ class FreshAdapters(MemoryMethod):
         super().__init__(energy, source, max_rank)
         self.rank = check_at_least("rank", rank, 1)
         self.alpha = check_at_least("alpha", alpha, 1)
+        self._adapters = MergedAdapters(self.name)
 
     def check(self, model: nn.Module) -> None:
         super().check(model)
@@ -230,9 +234,9 @@ class FreshAdapters(MemoryMethod):
         """Draws the fresh adapter where earlier domains leave room."""
 
     def before_domain(self, model: nn.Module, batches: Iterable[Batch]) -> nn.Module:
-        base = merged(model)
+        base = self._adapters.merge(model)
         self._begin(base, batches)
-        adapted = add_adapter(base, self.rank, self.alpha)
+        adapted = self._adapters.begin(add_adapter(base, self.rank, self.alpha))
         self._confine(adapted)
         layers: Iterator[tuple[str, Any]] = ((n, m) for n, m in adapted.named_modules() if hasattr(m, "lora_A"))
         unseen = [name for name, layer in layers if not self._known.has_seen(layer.get_base_layer().weight)]
@@ -247,7 +251,10 @@ class FreshAdapters(MemoryMethod):
     def after_domain(self, model: nn.Module, batches: Iterable[Batch]) -> None:
         self._end(model, MergedWeights(model, self._weights), batches)
 
+    def save(self, folder: Path) -> None:
+        """As `Method.save`; and earlier domains' adapters go into the one that the model wrote, before its own."""
+        self._adapters.save(folder)
+        super().save(folder)
+
     def restore(self, base: nn.Module, folders: Sequence[Path]) -> nn.Module:
-        model = merged(with_adapters(base, folders[:-1]))
-        self._load(model, folders[-1])
-        return with_adapters(model, folders[-1:])
+        return self._adapters.restore(base, folders, lambda model: self._load(model, folders[-1]))
