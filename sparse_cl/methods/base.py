@@ -54,12 +54,14 @@ class Method(ABC):
         kind: "ours", "baseline" (another's continual-learning method) or "bound" (no continual learner: it shows what
             could be reached).
         protects: whether `protect` does anything.
+        trains_adapters: whether it takes a model that PEFT wrapped, and trains the adapter that it has.
         separate: whether each domain ends with a model of its own, so that nothing is forgotten.
     """
 
     name: str
     kind: Literal["ours", "baseline", "bound"] = "ours"
     protects: bool = False
+    trains_adapters: bool = False
     separate: bool = False
     options: tuple[str, ...] = ()
     default_lr: float
@@ -74,7 +76,7 @@ class Method(ABC):
         Raises:
             ValueError: the method cannot train this model.
         """
-        refuse_quantized(model, self.name)
+        refuse_quantized(model, self.name, under_adapters=not self.trains_adapters)
         refuse_encoders(model, self.name)
 
     def protect(self, model: nn.Module, batches: Iterable[Batch]) -> None:

@@ -83,6 +83,7 @@ class LoRA(Method):
 
     name = "lora"
     kind = "baseline"
+    trains_adapters = True
     options = ("rank", "alpha", "weight_decay")
     default_lr = 4e-3
 

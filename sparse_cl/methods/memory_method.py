@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparse_cl.models.parts import refuse_mixtures, refuse_shared
+from sparse_cl.models.parts import has_adapters, refuse_mixtures, refuse_shared
 from sparse_cl.models.passes import answer_tokens, evaluation
 from sparse_cl.probes.capacity import scarcity
 from sparse_cl.subspace import SubspaceMemory
@@ -31,6 +31,11 @@ def told_already() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*(no free direction left|not updated any more)")
         yield
+
+
+def trained_by_name(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """What an optimizer is given: the parameters that are not frozen."""
+    return [(name, param) for name, param in model.named_parameters() if param.requires_grad]
 
 
 class MemoryMethod(Method):
@@ -85,6 +90,11 @@ class MemoryMethod(Method):
 
     def protect(self, model: nn.Module, batches: Iterable[Batch]) -> None:
         check_first(self.name, self.memory is None)
+        if has_adapters(model):
+            raise ValueError(
+                f"{self.name}: an adapter that is to be trained cannot keep what the base knows, as its B begins at "
+                "zero; take elastic-lora, or protect the base model and train it whole"
+            )
         self._remember(model, self._new_memory(model))
         try:
             self._observe(model, batches)
@@ -145,6 +155,12 @@ class MemoryMethod(Method):
         else:
             self._known.bind(base)  # a vocabulary may have grown
             self._remember(base, self._known)
+        for name, weight in self._weights.items() if has_adapters(base) and self._known.domains else ():
+            if not weight.any():
+                raise ValueError(
+                    f"model: {name} is zero, so this is a fresh adapter, while the memory is of one that was trained; "
+                    "load that one: PeftModel.from_pretrained(base, folder, is_trainable=True)"
+                )
         self._layers = {name: {"surviving": 1.0} for name in self._weights}
         self._before, self._begun = {}, True
         if not self._known.domains:
@@ -222,7 +238,7 @@ class FreshAdapters(MemoryMethod):
         refuse_shared(model)  # two adapters would be merged into the one weight
 
     def remember(self, model: nn.Module, memory: SubspaceMemory) -> None:
-        if hasattr(model, "peft_config"):
+        if has_adapters(model):
             raise ValueError(
                 f"model: expected the base model, which {self.name} remembers, got a {type(model).__name__}; merge its "
                 "adapter (merge_and_unload), or go on from its folder by restore(base, [folder])"

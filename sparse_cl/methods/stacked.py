@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparse_cl.models.parts import has_adapters
+
 from .carried import FOLDER, move_in
 from .lora import merged
 
@@ -58,7 +60,7 @@ class MergedAdapters:
         Raises:
             ValueError: another adapter than the method's own.
         """
-        if hasattr(model, "peft_config"):
+        if has_adapters(model):
             if model is not self._current:
                 raise ValueError(
                     f"model: expected a plain model, or what before_domain returned, since {self._method} makes its "
@@ -99,11 +101,11 @@ class MergedAdapters:
         return self.begin(model)
 
 
-def adapter_of(model: nn.Module) -> Adapter:
+def adapter_of(model: Any) -> Adapter:
     """A copy of the adapter of a `peft.PeftModel`."""
     import peft
 
-    config = model.peft_config["default"]  # type: ignore[index]
+    config = model.peft_config["default"]
     tensors = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
     return Adapter(config.r, config.lora_alpha, {n: t.detach().to("cpu", copy=True) for n, t in tensors.items()})
 
@@ -121,8 +123,8 @@ def stack(folder: Path, history: Sequence[Adapter]) -> None:
     if history:
         tensors = dict(last)
         for name in last:
-            if _axis(name) is not None:
-                tensors[name] = torch.cat([_scaled(name, each, adapters[-1]) for each in adapters], _axis(name))
+            if (axis := _axis(name)) is not None:
+                tensors[name] = torch.cat([_scaled(name, each, adapters[-1]) for each in adapters], axis)
         config["r"] = sum(each.rank for each in adapters)
         # The scale alpha / r stays the last one's, to the bit where all are alike.
         alpha = adapters[-1].alpha * config["r"] / adapters[-1].rank

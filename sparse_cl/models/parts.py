@@ -196,8 +196,19 @@ def refuse_shared(model: nn.Module) -> None:
             )
 
 
-def refuse_quantized(model: nn.Module, method: str) -> None:
-    """Raises a ValueError that names the first layer whose weight is no matrix of floating-point numbers."""
+def has_adapters(model: nn.Module) -> bool:
+    """Whether PEFT put adapters into the model. An attribute of the model would say so after they were merged too."""
+    return any(hasattr(module, "get_base_layer") for module in model.modules())
+
+
+def refuse_quantized(model: nn.Module, method: str, *, under_adapters: bool = True) -> None:
+    """Raises a ValueError that names the first layer whose weight is no matrix of floating-point numbers.
+
+    Args:
+        under_adapters: also of a model that PEFT wrapped, whose base is frozen.
+    """
+    if has_adapters(model) and not under_adapters:
+        return  # no optimizer steps integers
     for name, module in model.named_modules():
         for own, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
             packed = own in ("qweight", "weight_packed") or (own == "weight" and tensor.dtype.itemsize == 1)
