@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from sparse_cl.models.parts import refuse_quantized
+from sparse_cl.models.parts import refuse_encoders, refuse_quantized
 from sparse_cl.subspace import SubspaceMemory
 
 Batch = Mapping[str, Tensor]
@@ -54,12 +54,14 @@ class Method(ABC):
         kind: "ours", "baseline" (another's continual-learning method) or "bound" (no continual learner: it shows what
             could be reached).
         protects: whether `protect` does anything.
+        trains_adapters: whether it takes a model that PEFT wrapped, and trains the adapter that it has.
         separate: whether each domain ends with a model of its own, so that nothing is forgotten.
     """
 
     name: str
     kind: Literal["ours", "baseline", "bound"] = "ours"
     protects: bool = False
+    trains_adapters: bool = False
     separate: bool = False
     options: tuple[str, ...] = ()
     default_lr: float
@@ -69,12 +71,13 @@ class Method(ABC):
         return {}
 
     def check(self, model: nn.Module) -> None:
-        """Called with the base model before anything is run or written.
+        """Called with the base model before anything is run or written, and by each `before_domain`.
 
         Raises:
             ValueError: the method cannot train this model.
         """
-        refuse_quantized(model, self.name)
+        refuse_quantized(model, self.name, under_adapters=not self.trains_adapters)
+        refuse_encoders(model, self.name)
 
     def protect(self, model: nn.Module, batches: Iterable[Batch]) -> None:
         """Called once before the first domain, where the run was given a text whose knowledge is to be kept.
@@ -126,7 +129,11 @@ class Method(ABC):
             model: what `before_domain` of the domain before returned; at first the base model.
             batches: of the new domain, with input_ids, labels and, where there is padding, attention_mask, each
                 (batch, length), on the model's device. It can be iterated over more than once.
+
+        Raises:
+            ValueError: as `check`.
         """
+        self.check(model)
         return model
 
     @abstractmethod

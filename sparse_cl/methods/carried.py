@@ -20,6 +20,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -102,12 +103,12 @@ def save_carried(folder: str | Path, carried: Carried) -> None:
         save_memory(folder, carried.memory)
         digest = _digest(folder / MEMORY)
     history = {"version": _VERSION, "domains": carried.domains, "memory": digest}
-    _move_in(folder / HISTORY, lambda part: part.write_text(json.dumps(history, indent=1) + "\n", encoding="utf-8"))
+    move_in(folder / HISTORY, lambda part: part.write_text(json.dumps(history, indent=1) + "\n", encoding="utf-8"))
 
 
 def save_memory(folder: Path, memory: SubspaceMemory) -> None:
     """The memory alone, written aside and moved to its place in a model folder."""
-    _move_in(folder / MEMORY, memory.save)
+    move_in(folder / MEMORY, memory.save)
 
 
 def memory_path(folder: Path) -> Path:
@@ -116,7 +117,8 @@ def memory_path(folder: Path) -> Path:
     return older if older.is_file() and not (folder / MEMORY).is_file() else folder / MEMORY
 
 
-def _move_in(path: Path, write: Any) -> None:
+def move_in(path: Path, write: Callable[[Path], Any]) -> None:
+    """Has a file written aside, then moves it to its place."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     try:

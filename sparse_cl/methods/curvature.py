@@ -94,6 +94,7 @@ class Curvature(Method):
         self._observe(model, batches)
 
     def before_domain(self, model: nn.Module, batches: Iterable[Batch]) -> nn.Module:
+        self.check(model)
         refuse_resized(self.name, {name: projection.shape for name, projection in self.projections.items()}, model)
         weights = self._weights(model)
         self._layers = {name: {"surviving": 1.0, "leak": None} for name in weights}

@@ -14,7 +14,7 @@ from sparse_cl.optim.elastic_adamw import ROW_STRENGTH, STRENGTH
 
 from .base import Batch
 from .lora import ALPHA, RANK
-from .memory_method import FreshAdapters, MemoryMethod
+from .memory_method import FreshAdapters, MemoryMethod, trained_by_name
 from .options import check_at_least
 
 
@@ -31,6 +31,9 @@ class Elastic(MemoryMethod):
     earlier domains look them up. Norms and biases are free. With nothing to protect, in a first domain, all this is
     AdamW.
 
+    Of a model that PEFT wrapped the adapter is trained that it has, and A and B are two such layers: what goes into B
+    is A x. The base may be quantized.
+
     Args:
         strength: of the pull that one domain adds: along a direction of mean use a weight that is pushed on and on
             stops after about 1 / strength of the root mean square of its matrix.
@@ -42,6 +45,7 @@ class Elastic(MemoryMethod):
 
     name = "elastic"
     by_use = True
+    trains_adapters = True
     options: tuple[str, ...] = ("strength", "row_strength", "every", "energy", "max_rank", "text_weight")
     default_lr = 2e-3
 
@@ -65,10 +69,9 @@ class Elastic(MemoryMethod):
 
     def make_optimizer(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
         self._check_begun("make_optimizer")
-        trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         memory = self.memory if self._known.domains else None
         return ElasticAdamW(
-            trained,
+            trained_by_name(model),
             lr=lr,
             memory=memory,
             strength=self.strength,
@@ -116,11 +119,10 @@ class ElasticLoRA(FreshAdapters):
 
     def make_optimizer(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
         self._check_begun("make_optimizer")
-        trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
         pulls = {}
         for a, subspace in self._subspaces(model):
             pulls[a] = LowRankPull(subspace, subspace.usage * self.strength, from_zero=True, relative=True)
-        return ProjectedAdamW(trained, lr=lr, projections=pulls, rest="train")
+        return ProjectedAdamW(trained_by_name(model), lr=lr, projections=pulls, rest="train")
 
     @torch.no_grad()
     def _confine(self, adapted: nn.Module) -> None:

@@ -71,16 +71,6 @@ class MergedWeights(Mapping):
         return len(self._weights)
 
 
-def with_adapters(base: nn.Module, folders: Sequence[Path]) -> nn.Module:
-    """`base` with the adapters that were saved: all but the last are merged, in order."""
-    import peft
-
-    model = base
-    for folder in folders:
-        model = peft.PeftModel.from_pretrained(merged(model), folder)
-    return model
-
-
 class LoRA(Method):
     """Low-rank adapters on every linear layer but the head (Hu et al. 2022), by PEFT; the base stays frozen.
 
@@ -93,6 +83,7 @@ class LoRA(Method):
 
     name = "lora"
     kind = "baseline"
+    trains_adapters = True
     options = ("rank", "alpha", "weight_decay")
     default_lr = 4e-3
 

@@ -12,15 +12,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparse_cl.models.parts import refuse_mixtures, refuse_shared
+from sparse_cl.models.parts import has_adapters, refuse_mixtures, refuse_shared
 from sparse_cl.models.passes import answer_tokens, evaluation
 from sparse_cl.probes.capacity import scarcity
 from sparse_cl.subspace import SubspaceMemory
 
 from .base import Batch, Method, check_first
 from .carried import memory_path, save_memory
-from .lora import MergedWeights, add_adapter, merged, with_adapters
+from .lora import MergedWeights, add_adapter
 from .options import check_above_zero, check_at_least, check_share
+from .stacked import MergedAdapters
 from .surviving import only_gradients_of, surviving_shares
 
 
@@ -30,6 +31,11 @@ def told_already() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*(no free direction left|not updated any more)")
         yield
+
+
+def trained_by_name(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """What an optimizer is given: the parameters that are not frozen."""
+    return [(name, param) for name, param in model.named_parameters() if param.requires_grad]
 
 
 class MemoryMethod(Method):
@@ -84,6 +90,11 @@ class MemoryMethod(Method):
 
     def protect(self, model: nn.Module, batches: Iterable[Batch]) -> None:
         check_first(self.name, self.memory is None)
+        if has_adapters(model):
+            raise ValueError(
+                f"{self.name}: an adapter that is to be trained cannot keep what the base knows, as its B begins at "
+                "zero; take elastic-lora, or protect the base model and train it whole"
+            )
         self._remember(model, self._new_memory(model))
         try:
             self._observe(model, batches)
@@ -138,11 +149,18 @@ class MemoryMethod(Method):
         Args:
             base: the model without adapters; the first time, a memory of its linear layers is made.
         """
+        self.check(base)
         if self.memory is None:
             self._remember(base, self._new_memory(base))
         else:
             self._known.bind(base)  # a vocabulary may have grown
             self._remember(base, self._known)
+        for name, weight in self._weights.items() if has_adapters(base) and self._known.domains else ():
+            if not weight.any():
+                raise ValueError(
+                    f"model: {name} is zero, so this is a fresh adapter, while the memory is of one that was trained; "
+                    "load that one: PeftModel.from_pretrained(base, folder, is_trainable=True)"
+                )
         self._layers = {name: {"surviving": 1.0} for name in self._weights}
         self._before, self._begun = {}, True
         if not self._known.domains:
@@ -214,6 +232,8 @@ class MemoryMethod(Method):
 class FreshAdapters(MemoryMethod):
     """A fresh LoRA adapter for each domain; the one before is merged.
 
+    What `save` leaves is one adapter of all domains on the base as it was (`stacked`), which PEFT loads.
+
     Args:
         rank, alpha: of the adapters, whose change of a weight is alpha / rank · B A.
     """
@@ -224,13 +244,14 @@ class FreshAdapters(MemoryMethod):
         super().__init__(energy, source, max_rank)
         self.rank = check_at_least("rank", rank, 1)
         self.alpha = check_at_least("alpha", alpha, 1)
+        self._adapters = MergedAdapters(self.name)
 
     def check(self, model: nn.Module) -> None:
         super().check(model)
         refuse_shared(model)  # two adapters would be merged into the one weight
 
     def remember(self, model: nn.Module, memory: SubspaceMemory) -> None:
-        if hasattr(model, "peft_config"):
+        if has_adapters(model):
             raise ValueError(
                 f"model: expected the base model, which {self.name} remembers, got a {type(model).__name__}; merge its "
                 "adapter (merge_and_unload), or go on from its folder by restore(base, [folder])"
@@ -242,9 +263,9 @@ class FreshAdapters(MemoryMethod):
         """Draws the fresh adapter where earlier domains leave room."""
 
     def before_domain(self, model: nn.Module, batches: Iterable[Batch]) -> nn.Module:
-        base = merged(model)
+        base = self._adapters.merge(model)
         self._begin(base, batches)
-        adapted = add_adapter(base, self.rank, self.alpha)
+        adapted = self._adapters.begin(add_adapter(base, self.rank, self.alpha))
         self._confine(adapted)
         layers: Iterator[tuple[str, Any]] = ((n, m) for n, m in adapted.named_modules() if hasattr(m, "lora_A"))
         unseen = [name for name, layer in layers if not self._known.has_seen(layer.get_base_layer().weight)]
@@ -259,7 +280,10 @@ class FreshAdapters(MemoryMethod):
     def after_domain(self, model: nn.Module, batches: Iterable[Batch]) -> None:
         self._end(model, MergedWeights(model, self._weights), batches)
 
+    def save(self, folder: Path) -> None:
+        """As `Method.save`; and earlier domains' adapters go into the one that the model wrote, before its own."""
+        self._adapters.save(folder)
+        super().save(folder)
+
     def restore(self, base: nn.Module, folders: Sequence[Path]) -> nn.Module:
-        model = merged(with_adapters(base, folders[:-1]))
-        self._load(model, folders[-1])
-        return with_adapters(model, folders[-1:])
+        return self._adapters.restore(base, folders, lambda model: self._load(model, folders[-1]))

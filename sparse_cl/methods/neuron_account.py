@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sparse_cl import storage
 from sparse_cl.models.neuron_masks import Place, places
-from sparse_cl.models.parts import find_mlps, refuse_shared
+from sparse_cl.models.parts import find_mlps, refuse_encoders, refuse_quantized, refuse_shared
 from sparse_cl.probes.capacity import SCARCE, scarcity
 
 from .base import Batch
@@ -48,12 +48,14 @@ class NeuronAccount:
         self._before: dict[str, Tensor] = {}
 
     @staticmethod
-    def check(model: nn.Module) -> None:
+    def check(model: nn.Module, method: str) -> None:
         """Whether the model's neurons can be found.
 
         Raises:
             ValueError: no MLP that is known here, one without plain weight matrices, or two that share one.
         """
+        refuse_quantized(model, method)
+        refuse_encoders(model, method)
         refuse_shared(model)
         for mlp in find_mlps(model):
             places(mlp)

@@ -15,7 +15,7 @@ from sparse_cl.subspace import Subspace
 
 from .base import Batch
 from .lora import ALPHA, RANK
-from .memory_method import FreshAdapters, MemoryMethod, told_already
+from .memory_method import FreshAdapters, MemoryMethod, told_already, trained_by_name
 
 
 class Orthogonal(MemoryMethod):
@@ -26,6 +26,7 @@ class Orthogonal(MemoryMethod):
     """
 
     name = "orthogonal"
+    trains_adapters = True
     default_lr = 2e-3
 
     def __init__(self, energy: float = 0.95, source: str = "inputs", max_rank: int | None = None) -> None:
@@ -38,7 +39,7 @@ class Orthogonal(MemoryMethod):
     def make_optimizer(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
         self._check_begun("make_optimizer")
         with told_already():
-            return SubspaceProjectedAdamW(model.named_parameters(), lr=lr, memory=self.memory)
+            return SubspaceProjectedAdamW(trained_by_name(model), lr=lr, memory=self.memory)
 
     def after_domain(self, model: nn.Module, batches: Iterable[Batch]) -> None:
         self._end(model, self._weights, batches)
@@ -76,7 +77,6 @@ class OrthogonalLoRA(FreshAdapters):
 
     def make_optimizer(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
         self._check_begun("make_optimizer")
-        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         with told_already():
             # B has no subspace, and needs none.
-            return SubspaceProjectedAdamW(trained, lr=lr, memory=self._subspaces, rest="train")
+            return SubspaceProjectedAdamW(trained_by_name(model), lr=lr, memory=self._subspaces, rest="train")

@@ -52,7 +52,7 @@ class OrthogonalMasked(Orthogonal):
         return {"fraction": self.fraction, **super().settings()}
 
     def check(self, model: nn.Module) -> None:
-        self.account.check(model)
+        self.account.check(model, self.name)
         super().check(model)
         memory = self._new_memory(model)
         if transposed := [name for name in memory.names if memory.is_transposed(name)]:

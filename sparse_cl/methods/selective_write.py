@@ -84,7 +84,7 @@ class SelectiveWrite(Method):
         return {"closed": self.closed, "sharpness": self.sharpness, "rest": self.rest}
 
     def check(self, model: nn.Module) -> None:
-        self.account.check(model)
+        self.account.check(model, self.name)
         for mlp in find_mlps(model):
             if round(self.closed * mlp.neurons) >= mlp.neurons:
                 raise ValueError(
@@ -102,6 +102,7 @@ class SelectiveWrite(Method):
         return {layer: total / self._texts for layer, total in self._scores.items()}
 
     def before_domain(self, model: nn.Module, batches: Iterable[Batch]) -> nn.Module:
+        self.check(model)
         usage = self.usage
         gains = {layer: gains_of(used, self.closed, self.sharpness) for layer, used in usage.items()}
         everything = {mlp.name: torch.ones(mlp.neurons) for mlp in find_mlps(model)}

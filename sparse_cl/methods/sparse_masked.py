@@ -43,10 +43,11 @@ class SparseMasked(Method):
         return {"fraction": self.fraction}
 
     def check(self, model: nn.Module) -> None:
-        self.account.check(model)
+        self.account.check(model, self.name)
 
     def before_domain(self, model: nn.Module, batches: Iterable[Batch]) -> nn.Module:
         restore(model)  # of a domain that was left half learned
+        self.check(model)
         self.masks = train_most_active(self.name, model, batches, self.fraction, self.account)
         return model
 

@@ -14,10 +14,11 @@ from sparse_cl.models.parts import MLP, find_mlps
 from sparse_cl.optim import SparseMaskedAdamW
 
 from .base import Batch
-from .lora import ALPHA, RANK, MergedWeights, add_adapter, merged, with_adapters
+from .lora import ALPHA, RANK, MergedWeights, add_adapter
 from .neurons import chosen, most_active
 from .options import check_at_least
 from .sparse_masked import SparseMasked
+from .stacked import MergedAdapters
 
 
 class SparseMaskedLoRA(SparseMasked):
@@ -41,17 +42,19 @@ class SparseMaskedLoRA(SparseMasked):
         super().__init__(fraction)
         self.rank = check_at_least("rank", rank, 1)
         self.alpha = check_at_least("alpha", alpha, 1)
+        self._adapters = MergedAdapters(self.name)
 
     def settings(self) -> dict[str, Any]:
         return {**super().settings(), "rank": self.rank, "alpha": self.alpha}
 
     def before_domain(self, model: nn.Module, batches: Iterable[Batch]) -> nn.Module:
-        base = merged(model)
+        base = self._adapters.merge(model)
+        self.check(base)
         opened = chosen(base, most_active(base, batches, self.fraction))
         self.account.begin(self.name, base, batches, opened)
         mlps = find_mlps(base)
         targets = [name for mlp in mlps for name in (*mlp.into, mlp.out_name)]
-        adapted = add_adapter(base, self.rank, self.alpha, targets)
+        adapted = self._adapters.begin(add_adapter(base, self.rank, self.alpha, targets))
         names = {parameter: name for name, parameter in adapted.named_parameters()}
         self.masks = {}
         for mlp in mlps:
@@ -65,9 +68,13 @@ class SparseMaskedLoRA(SparseMasked):
     def after_domain(self, model: nn.Module, batches: Iterable[Batch]) -> None:
         self.account.end(self.account.opened, MergedWeights(model, self.account.weights))
 
+    def save(self, folder: Path) -> None:
+        self._adapters.save(folder)
+        super().save(folder)
+
     def restore(self, base: nn.Module, folders: Sequence[Path]) -> nn.Module:
         self.account.load(folders[-1])
-        return with_adapters(base, folders)
+        return self._adapters.restore(base, folders, lambda model: None)
 
 
 @torch.no_grad()

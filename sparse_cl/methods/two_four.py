@@ -76,6 +76,7 @@ class TwoFour(Method):
         self.locked = two_four_masks(model, batches, self.score)
 
     def before_domain(self, model: nn.Module, batches: Iterable[Batch]) -> nn.Module:
+        self.check(model)
         weights = two_four_layers(model)
         masks = self.locked or two_four_masks(model, batches, self.score)
         self._record = {"conversion": {"before": _losses(model, masks, batches)}}

@@ -196,8 +196,19 @@ def refuse_shared(model: nn.Module) -> None:
             )
 
 
-def refuse_quantized(model: nn.Module, method: str) -> None:
-    """Raises a ValueError that names the first layer whose weight is no matrix of floating-point numbers."""
+def has_adapters(model: nn.Module) -> bool:
+    """Whether PEFT put adapters into the model. An attribute of the model would say so after they were merged too."""
+    return any(hasattr(module, "get_base_layer") for module in model.modules())
+
+
+def refuse_quantized(model: nn.Module, method: str, *, under_adapters: bool = True) -> None:
+    """Raises a ValueError that names the first layer whose weight is no matrix of floating-point numbers.
+
+    Args:
+        under_adapters: also of a model that PEFT wrapped, whose base is frozen.
+    """
+    if has_adapters(model) and not under_adapters:
+        return  # no optimizer steps integers
     for name, module in model.named_modules():
         for own, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
             packed = own in ("qweight", "weight_packed") or (own == "weight" and tensor.dtype.itemsize == 1)
@@ -207,6 +218,21 @@ def refuse_quantized(model: nn.Module, method: str) -> None:
                     f"{str(tensor.dtype).removeprefix('torch.')}), and {method} needs float weights; load it without "
                     "quantization_config"
                 )
+
+
+def refuse_encoders(model: nn.Module, method: str) -> None:
+    """Raises a ValueError if a model of transformers does not predict the next token, or has an encoder too."""
+    config = getattr(model, "config", None)
+    generates = getattr(model, "can_generate", None)
+    if getattr(config, "is_encoder_decoder", False):
+        kind = "has an encoder and a decoder"
+    elif callable(generates) and not generates():
+        kind = "does not predict the next token"
+    else:
+        return
+    raise ValueError(
+        f"{type(model).__name__} {kind}, and {method} trains decoders only; load a model with AutoModelForCausalLM"
+    )
 
 
 def _find(

@@ -97,18 +97,24 @@ class Layer:
         return self.param.device, torch.float64 if wide else torch.float32
 
 
-def find_layers(source: nn.Module | Iterable[tuple[str, Tensor]]) -> tuple[dict[str, Layer], dict[str, Table]]:
+def find_layers(
+    source: nn.Module | Iterable[tuple[str, Tensor]], frozen: bool = False
+) -> tuple[dict[str, Layer], dict[str, Table]]:
     """Tracked layers by name, and tables of embeddings by name.
 
     Of a model: the weights of its ``nn.Linear`` and Conv1D layers, those that an embedding shares too, which are in
     both. Of named parameters: those of two dimensions.
+
+    Args:
+        frozen: whether what is frozen of a model that PEFT wrapped is among them too.
 
     Raises:
         ValueError: there is none.
         TypeError: neither a module nor pairs of a name and a tensor.
     """
     if isinstance(source, nn.Module):
-        return _layers_of_module(source)
+        # The base of an adapter is never trained; it may be quantized, and observing it would take its room.
+        return _layers_of_module(source, trained=_has_adapters(source) and not frozen)
     if isinstance(source, Mapping):
         source = source.items()
     layers: dict[str, Layer] = {}
@@ -127,12 +133,18 @@ def find_layers(source: nn.Module | Iterable[tuple[str, Tensor]]) -> tuple[dict[
     return layers, {}
 
 
-def _layers_of_module(model: nn.Module) -> tuple[dict[str, Layer], dict[str, Table]]:
+def _has_adapters(model: nn.Module) -> bool:
+    return any(hasattr(module, "get_base_layer") for module in model.modules())
+
+
+def _layers_of_module(model: nn.Module, trained: bool) -> tuple[dict[str, Layer], dict[str, Table]]:
     names = {id(param): name for name, param in model.named_parameters()}
     tables: dict[str, Table] = {}
     layers: dict[str, Layer] = {}
     by_param: dict[int, Layer] = {}
     for _, module in model.named_modules(remove_duplicate=False):
+        if trained and not getattr(getattr(module, "weight", None), "requires_grad", False):
+            continue
         if isinstance(module, nn.Embedding):
             name = names[id(module.weight)]
             table = tables.setdefault(name, Table(name, len(module.weight), module.weight))

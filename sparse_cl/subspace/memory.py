@@ -31,7 +31,8 @@ class SubspaceMemory:
     Args:
         model_or_named_params: a model, whose ``nn.Linear`` and Conv1D weights are tracked (one that is tied to an
             embedding too), or (name, parameter) pairs, of which those with two dimensions are. Of inputs, embeddings
-            are too: rows stand for directions there, and how often each is looked up for its energy.
+            are too: rows stand for directions there, and how often each is looked up for its energy. Of a model
+            that PEFT wrapped, what is trained is tracked, and its frozen base is not.
         max_rank: directions that are kept of a layer. None: as many as ``energy`` asks for, and the exact n × n second
             moment is kept; with a cap, that is so up to n = 1024, and wider layers keep a sketch of
             ``max_rank + oversample`` columns. "auto": a quarter of the layer's inputs, at most 256.
@@ -299,7 +300,7 @@ class SubspaceMemory:
         Raises:
             ValueError: the model lacks a tracked weight or has it in another shape; the memory is as before then.
         """
-        found, tables = find_layers(model_or_named_params)
+        found, tables = find_layers(model_or_named_params, frozen=True)
         vocabularies = {table.height for table in tables.values()}
         for name, layer in self._layers.items():
             if name not in found:

@@ -10,6 +10,7 @@ from torch import nn
 from benchmarks.arena.ewc import EWC
 from sparse_cl import SubspaceMemory
 from sparse_cl.methods import (
+    METHODS,
     Curvature,
     Elastic,
     ElasticLoRA,
@@ -119,6 +120,32 @@ def test_quantized_weights_are_refused_by_name(make, dtype):
     with pytest.raises(ValueError, match=r"layers.1.mlp.up_proj is a \w+, .*needs float weights; load it without"):
         make().check(model)
     LoRA().check(model)
+
+
+def encoders():
+    bert = transformers.BertConfig(vocab_size=200, hidden_size=16, intermediate_size=24, num_attention_heads=2)
+    t5 = transformers.T5Config(vocab_size=200, d_model=16, d_ff=24, d_kv=8, num_layers=1, num_heads=2)
+    config = transformers.LlamaConfig(vocab_size=200, **SIZES)
+    return {
+        "BertForMaskedLM does not predict the next token": transformers.BertForMaskedLM(bert),
+        "T5ForConditionalGeneration has an encoder and a decoder": transformers.T5ForConditionalGeneration(t5),
+        "LlamaForSequenceClassification does not predict": transformers.LlamaForSequenceClassification(config),
+    }
+
+
+OURS = [method for method in METHODS.values() if method.__module__.startswith("sparse_cl.") and method is not LoRA]
+
+
+@pytest.mark.parametrize("make", OURS)
+def test_a_domain_is_not_begun_on_a_model_that_check_refuses(make):
+    for why, model in encoders().items():
+        with pytest.raises(ValueError, match=f"{why}.*, and {make.name} trains decoders only; load a model with"):
+            make().before_domain(model, domain(1))
+    model = llama()
+    weight = model.model.layers[1].mlp.up_proj.weight
+    model.model.layers[1].mlp.up_proj.weight = nn.Parameter(weight.to(torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match=rf"layers.1.mlp.up_proj is a Linear, .* and {make.name} needs float weights"):
+        make().before_domain(model, domain(1))
 
 
 @pytest.mark.parametrize("make", [ElasticLoRA, OrthogonalLoRA, Elastic, EWC, Orthogonal])
