@@ -2,13 +2,14 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 
 from sparse_cl.data import DataError
 from sparse_cl.data.reading import read_files
-from sparse_cl.four_domains.domains import load_domains, read_folder
+from sparse_cl.four_domains.domains import DEFAULT_DOMAINS, default_domains, load_domains, read_folder
 
 LINE = {"prompt": "p", "response": "r"}
 
@@ -136,6 +137,91 @@ def test_a_file_that_is_not_utf_8_is_named_with_its_line_and_a_byte_order_mark_i
     path.write_bytes(line.encode() + b"\n" + line.encode("latin-1"))
     with pytest.raises(DataError, match=r"bad\.jsonl:2: not UTF-8: .* 0xe9"):
         list(read_files([path]))
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("my code.jsonl", "my-code"),
+        ("support.train.jsonl", "support"),
+        ("train.jsonl", "clinic"),
+        ("a*.jsonl", "a"),
+        ("*.jsonl", "clinic"),
+        ("", "clinic"),
+    ],
+)
+def test_one_domain_is_named_after_its_file(tmp_path, file, name):
+    folder = tmp_path / "clinic"
+    folder.mkdir()
+    lines = [{"prompt": f"p{number}", "response": "r"} for number in range(100)]
+    write(folder / (file.replace("*", "b") or "notes.jsonl"), lines)
+    data = str(folder / file)
+    assert default_domains(data) == (name,)
+    (domain,) = load_domains(default_domains(data), data, 0)
+    assert (domain.name, len(domain.train), len(domain.validation), len(domain.test)) == (name, 91, 4, 5)
+    told = "a hash of their content holds out 5 to be scored and 4 as validation"
+    assert domain.origin.startswith(f"{name}: 100 records (prompt/response) from {folder}")
+    assert domain.origin.endswith(told)
+    splits = [{record["prompt"] for record in part} for part in domain.splits().values()]
+    assert len(set.union(*splits)) == 100
+    (again,) = load_domains(["other"], data, 3)
+    assert again.splits() == domain.splits(), (
+        "whatever the seed and the name of a run: its scores are of the same records"
+    )
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+def test_files_of_the_other_splits_beside_a_file_are_its_domains(folder, suffix):
+    write(folder / "code.eval.jsonl", [{**LINE, "answer": "r"}])
+    (folder / "code.validation.csv").write_text("prompt,response\nv,r\n")
+    domain = read_folder(folder, "code")
+    assert (len(domain.train), domain.validation) == (60, [{"prompt": "v", "response": "r"}])
+    assert (domain.test, domain.eval) == ([LINE], [{**LINE, "answer": "r"}])
+    own = folder / f"mine.{suffix}"
+    own.write_text('{"prompt": "m", "response": "r"}\n' * 2 if suffix == "jsonl" else "prompt,response\nm,r\nm,r\n")
+    write(folder / "mine.test.jsonl", [LINE])
+    for name, source in (("code", folder / "code.train.jsonl"), ("mine", own)):
+        (found,) = load_domains([name], str(source), 0)
+        assert found.test == [LINE], name
+    (from_elsewhere,) = load_domains([f"code={folder / 'code.train.jsonl'}"], None, 0)
+    assert from_elsewhere == replace(domain, origin=from_elsewhere.origin)
+
+
+def test_several_domains_of_a_folder_must_be_put_in_order(folder):
+    assert default_domains(str(folder)) == ("code",)
+    write(folder / "law.train.jsonl", [LINE] * 2)
+    with pytest.raises(DataError, match="has several domains; .* --domains code,law"):
+        default_domains(str(folder))
+    for name in DEFAULT_DOMAINS:
+        write(folder / f"{name}.train.jsonl", [LINE] * 2)
+    assert default_domains(str(folder)) == default_domains(None) == DEFAULT_DOMAINS
+
+
+def test_two_files_of_one_split_are_refused(folder):
+    (folder / "code.train.csv").write_text("prompt,response\np,r\n")
+    with pytest.raises(DataError, match=r"code\.train\.jsonl and code\.train\.csv are the same split"):
+        read_folder(folder, "code")
+
+
+def test_several_names_for_one_file_are_refused(folder):
+    with pytest.raises(DataError, match="is one domain, and 2 are named; give a folder, or NAME=FILE each"):
+        load_domains(["a", "b"], str(folder / "code.train.jsonl"), 0)
+
+
+def test_columns_are_renamed_in_every_split(folder):
+    for split in ("train", "test"):
+        write(folder / f"law.{split}.jsonl", [{"question": f"q{n}", "answer": "a"} for n in range(2)])
+    (domain,) = load_domains(["law"], str(folder), 0, ("prompt=question", "response=answer"))
+    assert domain.test == [{"prompt": f"q{n}", "response": "a"} for n in range(2)]
+
+
+def test_a_data_set_of_the_hub_by_itself_is_named_after_it(monkeypatch):
+    asked = hub(monkeypatch, train=[{**LINE, "prompt": str(number)} for number in range(3)])
+    assert default_domains("owner/laws:small") == default_domains("owner/laws") == ("laws",)
+    (domain,) = load_domains(["laws"], "owner/laws:small", 0)
+    load_domains(["laws"], "owner/laws", 0)
+    assert asked == [("owner/laws", "small"), ("owner/laws", None)]
+    assert [len(part) for part in domain.splits().values()] == [1, 1, 1, 0]
 
 
 def hub(monkeypatch, **splits):
