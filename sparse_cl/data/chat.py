@@ -104,10 +104,11 @@ def _between(text: str, around: str, marks: Sequence[str], contents: Sequence[st
 
 
 def _end_of_turn(apply: Any, messages: Sequence[dict[str, Any]], last: int) -> str:
-    """What the template writes after an assistant's content where nothing follows, without white space at its end."""
+    """What the template writes after an assistant's content where nothing follows; no white space at its end."""
     mark = _MARK.format(last)
     turn = {key: value for key, value in messages[last].items() if key != "tool_calls"}
-    return apply([*messages[:last], {**turn, "content": mark}]).rpartition(mark)[2].rstrip()
+    end = apply([*messages[:last], {**turn, "content": mark}]).rpartition(mark)[2]
+    return end.rstrip() or end
 
 
 def _ended(text: str, begin: int, stop: int, end: str) -> tuple[int, int, int]:

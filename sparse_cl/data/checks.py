@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .encoding import IGNORED, encode_record
-from .records import DataError
+from .records import DataError, Records
 
 _SHOWN = 24
 """Tokens of the beginning and of the end of a stretch that are shown."""
@@ -47,12 +47,17 @@ def check_records(records: Sequence[dict], tokenizer: Any, rows: int, max_length
             )
 
 
-def show(records: Sequence[dict], tokenizer: Any, max_length: int, count: int = 3) -> str:
-    """What was taken, and the first `count` records token by token, as they are trained on.
+def show(records: Records, tokenizer: Any, max_length: int, count: int = 3) -> str:
+    """What was taken, and `examples`."""
+    return f"{records.describe()}\n{examples(records, tokenizer, max_length, count)}"
 
-    A | stands between tokens, « and » around those that are learned; a line break is shown as \\n.
+
+def examples(records: Sequence[dict], tokenizer: Any, max_length: int, count: int = 3) -> str:
+    """The first `count` records token by token, as they are trained on.
+
+    A | stands between tokens, « and » around those that are learned; a line break is shown as a backslash and an n.
     """
-    lines = [records.describe() if hasattr(records, "describe") else f"{len(records):,} records"]
+    lines: list[str] = []
     for number, record in enumerate(records[:count]):
         example = encode_record(tokenizer, record, max_length)
         learned = sum(label != IGNORED for label in example.labels)
@@ -60,7 +65,7 @@ def show(records: Sequence[dict], tokenizer: Any, max_length: int, count: int = 
         cut = ", cut to fit" * (len(example.input_ids) < len(encode_record(tokenizer, record, 10**9).input_ids))
         lines += ["", f"{where}: {len(example.input_ids)} tokens{cut}, {learned} of them (in «») are learned"]
         lines.append(_marked(tokenizer, example.input_ids, [label != IGNORED for label in example.labels]))
-    return "\n".join(lines)
+    return "\n".join(lines[1:])
 
 
 def _marked(tokenizer: Any, ids: Sequence[int], learned: Sequence[bool]) -> str:

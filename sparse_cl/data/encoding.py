@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,7 +97,7 @@ def encode_messages(tokenizer: Any, record: Record | dict, max_length: int) -> E
     # The first id of all has no prediction.
     scored = [place for place, index in enumerate(kept) if place and roles[index] == _CONTENT]
     starts = [place for place, before in zip(scored, [-1, *scored], strict=False) if place != before + 1]
-    ends = [place + 1 for place, after in zip(scored, [*scored[1:], -1], strict=True) if place != after - 1]
+    ends = [place + 1 for place, after in zip(scored, [*scored[1:], -1], strict=False) if place != after - 1]
     if len(scored) == roles.count(_CONTENT):
         content = "".join(turns.text[begin:end] for begin, end, _ in turns.spans)
     else:
@@ -160,15 +159,26 @@ def tokenized(tokenizer: Any, text: str) -> tuple[list[int], Callable[[int], int
 
     Of a tokenizer without character offsets ("slow") the bytes are those of what it decodes.
     """
+    ids, offsets = _with_offsets(tokenizer, text)
+
+    def ends(count: int) -> int:
+        if count >= len(ids):
+            return len(text.encode())
+        if offsets is None:
+            return len(tokenizer.decode(ids[:count]).encode())
+        return len(text[: offsets[count - 1][1] if count else 0].encode())
+
+    return ids, ends
+
+
+def _with_offsets(tokenizer: Any, text: str) -> tuple[list[int], list[Span] | None]:
+    """Ids of a text without special tokens, and the characters of each; None: the tokenizer cannot say."""
+    how = {"add_special_tokens": False, "verbose": False}
     try:
-        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        encoded = tokenizer(text, return_offsets_mapping=True, **how)
     except NotImplementedError:
-        ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-        return ids, lambda count: len((tokenizer.decode(ids[:count]) if count < len(ids) else text).encode())
-    ids, offsets = list(encoded["input_ids"]), encoded["offset_mapping"]
-    return ids, lambda count: len(
-        (text[: offsets[count - 1][1] if count else 0] if count < len(ids) else text).encode()
-    )
+        encoded = tokenizer(text, **how)
+    return list(encoded["input_ids"]), encoded.get("offset_mapping")
 
 
 def _with_bos(tokenizer: Any, text: str) -> list[int]:
@@ -198,16 +208,14 @@ def _tokens_of(tokenizer: Any, turns: Turns) -> list[tuple[int, int]]:
     """(id, 0, or `_CONTENT` or `_ENDING` where it is learned) of each token of a conversation."""
     cuts = [0, *(place for span in turns.spans for place in span), len(turns.text)]
     roles = [0, *(_CONTENT, _ENDING, 0) * len(turns.spans)]
-    if not turns.special:
-        with suppress(NotImplementedError):
-            encoded = tokenizer(turns.text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-            found = []
-            for token, (begin, end) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True):
-                # A token on a border belongs to what is learned: a space before an answer is in its first token.
-                over = [role for role, a, b in zip(roles, cuts, cuts[1:], strict=False) if begin < b and a < end]
-                found.append((token, next((role for role in over if role), 0)))
-            return found
-    found = []
+    found: list[tuple[int, int]] = []
+    ids, offsets = _with_offsets(tokenizer, turns.text)
+    if not turns.special and offsets is not None:
+        for token, (begin, end) in zip(ids, offsets, strict=True):
+            # A token on a border belongs to what is learned: a space before an answer is in its first token.
+            over = [role for role, a, b in zip(roles, cuts, cuts[1:], strict=False) if begin < b and a < end]
+            found.append((token, next((role for role in over if role), 0)))
+        return found
     for role, begin, end in zip(roles, cuts, cuts[1:], strict=False):
         part = turns.text[begin:end]
         if turns.special and not begin:

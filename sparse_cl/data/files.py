@@ -6,7 +6,7 @@ import csv
 import glob
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,9 +131,11 @@ def _csv(path: Path) -> Iterator[Row]:
     csv.field_size_limit(_LONGEST_CELL)
     with open(path, encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", strict=True)
-        ended = 0
+        columns: Sequence[str] | None = None
         while True:
+            ended = reader.line_num
             try:
+                columns = columns or reader.fieldnames
                 ended = reader.line_num
                 row = next(reader, None)
             except UnicodeDecodeError as error:
@@ -142,9 +144,9 @@ def _csv(path: Path) -> Iterator[Row]:
                 raise DataError(f"{path}:{ended + 1}: not CSV: {error}") from error
             if row is None:
                 return
-            where = f"{path}:{max(ended, 1) + 1}"
+            where = f"{path}:{ended + 1}"
             if None in row:
-                raise DataError(f"{where}: more cells than the header has columns ({len(reader.fieldnames or ())})")
+                raise DataError(f"{where}: more cells than the header has columns ({len(columns or ())})")
             yield where, {name: cell for name, cell in row.items() if cell is not None}
 
 

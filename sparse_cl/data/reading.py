@@ -9,6 +9,9 @@ from typing import Any
 from .files import Row, files_of, rows_of, split_of
 from .records import DataError, Format, Record, Records
 
+_AND = " and "
+"""Between formats, where the files of a source have several."""
+
 
 def read_records(sources: Sequence[str], columns: Mapping[str, str] | None = None) -> Records:
     """All training records of some sources, in their order.
@@ -41,8 +44,9 @@ def read_records(sources: Sequence[str], columns: Mapping[str, str] | None = Non
         parts.append(read_files(files, columns))
     if len(parts) == 1:
         return parts[0]
-    formats = " and ".join(dict.fromkeys(part.format for part in parts))
-    return Records([record for part in parts for record in part], formats, ", ".join(part.source for part in parts))
+    formats = dict.fromkeys(form for part in parts for form in part.format.split(_AND))
+    sources = ", ".join(part.source for part in parts)
+    return Records([record for part in parts for record in part], _AND.join(formats), sources)
 
 
 def grouped(files: Sequence[Path], folder: Path | None) -> dict[str, list[Path]]:
@@ -67,7 +71,7 @@ def read_files(files: Sequence[Path], columns: Mapping[str, str] | None = None, 
         form, found = _records(rows_of(file), columns, str(file), for_eval)
         formats[form] = None
         records += found
-    return Records(records, " and ".join(formats), _named(files))
+    return Records(records, _AND.join(formats), _named(files))
 
 
 def read_hub(source: str, columns: Mapping[str, str] | None = None) -> dict[str, Records]:

@@ -135,10 +135,10 @@ def hold_out(records: Records, seed: int, share: float = 0.05) -> tuple[Records,
             room -= copies[content]
     taken = taken or {min(order, key=copies.__getitem__)}
     held = [content in taken for content in contents]
-    how = f"of {len(records):,} by a hash of their content with seed {seed}"
+    how = f"by a hash of their content with seed {seed}"
     return (
-        _part(records, [not one for one in held], f"those kept {how}; {sum(held):,} are held out"),
-        _part(records, held, f"held out {how}"),
+        _part(records, [not one for one in held], f"without the {sum(held):,} held out {how}"),
+        _part(records, held, f"held out of {len(records):,} {how}"),
     )
 
 

@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 from sparse_cl.arguments import add_options, chosen, names, option
 
+from .domains import load_domains, show_domains
+from .files import RESULTS
 from .method_options import parse_set
 from .settings import Settings, methods_named
 
@@ -64,6 +66,7 @@ class Run(Common):
         action="append",
         metavar="METHOD.OPTION=VALUE",
     )
+    show_data: bool = option(False, "show what was read, and examples token by token as they are learned; then stop")
     probe: bool = option(
         False, "also probe the model before and after each method's domains, and how far it drifted: OUT/probes"
     )
@@ -124,12 +127,18 @@ def _run(arguments: argparse.Namespace, probe: Callable[[Settings, Path], Sequen
         if len(given := getattr(arguments, name)) != 1:
             raise ValueError(f"--{name} {','.join(map(str, given))}: a run has one {name}. For {SEVERAL}")
     settings = settings_of(arguments).arranged(arguments.order[0], arguments.seed[0])
-    # transformers and its kin take seconds to import: not for --help or a mistyped option.
+    domains = None
+    if arguments.show_data or not (arguments.out / RESULTS).is_file():
+        domains = load_domains(settings.domains, settings.data, settings.seed, settings.columns)
+    if arguments.show_data:
+        print(show_domains(domains or (), settings.model, settings.max_length))
+        return 0
+    # transformers and its kin take seconds to import: not for --help, a mistyped option, or data that cannot be used.
     from . import experiment
     from .report import comparison
     from .results import completed
 
-    records = experiment.run(settings, arguments.out)
+    records = experiment.run(settings, arguments.out, domains)
     failed = len(records) > len(completed(records))
     if not experiment.is_main_process():
         return int(failed)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparse_cl.data.checks import check_records
+from sparse_cl.data.checks import check_records, examples
 from sparse_cl.data.files import READERS, files_of, split_of
 from sparse_cl.data.reading import grouped, read_files, read_hub
 from sparse_cl.data.records import DataError, Records, hold_out, parse_columns
@@ -201,6 +201,28 @@ def _named_in(folder: Path) -> list[str]:
     """Domains with a file `NAME.train.*` in a folder."""
     files = [path for path in folder.glob("*.train.*") if path.suffix.lower() in READERS]
     return sorted({path.name.split(".")[0] for path in files})
+
+
+def show_domains(domains: Sequence[Domain], model: str | None, max_length: int) -> str:
+    """What was read of each domain, and the first of its training records token by token; see `examples`.
+
+    Args:
+        model: whose tokenizer; None: the embedded model's.
+
+    Raises:
+        DataError: a record that the model could not learn from.
+    """
+    from sparse_cl.models.loading import load_tokenizer, quiet
+
+    from .embedded_model import embedded_model_folder
+
+    quiet()
+    tokenizer, rows = load_tokenizer(model or str(embedded_model_folder()))
+    check_domains(domains, tokenizer, rows, max_length)
+    return "\n\n".join(
+        f"{domain.origin or domain.name + ': embedded'}\n{examples(domain.train, tokenizer, max_length)}"
+        for domain in domains
+    )
 
 
 def check_domains(domains: Sequence[Domain], tokenizer: Any, rows: int, max_length: int) -> None:

@@ -24,11 +24,11 @@ from sparse_cl.models.processes import check_processes, processes
 from . import embedded, figures
 from .domains import Domain, check_domains, load_domains
 from .embedded_model import embedded_model_folder
-from .files import is_disk_full, read_json, write_json
+from .files import RESULTS, is_disk_full, read_json, write_json
 from .prepared import Prepared
 from .protection import text_to_protect
 from .report import comparison, runs_with_capacity
-from .results import RESULTS, add_intransigence, completed, failed_record, read_runs, run_record, write_runs
+from .results import add_intransigence, completed, failed_record, read_runs, run_record, write_runs
 from .sequence import Progress, Scores, run_sequence, score_all
 from .settings import Settings
 
@@ -44,13 +44,16 @@ def is_main_process() -> bool:
     return processes().is_main_process
 
 
-def run(settings: Settings, out: Path) -> list[dict[str, Any]]:
+def run(settings: Settings, out: Path, domains: Sequence[Domain] | None = None) -> list[dict[str, Any]]:
     """Run every method, write `results.json`, `costs.json` and the pictures into `out`, and return the runs' records.
 
     Everything is checked before anything is written, so that bad input leaves no folder. A run that was stopped goes on
     after the last domain that was trained and scored, and ends with the same bits in `results.json`. A run that is
     finished is reported again. A method that fails is recorded as failed and the others go on; the next call with the
     same settings tries it again.
+
+    Args:
+        domains: as `load_domains` reads them for `settings`; None: they are read where they are needed.
 
     Raises:
         FolderError, DataError, ValueError, OSError: bad input, or a disk that is full; the message says what to do.
@@ -62,11 +65,11 @@ def run(settings: Settings, out: Path) -> list[dict[str, Any]]:
         runs = read_runs(out)
         if len(completed(runs)) == len(runs):
             return runs
-    prepared, base_scores = prepare(settings, out)
+    prepared, base_scores = prepare(settings, out, domains)
     return finish([run_method(name, prepared, base_scores, out) for name in settings.methods], out)
 
 
-def prepare(settings: Settings, out: Path) -> tuple[Prepared, Scores]:
+def prepare(settings: Settings, out: Path, domains: Sequence[Domain] | None = None) -> tuple[Prepared, Scores]:
     """Check all that a run reads, then write what the run is into `out` and score the base model.
 
     Raises:
@@ -74,7 +77,8 @@ def prepare(settings: Settings, out: Path) -> tuple[Prepared, Scores]:
     """
     reference = _reference_text(settings)
     protected = text_to_protect(settings.protect, settings.reference, reference, settings.max_length)
-    domains = load_domains(settings.domains, settings.data, settings.seed, settings.columns)
+    if domains is None:
+        domains = load_domains(settings.domains, settings.data, settings.seed, settings.columns)
     source = settings.model or str(embedded_model_folder())
     check_domains(domains, *load_tokenizer(source), settings.max_length)
     model, tokenizer = load_model(source)
@@ -95,6 +99,8 @@ def prepare(settings: Settings, out: Path) -> tuple[Prepared, Scores]:
     if is_main_process():
         write_json(out / SETTINGS, settings.to_json())
         write_json(out / INPUTS, inputs)
+        for origin in filter(None, (domain.origin for domain in domains)):
+            tqdm.write(origin, file=sys.stderr)
     return prepared, _base_scores(model, prepared, out)
 
 

@@ -9,6 +9,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+RESULTS = "results.json"
+"""Of a run that reached its end."""
 MARK = "complete.json"
 """Of a folder that was written whole: the size of each of its other files."""
 

@@ -12,12 +12,12 @@ from sparse_cl.methods import Method
 from sparse_cl.models.loading import versions
 
 from .evaluate import METRICS
-from .files import read_json, write_json
+from .files import RESULTS, read_json, write_json
 from .metrics import LOWER_IS_BETTER, intransigence, of_separate_models, summarize
 from .sequence import Progress
 from .settings import Settings
 
-RESULTS, COSTS = "results.json", "costs.json"
+COSTS = "costs.json"
 CLOCKED = ("seconds", "step_seconds", "peak_memory_bytes")
 """What is measured by a clock, or of the machine; no two runs have the same."""
 

@@ -42,8 +42,10 @@ def probe_run(settings: Settings, out: Path) -> list[str]:
         out: its folder.
     """
     source = settings.model or str(embedded_model_folder())
-    domains = load_domains(settings.domains, settings.data, settings.seed)
-    same = {name: getattr(settings, name) for name in ("data", "domains", "batch_size", "max_length", "seed")}
+    domains = load_domains(settings.domains, settings.data, settings.seed, settings.columns)
+    same = {
+        name: getattr(settings, name) for name in ("data", "domains", "columns", "batch_size", "max_length", "seed")
+    }
     probes = ProbeSettings(() if settings.model is None else (settings.model,), **same)
     rows = []
     for name in ("base", *settings.methods):

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
 from typing import Any
 
 from sparse_cl.arguments import add_options, chosen
-from sparse_cl.four_domains.domains import DEFAULT_DOMAINS
+from sparse_cl.four_domains.domains import Domain, load_domains, show_domains
 
 from .settings import DriftSettings, Out, ProbeSettings
 
@@ -34,18 +33,34 @@ def add_parsers(commands: Any) -> None:
 
 
 def _probe(arguments: argparse.Namespace) -> None:
-    # transformers and its kin take seconds to import: not for --help or a mistyped option.
+    settings = chosen(ProbeSettings, arguments, models=tuple(arguments.models))
+    if (domains := _domains(settings, arguments, settings.models[0] if settings.models else None)) is None:
+        return
+    # transformers and its kin take seconds to import: not for --help, a mistyped option, or data that cannot be used.
     from .probe_study import probe_study
 
-    print(*probe_study(chosen(ProbeSettings, arguments, models=tuple(arguments.models)), arguments.out), sep="\n")
+    print(*probe_study(settings, arguments.out, domains), sep="\n")
 
 
 def _drift(arguments: argparse.Namespace) -> None:
+    settings = chosen(DriftSettings, arguments)
+    if (domains := _domains(settings, arguments, settings.before)) is None:
+        return
     from .drift import drift_study, sections
 
-    settings = chosen(DriftSettings, arguments)
-    if settings.data is not None and not settings.domains:
-        settings = replace(settings, domains=DEFAULT_DOMAINS)
-    for section in sections(drift_study(settings, arguments.out)):
+    for section in sections(drift_study(settings, arguments.out, domains)):
         print(section.sentence)
     print(f"Written to {arguments.out}: report.html, results.json, tensors.safetensors")
+
+
+def _domains(
+    settings: ProbeSettings | DriftSettings, arguments: argparse.Namespace, model: str | None
+) -> list[Domain] | None:
+    """The domains that are read; None where they were to be shown, and that is all."""
+    domains = []
+    if settings.domains:
+        domains = load_domains(settings.domains, settings.data, settings.seed, settings.columns)
+    if not arguments.show_data:
+        return domains
+    print(show_domains(domains, model, settings.max_length))
+    return None

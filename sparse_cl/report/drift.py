@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from sparse_cl import probes
-from sparse_cl.four_domains.domains import load_domains
+from sparse_cl.four_domains.domains import Domain, check_domains, load_domains
 from sparse_cl.four_domains.sequence import DomainBatches
-from sparse_cl.models.loading import load_model, quiet
+from sparse_cl.models.loading import load_model, load_tokenizer, quiet
 from sparse_cl.models.parts import find_blocks, spread
 
 from .batches import Shown, domain_batches, reference_text, text_batches
@@ -33,11 +33,12 @@ TASKS = 3
 """Random tasks that are fitted for plasticity."""
 
 
-def drift_study(settings: DriftSettings, out: Path) -> dict[str, Any]:
+def drift_study(settings: DriftSettings, out: Path, domains: Sequence[Domain] | None = None) -> dict[str, Any]:
     """Compares two checkpoints, and writes `results.json`, `tensors.safetensors` and `report.html` into `out`.
 
     Args:
         out: a folder that is absent or empty.
+        domains: as `load_domains` reads them for `settings`; None: they are read here.
 
     Returns:
         What results.json holds.
@@ -48,7 +49,11 @@ def drift_study(settings: DriftSettings, out: Path) -> dict[str, Any]:
     quiet()
     check_out(out)
     text = reference_text(settings.text)
-    domains = load_domains(settings.domains, settings.data, settings.seed) if settings.domains else []
+    if domains is None and settings.domains:
+        domains = load_domains(settings.domains, settings.data, settings.seed, settings.columns)
+    domains = domains or []
+    if domains:
+        check_domains(domains, *load_tokenizer(settings.before), settings.max_length)
     dtype = getattr(torch, settings.dtype)
     before, tokenizer = load_model(settings.before, dtype)
     sizes: dict[str, Any] = {key: getattr(settings, key) for key in ("records", "batch_size", "max_length")}

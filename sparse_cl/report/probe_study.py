@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparse_cl.four_domains.domains import Domain, load_domains
+from sparse_cl.four_domains.domains import Domain, check_domains, load_domains
 from sparse_cl.four_domains.embedded_model import embedded_model_folder
-from sparse_cl.models.loading import load_model, quiet, versions
+from sparse_cl.models.loading import load_model, load_tokenizer, quiet, versions
 
 from .batches import domain_batches
 from .html import write_folder
@@ -20,8 +20,11 @@ from .probe import probe_model, sections
 from .settings import ProbeSettings, check_out
 
 
-def probe_study(settings: ProbeSettings, out: Path) -> list[str]:
+def probe_study(settings: ProbeSettings, out: Path, domains: Sequence[Domain] | None = None) -> list[str]:
     """Probes the model of `settings` and writes into `out`; the sentences of the report, and where it is.
+
+    Args:
+        domains: as `load_domains` reads them for `settings`; None: they are read here.
 
     Raises:
         ValueError, DataError: bad input; the message says what to do.
@@ -33,9 +36,11 @@ def probe_study(settings: ProbeSettings, out: Path) -> list[str]:
         )
     quiet()
     check_out(out)
-    domains = load_domains(settings.domains, settings.data, settings.seed)
+    if domains is None:
+        domains = load_domains(settings.domains, settings.data, settings.seed, settings.columns)
     source = settings.models[0] if settings.models else str(embedded_model_folder())
     name = Path(source).name if settings.models else "embedded"
+    check_domains(domains, *load_tokenizer(source), settings.max_length)
     model, tokenizer = load_model(source, getattr(torch, settings.dtype))
     _, sentences = study_model(model, tokenizer, name, domains, settings, out)
     return [*sentences, f"Written to {out}: report.html, results.json, tensors and activations"]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from sparse_cl.arguments import check_options, option
-from sparse_cl.four_domains.domains import DEFAULT_DOMAINS
+from sparse_cl.four_domains.domains import COLUMNS_HELP, DOMAINS_HELP, default_domains
 from sparse_cl.methods.options import check_share
 
 PROBES = ("activation", "gradients", "curvature", "rank", "capacity")
@@ -42,11 +42,10 @@ class ProbeSettings(_Reading):
         metavar="PATH_OR_HUB_NAME",
     )
     data: str | None = option(
-        None, "as for `sparse-cl run`; training records are used (default: embedded)", metavar="DIR"
+        None, "as for `sparse-cl run`; training records are used (default: embedded)", metavar="PATH_OR_HUB_NAME"
     )
-    domains: tuple[str, ...] = option(
-        DEFAULT_DOMAINS, "NAME=DATASET[:CONFIG] takes one from the Hub", metavar="NAME[,NAME…]"
-    )
+    domains: tuple[str, ...] = option((), DOMAINS_HELP, metavar="NAME[,NAME…]")
+    columns: tuple[str, ...] = option((), COLUMNS_HELP, metavar="FIELD=COLUMN[,…]")
     probes: tuple[str, ...] = option(PROBES, "what to measure", metavar="NAME[,NAME…]")
     blocks: int = option(
         8,
@@ -62,6 +61,7 @@ class ProbeSettings(_Reading):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "domains", self.domains or default_domains(self.data))
         check_share("energy", self.energy)
         for name in self.probes:
             if name not in PROBES:
@@ -80,14 +80,21 @@ class DriftSettings(_Reading):
     text: str | None = option(
         None, "plain reference text, of which the beginning is used (default: embedded)", metavar="FILE.txt"
     )
-    data: str | None = option(None, "as for `sparse-cl run`; validation records are used", metavar="DIR")
+    data: str | None = option(
+        None, "as for `sparse-cl run`; validation records are used (default: none)", metavar="PATH_OR_HUB_NAME"
+    )
     domains: tuple[str, ...] = option(
         (),
-        f"NAME=DATASET[:CONFIG] takes one from the Hub (default: with --data {','.join(DEFAULT_DOMAINS)}, else none; "
-        "embedded ones can be named)",
+        "as for `sparse-cl run` (default: with --data as there, else none; embedded ones can be named)",
         metavar="NAME[,NAME…]",
     )
+    columns: tuple[str, ...] = option((), COLUMNS_HELP, metavar="FIELD=COLUMN[,…]")
     plasticity: bool = option(False, "also fit new random tasks from both (slow)")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.data is not None:
+            object.__setattr__(self, "domains", self.domains or default_domains(self.data))
 
 
 @dataclass(frozen=True)
@@ -95,6 +102,7 @@ class Out:
     """Where a report goes."""
 
     out: Path = option(MISSING, "new folder for the report", metavar="DIR")
+    show_data: bool = option(False, "show what was read, and examples token by token as they are read; then stop")
 
 
 def check_out(out: Path) -> None:

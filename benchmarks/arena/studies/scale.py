@@ -39,7 +39,7 @@ def scale_study(settings: ProbeSettings, out: Path) -> list[str]:
         raise ValueError("--model: expected at least one, got none")
     quiet()
     check_out(out)
-    domains = load_domains(settings.domains, settings.data, settings.seed)
+    domains = load_domains(settings.domains, settings.data, settings.seed, settings.columns)
     names, summaries = names_of(settings.models), []
     for name, source in zip(names, settings.models, strict=True):
         model, tokenizer = load_model(source, getattr(torch, settings.dtype))
