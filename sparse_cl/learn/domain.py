@@ -148,7 +148,7 @@ class _Domain:
             elif settings.protect != NONE and method.protects:
                 method.check(model)
                 self._protect(model)
-                carried = self.work.keep_protected(Carried(method.memory, []))
+                carried = self.work.keep_protected(Carried(getattr(method, "memory", None), []))
         return model, carried
 
     def _protect(self, model: nn.Module) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 
 from sparse_cl.methods import Method
 from sparse_cl.methods.carried import Carried, load_carried
-from sparse_cl.methods.lora import LoRA, merged, with_adapters
+from sparse_cl.methods.lora import LoRA, merged
 from sparse_cl.methods.memory_method import FreshAdapters, MemoryMethod
 from sparse_cl.models.loading import load_model
 
@@ -49,7 +49,9 @@ class Source:
         if self.adapter is not None and isinstance(method, FreshAdapters | LoRA):
             return method.restore(model, [self.adapter]), carried
         if self.adapter is not None:
-            model = merged(with_adapters(model, [self.adapter])).requires_grad_(True)
+            import peft
+
+            model = merged(peft.PeftModel.from_pretrained(model, self.adapter)).requires_grad_(True)
         if carried is not None and carried.memory is not None and isinstance(method, MemoryMethod):
             method.remember(model, carried.memory)
         return model, carried
