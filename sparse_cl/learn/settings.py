@@ -93,8 +93,8 @@ class LearnSettings:
         if not issubclass(method, MemoryMethod) and method not in (AdamW, LoRA):
             fitting = [name for name, known in METHODS.items() if issubclass(known, MemoryMethod)]
             raise ValueError(
-                f"method: {self.method} needs what `sparse-cl run` keeps of a whole sequence; expected one that goes on "
-                f"from a model's memory, {', '.join(fitting)}, or that protects nothing, {AdamW.name}, {LoRA.name}"
+                f"method: {self.method} needs what `sparse-cl run` keeps of a whole sequence; expected one that goes "
+                f"on from a model's memory, {', '.join(fitting)}, or that protects nothing, {AdamW.name}, {LoRA.name}"
             )
         given = parse_set([entry if "=" not in entry else f"{self.method}.{entry}" for entry in self.set])
         return method(**given.get(self.method, {}))
