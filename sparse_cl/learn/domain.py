@@ -31,6 +31,8 @@ from .work import Work
 
 _CHECKPOINTS = 10
 """How often a run is saved on its way, so that one that was stopped goes on."""
+_OWN_TOKENS = 128
+"""Of a text that the model writes: what a few hundred use of its layers changes little after that, and waiting does."""
 
 
 def learn(settings: LearnSettings, say: Callable[[str], object] = print) -> Path:
@@ -43,13 +45,14 @@ def learn(settings: LearnSettings, say: Callable[[str], object] = print) -> Path
     """
     quiet()
     check_processes()
+    work = Work(settings.out)
     source = Source(settings.model)
     tokenizer, rows = load_tokenizer(source.base)
     records, held = _read(settings, tokenizer, rows)
     if settings.show_data:
         say(show(records, tokenizer, settings.max_length))
         return settings.out
-    work = Work(settings.out, {**settings.to_json(), "data": records.fingerprint})
+    work.claim({**settings.to_json(), "data": records.fingerprint})
     if work.is_done():
         say(f"{settings.out} holds this model; nothing is left to do")
         return settings.out
@@ -155,7 +158,7 @@ class _Domain:
         settings = self.settings
         if settings.protect == SELF:
             self.say(f"The model writes {settings.texts} texts, by which it is protected (--protect)")
-            length = min(settings.max_length, 256)
+            length = min(settings.max_length, _OWN_TOKENS)
             texts: Any = write_texts(
                 model, self.tokenizer, texts=settings.texts, length=length, batch_size=32, seed=settings.seed
             )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from sparse_cl.data.encoding import pad
 from sparse_cl.models.passes import evaluation
@@ -35,15 +36,14 @@ def write_texts(
         ValueError: the tokenizer has no token that a text could begin with.
     """
     found: list[list[int]] = []
-    with evaluation(model), torch.random.fork_rng(_cuda(model)):
+    with evaluation(model), torch.random.fork_rng(_cuda(model)), ExitStack() as stack:
         torch.manual_seed(seed)
+        bar = stack.enter_context(tqdm(total=texts, desc="writing texts", mininterval=0.5))
         while len(found) < texts:
             count = min(batch_size, texts - len(found))
-            found += (
-                _chats(model, tokenizer, count, length)
-                if tokenizer.chat_template
-                else _plain(model, tokenizer, count, length)
-            )
+            write = _chats if tokenizer.chat_template else _plain
+            found += write(model, tokenizer, count, length)
+            bar.update(count)
     return [{"input_ids": ids, "attention_mask": [1] * len(ids), "labels": ids} for ids in found]
 
 

@@ -20,27 +20,35 @@ _WORK = "unfinished"
 class Work:
     """What is on disk of one call.
 
-    Args:
-        out: its folder.
-        settings: with the fingerprint of the data; by them a call knows its own folder again.
-
     Raises:
-        ValueError: the folder holds something else; it is said what.
+        ValueError: the folder is a file, or holds something else.
     """
 
-    def __init__(self, out: Path, settings: Mapping[str, Any]) -> None:
-        self.out, self.settings, self._work = out, dict(settings), out / _WORK
+    def __init__(self, out: Path) -> None:
+        self.out, self._work = out, out / _WORK
         self.checkpoints = self._work / "checkpoints"
+        self.settings: dict[str, Any] = {}
         if out.exists() and not out.is_dir():
             raise ValueError(f"{out} is a file; --out must be a folder")
         if (self._work / "finished").is_dir():
             self._place()
-        held = self._held()
-        if held is None:
-            if out.is_dir() and any(path.name != _WORK for path in out.iterdir()):
-                raise ValueError(f"{out} is not empty and holds no model of sparse-cl learn. Give another --out")
-        elif differing := differences(held, self.settings):
-            raise ValueError(f"{out} is of another call (it differs in {differing}). Give another --out, or delete it")
+        if self._held() is None and out.is_dir() and any(path.name != _WORK for path in out.iterdir()):
+            raise ValueError(f"{out} is not empty and holds no model of sparse-cl learn. Give another --out")
+
+    def claim(self, settings: Mapping[str, Any]) -> None:
+        """Whether the folder is this call's, or nobody's.
+
+        Args:
+            settings: with the fingerprint of the data; by them a call knows its own folder again.
+
+        Raises:
+            ValueError: it is of another call; it is said in what that differs.
+        """
+        self.settings, held = dict(settings), self._held()
+        if held is not None and (differing := differences(held, self.settings)):
+            raise ValueError(
+                f"{self.out} is of another call (it differs in {differing}). Give another --out, or delete it"
+            )
 
     def _held(self) -> Any:
         """The settings of the call whose folder this is; None: of no call."""
