@@ -26,6 +26,7 @@ ORDER = (
     ("models",),
     ("probes",),
     ("methods",),
+    ("integrations",),
     ("arguments",),
     ("four_domains",),
     ("report",),
