@@ -26,6 +26,7 @@ ORDER = (
     ("models",),
     ("probes",),
     ("methods",),
+    ("integrations",),
     ("arguments", "data"),
     ("four_domains",),
     ("learn", "report"),

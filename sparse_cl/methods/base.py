@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from sparse_cl.models.parts import refuse_encoders, refuse_quantized
+from sparse_cl.optim import Protection
 from sparse_cl.subspace import SubspaceMemory
 
 Batch = Mapping[str, Tensor]
@@ -139,6 +140,19 @@ class Method(ABC):
     @abstractmethod
     def make_optimizer(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
         """A fresh optimizer for the domain; `lr` is the largest rate that it will have."""
+
+    def guard(self, optimizer: torch.optim.Optimizer) -> Protection | None:
+        """Puts the method's protection behind an optimizer that somebody else made, between `before_domain` and
+        training; None: there is nothing to protect yet.
+
+        Raises:
+            ValueError: the method needs an optimizer of its own (`make_optimizer`).
+            RuntimeError: no domain was begun.
+        """
+        raise ValueError(
+            f"{self.name} needs an optimizer of its own, which make_optimizer makes; behind another's optimizer take "
+            "elastic or orthogonal"
+        )
 
     def penalty(self, model: nn.Module) -> Tensor | None:
         """What is added to the loss of each batch, a scalar with a graph; None: nothing."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparse_cl.optim import ElasticAdamW, LowRankPull, ProjectedAdamW
+from sparse_cl.optim import ElasticAdamW, LowRankPull, ProjectedAdamW, Protection, protect
 from sparse_cl.optim.elastic_adamw import ROW_STRENGTH, STRENGTH
 
 from .base import Batch
@@ -78,6 +78,12 @@ class Elastic(MemoryMethod):
             row_strength=self.row_strength,
             every=self.every,
         )
+
+    def guard(self, optimizer: torch.optim.Optimizer) -> Protection | None:
+        self._check_begun("guard")
+        if not self._known.domains:
+            return None
+        return protect(optimizer, self._known, strength=self.strength, row_strength=self.row_strength, every=self.every)
 
     def after_domain(self, model: nn.Module, batches: Iterable[Batch]) -> None:
         self._end(model, self._weights, batches)

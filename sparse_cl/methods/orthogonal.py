@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from sparse_cl.lora import orthogonal_lora
-from sparse_cl.optim import SubspaceProjectedAdamW
+from sparse_cl.optim import Protection, SubspaceProjectedAdamW, protect
 from sparse_cl.subspace import Subspace
 
 from .base import Batch
@@ -40,6 +40,16 @@ class Orthogonal(MemoryMethod):
         self._check_begun("make_optimizer")
         with told_already():
             return SubspaceProjectedAdamW(trained_by_name(model), lr=lr, memory=self.memory)
+
+    def guard(self, optimizer: torch.optim.Optimizer) -> Protection | None:
+        """As `Method.guard`. Norms and biases are trained, which `make_optimizer` freezes."""
+        if type(self).make_optimizer is not Orthogonal.make_optimizer:
+            return super().guard(optimizer)
+        self._check_begun("guard")
+        if not self._known.domains:
+            return None
+        with told_already():
+            return protect(optimizer, self._known, budget=0)
 
     def after_domain(self, model: nn.Module, batches: Iterable[Batch]) -> None:
         self._end(model, self._weights, batches)

@@ -50,6 +50,11 @@ class Protection:
             optimizer.register_step_post_hook(self._after),
         ]
 
+    @property
+    def steps(self) -> int:
+        """How many steps of the optimizer it has seen."""
+        return self._steps
+
     def remove(self) -> None:
         """Takes the protection away; the weights stay as they are."""
         for handle in self._handles:
@@ -57,9 +62,11 @@ class Protection:
         self._handles = []
 
     def state_dict(self) -> dict[str, Any]:
-        """By parameter W₀ U, the energy of old outputs and Σ lr since the last correction; and the number of steps."""
+        """By parameter W₀ U, the energy of old outputs and Σ lr since the last correction; the number of steps, and the
+        generators of rounding."""
+        generators = {str(device): generator.get_state() for device, generator in self._generators.items()}
         tensors = {self._names[p]: {**kept, "path": self._rates[p]} for p, kept in self._kept.items()}
-        return {"parameters": tensors, "steps": self._steps}
+        return {"parameters": tensors, "steps": self._steps, "generators": generators}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from a checkpoint of the same domain.
@@ -81,6 +88,9 @@ class Protection:
                 tensor.copy_(given[name][key])
             self._rates[param] = given[name].get("path", 0.0)
         self._steps = state["steps"]
+        for device, generator in state.get("generators", {}).items():
+            self._generators[torch.device(device)] = torch.Generator(device)
+            self._generators[torch.device(device)].set_state(generator.cpu())
 
     @torch.no_grad()
     def old_output_drift(self) -> dict[str, float]:

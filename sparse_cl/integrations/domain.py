@@ -1,0 +1,201 @@
+"""One domain, trained by somebody else's loop and optimizer: what comes before it, behind it and after it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparse_cl.methods import Carried, Method, load_carried, save_carried
+from sparse_cl.optim.active_gradients import active_gradients
+from sparse_cl.optim.memory_adamw import MemoryAdamW
+
+from .looking import Looking
+
+ADVICE = (
+    "Train in one process with the optimizer that steps the model's own parameters: no DeepSpeed, FSDP or DDP, and no "
+    "optimizer of another copy of the model"
+)
+
+
+class Domain:
+    """A domain that is being learned: its method has looked at the data, and the protection is behind the optimizer.
+
+    Args:
+        method: `elastic` or `orthogonal`; it goes on from what it remembers.
+        model: the model itself, not a wrapper; of transformers, or of PEFT.
+        loader: of training batches, with `input_ids`, `labels` and, where there is padding, `attention_mask`. At most
+            `records` of its records are looked at, evenly spaced where its length is known.
+        optimizer: what trains the model; wrappers of accelerate are looked through. An `ElasticAdamW` or
+            `SubspaceProjectedAdamW` takes the memory itself; masks of ours have gradients clipped by their active norm.
+        memory: a model folder whose memory is gone on from, or a name on the Hub.
+        records: how many training records the method may look at, before and after.
+
+    Raises:
+        ValueError: the method cannot train the model; it needs its own optimizer; the folder carries no memory.
+        RuntimeError: the optimizer steps other tensors than the model's.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        model: nn.Module,
+        loader: Iterable[Any],
+        optimizer: torch.optim.Optimizer,
+        *,
+        memory: str | Path | None = None,
+        records: int = 128,
+        resumes: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.method, self.model, self.optimizer = method, plain_model(model), plain_optimizer(optimizer)
+        self.batches = Looking(loader, self.model, records)
+        self.domains: list[dict[str, Any]] = []
+        _check_own(self.model, self.optimizer)
+        if memory is not None:
+            carried = load_carried(memory, self.model)
+            if carried is None or carried.memory is None:
+                raise ValueError(f"memory: {memory} carries none (no sparse_cl/memory.safetensors); leave it out")
+            self.domains = carried.domains
+            method.remember(self.model, carried.memory)
+        if method.before_domain(self.model, self.batches) is not self.model:
+            raise ValueError(
+                f"method: {method.name} wraps the model, which the optimizer would not follow; take elastic or "
+                "orthogonal, on a model of PEFT where adapters are wanted"
+            )
+        self.protection = None
+        if isinstance(self.optimizer, MemoryAdamW):
+            state = self.optimizer.state_dict() if resumes is not None else None
+            self.optimizer.set_memory(getattr(method, "memory", None) if _remembers(method) else None)
+            if state is not None:
+                self.optimizer.load_state_dict(state)
+        else:
+            self.protection = method.guard(self.optimizer)
+            if self.protection is not None and resumes is not None:
+                self.protection.load_state_dict(resumes)
+        self._began = self.protection.steps if self.protection else 0
+        self._clipping = active_gradients(self.optimizer)
+        self._proven = False
+
+    def prove(self) -> None:
+        """After an optimizer's step: whether the protection was in it. Later calls cost nothing.
+
+        Raises:
+            RuntimeError: it was not.
+        """
+        if self._proven:
+            return
+        self._proven = True
+        if self.protection is not None and self.protection.steps == self._began:
+            raise RuntimeError(
+                f"the optimizer that stepped is not the {type(self.optimizer).__name__} behind which the protection "
+                f"is: nothing would be protected. {ADVICE}"
+            )
+        _check_own(self.model, self.optimizer)
+
+    def drift(self) -> dict[str, float]:
+        """By parameter the share of old outputs that has moved in this domain; empty: nothing is protected yet."""
+        if isinstance(self.optimizer, MemoryAdamW):
+            return getattr(self.optimizer, "old_output_drift", dict)()
+        return {} if self.protection is None else self.protection.old_output_drift()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint in the middle of the domain must hold beside model, optimizer and memory."""
+        return {} if self.protection is None else self.protection.state_dict()
+
+    def carried(self) -> Carried:
+        """What the model carries: of the domains that were learned, this one only after `end`."""
+        return Carried(getattr(self.method, "memory", None), self.domains)
+
+    def close(self) -> None:
+        """Takes protection and clipping away."""
+        if self.protection is not None:
+            self.protection.remove()
+        self._clipping.remove()
+
+    def end(self, folder: str | Path | None = None, **facts: Any) -> None:
+        """The domain is learned: the method remembers it.
+
+        Args:
+            folder: of the model; what it carries is written there.
+            facts: of the history's entry: at least `name` where a folder is given.
+        """
+        self.close()
+        self.method.after_domain(self.model, self.batches)
+        entry = {"method": self.method.name, "options": self.method.settings()}
+        self.domains = [*self.domains, {"name": "domain", **entry, **facts}]
+        if folder is not None:
+            save_carried(folder, self.carried())
+
+
+@contextmanager
+def continual(
+    method: Method, model: nn.Module, loader: Iterable[Any], optimizer: torch.optim.Optimizer, **options: Any
+) -> Iterator[Domain]:
+    """While it lasts a domain is learned by a loop of your own.
+
+        with continual(Elastic(), model, loader, optimizer, memory="models/1-code") as domain:
+            for batch in loader:
+                model(**batch).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        model.save_pretrained("models/2-clinic")
+        save_carried("models/2-clinic", domain.carried())
+
+    What ends in an error is not remembered. Arguments and errors are those of `Domain`.
+    """
+    domain = Domain(method, model, loader, optimizer, **options)
+    proof = domain.optimizer.register_step_post_hook(lambda *_: domain.prove())
+    try:
+        yield domain
+    except BaseException:
+        domain.close()
+        raise
+    finally:
+        proof.remove()
+    if not domain._proven:
+        domain.close()
+        raise RuntimeError(
+            "the optimizer took no step in the domain, so nothing was learned, or by another optimizer without the "
+            f"protection. {ADVICE}"
+        )
+    domain.end()
+
+
+def plain_model(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile's and data parallel wrappers."""
+    while isinstance(inner := getattr(model, "_orig_mod", getattr(model, "module", None)), nn.Module):
+        model = inner
+    return model
+
+
+def plain_optimizer(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimizer inside wrappers such as accelerate's.
+
+    Raises:
+        TypeError: no optimizer.
+    """
+    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = inner
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    return optimizer
+
+
+def _remembers(method: Method) -> bool:
+    memory = getattr(method, "memory", None)
+    return memory is not None and bool(memory.domains)
+
+
+def _check_own(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    own = set(map(id, model.parameters()))
+    # Compact leaves stand for a weight of the model, and are parameters of a module in it.
+    others = [p for group in optimizer.param_groups for p in group["params"] if id(p) not in own]
+    if others:
+        raise RuntimeError(
+            f"the optimizer steps other tensors than the model's: one of shape {tuple(others[0].shape)} is no "
+            f"parameter of {type(model).__name__}, so what is protected would not be what is trained. {ADVICE}"
+        )

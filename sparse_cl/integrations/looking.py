@@ -1,0 +1,95 @@
+"""The few training records that a method may look at, taken from somebody else's loader without disturbing it."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparse_cl.models.passes import IGNORED
+
+
+class Looking:
+    """Batches of at most `records` records, iterated over afresh each time, as methods take them.
+
+    A map-style data set is read at evenly spaced places, of a stream the first records are. The loader itself is not
+    iterated over, where it has a data set: its order and its random numbers are training's.
+
+    Args:
+        loader: a DataLoader, or any iterable of batches that can be iterated over more than once.
+        model: on whose device the batches are.
+    """
+
+    def __init__(self, loader: Iterable[Any], model: nn.Module, records: int) -> None:
+        if records < 1:
+            raise ValueError(f"records: expected at least 1, got {records}")
+        self.loader, self.model, self.records = loader, model, records
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        device = next(self.model.parameters()).device
+        with untouched_random():
+            batches = list(self._batches())
+        if not batches:
+            raise ValueError("loader: expected at least one batch, got none; is the data set empty?")
+        for batch in batches:
+            yield {name: part.to(device) for name, part in as_batch(batch).items()}
+
+    def _batches(self) -> Iterator[Any]:
+        loader: Any = self.loader
+        data, collate = getattr(loader, "dataset", None), getattr(loader, "collate_fn", None)
+        if data is None or collate is None:
+            seen = 0
+            for batch in loader:
+                yield batch
+                seen += len(next(iter(batch.values()))) if isinstance(batch, Mapping) else len(batch)
+                if seen >= self.records:
+                    return
+            return
+        size = getattr(loader, "batch_size", None) or getattr(loader.batch_sampler, "batch_size", None) or 1
+        if isinstance(data, Sized) and hasattr(data, "__getitem__"):
+            count = min(self.records, len(data))
+            items: Iterable[Any] = (data[i * len(data) // count] for i in range(count))
+        else:
+            items = itertools.islice(iter(data), self.records)
+        items = iter(items)
+        while batch := list(itertools.islice(items, size)):
+            yield collate(batch)
+
+
+def as_batch(batch: Any) -> dict[str, Tensor]:
+    """input_ids, labels and, where there is one, attention_mask, of what trainers' collators make.
+
+    Where there are no labels the completion's tokens are (TRL's `completion_mask`), or else all.
+
+    Raises:
+        ValueError: no input_ids.
+    """
+    if not isinstance(batch, Mapping) or not isinstance(batch.get("input_ids"), Tensor):
+        what = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
+        raise ValueError(f"loader: expected batches with input_ids, got {what}; give a collator that makes them")
+    ids, mask = batch["input_ids"], batch.get("attention_mask")
+    labels = batch.get("labels")
+    if labels is None:
+        counted = batch.get("completion_mask", mask)
+        labels = ids if counted is None else ids.masked_fill(counted == 0, IGNORED)
+    found = {"input_ids": ids, "labels": labels}
+    return found if mask is None else {**found, "attention_mask": mask}
+
+
+@contextmanager
+def untouched_random() -> Iterator[None]:
+    """Random numbers go on afterwards as if nothing had been drawn."""
+    import numpy
+
+    python, arrays = random.getstate(), numpy.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python)
+        numpy.random.set_state(arrays)

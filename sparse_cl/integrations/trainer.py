@@ -1,0 +1,177 @@
+"""A callback for the Trainer of transformers and those of TRL."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from sparse_cl import storage
+from sparse_cl.methods import Method, load_carried, save_carried
+from sparse_cl.methods.carried import FOLDER
+from sparse_cl.optim.active_gradients import ActiveGradients, active_gradients
+
+from .domain import ADVICE, Domain, plain_optimizer
+
+_STATE = f"{FOLDER}/protection.safetensors"
+
+
+class ActiveClipping(transformers.TrainerCallback):
+    """Has `max_grad_norm` count the gradients of active entries alone, where the optimizer has masks of ours.
+
+    `ContinualCallback` does so by itself.
+    """
+
+    _handle: ActiveGradients | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._handle = active_gradients(plain_optimizer(kwargs["optimizer"]))
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+
+
+class ContinualCallback(transformers.TrainerCallback):
+    """Trains one domain by a Trainer without forgetting those before.
+
+        trainer = SFTTrainer(model, args, train_dataset=data, callbacks=[ContinualCallback(Elastic(), memory="1-code")])
+        trainer.train()
+        trainer.save_model()
+
+    When training begins, the method looks at some of the trainer's records, and its protection is put behind the
+    optimizer that the trainer made. At the first step it is proven to be there. Logs show `old_output_drift`, the mean
+    over parameters of the share of old outputs that has moved, and the largest. Checkpoints hold the protection's
+    state, so that `resume_from_checkpoint` goes on with the same bits; and when training ends, what the model now
+    remembers is written into `<output_dir>/sparse_cl/`, for the next domain's `memory`.
+
+    Args:
+        method: `Elastic` or `Orthogonal`. One that was used before goes on from what it remembers.
+        memory: a model folder whose memory is gone on from, or a name on the Hub. None: the first domain, or the
+            method knows.
+        name: of the domain, for the history; the output folder's by default.
+        records: how many training records the method may look at, before and after.
+        checkpoint: the folder that training resumes from, where it is not `<output_dir>/checkpoint-<step>`.
+
+    Raises (in `trainer.train()`):
+        ValueError: the method cannot train this model, or needs an optimizer of its own.
+        RuntimeError: several processes; an optimizer that steps other tensors than the model's; a checkpoint without
+            the protection's state.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        *,
+        memory: str | Path | None = None,
+        name: str | None = None,
+        records: int = 128,
+        checkpoint: str | Path | None = None,
+    ) -> None:
+        if not isinstance(method, Method):
+            raise TypeError(f"method: expected a method such as Elastic(), got {method!r}")
+        self.method, self.memory, self.name, self.records = method, memory, name, records
+        self.checkpoint = checkpoint
+        self.domain: Domain | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        kind = str(args.parallel_mode).rpartition(".")[2]
+        if kind not in ("NOT_PARALLEL", "TPU") or getattr(args, "deepspeed", None) or getattr(args, "fsdp", None):
+            raise RuntimeError(
+                f"ContinualCallback: training is spread over devices or processes ({kind.lower()}), where the "
+                f"protection would not be on what is stepped. {ADVICE}"
+            )
+        folder, memory, resumes = self._folder(args, state), self.memory, None
+        if folder is not None:
+            resumes = _read(folder)
+            if getattr(self.method, "memory", None) is None and memory is None:
+                carried = load_carried(folder)
+                memory = folder if carried is not None and carried.memory is not None else None
+        self.domain = Domain(
+            self.method,
+            kwargs["model"],
+            kwargs["train_dataloader"],
+            kwargs["optimizer"],
+            memory=memory,
+            records=self.records,
+            resumes=resumes,
+        )
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.domain is not None and not getattr(kwargs["optimizer"], "step_was_skipped", False):
+            self.domain.prove()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
+        if self.domain is None or not logs or "loss" not in logs:
+            return
+        if drift := self.domain.drift():
+            found = {
+                "old_output_drift": sum(drift.values()) / len(drift),
+                "old_output_drift_most": max(drift.values()),
+            }
+            logs.update(found)
+            state.log_history[-1].update(found)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.domain is None or not state.is_world_process_zero:
+            return
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        carried = self.domain.carried()
+        if carried.memory is not None and not carried.memory.domains:
+            carried.memory = None
+        save_carried(folder, carried)
+        _write(folder, self.domain.state_dict())
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.domain is None:
+            return
+        loader = kwargs.get("train_dataloader")
+        data: Any = getattr(loader, "dataset", None)
+        self.domain.end(
+            args.output_dir,
+            name=self.name or Path(args.output_dir).name,
+            lr=args.learning_rate,
+            steps=state.global_step,
+            records=len(data) if hasattr(data, "__len__") else None,
+            data=getattr(data, "_fingerprint", None),
+        )
+        self.domain = None
+
+    def _folder(self, args: Any, state: Any) -> Path | None:
+        """The checkpoint that training goes on from; None: it begins."""
+        if not state.global_step:
+            return None
+        given = self.checkpoint or Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if not (Path(given) / _STATE).is_file():
+            raise RuntimeError(
+                f"{given}: training goes on at step {state.global_step}, but there is no {_STATE}, which "
+                "ContinualCallback writes: where the domain began is unknown. Give the folder that training resumes "
+                "from as checkpoint=, an earlier one, or begin the domain anew"
+            )
+        return Path(given)
+
+
+def _write(folder: Path, state: dict[str, Any]) -> None:
+    tensors, paths = {}, {}
+    for name, kept in state.get("parameters", {}).items():
+        for key, value in kept.items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"{name}:{key}"] = value
+            else:
+                paths[name] = value
+    tensors |= {f":{device}": generator for device, generator in state.get("generators", {}).items()}
+    facts = {"steps": state.get("steps", 0), "paths": paths}
+    storage.write(folder / _STATE, "protection", tensors, **facts)
+
+
+def _read(folder: Path) -> dict[str, Any]:
+    tensors, facts = storage.read(folder / _STATE, "protection", "ContinualCallback", "steps", "paths")
+    parameters: dict[str, dict[str, Any]] = {name: {"path": path} for name, path in facts["paths"].items()}
+    for name, tensor in tensors.items():
+        owner, _, key = name.rpartition(":")
+        if owner:
+            parameters.setdefault(owner, {})[key] = tensor
+    generators = {name[1:]: tensor for name, tensor in tensors.items() if name.startswith(":")}
+    return {"parameters": parameters, "steps": facts["steps"], "generators": generators}

@@ -1,0 +1,47 @@
+"""Gradients that are zero outside the masks, so that whoever clips them counts what is trained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .names import parameters_of
+from .sparse_masked_adamw import SparseMaskedAdamW
+
+
+class ActiveGradients:
+    """What :func:`active_gradients` returns: in force until :meth:`remove`."""
+
+    def __init__(self, handles: list[Any]) -> None:
+        self._handles = handles
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+
+def active_gradients(optimizer: torch.optim.Optimizer) -> ActiveGradients:
+    """Has gradients of masked parameters be zero outside their masks, from the next backward pass on.
+
+    Trainers clip by the norm of all gradients (``torch.nn.utils.clip_grad_norm_``). Frozen entries would count there,
+    though nobody steps them, and shrink the step of the active ones. A loop of your own calls
+    ``optimizer.clip_grad_norm_`` instead, which costs less. Masks may change in between. Nothing happens for an
+    optimizer without masks.
+
+    Args:
+        optimizer: any; wrappers are not looked through.
+    """
+    if not isinstance(optimizer, SparseMaskedAdamW):
+        return ActiveGradients([])
+
+    @torch.no_grad()
+    def cut(param: Tensor) -> None:
+        mask = optimizer._store.mask_of(param)
+        if mask is not None and param.grad is not None and param.grad.shape == mask.shape:
+            param.grad.masked_fill_(~mask.to_dense().to(param.device), 0)
+
+    leaves = [p for p in parameters_of(optimizer.param_groups) if p.requires_grad and p.is_leaf]
+    return ActiveGradients([p.register_post_accumulate_grad_hook(cut) for p in leaves])
