@@ -16,7 +16,7 @@ from accelerate.utils.memory import clear_device_cache
 from torch import nn
 from tqdm.auto import tqdm
 
-from sparse_cl.data import DataError
+from sparse_cl.data.checks import check_text
 from sparse_cl.data.files import read_text
 from sparse_cl.models.loading import load_model, load_tokenizer, quiet
 from sparse_cl.models.processes import check_processes, processes
@@ -80,16 +80,17 @@ def prepare(settings: Settings, out: Path, domains: Sequence[Domain] | None = No
     if domains is None:
         domains = load_domains(settings.domains, settings.data, settings.seed, settings.columns)
     source = settings.model or str(embedded_model_folder())
-    check_domains(domains, *load_tokenizer(source), settings.max_length)
+    tokenizer, rows = load_tokenizer(source)
+    check_domains(domains, tokenizer, rows, settings.max_length)
+    for name, text in (("reference", reference), ("protect", protected)):
+        if text is not None:
+            check_text(text, f"--{name}", tokenizer, rows)
     model, tokenizer = load_model(source)
     prepared = Prepared(settings, source, tokenizer, domains, reference, protected)
     _check_methods(settings, model)
     limit = getattr(model.config, "max_position_embeddings", settings.max_length)
     if settings.max_length > limit:
         raise ValueError(f"max_length {settings.max_length} exceeds the model's context of {limit} tokens")
-    for name, text in (("reference", reference), ("protect", protected)):
-        if text is not None and not len(tokenizer(text[:1024], add_special_tokens=False)["input_ids"]) > 1:
-            raise DataError(f"--{name}: the text is too short: fewer than 2 tokens")
     inputs = _digests(domains, reference, protected)
     _check_inputs(out, inputs)
 
