@@ -164,7 +164,7 @@ def test_warnings_are_told_in_words_alone(tmp_path, capsys, monkeypatch):
 
     from sparse_cl.four_domains import experiment
 
-    def run(settings, out):
+    def run(settings, out, domains):
         warnings.warn("orthogonal: little survives", stacklevel=1)
         return []
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_cl.four_domains.evaluate import METRICS
-from sparse_cl.four_domains.experiment import differences
+from sparse_cl.four_domains.folder import differences
 from sparse_cl.four_domains.metrics import LOWER_IS_BETTER, intransigence
 from sparse_cl.four_domains.results import RESULTS, read_runs
 from sparse_cl.four_domains.verdict import COSTS

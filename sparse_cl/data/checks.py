@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from .chat import render
 from .encoding import IGNORED, encode_record
 from .records import DataError, Records
 
+_TOGETHER = 1024
+"""Records that are tokenized in one call."""
 _SHOWN = 24
 """Tokens of the beginning and of the end of a stretch that are shown."""
 
@@ -34,17 +37,61 @@ def check_records(records: Sequence[dict], tokenizer: Any, rows: int, max_length
             a record; or a chat template refuses it. File and line are named.
     """
     check_tokenizer(tokenizer, rows)
-    for number, record in enumerate(records):
-        where = getattr(record, "where", f"record {number}")
-        example = encode_record(tokenizer, record, max_length)
-        if (highest := max(example.input_ids, default=0)) >= rows:
-            raise DataError(_beyond(f"{where}: its text has", tokenizer, highest, rows))
-        if all(label == IGNORED for label in example.labels[1:]):
-            field = next(field for field in ("messages", "text", "response") if field in record)
-            raise DataError(
-                f"{where}: nothing is left to learn of `{field}`: {len(example.input_ids)} tokens, of which none is "
-                f"learned with another one before it (max_length {max_length}). Leave the record out"
-            )
+    for start in range(0, len(records), _TOGETHER):
+        part = records[start : start + _TOGETHER]
+        for number, suspect in enumerate(_suspects(part, tokenizer, rows), start):
+            if suspect:
+                _check_record(records[number], f"record {number}", tokenizer, rows, max_length)
+
+
+def check_text(text: str, option: str, tokenizer: Any, rows: int) -> None:
+    """Whether a plain text can be read by a model.
+
+    Raises:
+        DataError: it has fewer than two tokens, or one without a row in the embedding; `option` is named.
+    """
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    if len(ids) < 2:
+        raise DataError(f"{option}: the text is too short: {len(ids)} tokens, need at least 2")
+    if max(ids) >= rows:
+        raise DataError(_beyond(f"{option}: the text has", tokenizer, max(ids), rows))
+
+
+def _suspects(records: Sequence[dict], tokenizer: Any, rows: int) -> list[bool]:
+    """Which records may have a token without a row, or too few tokens: of whole texts together, as that is many times
+    faster than to encode each record."""
+    texts = [_texts(record, tokenizer) for record in records]
+    how = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+    given, learned = (tokenizer([pair[place] for pair in texts], **how)["input_ids"] for place in (0, 1))
+    return [
+        len(second) < 2 or max(second) >= rows or max(first, default=0) >= rows
+        for first, second in zip(given, learned, strict=True)
+    ]
+
+
+def _texts(record: dict, tokenizer: Any) -> tuple[str, str]:
+    """What is given and what is learned of a record; of a conversation all of it."""
+    if "messages" in record:
+        return "", render(tokenizer, record["messages"], getattr(record, "where", "a record")).text
+    if "text" in record:
+        return "", record["text"]
+    return "\n".join([record["prompt"], *record.get("choices", ())]), record["response"]
+
+
+def _check_record(record: dict, name: str, tokenizer: Any, rows: int, max_length: int) -> None:
+    where = getattr(record, "where", name)
+    example = encode_record(tokenizer, record, max_length)
+    highest = max(example.input_ids, default=0)
+    for choice in record.get("choices", ()):
+        highest = max(highest, *tokenizer(choice, add_special_tokens=False)["input_ids"], 0)
+    if highest >= rows:
+        raise DataError(_beyond(f"{where}: its text has", tokenizer, highest, rows))
+    if all(label == IGNORED for label in example.labels[1:]):
+        field = next(field for field in ("messages", "text", "response") if field in record)
+        raise DataError(
+            f"{where}: nothing is left to learn of `{field}`: {len(example.input_ids)} tokens, of which none is "
+            f"learned with another one before it (max_length {max_length}). Leave the record out"
+        )
 
 
 def show(records: Records, tokenizer: Any, max_length: int, count: int = 3) -> str:

@@ -66,7 +66,7 @@ def files_of(source: str) -> list[Path] | None:
             raise DataError(f"{source}: no file matches")
         return found
     if source.startswith((".", "/", "~")) or path.suffix.lower() in READERS:
-        raise DataError(f"{source}: no such file or folder")
+        raise DataError(f"{source}: no such folder or file")
     return None
 
 

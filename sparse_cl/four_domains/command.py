@@ -13,6 +13,7 @@ from sparse_cl.arguments import add_options, chosen, names, option
 
 from .domains import load_domains, show_domains
 from .files import RESULTS
+from .folder import check_folder
 from .method_options import parse_set
 from .settings import Settings, methods_named
 
@@ -127,6 +128,7 @@ def _run(arguments: argparse.Namespace, probe: Callable[[Settings, Path], Sequen
         if len(given := getattr(arguments, name)) != 1:
             raise ValueError(f"--{name} {','.join(map(str, given))}: a run has one {name}. For {SEVERAL}")
     settings = settings_of(arguments).arranged(arguments.order[0], arguments.seed[0])
+    check_folder(arguments.out, settings)
     domains = None
     if arguments.show_data or not (arguments.out / RESULTS).is_file():
         domains = load_domains(settings.domains, settings.data, settings.seed, settings.columns)

@@ -53,10 +53,12 @@ def default_domains(data: str | None) -> tuple[str, ...]:
     """The domains of `--data` where none are named.
 
     Raises:
-        DataError: a folder of several, which nobody but the user can put in order.
+        DataError: a folder of several, which nobody but the user can put in order; or there is no such folder or file.
     """
     if data is None:
         return DEFAULT_DOMAINS
+    if data.startswith((".", "/", "~")):
+        files_of(data)
     named = _named_in(Path(data))
     if len(named) < 2 or set(DEFAULT_DOMAINS) <= set(named):
         return DEFAULT_DOMAINS if len(named) > 1 else tuple(named or [name_of(data)])

@@ -161,6 +161,8 @@ def exact_match(model: Any, tokenizer: Any, records: Sequence[dict], max_length:
     """
     device = next(model.parameters()).device
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    # A model may have more rows than its tokenizer has tokens, and not every tokenizer decodes what it does not know.
+    known = set(tokenizer.get_vocab().values())
     right = 0
     for batch in _batches(records, batch_size):
         lengths = [len(tokenizer(r["response"], add_special_tokens=False)["input_ids"]) for r in batch]
@@ -175,7 +177,8 @@ def exact_match(model: Any, tokenizer: Any, records: Sequence[dict], max_length:
             pad_token_id=pad_id,
             eos_token_id=tokenizer.eos_token_id,
         )
-        texts = tokenizer.batch_decode(generated[:, ids.shape[1] :], skip_special_tokens=True)
+        written = [[token for token in row if token in known] for row in generated[:, ids.shape[1] :].tolist()]
+        texts = tokenizer.batch_decode(written, skip_special_tokens=True)
         right += sum(
             extract_answer(text) == extract_answer(str(record["answer"]))
             for text, record in zip(texts, batch, strict=True)

@@ -7,7 +7,7 @@ import json
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from accelerate.utils.memory import clear_device_cache
 from torch import nn
 from tqdm.auto import tqdm
 
-from sparse_cl.data import DataError
+from sparse_cl.data.checks import check_text
 from sparse_cl.data.files import read_text
 from sparse_cl.models.loading import load_model, load_tokenizer, quiet
 from sparse_cl.models.processes import check_processes, processes
@@ -25,6 +25,7 @@ from . import embedded, figures
 from .domains import Domain, check_domains, load_domains
 from .embedded_model import embedded_model_folder
 from .files import RESULTS, is_disk_full, read_json, write_json
+from .folder import SETTINGS, FolderError, check_folder
 from .prepared import Prepared
 from .protection import text_to_protect
 from .report import comparison, runs_with_capacity
@@ -32,11 +33,7 @@ from .results import add_intransigence, completed, failed_record, read_runs, run
 from .sequence import Progress, Scores, run_sequence, score_all
 from .settings import Settings
 
-SETTINGS, INPUTS = "settings.json", "inputs.json"
-
-
-class FolderError(ValueError):
-    """An output folder that cannot be used."""
+INPUTS = "inputs.json"
 
 
 def is_main_process() -> bool:
@@ -80,16 +77,17 @@ def prepare(settings: Settings, out: Path, domains: Sequence[Domain] | None = No
     if domains is None:
         domains = load_domains(settings.domains, settings.data, settings.seed, settings.columns)
     source = settings.model or str(embedded_model_folder())
-    check_domains(domains, *load_tokenizer(source), settings.max_length)
+    tokenizer, rows = load_tokenizer(source)
+    check_domains(domains, tokenizer, rows, settings.max_length)
+    for name, text in (("reference", reference), ("protect", protected)):
+        if text is not None:
+            check_text(text, f"--{name}", tokenizer, rows)
     model, tokenizer = load_model(source)
     prepared = Prepared(settings, source, tokenizer, domains, reference, protected)
     _check_methods(settings, model)
     limit = getattr(model.config, "max_position_embeddings", settings.max_length)
     if settings.max_length > limit:
         raise ValueError(f"max_length {settings.max_length} exceeds the model's context of {limit} tokens")
-    for name, text in (("reference", reference), ("protect", protected)):
-        if text is not None and not len(tokenizer(text[:1024], add_special_tokens=False)["input_ids"]) > 1:
-            raise DataError(f"--{name}: the text is too short: fewer than 2 tokens")
     inputs = _digests(domains, reference, protected)
     _check_inputs(out, inputs)
 
@@ -159,41 +157,6 @@ def draw_all(runs: Sequence[dict[str, Any]], out: Path) -> None:
     figures.draw_curves(done, out / "curves.png")
     if protecting := runs_with_capacity(done):
         figures.draw_capacity(protecting, out / "capacity.png")
-
-
-def check_folder(out: Path, settings: Settings) -> None:
-    """Whether `out` may be this run's folder: absent, empty, or with a run of equal settings, finished or not.
-
-    Raises:
-        FolderError: it holds another run, or files that are no run's.
-    """
-    path = out / SETTINGS
-    if path.is_file():
-        if differing := differences(read_json(path), settings.to_json()):
-            raise FolderError(f"{out} holds another run (it differs in {differing}). Give another --out, or delete it")
-    elif out.exists() and not out.is_dir():
-        raise FolderError(f"{out} is a file; --out must be a folder")
-    elif out.is_dir() and any(path.name != SETTINGS + ".part" for path in out.iterdir()):
-        raise FolderError(f"{out} is not empty and holds no run of sparse-cl. Give another --out")
-
-
-def differences(held: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """Which settings differ, with both values, in words; empty where none does."""
-    there, now = dict(_flat(held)), dict(_flat(wanted))
-    return "; ".join(
-        f"{name}: {there.get(name, 'not set')} there, {now.get(name, 'not set')} now"
-        for name in sorted({*there, *now})
-        if there.get(name) != now.get(name)
-    )
-
-
-def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Names of settings, those of a mapping as `name.key`, and their values as JSON."""
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, json.dumps(value)
 
 
 def _check_methods(settings: Settings, model: nn.Module) -> None:

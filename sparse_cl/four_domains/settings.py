@@ -91,8 +91,6 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_options(self)
-        # Kept as names: what is compared with another run is what was learned, not how it was asked for.
-        object.__setattr__(self, "domains", self.domains or default_domains(self.data))
         if not self.methods or len(set(self.methods)) < len(self.methods):
             raise ValueError(f"methods must be named, each once; got {list(self.methods)}")
         for name in (*self.methods, *self.lr):
@@ -120,6 +118,8 @@ class Settings:
                 )
         for name in self.methods:
             self.make_method(name)
+        # Kept as names: what is compared with another run is what was learned, not how it was asked for.
+        object.__setattr__(self, "domains", self.domains or default_domains(self.data))
 
     def arranged(self, order: str, seed: int) -> Settings:
         """These with the domains in another order, and a seed.

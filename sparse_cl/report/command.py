@@ -8,7 +8,7 @@ from typing import Any
 from sparse_cl.arguments import add_options, chosen
 from sparse_cl.four_domains.domains import Domain, load_domains, show_domains
 
-from .settings import DriftSettings, Out, ProbeSettings
+from .settings import DriftSettings, Out, ProbeSettings, check_out
 
 
 def add_parsers(commands: Any) -> None:
@@ -57,6 +57,7 @@ def _domains(
     settings: ProbeSettings | DriftSettings, arguments: argparse.Namespace, model: str | None
 ) -> list[Domain] | None:
     """The domains that are read; None where they were to be shown, and that is all."""
+    check_out(arguments.out)
     domains = []
     if settings.domains:
         domains = load_domains(settings.domains, settings.data, settings.seed, settings.columns)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from sparse_cl import probes
+from sparse_cl.data.checks import check_text
 from sparse_cl.four_domains.domains import Domain, check_domains, load_domains
 from sparse_cl.four_domains.sequence import DomainBatches
 from sparse_cl.models.loading import load_model, load_tokenizer, quiet
@@ -52,8 +53,9 @@ def drift_study(settings: DriftSettings, out: Path, domains: Sequence[Domain] | 
     if domains is None and settings.domains:
         domains = load_domains(settings.domains, settings.data, settings.seed, settings.columns)
     domains = domains or []
-    if domains:
-        check_domains(domains, *load_tokenizer(settings.before), settings.max_length)
+    tokenizer, rows = load_tokenizer(settings.before)
+    check_domains(domains, tokenizer, rows, settings.max_length)
+    check_text(text, "--text", tokenizer, rows)
     dtype = getattr(torch, settings.dtype)
     before, tokenizer = load_model(settings.before, dtype)
     sizes: dict[str, Any] = {key: getattr(settings, key) for key in ("records", "batch_size", "max_length")}

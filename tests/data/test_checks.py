@@ -8,6 +8,7 @@ import pytest
 import transformers
 
 from sparse_cl.data import DataError, EncodedRecords, check_records, check_tokenizer, read_records, show
+from sparse_cl.data.checks import check_text
 from sparse_cl.data.encoding import encode, encode_text, tokenized
 from sparse_cl.data.records import Record, Records
 
@@ -37,6 +38,13 @@ def test_a_token_beyond_the_embedding_is_named_with_its_record(tokenizer):
     with pytest.raises(DataError, match=rf"a\.jsonl:2: .* token {rows} \('<tool>'\), .* the embedding has {rows} rows"):
         check_records(records, own, rows, 64)
     check_records(records, own, rows + 1, 64)
+    asked = Record.at(
+        "a.jsonl:3", prompt="p", response="done", choices=["done", "<tool>"], answer="done", answer_index=0
+    )
+    with pytest.raises(DataError, match=rf"a\.jsonl:3: .* token {rows} \('<tool>'\)"):
+        check_records([*GOOD, asked], own, rows, 64)
+    with pytest.raises(DataError, match=rf"--reference: the text has token {rows} \('<tool>'\)"):
+        check_text("a plain text with a <tool>", "--reference", own, rows)
     check_records(GOOD, own, rows, 64)  # it is not used
 
 
@@ -56,6 +64,8 @@ class Swallowing:
         self.tokenizer = tokenizer
 
     def __call__(self, text, **how):
+        if isinstance(text, list):
+            return {"input_ids": [self(one, **how)["input_ids"] for one in text]}
         return self.tokenizer(text.replace("\n", "").replace("\u2800", ""), **how)
 
 

@@ -202,8 +202,8 @@ def test_a_file_that_is_no_parquet(tmp_path):
     ("sources", "columns", "message"),
     [
         ([], None, "no data given"),
-        (["./absent.jsonl"], None, r"absent\.jsonl: no such file or folder"),
-        (["absent.csv"], None, r"absent\.csv: no such file or folder"),
+        (["./absent.jsonl"], None, r"absent\.jsonl: no such folder or file"),
+        (["absent.csv"], None, r"absent\.csv: no such folder or file"),
         (["./*.absent"], None, "no file matches"),
         (["{folder}"], None, "the folder holds no data; expected files of .jsonl"),
         (["{folder}/a.jsonl"], {"prompt": "q"}, r"a\.jsonl: columns prompt=q: there is no such column; there are text"),

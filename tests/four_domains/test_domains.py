@@ -77,7 +77,7 @@ def test_too_little_to_hold_out_is_an_error(folder):
         (["code", "code"], None, "given twice"),
         ([], None, "no domain given"),
         (["../code"], None, "a name is letters"),
-        (["code"], "./nowhere", "no such file or folder"),
+        (["code"], "./nowhere", "no such folder or file"),
     ],
 )
 def test_names_that_cannot_be_used(names, data, message):
@@ -110,7 +110,7 @@ def test_other_columns_are_named_with_what_to_give(tmp_path):
 
 
 def test_a_data_set_that_does_not_load(tmp_path, monkeypatch):
-    with pytest.raises(DataError, match="absent: no such file or folder"):
+    with pytest.raises(DataError, match="absent: no such folder or file"):
         load_domains([f"law={tmp_path / 'absent'}"], None, 0)
 
     def refuse(*arguments):
