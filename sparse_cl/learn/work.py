@@ -9,8 +9,8 @@ from typing import Any
 
 import transformers
 
-from sparse_cl.four_domains.experiment import differences
 from sparse_cl.four_domains.files import MARK, complete, read_json, write_json
+from sparse_cl.four_domains.folder import differences
 from sparse_cl.methods.carried import HISTORY, Carried, load_carried, save_carried
 
 _WORK = "unfinished"
