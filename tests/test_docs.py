@@ -50,6 +50,7 @@ def own_data(tmp_path, monkeypatch):
         for split, records in (("train", train * 4), ("test", train), ("eval", evaluated)):
             lines = "".join(json.dumps(record) + "\n" for record in records)
             (tmp_path / "data" / f"{domain}.{split}.jsonl").write_text(lines)
+        (tmp_path / f"{domain}.jsonl").write_text((tmp_path / "data" / f"{domain}.train.jsonl").read_text())
     return tmp_path
 
 
@@ -65,11 +66,25 @@ def replaced(arguments, **values):
     return arguments
 
 
+def readme(command):
+    """The arguments of each call of a command in the README."""
+    return [words for place, words in commands("sparse-cl") if place.startswith("README.md") and words[0] == command]
+
+
+def test_the_readmes_calls_of_learn_go_on_from_each_other(own_data, environment, monkeypatch):
+    monkeypatch.setenv("SPARSE_CL_CACHE", environment["SPARSE_CL_CACHE"])
+    (cached,) = (own_data / environment["SPARSE_CL_CACHE"]).iterdir()
+    first, second = (replaced(words, steps=1, max_length=64, texts=2) for words in readme("learn"))
+    assert cli.main(replaced(first, model=cached)) == 0
+    assert cli.main(second) == 0
+    history = json.loads((own_data / "models" / "2-law" / "sparse_cl" / "history.json").read_text())
+    assert [entry["name"] for entry in history["domains"]] == ["1-support", "2-law"]
+
+
 def test_the_readmes_command_learns_from_files_of_its_format(own_data, environment, monkeypatch, capsys):
     monkeypatch.setenv("SPARSE_CL_CACHE", environment["SPARSE_CL_CACHE"])
     (cached,) = (own_data / environment["SPARSE_CL_CACHE"]).iterdir()
-    place, arguments = commands("sparse-cl")[0]
-    assert place.startswith("README.md")
+    (arguments,) = readme("run")
     arguments = replaced(arguments, model=cached, steps=1, batch_size=2, max_length=64)
     assert cli.main(arguments) == 0
     out = own_data / "out" / "run"

@@ -71,7 +71,7 @@ def _run(snippet: Snippet, folder: Path, log: Path) -> int:
             exec(compile(snippet.text, snippet.place, "exec"), names)
             for mark, check in CHECKS.items():
                 if mark in snippet.text:
-                    check(names, _start(snippet.text))
+                    check(names, _start(snippet.text) if "\nmodel = " in snippet.text else {})
         except BaseException:
             traceback.print_exc()
             return 1
@@ -115,9 +115,15 @@ def _two_domains_and_a_text(names: dict[str, Any], start: dict[str, Any]) -> Non
     assert names["method"].memory.domains == 3
 
 
+def _two_domains_and_their_folders(names: dict[str, Any], start: dict[str, Any]) -> None:
+    assert names["method"].memory.domains == 2
+    assert all(Path(f"out/{name}/sparse_cl/memory.safetensors").is_file() for name in ("support", "law"))
+
+
 CHECKS: dict[str, Callable[[dict[str, Any], dict[str, Any]], None]] = {
     '"2.bias": RowMask([]': _changed_where_masked,
-    "trainer.train()": _changed_where_masked,
+    "optimizers=(optimizer, None)": _changed_where_masked,
+    "callbacks=[ContinualCallback(method)]": _two_domains_and_their_folders,
     "orthogonal_lora(": _kept_out_of_the_memory,
     "memory.save(": _room_is_left,
     "method.protect(": _two_domains_and_a_text,
