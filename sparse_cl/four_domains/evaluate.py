@@ -5,9 +5,11 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 
 from sparse_cl.models.passes import evaluation
@@ -152,9 +154,25 @@ def extract_answer(text: str) -> str:
     return text.replace(",", "") if text.replace(",", "").replace(".", "").lstrip("-").isdigit() else text
 
 
+@contextmanager
+def _greedy(model: Any) -> Iterator[None]:
+    """`generate` takes what it is not told from the checkpoint's generation_config: beams, penalties, stop words."""
+    owners = [part for part in model.modules() if hasattr(part, "generation_config")]
+    kept = [part.generation_config for part in owners]
+    try:
+        for part in owners:
+            part.generation_config = transformers.GenerationConfig()
+        yield
+    finally:
+        for part, config in zip(owners, kept, strict=True):
+            part.generation_config = config
+
+
 @torch.no_grad()
 def exact_match(model: Any, tokenizer: Any, records: Sequence[dict], max_length: int, batch_size: int = 32) -> float:
     """Part of the records where the greedy continuation gives the answer (`extract_answer` of both).
+
+    Whatever generation_config the checkpoint brings does not count.
 
     The continuation may be a quarter longer than the longest reference response of the batch, and 8 tokens.
     """
@@ -166,14 +184,15 @@ def exact_match(model: Any, tokenizer: Any, records: Sequence[dict], max_length:
         new_tokens = min(max(lengths) * 5 // 4 + 8, max_length // 2)
         prompts = [encode_prompt(tokenizer, r["prompt"])[-(max_length - new_tokens) :] for r in batch]
         ids, mask = pad(prompts, pad_id, device, left=True)
-        generated = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            pad_token_id=pad_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
+        with _greedy(model):
+            generated = model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=new_tokens,
+                do_sample=False,
+                pad_token_id=pad_id,
+                eos_token_id=tokenizer.eos_token_id,
+            )
         texts = tokenizer.batch_decode(generated[:, ids.shape[1] :], skip_special_tokens=True)
         right += sum(
             extract_answer(text) == extract_answer(str(record["answer"]))
