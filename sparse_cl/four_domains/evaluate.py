@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from sparse_cl.data.encoding import Example, encode, encode_prompt, encode_record, pad, tokenized
+from sparse_cl.models.generating import generating_by
 from sparse_cl.models.passes import evaluation
 
 from .domains import Domain
@@ -157,6 +158,8 @@ def extract_answer(text: str) -> str:
 def exact_match(model: Any, tokenizer: Any, records: Sequence[dict], max_length: int, batch_size: int = 32) -> float:
     """Part of the records where the greedy continuation gives the answer (`extract_answer` of both).
 
+    Whatever generation_config the checkpoint brings does not count.
+
     The continuation may be a quarter longer than the longest reference response of the batch, and 8 tokens.
     """
     device = next(model.parameters()).device
@@ -169,14 +172,9 @@ def exact_match(model: Any, tokenizer: Any, records: Sequence[dict], max_length:
         new_tokens = min(max(lengths) * 5 // 4 + 8, max_length // 2)
         prompts = [encode_prompt(tokenizer, r["prompt"])[-(max_length - new_tokens) :] for r in batch]
         ids, mask = pad(prompts, pad_id, device, left=True)
-        generated = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            max_new_tokens=new_tokens,
-            do_sample=False,
-            pad_token_id=pad_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
+        settings = {"max_new_tokens": new_tokens, "pad_token_id": pad_id, "eos_token_id": tokenizer.eos_token_id}
+        with generating_by(model, do_sample=False, **settings):
+            generated = model.generate(input_ids=ids, attention_mask=mask)
         written = [[token for token in row if token in known] for row in generated[:, ids.shape[1] :].tolist()]
         texts = tokenizer.batch_decode(written, skip_special_tokens=True)
         right += sum(

@@ -31,6 +31,8 @@ from .work import Work
 
 _CHECKPOINTS = 10
 """How often a run is saved on its way, so that one that was stopped goes on."""
+_CHARACTERS_A_TOKEN = 16
+"""More than text has, so that a long file is not read whole."""
 _OWN_TOKENS = 128
 """Of a text that the model writes: what a few hundred use of its layers changes little after that, and waiting does."""
 
@@ -49,6 +51,9 @@ def learn(settings: LearnSettings, say: Callable[[str], object] = print) -> Path
     source = Source(settings.model)
     tokenizer, rows = load_tokenizer(source.base)
     records, held = _read(settings, tokenizer, rows)
+    text = None
+    if settings.protect not in (SELF, NONE):
+        text = read_text(settings.protect, "--protect", WINDOWS * settings.max_length * _CHARACTERS_A_TOKEN)
     if settings.show_data:
         say(show(records, tokenizer, settings.max_length))
         return settings.out
@@ -57,7 +62,7 @@ def learn(settings: LearnSettings, say: Callable[[str], object] = print) -> Path
         say(f"{settings.out} holds this model; nothing is left to do")
         return settings.out
     say(f"Learns {records.describe()}" + ("" if settings.eval is None else f"; scores {held.describe()}"))
-    _Domain(settings, source, tokenizer, records, held, work, say).run()
+    _Domain(settings, source, tokenizer, records, held, text, work, say).run()
     return settings.out
 
 
@@ -84,11 +89,12 @@ class _Domain:
         tokenizer: Any,
         records: Records,
         held: Records,
+        text: str | None,
         work: Work,
         say: Callable[[str], object],
     ) -> None:
         self.settings, self.source, self.tokenizer, self.work, self.say = settings, source, tokenizer, work, say
-        self.method = settings.make_method()
+        self.method, self.text = settings.make_method(), text
         self.data = EncodedRecords(records.records, tokenizer, settings.max_length)
         self.held = EncodedRecords(held.records, tokenizer, settings.max_length)
 
@@ -144,6 +150,9 @@ class _Domain:
         settings, method = self.settings, self.method
         dtype = getattr(torch, settings.dtype)
         model, carried = self.source.load(method, dtype)
+        limit = getattr(model.config, "max_position_embeddings", None) or settings.max_length
+        if settings.max_length > limit:
+            raise ValueError(f"max_length: expected at most the model's context of {limit}, got {settings.max_length}")
         if carried is None:
             carried = self.work.protected() or Carried(None, [])
             if carried.memory is not None:
@@ -156,15 +165,14 @@ class _Domain:
 
     def _protect(self, model: nn.Module) -> None:
         settings = self.settings
-        if settings.protect == SELF:
+        if self.text is None:
             self.say(f"The model writes {settings.texts} texts, by which it is protected (--protect)")
             length = min(settings.max_length, _OWN_TOKENS)
             texts: Any = write_texts(
                 model, self.tokenizer, texts=settings.texts, length=length, batch_size=32, seed=settings.seed
             )
         else:
-            text = read_text(settings.protect, "--protect", WINDOWS * settings.max_length * 16)
-            texts = Windows(self.tokenizer, text, settings.max_length)
+            texts = Windows(self.tokenizer, self.text, settings.max_length)
         transformers.set_seed(settings.seed)
         self.method.protect(model, DomainBatches(texts, settings.batch_size, _device(model), len(texts)))
 

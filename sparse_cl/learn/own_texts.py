@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
-import transformers
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from sparse_cl.data.encoding import pad
+from sparse_cl.models.generating import generating_by
 from sparse_cl.models.passes import evaluation
 
 _MARK = "\N{OBJECT REPLACEMENT CHARACTER}"
@@ -81,26 +81,14 @@ def _continued(
     ids, mask = pad(prompts, padding, device, left=True)
     ends = model.generation_config.eos_token_id if stop else None
     ends = ends if isinstance(ends, list) else [ends] if ends is not None else []
-    with _plain_sampling(model, tokens, padding, ends or None):
+    settings = {"max_new_tokens": tokens, "pad_token_id": padding, "eos_token_id": ends or None}
+    with generating_by(model, do_sample=True, top_k=0, **settings):
         written: Tensor = model.generate(input_ids=ids, attention_mask=mask)
     found = []
     for prompt, row in zip(prompts, written[:, ids.shape[1] :].tolist(), strict=True):
         stops = [place for place, token in enumerate(row) if token in ends]
         found.append([*prompt, *row[: stops[0] + 1 if stops else None]])
     return found
-
-
-@contextmanager
-def _plain_sampling(model: Any, tokens: int, padding: int, ends: list[int] | None) -> Iterator[None]:
-    """`generate` draws from the model's own distribution, whatever its checkpoint asks for."""
-    own = model.generation_config
-    model.generation_config = transformers.GenerationConfig(
-        do_sample=True, top_k=0, max_new_tokens=tokens, pad_token_id=padding, eos_token_id=ends, use_cache=True
-    )
-    try:
-        yield
-    finally:
-        model.generation_config = own
 
 
 def _cuda(model: Any) -> list[torch.device]:

@@ -16,6 +16,7 @@ from sparse_cl.models.parts import has_adapters, refuse_mixtures, refuse_shared
 from sparse_cl.models.passes import answer_tokens, evaluation
 from sparse_cl.probes.capacity import scarcity
 from sparse_cl.subspace import SubspaceMemory
+from sparse_cl.subspace.layers import plain_name
 
 from .base import Batch, Method, check_first
 from .carried import memory_path, save_memory
@@ -136,7 +137,7 @@ class MemoryMethod(Method):
         if memory.settings.source == "inputs":
             with memory.watch():
                 pass  # from now on only the probe batches are noted, not training
-        parameters = dict(base.named_parameters())
+        parameters = {plain_name(name): param for name, param in base.named_parameters()}
         self._weights = {name: parameters[name] for name in memory.names}
 
     def _load(self, base: nn.Module, folder: Path) -> None:

@@ -16,7 +16,7 @@ from sparse_cl.subspace import Subspace, SubspaceMemory, UsedRows
 
 from .leaf import weight_of
 from .low_rank import LowRankProjection
-from .names import ByParameter, Groups, by_name, by_param, name_of, names_of, parameters_of
+from .names import ByParameter, Groups, by_name, by_param, name_of, named, names_of, parameters_of
 from .plan import GroupPlan
 from .projected_adamw import Given, ProjectedAdamW
 from .projection import Projection
@@ -245,8 +245,9 @@ def _by_name(groups: Groups, memory: SubspaceMemory) -> dict[Tensor, str]:
             "memory: it is bound to no model, and the parameters have no names; call memory.bind(model), or pass "
             "model.named_parameters() as params"
         )
-    for name in memory.names:
-        shape = tuple(weight_of(names[name]).shape) if name in names else None
+    found = {name: named(names, name) for name in memory.names}
+    for name, param in found.items():
+        shape = None if param is None else tuple(weight_of(param).shape)
         expected = memory.shape(name)[::-1] if memory.is_transposed(name) else memory.shape(name)
         if shape != expected:
             raise ValueError(
@@ -254,4 +255,4 @@ def _by_name(groups: Groups, memory: SubspaceMemory) -> dict[Tensor, str]:
                 f"{'no parameter of that name' if shape is None else f'it in shape {shape}'}: it was made for "
                 "another model, or only some parameters are trained; call memory.bind(model)"
             )
-    return {names[name]: name for name in memory.names}
+    return {param: name for name, param in found.items() if param is not None}

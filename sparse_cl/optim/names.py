@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, TypeVar
 
 from torch import Tensor
+
+from sparse_cl.subspace.layers import plain_name
 
 from .leaf import weight_of
 
@@ -47,6 +49,19 @@ def by_name(groups: Groups) -> dict[str, Tensor]:
     return names | {name.removesuffix("active") + "weight": param for name, param in leaves.items()}
 
 
+def named(names: Mapping[str, Tensor], key: str) -> Tensor | None:
+    """The parameter of a name, or else of one that differs in wrappers alone: torch.compile's, DDP's, PEFT's."""
+    if key in names:
+        return names[key]
+    found = [param for name, param in names.items() if _bare(name) == _bare(key)]
+    return found[0] if found and all(param is found[0] for param in found) else None
+
+
+def _bare(name: str) -> str:
+    name = plain_name(name).removeprefix("module.").removeprefix("base_model.model.").removeprefix("module.")
+    return name.replace(".base_layer.", ".")
+
+
 def by_param(groups: Groups, given: ByParameter[Any], argument: str, what: str) -> dict[Tensor, Any]:
     """``given`` with its keys replaced by the parameters that they stand for.
 
@@ -63,7 +78,7 @@ def by_param(groups: Groups, given: ByParameter[Any], argument: str, what: str) 
         raise TypeError(f"{argument}: expected {{parameter or name: {what}}}, got {type(given).__name__}")
     own = {id(param): param for param in parameters_of(groups)}
     own |= {id(weight_of(param)): param for param in own.values()}
-    named = by_name(groups)
+    names = by_name(groups)
     resolved: dict[Tensor, Any] = {}
     for key, value in given.items():
         if not isinstance(key, str):
@@ -72,11 +87,11 @@ def by_param(groups: Groups, given: ByParameter[Any], argument: str, what: str) 
                     f"{argument}: a key is not a parameter of this optimizer; expected parameters or their names"
                 )
             param = own[id(key)]
-        elif key in named:
-            param = named[key]
-        elif named:
+        elif (found := named(names, key)) is not None:
+            param = found
+        elif names:
             raise ValueError(
-                f"{argument}: no parameter is named {key!r}; the first names are {', '.join(list(named)[:3])}"
+                f"{argument}: no parameter is named {key!r}; the first names are {', '.join(list(names)[:3])}"
             )
         else:
             raise ValueError(
@@ -87,3 +102,16 @@ def by_param(groups: Groups, given: ByParameter[Any], argument: str, what: str) 
             raise ValueError(f"{argument}: parameter {name_of(groups, param)} is given twice, by name and by itself")
         resolved[param] = value
     return resolved
+
+
+def refuse_lost(ruled: Iterable[Tensor], groups: Groups) -> None:
+    """Raises a RuntimeError if a parameter that has a mask or a projection is not among the optimizer's any more."""
+    own = set(map(id, parameters_of(groups)))
+    lost = next((param for param in ruled if id(param) not in own), None)
+    if lost is not None:
+        raise RuntimeError(
+            "params: the optimizer steps other tensors than it was given: a mask or projection is for a parameter of "
+            f"shape {tuple(lost.shape)}, which is not among its parameters any more (ZeRO, FSDP and fp16 wrappers "
+            "flatten or copy them), and would be ignored. Train without such a wrapper, or make the optimizer from the "
+            "parameters that it has"
+        )

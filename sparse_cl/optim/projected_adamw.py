@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import chain
 from typing import Any
 
@@ -168,6 +168,9 @@ class ProjectedAdamW(SparseMaskedAdamW):
 
     def _is_rest(self, param: Tensor) -> bool:
         return param not in self._given
+
+    def _ruled(self) -> Iterable[Tensor]:
+        return chain(super()._ruled(), self._given)
 
     # A step.
 

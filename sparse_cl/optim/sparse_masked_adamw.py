@@ -16,7 +16,7 @@ from sparse_cl import ops
 from sparse_cl.masks import Mask
 
 from .clip import clip_active_
-from .names import ByParameter, names_of, parameters_of
+from .names import ByParameter, names_of, parameters_of, refuse_lost
 from .options import check_options
 from .plan import Call, GroupPlan, Plan, key_of, refuse_sparse, scalar_on
 from .state import ParameterState
@@ -317,7 +317,12 @@ class SparseMaskedAdamW(Optimizer):
             calls += [Call(group, plan, [grads[i] for i in plan.positions]) for plan in planned.plans]
         return calls
 
+    def _ruled(self) -> Iterable[Tensor]:
+        """The parameters that have a mask."""
+        return self._store.masks
+
     def _plan(self, key: tuple, group: dict[str, Any], grads: list[Tensor | None]) -> GroupPlan:
+        refuse_lost(self._ruled(), self.param_groups)
         by_device: dict[torch.device, list[int]] = {}
         for i, (param, grad) in enumerate(zip(group["params"], grads, strict=True)):
             if grad is not None and self._takes_part(param):

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from sparse_cl.layout import MAX_COHORTS
-from sparse_cl.masks import Mask, same_mask
+from sparse_cl.masks import ColumnMask, Mask, RowMask, same_mask
 
 from . import state as states
 from .leaf import owner_of, weight_of
@@ -202,5 +202,21 @@ class StateStore:
             return None
         return (
             f"parameter {self.name(param)}: its loaded state was made under {loaded or 'no mask'}, but this optimizer "
-            f"has {mine or 'no mask'}; call set_masks with the masks to go on with"
+            f"has {mine or 'no mask'}{_difference(loaded, mine)}; call set_masks with the masks to go on with"
         )
+
+
+def _difference(loaded: Mask | None, mine: Mask | None) -> str:
+    """The rows or columns that one of two masks has and the other does not, where both are of one kind and shape."""
+    for kind, what in ((RowMask, "rows"), (ColumnMask, "columns")):
+        if isinstance(loaded, kind) and isinstance(mine, kind) and loaded.shape == mine.shape:
+            theirs, own = set(loaded.index.tolist()), set(mine.index.tolist())
+            if theirs == own:
+                return f" of the same {what}, with other gains"
+            parts = [
+                f"{', '.join(map(str, sorted(only)[:5]))}{', …' if len(only) > 5 else ''} in {where} alone"
+                for only, where in ((theirs - own, "the loaded one"), (own - theirs, "this one"))
+                if only
+            ]
+            return f" ({what} {'; '.join(parts)})"
+    return ""

@@ -13,6 +13,9 @@ from .moments import Moment, row_blocks
 from .subspace import Subspace, energy_of, trusted
 from .tables import Table
 
+_DISTRIBUTED = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+
 
 @dataclass
 class Layer:
@@ -133,12 +136,28 @@ def find_layers(
     return layers, {}
 
 
+def plain_name(name: str) -> str:
+    """A parameter's name in the model itself, not in parts of it that are compiled or checkpointed."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def _inside(model: nn.Module) -> nn.Module:
+    """The model that others wrap to compile or distribute it."""
+    while True:
+        held = "_orig_mod" if hasattr(model, "_orig_mod") else "module"
+        inner = getattr(model, held, None)
+        if not isinstance(inner, nn.Module) or (held == "module" and type(model).__name__ not in _DISTRIBUTED):
+            return model
+        model = inner
+
+
 def _has_adapters(model: nn.Module) -> bool:
     return any(hasattr(module, "get_base_layer") for module in model.modules())
 
 
 def _layers_of_module(model: nn.Module, trained: bool) -> tuple[dict[str, Layer], dict[str, Table]]:
-    names = {id(param): name for name, param in model.named_parameters()}
+    model = _inside(model)
+    names = {id(param): plain_name(name) for name, param in model.named_parameters()}
     tables: dict[str, Table] = {}
     layers: dict[str, Layer] = {}
     by_param: dict[int, Layer] = {}

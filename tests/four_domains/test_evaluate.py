@@ -137,8 +137,10 @@ class Parrot(torch.nn.Module):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self.tokenizer, self.table = tokenizer, table
+        self.generation_config = None
 
-    def generate(self, input_ids, attention_mask, max_new_tokens, **kwargs):
+    def generate(self, input_ids, attention_mask):
+        max_new_tokens = self.generation_config.max_new_tokens
         assert attention_mask[:, -1].all(), "prompts must be padded on the left"
         prompts = [self.tokenizer.decode(row[m.bool()]) for row, m in zip(input_ids, attention_mask, strict=True)]
         out = [self.tokenizer(self.table[p.strip()])["input_ids"][:max_new_tokens] for p in prompts]
@@ -169,3 +171,36 @@ def test_the_models_mode_is_put_back(tokenizer, tiny_llama):
     tiny_llama.train()
     evaluate_domain(tiny_llama, tokenizer, Domain("d", RECORDS, RECORDS, RECORDS, []), max_length=64, max_records=1)
     assert tiny_llama.training
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"do_sample": True, "temperature": 5.0},
+        {"repetition_penalty": 5.0},
+        {"num_beams": 3, "num_return_sequences": 2},
+        {"return_dict_in_generate": True},
+        {"suppress_tokens": list(range(250))},
+    ],
+)
+@pytest.mark.parametrize("adapted", [False, True])
+def test_exact_match_is_greedy_whatever_the_checkpoint_says(tokenizer, tiny_llama, config, adapted, monkeypatch):
+    records = [
+        {"prompt": "one", "response": "a b c d", "answer": "-"},
+        {"prompt": "two", "response": "a", "answer": "-"},
+    ]
+    texts = []
+    monkeypatch.setattr("sparse_cl.four_domains.evaluate.extract_answer", lambda text: texts.append(text) or text)
+    if adapted:
+        import peft
+
+        tiny_llama = peft.get_peft_model(tiny_llama, peft.LoraConfig(task_type="CAUSAL_LM"))
+    exact_match(tiny_llama, tokenizer, records, 64)
+    plain = list(texts)
+    for name, value in config.items():
+        setattr(tiny_llama.generation_config, name, value)
+    texts.clear()
+    exact_match(tiny_llama, tokenizer, records, 64)
+    assert texts == plain
+    for name, value in config.items():
+        assert getattr(tiny_llama.generation_config, name) == value, "it is the model's own again"

@@ -166,7 +166,8 @@ def test_a_folder_that_was_being_filled_is_filled(world, first):
         ({"epochs": 0.0}, "epochs: expected a number above 0, got 0"),
         ({"model": "nowhere/at/all", "data": ("absent.jsonl",)}, "nowhere/at/all"),
         ({"data": ("absent.jsonl",)}, "absent.jsonl"),
-        ({"protect": "absent.txt"}, "absent.txt"),
+        ({"protect": "absent.txt"}, "--protect absent.txt: cannot be read"),
+        ({"max_length": 512}, "max_length: expected at most the model's context of 256, got 512"),
     ],
 )
 def test_bad_input_leaves_nothing(world, others, message):
