@@ -67,7 +67,6 @@ class Run(Common):
         action="append",
         metavar="METHOD.OPTION=VALUE",
     )
-    show_data: bool = option(False, "show what was read, and examples token by token as they are learned; then stop")
     probe: bool = option(
         False, "also probe the model before and after each method's domains, and how far it drifted: OUT/probes"
     )
@@ -87,6 +86,11 @@ def add_parser(commands: Any, probe: Callable[[Settings, Path], Sequence[str]]) 
         f"stopped goes on with the same command. For {SEVERAL}.",
     )
     add_run_options(parser)
+    parser.add_argument(
+        "--show-data",
+        action="store_true",
+        help="show what was read, and examples token by token as they are learned; then stop",
+    )
     parser.set_defaults(command=functools.partial(_run, probe=probe))
 
 

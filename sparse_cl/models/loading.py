@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,7 +52,7 @@ def load_tokenizer(source: str) -> tuple[Any, int]:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token_id is None:
         raise ValueError(f"{source}: its tokenizer has no token to pad with, and no end token; give it one (pad_token)")
-    return tokenizer, config.get_text_config().vocab_size
+    return tokenizer, getattr(config.get_text_config(), "vocab_size", sys.maxsize)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import transformers
 
 from sparse_cl.four_domains.domains import Domain
 from sparse_cl.four_domains.evaluate import (
@@ -204,3 +205,37 @@ def test_exact_match_is_greedy_whatever_the_checkpoint_says(tokenizer, tiny_llam
     assert texts == plain
     for name, value in config.items():
         assert getattr(tiny_llama.generation_config, name) == value, "it is the model's own again"
+
+
+def test_bits_per_byte_of_conversations_and_texts(tokenizer, tiny_llama):
+    """Without a template a conversation's turns are the lines of a text, which can be scored by hand."""
+    turns = [("user", "one?"), ("assistant", "two"), ("user", "three?"), ("assistant", "four")]
+    chat = {"messages": [{"role": role, "content": content} for role, content in turns]}
+    parts = [tokenizer(text)["input_ids"] for text in ("one?\n", "two", "three?\n", "four")]
+    end = [tokenizer.eos_token_id]
+    nats = nats_of(tiny_llama, parts[0], parts[1])
+    nats += nats_of(tiny_llama, [*parts[0], *parts[1], *end, *parts[2]], parts[3])
+    found = bits_per_byte(tiny_llama, tokenizer, [chat], 256)
+    assert found == pytest.approx(nats / math.log(2) / len("twofour"), rel=1e-5)
+
+    text = "What is one plus two?"
+    ids = tokenizer(text)["input_ids"]
+    scored = len(text) - len(tokenizer.decode(ids[:1]))
+    nats = nats_of(tiny_llama, ids[:1], ids[1:])
+    found = bits_per_byte(tiny_llama, tokenizer, [{"text": text}], 256)
+    assert found == pytest.approx(nats / math.log(2) / scored, rel=1e-5)
+
+
+def test_a_tokenizer_without_offsets_and_with_fewer_tokens_than_the_model_has_rows(tiny_llama):
+    """ByT5's tokens are bytes, so that the bytes of a text are known; and it cannot decode what it has no token for."""
+    slow = transformers.ByT5Tokenizer(extra_ids=0)
+    slow.pad_token = slow.eos_token
+    text = "One plus two is three."
+    nats = nats_of(tiny_llama, slow(text)["input_ids"][:1], slow(text)["input_ids"][1:-1])
+    found = text_bits_per_byte(tiny_llama, slow, text, 256)
+    assert found == pytest.approx(nats / math.log(2) / (len(text) - 1), rel=1e-5)
+
+    beyond, right = tiny_llama.config.vocab_size - 1, slow("three", add_special_tokens=False)["input_ids"]
+    tiny_llama.generate = lambda input_ids, **how: torch.cat([input_ids, torch.tensor([[beyond, *right, beyond]])], 1)
+    assert beyond >= len(slow)
+    assert exact_match(tiny_llama, slow, [{"prompt": "p", "response": "three", "answer": "three"}], 256) == 1.0
