@@ -8,7 +8,8 @@ import transformers
 
 from sparse_cl.learn.own_texts import write_texts
 
-CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+TURNS = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}"
+CHAT = TURNS + "{% if add_generation_prompt %}<assistant>{% endif %}"
 
 
 @pytest.fixture
