@@ -1,5 +1,6 @@
 # make demo: the four-domain sequence on embedded data, with a report in out/demo
 # make test: lint and all tests
+# make test-integrations: TRL, Lightning and bitsandbytes, which it installs
 # make wheel: an sdist and a wheel in dist, the wheel tested in a fresh environment
 # make bench: CPU benchmarks; on a machine with a GPU, benchmarks/gpu.sh does the rest
 PYTHON ?= python3
@@ -12,7 +13,7 @@ export PYTHONDONTWRITEBYTECODE :=
 SOURCES := setup.py CMakeLists.txt pyproject.toml $(wildcard csrc/*)
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh tests/cuda_emulation/*.h tests/cuda_emulation/*.cpp)
 
-.PHONY: demo test lint format wheel bench clean
+.PHONY: demo test test-integrations lint format wheel bench clean
 
 demo: $(VENV)/.built
 	rm -rf out/demo
@@ -20,6 +21,9 @@ demo: $(VENV)/.built
 
 test: lint
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+
+test-integrations: $(VENV)/.integrations
+	$(BIN)/python -m pytest -rs tests/integrations tests/methods/test_users_adapters.py tests/methods/test_unusual_models.py
 
 lint: $(VENV)/.tools
 	$(BIN)/ruff check .
@@ -59,4 +63,8 @@ $(VENV)/.built: $(VENV)/.packages $(SOURCES)
 # The installed package's own extra: what is built is not built again.
 $(VENV)/.tools: $(VENV)/.built
 	$(INSTALL) 'sparse_cl[dev]'
+	touch $@
+
+$(VENV)/.integrations: $(VENV)/.tools
+	$(INSTALL) 'sparse_cl[run,integrations]'
 	touch $@

@@ -1,0 +1,126 @@
+"""A loop of one's own, and how training's records are looked at."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from cases.methods import copy_of, domain, logits, same, weights
+from cases.trainers import records
+from torch.utils.data import DataLoader, IterableDataset
+
+from sparse_cl import RowMask, SparseMaskedAdamW
+from sparse_cl.integrations import continual
+from sparse_cl.integrations.looking import Looking, as_batch
+from sparse_cl.methods import Elastic, LoRA
+from sparse_cl.optim.active_gradients import active_gradients
+
+
+def loop(method, model, seed, steps=10, optimizer=None, **options):
+    """One domain by SGD or AdamW, as a user would write it."""
+    torch.manual_seed(seed)
+    loader = domain(seed)
+    optimizer = optimizer or torch.optim.AdamW(model.parameters(), lr=1e-2)
+    with continual(method, model, loader, optimizer, **options) as learned:
+        for step in range(steps):
+            model(**loader[step % len(loader)]).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return learned
+
+
+@pytest.mark.parametrize("wrap", [lambda model: model, lambda model: torch.compile(model, backend="eager")])
+def test_the_second_domain_moves_old_outputs_less(tiny_llama, wrap):
+    moved = []
+    for strength in (5.0, 0.0):
+        model, method = copy_of(tiny_llama), Elastic(strength=strength)
+        loop(method, wrap(model) if strength else model, 0)
+        before = logits(model, domain(0))
+        learned = loop(method, model, 1)
+        assert len(learned.carried().domains) == 1 and learned.carried().memory.domains == 2
+        moved.append(float((logits(model, domain(0)) - before).norm()))
+    assert moved[0] < 0.7 * moved[1]
+
+
+def test_what_ends_in_an_error_is_not_remembered_and_not_protected(tiny_llama):
+    method, optimizer = Elastic(), torch.optim.SGD(tiny_llama.parameters(), lr=0.1)
+    loop(method, tiny_llama, 0)
+    with pytest.raises(ZeroDivisionError), continual(method, tiny_llama, domain(1), optimizer):
+        raise ZeroDivisionError
+    assert method.memory.domains == 1
+    assert not optimizer._optimizer_step_post_hooks and not optimizer._optimizer_step_pre_hooks
+    loop(method, tiny_llama, 1)
+    assert method.memory.domains == 2
+
+
+def test_a_domain_without_a_step_is_an_error(tiny_llama):
+    with pytest.raises(RuntimeError, match="the optimizer took no step in the domain"):
+        loop(Elastic(), tiny_llama, 0, steps=0)
+
+
+def test_other_parameters_and_other_methods_are_refused(tiny_llama):
+    other = torch.optim.AdamW(copy_of(tiny_llama).parameters())
+    with pytest.raises(RuntimeError, match="steps other tensors than the model's: one of shape"):
+        loop(Elastic(), tiny_llama, 0, optimizer=other)
+    with pytest.raises(ValueError, match="lora wraps the model"):
+        loop(LoRA(), tiny_llama, 0)
+    with pytest.raises(TypeError, match="optimizer: expected a torch.optim.Optimizer, got int"):
+        loop(Elastic(), tiny_llama, 0, optimizer=3)
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(records(0, count=50))
+
+
+def collate(items):
+    random.random(), torch.rand(1)
+    return {name: torch.tensor([item[name] for item in items]) for name in items[0]}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_records_are_looked_at_without_disturbing_the_loader(tiny_llama, stream):
+    data = records(0, count=50)
+    loader = DataLoader(Stream() if stream else data, batch_size=4, shuffle=not stream, collate_fn=collate)
+    looking, states = Looking(loader, tiny_llama, 10), (random.getstate(), torch.get_rng_state())
+    for _ in range(2):
+        seen = [row.tolist() for batch in looking for row in batch["input_ids"]]
+        expected = range(10) if stream else range(0, 50, 5)
+        assert seen == [data[i]["input_ids"] for i in expected]
+    assert states[0] == random.getstate() and torch.equal(states[1], torch.get_rng_state())
+
+
+def test_batches_of_trainers():
+    ids, mask = torch.ones(2, 3, dtype=torch.long), torch.tensor([[1, 1, 0], [1, 1, 1]])
+    found = as_batch({"input_ids": ids, "attention_mask": mask, "completion_mask": mask - mask * (mask.cumsum(1) < 2)})
+    assert found["labels"].tolist() == [[-100, 1, -100], [-100, 1, 1]]
+    assert as_batch({"input_ids": ids})["labels"] is ids
+    with pytest.raises(ValueError, match=r"loader: expected batches with input_ids, got \['pixel_values'\]"):
+        as_batch({"pixel_values": ids})
+
+
+def test_gradients_follow_the_masks():
+    weight, shape = torch.nn.Parameter(torch.randn(6, 4)), (6, 4)
+    optimizer = SparseMaskedAdamW([("w", weight)], masks={"w": RowMask([1], shape)})
+    handle = active_gradients(optimizer)
+    weight.sum().backward()
+    assert weight.grad.nonzero()[:, 0].unique().tolist() == [1]
+    optimizer.set_masks({"w": RowMask([2, 3], shape)})
+    weight.grad = None
+    weight.sum().backward()
+    assert weight.grad.nonzero()[:, 0].unique().tolist() == [2, 3]
+    handle.remove()
+    weight.sum().backward()
+    assert bool(weight.grad.all())
+
+
+def test_a_first_domain_is_trained_as_without(tiny_llama):
+    free = copy_of(tiny_llama)
+    optimizer = torch.optim.AdamW(free.parameters(), lr=1e-2)
+    for step in range(10):
+        free(**domain(0)[step % 5]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    loop(Elastic(), tiny_llama, 0)
+    assert same(weights(free), weights(tiny_llama))
