@@ -11,7 +11,6 @@ stopped goes on.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +37,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--max-length", type=int, default=256)
     parser.add_argument("--texts", type=int, default=256)
+    parser.add_argument("--protect", default="self,file,nothing,adamw", help="which first calls, NAME[,NAME…]")
     parser.add_argument("--text", type=int, default=16384, help="characters of base.test.txt that are scored")
     arguments = parser.parse_args()
     data, out = Path(arguments.data), Path(arguments.out)
@@ -64,12 +64,18 @@ def main() -> None:
 
     base = scored(arguments.model)
     results: dict[str, Any] = {"base": base, "settings": vars(arguments), "torch": torch.__version__}
-    firsts = {"self": {}, "file": {"protect": str(data / "base.txt")}, "nothing": {"protect": "none"}}
-    for name, others in {**firsts, "adamw": {"method": "adamw"}}.items():
+    known = {
+        "self": {},
+        "file": {"protect": str(data / "base.txt")},
+        "nothing": {"protect": "none"},
+        "adamw": {"method": "adamw"},
+    }
+    firsts = {name: known[name] for name in arguments.protect.split(",")}
+    for name, others in firsts.items():
         folder = learned(f"1-{name}", arguments.model, arguments.first, **others)
         results[f"1-{name}"] = scored(folder)
         write_json(out / "results.json", results)
-    for method in ("elastic", "adamw"):
+    for method in ("elastic", "adamw") if "self" in firsts and arguments.second != arguments.first else ():
         results[f"2-{method}"] = scored(learned(f"2-{method}", out / "1-self", arguments.second, method=method))
         results[f"2-{method}"]["learned"] = load_carried(out / f"2-{method}").domains[-1]["loss"]
         write_json(out / "results.json", results)
@@ -80,13 +86,12 @@ def main() -> None:
             f"protected by {name}: base text {after['base text'] - base['base text']:+.3f} bits a byte, "
             f"{arguments.first} learned {base[arguments.first] - after[arguments.first]:.3f} nats a token"
         )
-    for method in ("elastic", "adamw"):
+    for method in ("elastic", "adamw") if "2-elastic" in results else ():
         after = results[f"2-{method}"]
         print(
             f"second domain by {method}: learned {one[arguments.second] - after[arguments.second]:.3f}, "
             f"of the first lost {after[arguments.first] - one[arguments.first]:+.3f}"
         )
-    print(json.dumps(results["2-elastic"]))
 
 
 if __name__ == "__main__":
