@@ -4,6 +4,7 @@ from .checks import check_records, check_tokenizer, show
 from .encoding import EncodedRecords
 from .reading import read_records
 from .records import DataError, Records, hold_out, parse_columns
+from .windows import cut_texts
 
 __all__ = [
     "DataError",
@@ -11,6 +12,7 @@ __all__ = [
     "Records",
     "check_records",
     "check_tokenizer",
+    "cut_texts",
     "hold_out",
     "parse_columns",
     "read_records",

@@ -159,7 +159,7 @@ def tokenized(tokenizer: Any, text: str) -> tuple[list[int], Callable[[int], int
 
     Of a tokenizer without character offsets ("slow") the bytes are those of what it decodes.
     """
-    ids, offsets = _with_offsets(tokenizer, text)
+    ids, offsets = tokenized_with_offsets(tokenizer, text)
 
     def ends(count: int) -> int:
         if count >= len(ids):
@@ -171,7 +171,7 @@ def tokenized(tokenizer: Any, text: str) -> tuple[list[int], Callable[[int], int
     return ids, ends
 
 
-def _with_offsets(tokenizer: Any, text: str) -> tuple[list[int], list[Span] | None]:
+def tokenized_with_offsets(tokenizer: Any, text: str) -> tuple[list[int], list[Span] | None]:
     """Ids of a text without special tokens, and the characters of each; None: the tokenizer cannot say."""
     how = {"add_special_tokens": False, "verbose": False}
     try:
@@ -209,7 +209,7 @@ def _tokens_of(tokenizer: Any, turns: Turns) -> list[tuple[int, int]]:
     cuts = [0, *(place for span in turns.spans for place in span), len(turns.text)]
     roles = [0, *(_CONTENT, _ENDING, 0) * len(turns.spans)]
     found: list[tuple[int, int]] = []
-    ids, offsets = _with_offsets(tokenizer, turns.text)
+    ids, offsets = tokenized_with_offsets(tokenizer, turns.text)
     if not turns.special and offsets is not None:
         for token, (begin, end) in zip(ids, offsets, strict=True):
             # A token on a border belongs to what is learned: a space before an answer is in its first token.

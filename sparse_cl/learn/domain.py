@@ -12,7 +12,7 @@ import transformers
 from torch import nn
 from tqdm.auto import tqdm
 
-from sparse_cl.data import EncodedRecords, Records, check_records, hold_out, read_records, show
+from sparse_cl.data import EncodedRecords, Records, check_records, cut_texts, hold_out, read_records, show
 from sparse_cl.data.files import read_text
 from sparse_cl.four_domains.protection import WINDOWS, Windows
 from sparse_cl.four_domains.sequence import DomainBatches
@@ -70,13 +70,13 @@ def _read(settings: LearnSettings, tokenizer: Any, rows: int) -> tuple[Records, 
     """The records to learn and those to score."""
     given = pairs(settings.columns, "columns")
     records = read_records(settings.data, given)
-    if settings.eval is None:
-        check_records(records, tokenizer, rows, settings.max_length)
-        return hold_out(records, settings.seed)
-    held = read_records([settings.eval], given)
+    held = None if settings.eval is None else read_records([settings.eval], given)
     for each in (records, held):
-        check_records(each, tokenizer, rows, settings.max_length)
-    return records, held
+        if each is not None:
+            check_records(each, tokenizer, rows, settings.max_length)
+    kept, held = (records, held) if held is not None else hold_out(records, settings.seed)
+    # Cut only now, so that no text stands on both sides.
+    return cut_texts(kept, tokenizer, settings.max_length), cut_texts(held, tokenizer, settings.max_length)
 
 
 class _Domain:
