@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import accelerate
 import pytest
 import torch
 from cases.methods import copy_of, domain, logits, same, weights
@@ -39,6 +40,26 @@ def test_the_second_domain_moves_old_outputs_less(tiny_llama, wrap):
         before = logits(model, domain(0))
         learned = loop(method, model, 1)
         assert len(learned.carried().domains) == 1 and learned.carried().memory.domains == 2
+        moved.append(float((logits(model, domain(0)) - before).norm()))
+    assert moved[0] < 0.7 * moved[1]
+
+
+def test_a_loop_of_accelerates_is_protected(tiny_llama):
+    """Its wrappers of model, optimizer and loader are looked through."""
+    moved = []
+    for strength in (5.0, 0.0):
+        model, method = copy_of(tiny_llama), Elastic(strength=strength)
+        for seed in range(2):
+            before = logits(model, domain(0))
+            accelerator = accelerate.Accelerator(cpu=True)
+            loader = DataLoader(records(seed, count=40), batch_size=4, shuffle=False, collate_fn=collate)
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+            wrapped, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+            with continual(method, wrapped, loader, optimizer):
+                for batch in loader:
+                    accelerator.backward(wrapped(**batch).loss)
+                    optimizer.step()
+                    optimizer.zero_grad()
         moved.append(float((logits(model, domain(0)) - before).norm()))
     assert moved[0] < 0.7 * moved[1]
 
