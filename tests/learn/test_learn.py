@@ -77,7 +77,7 @@ def test_the_next_domain_moves_what_was_learned_before_less_than_adamw_does(worl
     for method in ("elastic", "adamw"):
         learn(settings(world, "1-code", "math", f"2-{method}", method=method, steps=20))
         moved[method] = float((outputs(world / f"2-{method}") - outputs(first)).square().mean())
-    assert moved["elastic"] < 0.1 * moved["adamw"]
+    assert moved["elastic"] < 0.2 * moved["adamw"]
     assert [entry["name"] for entry in load_carried(world / "2-elastic").domains] == ["1-code", "2-elastic"]
 
 
