@@ -58,6 +58,19 @@ def state_dtype(param_dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if param_dtype == torch.float64 else torch.float32
 
 
+def check_whole(what: str, tensor: torch.Tensor) -> None:
+    """Whether a parameter is all of a weight.
+
+    Raises:
+        ValueError: it is a DTensor, of which each process holds a part.
+    """
+    if hasattr(tensor, "device_mesh"):
+        raise ValueError(
+            f"{what} is a {type(tensor).__name__}, of which each process holds a part (FSDP2, tensor parallel); "
+            "expected a whole weight: train in one process, or by DistributedDataParallel"
+        )
+
+
 @dataclass(frozen=True)
 class StateLayout:
     """Sections of the state buffer of one parameter.

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_cl.layout import check_whole
 from sparse_cl.reference.precision import full_precision
 from sparse_cl.subspace import SubspaceMemory
 
@@ -184,6 +185,8 @@ def protect(
     hooks = optimizer._optimizer_step_post_hooks.values()
     if any(isinstance(getattr(hook, "__self__", None), Protection) for hook in hooks):
         raise ValueError("optimizer: it is protected already; call .remove() of that protection first")
+    for param in parameters_of(optimizer.param_groups):
+        check_whole(f"optimizer: parameter {_name(optimizer, param)}", param)
     every, rule, fitted = check_every(every), rule_of(strength, budget, row_strength), {}
     for param, known in known_of(optimizer.param_groups, memory, row_strength > 0).items():
         try:

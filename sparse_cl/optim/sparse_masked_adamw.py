@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from sparse_cl import ops
+from sparse_cl.layout import check_whole
 from sparse_cl.masks import Mask
 
 from .clip import clip_active_
@@ -114,6 +115,7 @@ class SparseMaskedAdamW(Optimizer):
                 if id(param) in seen:
                     raise ValueError(f"params: parameter {name} is given twice; pass each parameter once")
                 seen.add(id(param))
+                check_whole(f"params: parameter {name}", param)
                 if isinstance(param, Tensor) and param.dtype not in _DTYPES:
                     raise TypeError(
                         f"params: parameter {name} is {param.dtype}; expected float32, bfloat16, float16 or float64"

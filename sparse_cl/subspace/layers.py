@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparse_cl.layout import check_whole
+
 from .moments import Moment, row_blocks
 from .subspace import Subspace, energy_of, trusted
 from .tables import Table
@@ -129,6 +131,7 @@ def find_layers(
                 f"{', '.join(kind.__name__ for kind in kinds)}; pass model or model.named_parameters()"
             )
         name, param = pair
+        check_whole(f"model_or_named_params: {name}", param)
         if param.dim() == 2 and param.is_floating_point():
             layers[name] = Layer(name, tuple(param.shape), param)
     if not layers:
@@ -158,6 +161,8 @@ def _has_adapters(model: nn.Module) -> bool:
 def _layers_of_module(model: nn.Module, trained: bool) -> tuple[dict[str, Layer], dict[str, Table]]:
     model = _inside(model)
     names = {id(param): plain_name(name) for name, param in model.named_parameters()}
+    for name, param in model.named_parameters():
+        check_whole(f"model_or_named_params: {name}", param)
     tables: dict[str, Table] = {}
     layers: dict[str, Layer] = {}
     by_param: dict[int, Layer] = {}

@@ -1,0 +1,44 @@
+"""Parameters of which each process holds a part are refused by name, before anything would be wrong."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from sparse_cl import ElasticAdamW, SparseMaskedAdamW, SubspaceMemory, protect
+
+
+@pytest.fixture
+def sharded():
+    """A model as `fully_shard` leaves it on the first of two processes, the other of which is imagined."""
+    fake = pytest.importorskip("torch.testing._internal.distributed.fake_pg")
+    fsdp = pytest.importorskip("torch.distributed.fsdp")
+    dist.init_process_group("fake", rank=0, world_size=2, store=fake.FakeStore())
+    try:
+        mesh = dist.init_device_mesh("cpu", (2,))
+        yield fsdp.fully_shard(nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 4)), mesh=mesh)
+    finally:
+        dist.destroy_process_group()
+
+
+MESSAGE = "is a DTensor, of which each process holds a part .*; expected a whole weight: train in one process"
+
+
+@pytest.mark.parametrize("kind", [SparseMaskedAdamW, ElasticAdamW])
+def test_an_optimizer_refuses_them(sharded, kind):
+    with pytest.raises(ValueError, match=f"params: parameter '0.weight' {MESSAGE}"):
+        kind(sharded.named_parameters(), lr=1e-3)
+
+
+def test_a_memory_refuses_them(sharded):
+    for given in (sharded, sharded.named_parameters()):
+        with pytest.raises(ValueError, match=f"model_or_named_params: 0.weight {MESSAGE}"):
+            SubspaceMemory(given)
+
+
+def test_a_protection_refuses_them(sharded):
+    memory = SubspaceMemory(nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 4)))
+    with pytest.raises(ValueError, match=f"optimizer: parameter '?0.weight'? {MESSAGE}"):
+        protect(torch.optim.AdamW(sharded.named_parameters()), memory)
