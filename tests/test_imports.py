@@ -38,7 +38,7 @@ ONLY = {"models": {"masks"}}
 #: What an installation of torch alone does not bring.
 HEAVY = ("accelerate", "datasets", "matplotlib", "peft", "safetensors", "tokenizers", "tqdm", "transformers")
 #: Files that may import transformers and its like at their top, in folders that otherwise need torch alone.
-LOADERS = ("models/generating.py", "models/loading.py", "models/processes.py")
+LOADERS = ("models/loading.py", "models/processes.py")
 #: Lines that a folder may have.
 LIMITS = [
     pytest.param(

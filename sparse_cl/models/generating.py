@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import transformers
 from torch import nn
 
 
@@ -16,6 +15,8 @@ def generating_by(model: nn.Module, **settings: Any) -> Iterator[None]:
 
     What it is not told it would take from there: beams, penalties, stop words.
     """
+    import transformers
+
     owners: list[Any] = [part for part in model.modules() if hasattr(part, "generation_config")]
     kept = [part.generation_config for part in owners]
     try:
