@@ -67,8 +67,8 @@ class OwnOptimizerTrainer(transformers.Trainer):
 
 
 def warmup_of(steps: int) -> int:
-    """Steps in which the learning rate rises."""
-    return max(1, steps // 10)
+    """Steps in which the learning rate rises from 0; a single step has none, as it would be taken at 0."""
+    return min(steps - 1, max(1, steps // 10))
 
 
 class StepTimer(transformers.TrainerCallback):

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -20,6 +21,10 @@ ADVICE = (
     "Train in one process with the optimizer that steps the model's own parameters: no DeepSpeed, FSDP or DDP, and no "
     "optimizer of another copy of the model"
 )
+
+
+_LEARNED: WeakKeyDictionary[Method, list[dict[str, Any]]] = WeakKeyDictionary()
+"""What each method of this process learned, for the history where it learns the next domain."""
 
 
 class Domain:
@@ -53,7 +58,7 @@ class Domain:
     ) -> None:
         self.method, self.model, self.optimizer = method, plain_model(model), plain_optimizer(optimizer)
         self.batches = Looking(loader, self.model, records)
-        self.domains: list[dict[str, Any]] = []
+        self.domains = _LEARNED.get(method, [])
         _check_own(self.model, self.optimizer)
         if memory is not None:
             carried = load_carried(memory, self.model)
@@ -80,21 +85,27 @@ class Domain:
         self._clipping = active_gradients(self.optimizer)
         self._proven = False
 
-    def prove(self) -> None:
+    def prove(self, again: bool = False) -> None:
         """After an optimizer's step: whether the protection was in it. Later calls cost nothing.
+
+        Args:
+            again: later calls are proofs too; each comes after a step.
 
         Raises:
             RuntimeError: it was not.
         """
-        if self._proven:
+        if self._proven and not again:
             return
-        self._proven = True
         if self.protection is not None and self.protection.steps == self._began:
             raise RuntimeError(
                 f"the optimizer that stepped is not the {type(self.optimizer).__name__} behind which the protection "
                 f"is: nothing would be protected. {ADVICE}"
             )
-        _check_own(self.model, self.optimizer)
+        if self.protection is not None:
+            self._began = self.protection.steps
+        if not self._proven:
+            _check_own(self.model, self.optimizer)
+        self._proven = True
 
     def drift(self) -> dict[str, float]:
         """By parameter the share of old outputs that has moved in this domain; empty: nothing is protected yet."""
@@ -126,7 +137,7 @@ class Domain:
         self.close()
         self.method.after_domain(self.model, self.batches)
         entry = {"method": self.method.name, "options": self.method.settings()}
-        self.domains = [*self.domains, {"name": "domain", **entry, **facts}]
+        self.domains = _LEARNED[self.method] = [*self.domains, {"name": "domain", **entry, **facts}]
         if folder is not None:
             save_carried(folder, self.carried())
 

@@ -42,7 +42,7 @@ class ContinualCallback(transformers.TrainerCallback):
         trainer.save_model()
 
     When training begins, the method looks at some of the trainer's records, and its protection is put behind the
-    optimizer that the trainer made. At the first step it is proven to be there. Logs show `old_output_drift`, the mean
+    optimizer that the trainer made. At each step it is proven to be there. Logs show `old_output_drift`, the mean
     over parameters of the share of old outputs that has moved, and the largest. Checkpoints hold the protection's
     state, so that `resume_from_checkpoint` goes on with the same bits; and when training ends, what the model now
     remembers is written into `<output_dir>/sparse_cl/`, for the next domain's `memory`.
@@ -101,7 +101,7 @@ class ContinualCallback(transformers.TrainerCallback):
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.domain is not None and not getattr(kwargs["optimizer"], "step_was_skipped", False):
-            self.domain.prove()
+            self.domain.prove(again=True)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict | None = None, **kwargs: Any) -> None:
         if self.domain is None or not logs or "loss" not in logs:

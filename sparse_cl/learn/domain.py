@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -21,12 +22,12 @@ from sparse_cl.methods.carried import Carried, save_carried
 from sparse_cl.methods.lora import merged
 from sparse_cl.models.loading import load_tokenizer, quiet
 from sparse_cl.models.losses import mean_loss
-from sparse_cl.models.processes import check_processes
+from sparse_cl.models.processes import check_processes, processes
 
 from .own_texts import write_texts
 from .said import say_moved, say_protected
 from .settings import NONE, SELF, LearnSettings, pairs
-from .source import Source
+from .source import Source, fingerprint
 from .work import Work
 
 _CHECKPOINTS = 10
@@ -47,6 +48,10 @@ def learn(settings: LearnSettings, say: Callable[[str], object] = print) -> Path
     """
     quiet()
     check_processes()
+    if processes().num_processes > 1:
+        raise ValueError(
+            f"learn: expected one process, {processes().num_processes} were started; start it without torchrun"
+        )
     work = Work(settings.out)
     source = Source(settings.model)
     tokenizer, rows = load_tokenizer(source.base)
@@ -57,7 +62,10 @@ def learn(settings: LearnSettings, say: Callable[[str], object] = print) -> Path
     if settings.show_data:
         say(show(records, tokenizer, settings.max_length))
         return settings.out
-    work.claim({**settings.to_json(), "data": records.fingerprint})
+    read = {"data": records.fingerprint, "eval_data": held.fingerprint, "model_files": source.fingerprint()}
+    if text is not None:
+        read["text"] = hashlib.sha256(text.encode()).hexdigest()
+    work.claim({**settings.to_json(), **read})
     if work.is_done():
         say(f"{settings.out} holds this model; nothing is left to do")
         return settings.out
@@ -128,8 +136,12 @@ class _Domain:
                 callbacks=[self.work.marker()],
                 **self._arguments(steps),
             )
-        method.after_domain(model, batches)
         after = mean_loss(model, scored)
+        if not math.isfinite(after):
+            raise ValueError(
+                f"lr: with {lr:g} training diverged, the loss is {after}. Delete {settings.out}, give a lower --lr"
+            )
+        method.after_domain(model, batches)
         entry = {
             "name": settings.out.name,
             "method": method.name,
@@ -139,6 +151,7 @@ class _Domain:
             "records": len(self.data),
             "loss": {"before": before, "after": after},
             "settings": self.work.settings,
+            "base_files": fingerprint(self.source.base),
         }
         self._write(model, carried, entry)
         self.say(f"Learned: {before:.3f} → {after:.3f} nats a token on {len(self.held)} records that were held out")

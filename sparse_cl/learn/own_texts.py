@@ -60,16 +60,19 @@ def _plain(model: Any, tokenizer: Any, count: int, length: int) -> list[list[int
 
 def _chats(model: Any, tokenizer: Any, count: int, length: int) -> list[list[int]]:
     whole = tokenizer.apply_chat_template([{"role": "user", "content": _MARK}], tokenize=False)
-    before = tokenizer(whole.split(_MARK)[0], add_special_tokens=False)["input_ids"]
-    asked = _continued(model, tokenizer, [before] * count, max(8, length // 4), stop=True)
+    before = tokenizer(whole.split(_MARK)[0], add_special_tokens=False)["input_ids"][: length - length // 4]
+    if not before:  # a template that writes nothing before a message
+        return _plain(model, tokenizer, count, length)
+    asked = _continued(model, tokenizer, [before] * count, length // 4, stop=True)
     prompts = []
     for ids in asked:
         question = tokenizer.decode(ids[len(before) :], skip_special_tokens=True).strip()
         text = tokenizer.apply_chat_template(
             [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
         )
-        prompts.append(tokenizer(text, add_special_tokens=False)["input_ids"][:length])
-    return _continued(model, tokenizer, prompts, max(8, length // 2), stop=True)
+        prompts.append(tokenizer(text, add_special_tokens=False)["input_ids"][: length - 1])
+    room = length - max(map(len, prompts))  # all of it within the length, which the model's context may be
+    return _continued(model, tokenizer, prompts, min(room, length // 2), stop=True)
 
 
 def _continued(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from statistics import median
+from typing import Any
 
-from sparse_cl.methods import Method
+from sparse_cl.methods import METHODS, Method
 from sparse_cl.methods.carried import Carried
+from sparse_cl.methods.memory_method import MemoryMethod
 
 
 def say_protected(method: Method, carried: Carried, say: Callable[[str], object]) -> None:
@@ -17,7 +19,10 @@ def say_protected(method: Method, carried: Carried, say: Callable[[str], object]
         done = f" (it learned {', '.join(learned)} by a method that remembers nothing)" if learned else ""
         say(f"Protected: nothing{done}")
         return
-    whose = "the base model" + (f", {', '.join(learned)}" if learned else "")
+    kept = [entry["name"] for entry in carried.domains if _remembers(entry)]
+    whose = ", ".join([*["the base model"] * (memory.domains > len(kept)), *kept])
+    if forgotten := [name for name in learned if name not in kept]:
+        whose += f" (not {', '.join(forgotten)}, learned by a method that remembers nothing)"
     if getattr(method, "memory", None) is None:
         say(f"Protected: nothing, as {method.name} has no use for what is remembered of {whose}")
         return
@@ -29,6 +34,11 @@ def say_protected(method: Method, carried: Carried, say: Callable[[str], object]
         f"Protected: {whose}; {len(subspaces)} layers, {used:,} of {width:,} directions of their inputs, which hold "
         f"{median(shares):.0%} of what was put in (median)"
     )
+
+
+def _remembers(entry: dict[str, Any]) -> bool:
+    method = METHODS.get(entry.get("method", ""))
+    return method is None or issubclass(method, MemoryMethod)
 
 
 def say_moved(method: Method, carried: Carried, say: Callable[[str], object]) -> None:

@@ -115,6 +115,11 @@ class LearnSettings:
             if name in _OURS:
                 raise ValueError(f"trainer: {name} is {_OURS[name]} here")
             found[name] = _typed(text)
+        try:
+            if found:  # before hours of other work
+                transformers.TrainingArguments(output_dir="none", **found)
+        except Exception as error:  # whatever its checks raise
+            raise ValueError(f"trainer: TrainingArguments refuses {' '.join(self.trainer)}: {error}") from error
         return found
 
     def rate(self, adapters: bool) -> float:
@@ -141,6 +146,11 @@ _OURS = {
     "data_seed": "--seed",
     "bf16": "--autocast bf16",
     "optim": "--method",
+    "weight_decay": "the method's (--set weight_decay=X, where it has one)",
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "adam_epsilon", "optim_args", "optim_target_modules"), "the method's"),
+    **dict.fromkeys(("save_only_model", "ignore_data_skip"), "refused: a call that was stopped would go on otherwise"),
+    **dict.fromkeys(("eval_strategy", "load_best_model_at_end"), "refused: --eval scores before and after"),
+    **dict.fromkeys(("deepspeed", "fsdp"), "refused: one process trains"),
     "fp16": "refused: float16 has no place in the methods",
     "resume_from_checkpoint": "done by giving the same command again",
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from sparse_cl.methods import Method
-from sparse_cl.methods.carried import Carried, load_carried
+from sparse_cl.methods.carried import HISTORY, Carried, load_carried
 from sparse_cl.methods.lora import LoRA, merged
 from sparse_cl.methods.memory_method import FreshAdapters, MemoryMethod
 from sparse_cl.models.loading import load_model
@@ -36,6 +37,11 @@ class Source:
                 raise ValueError(f"model: {name} holds an adapter that does not name its base model")
             self.base, self.adapter = base, Path(name)
 
+    def fingerprint(self) -> str | None:
+        """Of all that is loaded; None: of a model on the Hub."""
+        own, base = fingerprint(self.name), fingerprint(self.base)
+        return own if self.adapter is None or base is None else f"{own} on {base}"
+
     def load(self, method: Method, dtype: torch.dtype) -> tuple[nn.Module, Carried | None]:
         """The model for a method to go on with, and what it must not forget; None: nothing was learned here yet.
 
@@ -46,7 +52,19 @@ class Source:
         if Path(self.base).is_dir():
             model.config._name_or_path = str(Path(self.base).resolve())  # an adapter names it, wherever it is loaded
         carried = load_carried(self.name)
-        if self.adapter is not None and isinstance(method, FreshAdapters | LoRA):
+        trained_on = carried.domains[-1].get("base_files") if carried and carried.domains else None
+        if self.adapter is not None and trained_on not in (None, fingerprint(self.base)):
+            raise ValueError(
+                f"model: {self.base} is not what the adapter in {self.name} was trained on: its files changed"
+            )
+        if self.adapter is not None and isinstance(method, FreshAdapters):
+            if carried is None:
+                raise ValueError(
+                    f"model: {self.name} holds an adapter without a memory, which {method.name} could not protect; "
+                    "merge it (merge_and_unload) and save the model, or go on by elastic, orthogonal or lora"
+                )
+            return method.restore(model, [self.adapter], remembers=carried.memory is not None), carried
+        if self.adapter is not None and isinstance(method, LoRA):
             return method.restore(model, [self.adapter]), carried
         if self.adapter is not None:
             import peft
@@ -55,3 +73,18 @@ class Source:
         if carried is not None and carried.memory is not None and isinstance(method, MemoryMethod):
             method.remember(model, carried.memory)
         return model, carried
+
+
+def fingerprint(folder: str) -> str | None:
+    """SHA-256 of what tells a model's folder from another; None: it is on the Hub.
+
+    Of weights the first bytes and the size are read, as all of them take as long to read as to load.
+    """
+    if not Path(folder).is_dir():
+        return None
+    digest = hashlib.sha256()
+    for path in sorted([*Path(folder).glob("*.safetensors"), *Path(folder).glob("*.bin"), Path(folder) / HISTORY]):
+        if path.is_file():
+            with path.open("rb") as file:
+                digest.update(f"{path.name} {path.stat().st_size}".encode() + file.read(1 << 22))
+    return digest.hexdigest()

@@ -30,9 +30,12 @@ class Work:
         self.settings: dict[str, Any] = {}
         if out.exists() and not out.is_dir():
             raise ValueError(f"{out} is a file; --out must be a folder")
-        if (self._work / "finished").is_dir():
+        mine = self._held() is not None
+        if mine and (self._work / "finished").is_dir():
             self._place()
-        if self._held() is None and out.is_dir() and any(path.name != _WORK for path in out.iterdir()):
+        if not mine and self._work.is_dir() and any(path.suffix != ".part" for path in self._work.iterdir()):
+            raise ValueError(f"{self._work} is not empty and not of sparse-cl learn. Give another --out")
+        if not mine and out.is_dir() and any(path.name != _WORK for path in out.iterdir()):
             raise ValueError(f"{out} is not empty and holds no model of sparse-cl learn. Give another --out")
 
     def claim(self, settings: Mapping[str, Any]) -> None:
@@ -55,7 +58,8 @@ class Work:
         if (path := self._work / "settings.json").is_file():
             return read_json(path)
         path = self.out / HISTORY
-        return read_json(path)["domains"][-1].get("settings") if path.is_file() else None
+        domains = carried.domains if path.is_file() and (carried := load_carried(self.out)) else []
+        return domains[-1].get("settings") if domains else None
 
     def is_done(self) -> bool:
         """Whether the model is there."""
@@ -63,8 +67,9 @@ class Work:
 
     def begin(self) -> None:
         """Makes the folder; before it, nothing is written."""
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        self._work.mkdir(parents=True, exist_ok=True)
         write_json(self._work / "settings.json", self.settings)
+        self.checkpoints.mkdir(exist_ok=True)
 
     def protected(self) -> Carried | None:
         """What an interrupted call remembered of the base model."""

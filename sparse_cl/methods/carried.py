@@ -131,7 +131,8 @@ def move_in(path: Path, write: Callable[[Path], Any]) -> None:
 def _file(folder: str | Path, name: str) -> Path | None:
     """The file, of a folder or of a model on the Hub; None: there is none."""
     if Path(folder).is_dir():
-        return Path(folder) / name if (Path(folder) / name).is_file() else None
+        path = memory_path(Path(folder)) if name == MEMORY else Path(folder) / name
+        return path if path.is_file() else None
     from huggingface_hub import hf_hub_download, try_to_load_from_cache
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 

@@ -286,5 +286,11 @@ class FreshAdapters(MemoryMethod):
         self._adapters.save(folder)
         super().save(folder)
 
-    def restore(self, base: nn.Module, folders: Sequence[Path]) -> nn.Module:
-        return self._adapters.restore(base, folders, lambda model: self._load(model, folders[-1]))
+    def restore(self, base: nn.Module, folders: Sequence[Path], remembers: bool = True) -> nn.Module:
+        """As `Method.restore`.
+
+        Args:
+            remembers: False: the adapter is of a method that keeps no memory, such as `lora`.
+        """
+        load = (lambda model: self._load(model, folders[-1])) if remembers else (lambda model: None)
+        return self._adapters.restore(base, folders, load)

@@ -72,7 +72,19 @@ class MergedAdapters:
         return merged(model)
 
     def begin(self, adapted: nn.Module) -> nn.Module:
-        """Takes the new domain's adapter, which it returns."""
+        """Takes the new domain's adapter, which it returns.
+
+        Raises:
+            ValueError: an earlier one has other layers, or another form than B A, so that they do not stack.
+        """
+        names = set(adapter_of(adapted).tensors) if self._before else set()
+        for earlier in self._before:
+            if names != set(earlier.tensors):
+                other = min(names ^ set(earlier.tensors))
+                raise ValueError(
+                    f"model: the adapter that it has is on other layers than those of {self._method}, or no plain LoRA "
+                    f"({other} is in one alone). Merge it (merge_and_unload) and save the model, or go on by elastic"
+                )
         self._current = adapted
         return adapted
 
@@ -106,6 +118,11 @@ def adapter_of(model: Any) -> Adapter:
     import peft
 
     config = model.peft_config["default"]
+    if config.use_rslora or config.rank_pattern or config.alpha_pattern:
+        raise ValueError(
+            "model: its adapter has rslora or ranks by layer, which adapters of several domains in one cannot keep. "
+            "Merge it (merge_and_unload) and save the model, or go on by elastic"
+        )
     tensors = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
     return Adapter(config.r, config.lora_alpha, {n: t.detach().to("cpu", copy=True) for n, t in tensors.items()})
 

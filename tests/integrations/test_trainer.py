@@ -41,6 +41,27 @@ def test_the_second_domain_moves_old_outputs_less_than_without(tiny_llama, tmp_p
     assert carried.domains[1]["steps"] == 12 and carried.domains[1]["method"] == "elastic"
 
 
+def test_a_method_that_is_used_again_keeps_the_history(tiny_llama, tmp_path):
+    method = Elastic()
+    for number in range(2):
+        trainer_of(tiny_llama, records(number), tmp_path / str(number), [ContinualCallback(method)]).train()
+    assert [entry["name"] for entry in load_carried(tmp_path / "1").domains] == ["0", "1"]
+
+
+def test_an_optimizer_that_is_put_in_the_place_of_the_protected_one_is_noticed(tiny_llama, tmp_path):
+    method = Elastic()
+    trainer_of(tiny_llama, records(0), tmp_path / "0", [ContinualCallback(method)]).train()
+    trainer = trainer_of(tiny_llama, records(1), tmp_path / "1", [ContinualCallback(method)])
+
+    class Replaces(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            trainer.optimizer = trainer.accelerator.prepare(torch.optim.AdamW(tiny_llama.parameters()))
+
+    trainer.add_callback(Replaces())
+    with pytest.raises(RuntimeError, match="nothing would be protected"):
+        trainer.train()
+
+
 def test_an_orthogonal_method_keeps_out_behind_any_optimizer(tiny_llama, tmp_path):
     make = lambda **options: ContinualCallback(Orthogonal(energy=0.999), **options)  # noqa: E731
     held, _ = two_domains(copy_of(tiny_llama), tmp_path, make, weight_decay=0.0)

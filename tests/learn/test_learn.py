@@ -162,6 +162,9 @@ def test_a_folder_that_was_being_filled_is_filled(world, first):
         ({"set": ("strngth=3",)}, "elastic has no option 'strngth'; it has: strength="),
         ({"trainer": ("weight_deca=3",)}, "trainer: TrainingArguments has no 'weight_deca'"),
         ({"trainer": ("learning_rate=3",)}, "trainer: learning_rate is --lr here"),
+        ({"trainer": ("weight_decay=0",)}, "trainer: weight_decay is the method's"),
+        ({"trainer": ("save_only_model=true",)}, "trainer: save_only_model is refused"),
+        ({"trainer": ("save_steps=often",)}, "trainer: TrainingArguments refuses save_steps=often"),
         ({"lr": -1.0}, "lr: expected a rate above 0, got -1"),
         ({"epochs": 0.0}, "epochs: expected a number above 0, got 0"),
         ({"model": "nowhere/at/all", "data": ("absent.jsonl",)}, "nowhere/at/all"),
@@ -198,7 +201,7 @@ def test_the_command(world, capsys):
         str(world / "shown"),
         "--show-data",
     ]
-    assert main([*arguments, "--set", "strength=7", "--trainer", "weight_decay=0", "warmup_steps=1"]) == 0
+    assert main([*arguments, "--set", "strength=7", "--trainer", "max_grad_norm=0", "warmup_steps=1"]) == 0
     assert capsys.readouterr().out.startswith("76 records (prompt/response) from ")
     assert not (world / "shown").exists()
 
