@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -20,6 +21,8 @@ ADVICE = (
     "Train in one process with the optimizer that steps the model's own parameters: no DeepSpeed, FSDP or DDP, and no "
     "optimizer of another copy of the model"
 )
+_learned: WeakKeyDictionary[Method, list[dict[str, Any]]] = WeakKeyDictionary()
+"""The history of a method that goes on in one process, without a folder between two domains."""
 
 
 class Domain:
@@ -53,7 +56,7 @@ class Domain:
     ) -> None:
         self.method, self.model, self.optimizer = method, plain_model(model), plain_optimizer(optimizer)
         self.batches = Looking(loader, self.model, records)
-        self.domains: list[dict[str, Any]] = []
+        self.domains: list[dict[str, Any]] = _learned.get(method, [])
         _check_own(self.model, self.optimizer)
         if memory is not None:
             carried = load_carried(memory, self.model)
@@ -126,7 +129,7 @@ class Domain:
         self.close()
         self.method.after_domain(self.model, self.batches)
         entry = {"method": self.method.name, "options": self.method.settings()}
-        self.domains = [*self.domains, {"name": "domain", **entry, **facts}]
+        self.domains = _learned[self.method] = [*self.domains, {"name": "domain", **entry, **facts}]
         if folder is not None:
             save_carried(folder, self.carried())
 

@@ -6,18 +6,22 @@ from collections.abc import Callable
 from statistics import median
 
 from sparse_cl.methods import Method
+from sparse_cl.methods.adamw import AdamW
 from sparse_cl.methods.carried import Carried
+from sparse_cl.methods.lora import LoRA
 
 
 def say_protected(method: Method, carried: Carried, say: Callable[[str], object]) -> None:
     """How many layers and directions are protected, and whose."""
-    learned = [entry["name"] for entry in carried.domains]
+    learned = {entry["name"]: entry.get("method") not in (AdamW.name, LoRA.name) for entry in carried.domains}
     memory = carried.memory
     if memory is None or not memory.domains:
         done = f" (it learned {', '.join(learned)} by a method that remembers nothing)" if learned else ""
         say(f"Protected: nothing{done}")
         return
-    whose = "the base model" + (f", {', '.join(learned)}" if learned else "")
+    remembered = [name for name, kept in learned.items() if kept]
+    # One domain of the memory beyond those is what the base model wrote, or a text.
+    whose = ", ".join(["the base model"] * (memory.domains > len(remembered)) + remembered)
     if getattr(method, "memory", None) is None:
         say(f"Protected: nothing, as {method.name} has no use for what is remembered of {whose}")
         return
@@ -27,7 +31,7 @@ def say_protected(method: Method, carried: Carried, say: Callable[[str], object]
     shares = [float(s.values.sum()) / max(float(s.values.sum()) + s.outside, 1e-30) for s in subspaces]
     say(
         f"Protected: {whose}; {len(subspaces)} layers, {used:,} of {width:,} directions of their inputs, which hold "
-        f"{median(shares):.0%} of what was put in (median)"
+        f"{median(shares):.0%} of the inputs' energy (median of the layers)"
     )
 
 
@@ -39,6 +43,10 @@ def say_moved(method: Method, carried: Carried, say: Callable[[str], object]) ->
         return
     worst = max(moved, key=lambda name: moved[name])
     say(
-        f"Earlier domains: a layer's outputs moved by {median(moved.values()):.2%} of their energy (median of "
-        f"{len(moved)} layers), at most {moved[worst]:.2%} ({worst})"
+        f"Earlier domains: a layer's outputs moved by {_share(median(moved.values()))} of their energy (median "
+        f"of {len(moved)} layers), at most {_share(moved[worst])} ({worst})"
     )
+
+
+def _share(value: float) -> str:
+    return f"{value:.2%}" if value >= 1e-4 or not value else "less than 0.01%"

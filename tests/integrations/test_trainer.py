@@ -41,6 +41,13 @@ def test_the_second_domain_moves_old_outputs_less_than_without(tiny_llama, tmp_p
     assert carried.domains[1]["steps"] == 12 and carried.domains[1]["method"] == "elastic"
 
 
+def test_a_method_that_goes_on_in_one_process_keeps_the_history(tiny_llama, tmp_path):
+    model, method = copy_of(tiny_llama), Elastic()
+    for number in range(2):
+        trainer_of(model, records(number), tmp_path / str(number), [ContinualCallback(method)]).train()
+    assert [entry["name"] for entry in load_carried(tmp_path / "1").domains] == ["0", "1"]
+
+
 def test_an_orthogonal_method_keeps_out_behind_any_optimizer(tiny_llama, tmp_path):
     make = lambda **options: ContinualCallback(Orthogonal(energy=0.999), **options)  # noqa: E731
     held, _ = two_domains(copy_of(tiny_llama), tmp_path, make, weight_decay=0.0)
