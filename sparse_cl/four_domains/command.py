@@ -37,8 +37,8 @@ class Common:
     )
     max_rank: int | None = option(
         None,
-        "most directions that a domain adds to a layer; wide models need it: without a limit observing takes 4 n² "
-        "bytes for a layer of n inputs",
+        "most directions that are kept of a layer (default: each method's own); wide models need it: without a limit "
+        "observing takes 4 n² bytes for a layer of n inputs",
         least=1,
         group=OWN,
         metavar="N",
