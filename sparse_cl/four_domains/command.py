@@ -91,7 +91,7 @@ def add_parser(commands: Any, probe: Callable[[Settings, Path], Sequence[str]]) 
         action="store_true",
         help="show what was read, and examples token by token as they are learned; then stop",
     )
-    parser.set_defaults(command=functools.partial(_run, probe=probe))
+    parser.set_defaults(command=functools.partial(_run, probe=probe), resumes=True)
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
