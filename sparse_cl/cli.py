@@ -56,5 +56,6 @@ def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> 
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(f"{parser.prog}: interrupted; the same command goes on where it stopped", file=sys.stderr)
+        goes_on = "; the same command goes on where it stopped" * getattr(arguments, "resumes", False)
+        print(f"{parser.prog}: interrupted{goes_on}", file=sys.stderr)
         return 130

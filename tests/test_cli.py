@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import sparse_cl
-from sparse_cl.cli import main
+from sparse_cl.cli import main, run_command
 
 
 @pytest.fixture
@@ -174,3 +175,14 @@ def test_warnings_are_told_in_words_alone(tmp_path, capsys, monkeypatch):
     assert main(["run", "--out", str(tmp_path / "out")]) == 0
     assert capsys.readouterr().err.strip() == "Warning: orthogonal: little survives"
     assert warnings.showwarning is shown
+
+
+@pytest.mark.parametrize("resumes", [True, False])
+def test_an_interrupted_command_promises_to_go_on_only_where_it_does(resumes, capsys):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    parser = argparse.ArgumentParser(prog="sparse-cl")
+    parser.set_defaults(command=interrupted, resumes=resumes)
+    assert run_command(parser, []) == 130
+    assert ("goes on" in capsys.readouterr().err) == resumes

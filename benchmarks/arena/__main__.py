@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "OUT/<order>-seed<N>, and compare. What was stopped goes on with the same command.",
     )
     add_run_options(several)
-    several.set_defaults(command=_sweep)
+    several.set_defaults(command=_sweep, resumes=True)
     finished = commands.add_parser(
         "compare",
         help="many runs in one table, with means and intervals over seeds",

@@ -117,10 +117,10 @@ def examples(records: Sequence[dict], tokenizer: Any, max_length: int, count: in
 
 def _marked(tokenizer: Any, ids: Sequence[int], learned: Sequence[bool]) -> str:
     stretches: list[tuple[bool, list[str]]] = []
-    for token, is_learned in zip(ids, learned, strict=True):
+    for token, before, is_learned in zip(ids, [None, *ids], learned, strict=False):
         if not stretches or stretches[-1][0] != is_learned:
             stretches.append((is_learned, []))
-        stretches[-1][1].append(tokenizer.decode([token]).replace("\n", "\\n"))
+        stretches[-1][1].append(_piece(tokenizer, before, token).replace("\n", "\\n"))
     shown = []
     for is_learned, pieces in stretches:
         if len(pieces) > 2 * _SHOWN:
@@ -128,6 +128,16 @@ def _marked(tokenizer: Any, ids: Sequence[int], learned: Sequence[bool]) -> str:
             pieces = [*pieces[:_SHOWN], left_out, *pieces[-_SHOWN:]]
         shown.append(f"«{'|'.join(pieces)}»" if is_learned else "|".join(pieces))
     return "".join(shown)
+
+
+def _piece(tokenizer: Any, before: int | None, token: int) -> str:
+    """A token's text after the one before it: alone, a SentencePiece token loses the space that it begins with."""
+    alone: str = tokenizer.decode([token])
+    if before is None:
+        return alone
+    lead: str = tokenizer.decode([before])
+    both: str = tokenizer.decode([before, token])
+    return both[len(lead) :] if both.startswith(lead) and both.endswith(alone) else alone
 
 
 def _beyond(what: str, tokenizer: Any, token: int, rows: int) -> str:

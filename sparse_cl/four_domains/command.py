@@ -37,8 +37,8 @@ class Common:
     )
     max_rank: int | None = option(
         None,
-        "most directions that a domain adds to a layer; wide models need it: without a limit observing takes 4 n² "
-        "bytes for a layer of n inputs",
+        "most directions that are kept of a layer (default: each method's own); wide models need it: without a limit "
+        "observing takes 4 n² bytes for a layer of n inputs",
         least=1,
         group=OWN,
         metavar="N",
@@ -91,7 +91,7 @@ def add_parser(commands: Any, probe: Callable[[Settings, Path], Sequence[str]]) 
         action="store_true",
         help="show what was read, and examples token by token as they are learned; then stop",
     )
-    parser.set_defaults(command=functools.partial(_run, probe=probe))
+    parser.set_defaults(command=functools.partial(_run, probe=probe), resumes=True)
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:

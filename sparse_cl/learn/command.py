@@ -20,7 +20,7 @@ def add_parser(commands: Any) -> None:
         "same command.",
     )
     add_options(parser, LearnSettings)
-    parser.set_defaults(command=_learn)
+    parser.set_defaults(command=_learn, resumes=True)
 
 
 def _learn(arguments: argparse.Namespace) -> None:

@@ -32,7 +32,7 @@ def say_protected(method: Method, carried: Carried, say: Callable[[str], object]
     shares = [float(s.values.sum()) / max(float(s.values.sum()) + s.outside, 1e-30) for s in subspaces]
     say(
         f"Protected: {whose}; {len(subspaces)} layers, {used:,} of {width:,} directions of their inputs, which hold "
-        f"{median(shares):.0%} of what was put in (median)"
+        f"{median(shares):.0%} of the inputs' energy (median of the layers)"
     )
 
 
@@ -43,12 +43,15 @@ def _remembers(entry: dict[str, Any]) -> bool:
 
 def say_moved(method: Method, carried: Carried, say: Callable[[str], object]) -> None:
     """How far what layers compute for earlier domains moved."""
-    layers = method.record().get("layers", {})
-    moved = {name: layer["drift"] for name, layer in layers.items() if layer.get("drift") is not None}
+    moved = getattr(method, "moved", {})
     if not moved:
         return
     worst = max(moved, key=lambda name: moved[name])
     say(
-        f"Earlier domains: a layer's outputs moved by {median(moved.values()):.2%} of their energy (median of "
-        f"{len(moved)} layers), at most {moved[worst]:.2%} ({worst})"
+        f"Earlier domains: a layer's outputs moved by {_share(median(moved.values()))} of their energy (median "
+        f"of {len(moved)} layers), at most {_share(moved[worst])} ({worst})"
     )
+
+
+def _share(value: float) -> str:
+    return f"{value:.2%}" if value >= 1e-4 or not value else "less than 0.01%"

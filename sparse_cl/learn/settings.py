@@ -19,6 +19,8 @@ FULL_LR, ADAPTER_LR = 2e-5, 2e-4
 """Peak rates for models of today's sizes: of all weights, and of adapters."""
 OWN = "settings of the method"
 SELF, NONE = "self", "none"
+_REMEMBERING = tuple(name for name, known in METHODS.items() if issubclass(known, MemoryMethod))
+_METHODS = (*_REMEMBERING, AdamW.name, LoRA.name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +37,7 @@ class LearnSettings:
         metavar="DATA",
     )
     out: Path = option(MISSING, "new folder for the model", metavar="DIR")
-    method: str = option("elastic", "how it is learned", metavar="NAME")
+    method: str = option("elastic", "how it is learned: " + ", ".join(_METHODS), metavar="NAME")
     set: tuple[str, ...] = option(
         (), "an option of the method, as strength=10; may be repeated", nargs="+", metavar="OPTION=VALUE", group=OWN
     )
@@ -91,10 +93,10 @@ class LearnSettings:
         """
         method = method_named(self.method)
         if not issubclass(method, MemoryMethod) and method not in (AdamW, LoRA):
-            fitting = [name for name, known in METHODS.items() if issubclass(known, MemoryMethod)]
             raise ValueError(
                 f"method: {self.method} needs what `sparse-cl run` keeps of a whole sequence; expected one that goes "
-                f"on from a model's memory, {', '.join(fitting)}, or that protects nothing, {AdamW.name}, {LoRA.name}"
+                f"on from a model's memory, {', '.join(_REMEMBERING)}, or that protects nothing, {AdamW.name}, "
+                f"{LoRA.name}"
             )
         given = parse_set([entry if "=" not in entry else f"{self.method}.{entry}" for entry in self.set])
         return method(**given.get(self.method, {}))

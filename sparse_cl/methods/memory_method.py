@@ -43,6 +43,7 @@ class MemoryMethod(Method):
     """A method that keeps a `SubspaceMemory` of what earlier domains put into the linear layers.
 
     Attributes:
+        moved: by weight, by how much of their energy the last domain moved the layer's outputs on earlier inputs.
         by_use: whether a direction counts as taken by how much it is used, in the report, or altogether.
 
     Args:
@@ -74,6 +75,7 @@ class MemoryMethod(Method):
         self._weights: dict[str, nn.Parameter] = {}
         self._before: dict[str, torch.Tensor] = {}
         self._layers: dict[str, dict[str, Any]] = {}
+        self.moved: dict[str, float] = {}
 
     @property
     def _known(self) -> SubspaceMemory:
@@ -180,13 +182,14 @@ class MemoryMethod(Method):
             learned: the tracked weights as the next domain will find them.
         """
         self._check_begun("after_domain")
+        self.moved = {}
         for name, layer in self._layers.items():
-            layer["leak"] = layer["drift"] = None
+            layer["leak"] = None
             if self._before and self._known.rank(name):
                 before, change = self._before[name].double(), learned[name].detach().cpu().double()
                 change -= before
                 layer["leak"] = self._taken(name, change)
-                layer["drift"] = self._drift(name, before, change)
+                self.moved[name] = self._moved(name, before, change)
         self._before = {}
         self._observe(model, batches)
         self._known.consolidate()
@@ -205,7 +208,7 @@ class MemoryMethod(Method):
         """Share of the energy of a gradient or a change of a weight that is in what earlier domains use."""
         return self._known.share_inside(name, matrix, self.by_use)
 
-    def _drift(self, name: str, before: torch.Tensor, change: torch.Tensor) -> float:
+    def _moved(self, name: str, before: torch.Tensor, change: torch.Tensor) -> float:
         """By how much of their energy a layer's outputs on earlier inputs moved, as its directions see them."""
         subspace = self._known.subspace(name)
         assert subspace is not None  # it has a rank

@@ -27,7 +27,7 @@ class _Plan(Workload):
     json: Path | None = option(None, "write everything to a file as well", metavar="FILE")
     rank: int | None = option(None, "of the adapters", least=1, **_OF_METHODS)
     fraction: float | None = option(None, "of the neurons that a domain may change", **_OF_METHODS)
-    max_rank: int | None = option(None, "most directions that a domain adds to a basis", least=1, **_OF_METHODS)
+    max_rank: int | None = option(None, "most directions that are kept of a layer", least=1, **_OF_METHODS)
     tflops: float | None = option(None, "peak in the precision of the plan, 1e12 FLOP/s", **_OF_DEVICE)
     bandwidth: float | None = option(None, "of its memory, GB/s", **_OF_DEVICE)
     memory: float | None = option(None, "GB", **_OF_DEVICE)

@@ -149,7 +149,8 @@ def _step(run: DryRun, method: Method, model: Any, optimizer: Any, batch: Any, w
         "weights": run.bytes_of(weights),
         "gradients": run.bytes_of(p.grad for p in model.parameters() if p.grad is not None),
     }
-    held["kept"] = at_step - sum(held.values()) - optimizer_state_bytes(optimizer) - run.bytes_of(batch.values())
+    kept = at_step - sum(held.values()) - optimizer_state_bytes(optimizer) - run.bytes_of(batch.values())
+    held["kept"] = max(0, kept)
     forward_and_backward = run.moved
     optimizer.step()
     run.flops, run.moved = passes, forward_and_backward

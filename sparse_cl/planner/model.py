@@ -40,7 +40,7 @@ class Workload:
     domains: int = option(4, "how many", least=1)
     tokens: float = option(
         20e6,
-        "trained on in a domain, repetitions counted, padding left out: 20000000 or 20M",
+        "trained on in a domain, repetitions counted, padding left out: 20000000 or 20M (default: 20M)",
         action="store",
         type=number,
     )

@@ -91,7 +91,7 @@ def _assumptions(name: str, model: Any, work: Workload, device: Device, costs: M
             "Counted: each method's own code, run on tensors without values; attention fused, all its positions counted"
             + "; the activations of a block computed again" * work.checkpointing,
             f"Protected directions: {work.used:.0%} of each layer's inputs after the last domain, each domain as many, "
-            "or as many as max_rank lets a domain add",
+            "or as many as max_rank lets a layer keep",
             f"Probing: {work.probe_stages} stages of {work.probe_forward} forward and {work.backward_passes} "
             f"forward and backward passes over {work.probe_records} records of each domain, {work.length} tokens each",
             "Left out: loading, scoring, the time between domains, communication between devices, and padding",

@@ -8,7 +8,7 @@ import pytest
 import transformers
 
 from sparse_cl.data import DataError, EncodedRecords, check_records, check_tokenizer, read_records, show
-from sparse_cl.data.checks import check_text
+from sparse_cl.data.checks import _marked, check_text
 from sparse_cl.data.encoding import encode, encode_text, tokenized
 from sparse_cl.data.records import Record, Records
 
@@ -117,6 +117,16 @@ def test_records_of_all_formats_are_one_data_set(tokenizer, tmp_path):
     for item in encoded:
         assert item.keys() == {"input_ids", "attention_mask", "labels"}
         assert len(item["input_ids"]) == len(item["labels"]) == sum(item["attention_mask"])
+
+
+def test_a_space_that_a_sentencepiece_token_begins_with_is_shown():
+    class Pieces:
+        words = ("\u2581Where", "\u2581is", "\u2581", "4")
+
+        def decode(self, ids):
+            return "".join(self.words[token] for token in ids).replace("\u2581", " ").removeprefix(" ")
+
+    assert _marked(Pieces(), [0, 1, 2, 3], [False, False, True, True]) == "Where| is« |4»"
 
 
 def test_what_is_shown(tokenizer):

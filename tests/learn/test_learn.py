@@ -91,6 +91,14 @@ def test_it_says_what_is_protected_and_how_far_it_moved(world, first):
     assert said == [f"{world / '2-said'} holds this model; nothing is left to do"]
 
 
+def test_only_what_is_remembered_is_called_protected(world):
+    said = []
+    learn(settings(world, "model", "code", "n-1", protect="none"))
+    learn(settings(world, "n-1", "math", "n-2", method="adamw"))
+    learn(settings(world, "n-2", "math", "n-3"), said.append)
+    assert "Protected: n-1; 15 layers" in "\n".join(said)  # neither the base model nor what adamw learned
+
+
 @pytest.mark.parametrize("protect", ["self", "none", "text.txt"])
 def test_the_base_model_is_protected_by_its_own_texts_by_a_file_or_not(world, protect):
     (world / "text.txt").write_text("Once upon a time there was a text. " * 20)

@@ -77,14 +77,14 @@ def test_no_causal_language_model_trains_unprotected_unannounced():
             warnings.simplefilter("ignore")
             for kind, config_class in classes():
                 try:
-                    with at_most(30):
+                    with at_most(120):
                         model = tiny(kind, config_class)
                         with torch.no_grad():
                             logits(model, OLD)
                 except Exception as error:
                     unbuilt[kind.__name__] = f"{type(error).__name__}: {error}"[:100]
                     continue
-                with at_most(30):
+                with at_most(120):
                     if found := list(faults(model)):
                         wrong[kind.__name__] = found
                     try:
