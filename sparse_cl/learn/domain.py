@@ -166,14 +166,16 @@ class _Domain:
         limit = getattr(model.config, "max_position_embeddings", None) or settings.max_length
         if settings.max_length > limit:
             raise ValueError(f"max_length: expected at most the model's context of {limit}, got {settings.max_length}")
-        if carried is None:
-            carried = self.work.protected() or Carried(None, [])
-            if carried.memory is not None:
-                method.remember(model, carried.memory)
-            elif settings.protect != NONE and method.protects:
+        carried = carried or Carried(None, [])
+        fresh = carried.memory is None and not hasattr(model, "peft_config")
+        if fresh and settings.protect != NONE and method.protects:
+            kept = self.work.protected()
+            if kept is not None and kept.memory is not None:
+                method.remember(model, kept.memory)
+            else:
                 method.check(model)
                 self._protect(model)
-                carried = self.work.keep_protected(Carried(getattr(method, "memory", None), []))
+            carried = self.work.keep_protected(Carried(getattr(method, "memory", None), carried.domains))
         return model, carried
 
     def _protect(self, model: nn.Module) -> None:

@@ -108,7 +108,14 @@ class LearnSettings:
             ValueError: it has no such argument, or one that has an option of its own here.
         """
         import transformers
+        from transformers.integrations import get_available_reporting_integrations
 
+        reporters = ("none", "all", *get_available_reporting_integrations())
+        if self.report_to not in reporters:
+            raise ValueError(
+                f"report_to: expected one that is installed, {', '.join(reporters)}, got {self.report_to!r}; install "
+                "its package first"
+            )
         known = {field.name: field for field in dataclasses.fields(transformers.TrainingArguments)}
         found: dict[str, Any] = {}
         for name, text in pairs(self.trainer, "trainer").items():

@@ -96,7 +96,13 @@ def test_only_what_is_remembered_is_called_protected(world):
     learn(settings(world, "model", "code", "n-1", protect="none"))
     learn(settings(world, "n-1", "math", "n-2", method="adamw"))
     learn(settings(world, "n-2", "math", "n-3"), said.append)
-    assert "Protected: n-1; 15 layers" in "\n".join(said)  # neither the base model nor what adamw learned
+    kept = "n-1 (not n-2, learned by a method that remembers nothing)"
+    assert f"Protected: {kept}; 15 layers" in "\n".join(said)  # and not the base model
+    said.clear()
+    learn(settings(world, "model", "code", "n-4", method="adamw"))
+    learn(settings(world, "n-4", "math", "n-5"), said.append)
+    assert any(line.startswith("The model writes 8 texts") for line in said)
+    assert [entry["name"] for entry in load_carried(world / "n-5").domains] == ["n-4", "n-5"]
 
 
 @pytest.mark.parametrize("protect", ["self", "none", "text.txt"])
@@ -177,6 +183,10 @@ def test_a_folder_that_was_being_filled_is_filled(world, first):
         ({"epochs": 0.0}, "epochs: expected a number above 0, got 0"),
         ({"model": "nowhere/at/all", "data": ("absent.jsonl",)}, "nowhere/at/all"),
         ({"data": ("absent.jsonl",)}, "absent.jsonl"),
+        (
+            {"report_to": "carrier-pigeon"},
+            "report_to: expected one that is installed, none.* got 'carrier-p",
+        ),
         ({"protect": "absent.txt"}, "--protect absent.txt: cannot be read"),
         ({"max_length": 512}, "max_length: expected at most the model's context of 256, got 512"),
     ],
