@@ -102,7 +102,7 @@ def test_a_command_is_accepted(command, own_data, environment, monkeypatch, caps
     (cached,) = (own_data / environment["SPARSE_CL_CACHE"]).iterdir()
     arguments = command[1]
     if arguments[0] == "plan":
-        assert cli.main(replaced(arguments, model=cached)) == 0
+        assert cli.main(replaced(arguments, model=cached, method="adamw")) == 0  # others take seconds each
         return
     (own_data / "taken").touch()
     assert cli.main(replaced(arguments, out=own_data / "taken")) == 2

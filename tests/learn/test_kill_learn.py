@@ -9,7 +9,7 @@ import torch
 from cases.killed import killed, run, undisturbed
 from cases.world import write_world
 
-KILLS = int(os.environ.get("SPARSE_CL_KILLS", "6"))
+KILLS = int(os.environ.get("SPARSE_CL_KILLS", "4"))
 
 
 def test_kills_at_random_moments_change_no_bit(tmp_path, tokenizer):
