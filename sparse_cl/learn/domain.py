@@ -13,9 +13,17 @@ import transformers
 from torch import nn
 from tqdm.auto import tqdm
 
-from sparse_cl.data import EncodedRecords, Records, check_records, cut_texts, hold_out, read_records, show
-from sparse_cl.data.files import read_text
-from sparse_cl.four_domains.protection import WINDOWS, Windows
+from sparse_cl.data import (
+    EncodedRecords,
+    Records,
+    check_records,
+    cut_texts,
+    hold_out,
+    parse_columns,
+    read_records,
+    show,
+)
+from sparse_cl.four_domains.protection import Windows, text_to_protect
 from sparse_cl.four_domains.sequence import DomainBatches
 from sparse_cl.four_domains.training import train
 from sparse_cl.methods.carried import Carried, save_carried
@@ -26,14 +34,12 @@ from sparse_cl.models.processes import check_processes, processes
 
 from .own_texts import write_texts
 from .said import say_moved, say_protected
-from .settings import NONE, SELF, LearnSettings, pairs
+from .settings import NONE, SELF, LearnSettings
 from .source import Source, fingerprint
 from .work import Work
 
 _CHECKPOINTS = 10
 """How often a run is saved on its way, so that one that was stopped goes on."""
-_CHARACTERS_A_TOKEN = 16
-"""More than text has, so that a long file is not read whole."""
 _OWN_TOKENS = 128
 """Of a text that the model writes: what a few hundred use of its layers changes little after that, and waiting does."""
 
@@ -56,9 +62,8 @@ def learn(settings: LearnSettings, say: Callable[[str], object] = print) -> Path
     source = Source(settings.model)
     tokenizer, rows = load_tokenizer(source.base)
     records, held = _read(settings, tokenizer, rows)
-    text = None
-    if settings.protect not in (SELF, NONE):
-        text = read_text(settings.protect, "--protect", WINDOWS * settings.max_length * _CHARACTERS_A_TOKEN)
+    file = None if settings.protect in (SELF, NONE) else settings.protect
+    text = text_to_protect(file, None, None, settings.max_length)
     if settings.show_data:
         say(show(records, tokenizer, settings.max_length))
         return settings.out
@@ -76,7 +81,7 @@ def learn(settings: LearnSettings, say: Callable[[str], object] = print) -> Path
 
 def _read(settings: LearnSettings, tokenizer: Any, rows: int) -> tuple[Records, Records]:
     """The records to learn and those to score."""
-    given = pairs(settings.columns, "columns")
+    given = parse_columns(settings.columns)
     records = read_records(settings.data, given)
     held = None if settings.eval is None else read_records([settings.eval], given)
     for each in (records, held):
@@ -154,7 +159,8 @@ class _Domain:
             "base_files": fingerprint(self.source.base),
         }
         self._write(model, carried, entry)
-        self.say(f"Learned: {before:.3f} → {after:.3f} nats a token on {len(self.held)} records that were held out")
+        scored_on = "that were held out" if settings.eval is None else "of --eval"
+        self.say(f"Learned: {before:.3f} → {after:.3f} nats a token on {len(self.held)} records {scored_on}")
         say_moved(method, carried, self.say)
         self.say(f"Written to {settings.out}: a model, and what the next call must not forget")
 
@@ -172,10 +178,11 @@ class _Domain:
             kept = self.work.protected()
             if kept is not None and kept.memory is not None:
                 method.remember(model, kept.memory)
+                carried = kept
             else:
                 method.check(model)
                 self._protect(model)
-            carried = self.work.keep_protected(Carried(getattr(method, "memory", None), carried.domains))
+                carried = self.work.keep_protected(Carried(getattr(method, "memory", None), carried.domains))
         return model, carried
 
     def _protect(self, model: nn.Module) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sparse_cl.arguments import check_options, option
+from sparse_cl.data import parse_columns
 from sparse_cl.four_domains.method_options import parse_set
 from sparse_cl.methods import METHODS, Method, method_named
 from sparse_cl.methods.adamw import AdamW
@@ -81,7 +82,7 @@ class LearnSettings:
             raise ValueError(f"epochs: expected a number above 0, got {self.epochs}")
         if self.lr is not None and not 0 < self.lr < float("inf"):
             raise ValueError(f"lr: expected a rate above 0, got {self.lr}")
-        pairs(self.columns, "columns")
+        parse_columns(self.columns)
         self.make_method()
         self.training_arguments()
 
@@ -118,7 +119,7 @@ class LearnSettings:
             )
         known = {field.name: field for field in dataclasses.fields(transformers.TrainingArguments)}
         found: dict[str, Any] = {}
-        for name, text in pairs(self.trainer, "trainer").items():
+        for name, text in _pairs(self.trainer, "trainer").items():
             if name not in known:
                 raise ValueError(f"trainer: TrainingArguments has no {name!r}")
             if name in _OURS:
@@ -166,7 +167,7 @@ _OURS = {
 """Arguments of the Trainer that have an option, and which."""
 
 
-def pairs(entries: Sequence[str], name: str) -> dict[str, str]:
+def _pairs(entries: Sequence[str], name: str) -> dict[str, str]:
     """{left: right} of entries `left=right`.
 
     Raises:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-import transformers
 
 from sparse_cl.learn.own_texts import write_texts
 
@@ -13,21 +12,10 @@ CHAT = TURNS + "{% if add_generation_prompt %}<assistant>{% endif %}"
 
 
 @pytest.fixture
-def model(tokenizer):
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=40,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=256,
-        eos_token_id=0,
-    )
-    model = transformers.LlamaForCausalLM(config)
+def model(tiny_llama):
     # What a checkpoint asks for is not what the model knows.
-    model.generation_config.num_beams, model.generation_config.suppress_tokens = 3, list(range(200))
-    return model
+    tiny_llama.generation_config.num_beams, tiny_llama.generation_config.suppress_tokens = 3, list(range(200))
+    return tiny_llama
 
 
 def written(model, tokenizer, **others):
@@ -48,7 +36,7 @@ def test_they_are_drawn_from_the_model_whatever_its_checkpoint_asks_for(model, t
 
 def test_a_model_that_knows_its_next_token_writes_it(model, tokenizer):
     with torch.no_grad():
-        model.lm_head.weight.zero_()
+        model.lm_head.weight = torch.nn.Parameter(torch.zeros_like(model.lm_head.weight))  # no longer the embedding
         model.lm_head.weight[7] = 1e4 * torch.ones(16)
         model.model.norm.weight.fill_(1.0)
         model.model.embed_tokens.weight.fill_(1.0)
