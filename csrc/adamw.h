@@ -36,13 +36,23 @@ SPARSE_CL_HD Rates<T> rates(const Hyper<T>& h, double lr, int32_t t, T gain) {
   return {T(1) - rate * static_cast<T>(h.weight_decay), rate / correction1, T(1) / std::sqrt(correction2)};
 }
 
-template <typename T, bool kAmsgrad>
-SPARSE_CL_HD T adamw(T param, T grad, T& exp_avg, T& exp_avg_sq, T& max_exp_avg_sq, const Hyper<T>& h,
-                     const Rates<T>& r) {
-  // As torch.lerp: from the end that is nearer, or for beta1 = 0 the old average's rounding error would be all of it.
+template <typename T>
+SPARSE_CL_HD T descend(T param, T exp_avg, T second, const Hyper<T>& h, const Rates<T>& r) {
+  return param * r.decay - r.step_size * (exp_avg / (std::sqrt(second) * r.rsqrt_correction + h.eps));
+}
+
+// As torch.lerp: from the end that is nearer, or for beta1 = 0 the old average's rounding error would be all of it.
+template <typename T>
+SPARSE_CL_HD void average(T& exp_avg, T grad, const Hyper<T>& h) {
   const T change = grad - exp_avg;
   exp_avg =
       h.one_minus_beta1 < T(0.5) ? exp_avg + h.one_minus_beta1 * change : grad - (T(1) - h.one_minus_beta1) * change;
+}
+
+template <typename T, bool kAmsgrad>
+SPARSE_CL_HD T adamw(T param, T grad, T& exp_avg, T& exp_avg_sq, T& max_exp_avg_sq, const Hyper<T>& h,
+                     const Rates<T>& r) {
+  average(exp_avg, grad, h);
   // The order of torch.addcmul: grad * grad alone would overflow for gradients whose second moment does not.
   exp_avg_sq = h.beta2_t * exp_avg_sq + h.one_minus_beta2 * grad * grad;
   T second = exp_avg_sq;
@@ -51,7 +61,7 @@ SPARSE_CL_HD T adamw(T param, T grad, T& exp_avg, T& exp_avg_sq, T& max_exp_avg_
     second = (max_exp_avg_sq < exp_avg_sq || exp_avg_sq != exp_avg_sq) ? exp_avg_sq : max_exp_avg_sq;
     max_exp_avg_sq = second;
   }
-  return param * r.decay - r.step_size * (exp_avg / (std::sqrt(second) * r.rsqrt_correction + h.eps));
+  return descend(param, exp_avg, second, h, r);
 }
 
 // Mixes 32 bits (constants of C. Wellons' lowbias32).

@@ -22,6 +22,7 @@ enum Field {
   kFieldNumel,
   kFieldInner,
   kFieldCompactGrad,
+  kFieldByRow,
   kFieldIndex,
   kFieldRanks,
   kFieldGain,
@@ -83,8 +84,13 @@ inline void check_row(const int64_t* field, const TensorView& t, size_t i, const
                           (by_unit && scope == static_cast<int64_t>(Scope::kPerUnit));
   const int64_t compact = field[kFieldCompactGrad];
   const bool grad_fits = compact == 0 || (by_unit && compact == 1);
-  STD_TORCH_CHECK(fits && units >= 0 && scope_fits && grad_fits && cohorts >= 1 && cohorts <= kMaxCohorts, op,
-                  ": layout[", i, "]: not a row that StateLayout.row() makes");
+  const bool has_rows = t.dim == 2 && t.sizes[0] <= INT32_MAX &&
+                        (kind == static_cast<int64_t>(Kind::kDense) || kind == static_cast<int64_t>(Kind::kRows));
+  const bool moment_fits =
+      field[kFieldByRow] == 0 || (field[kFieldByRow] == 1 && has_rows && field[kFieldMaxExpAvgSq] == 0);
+  STD_TORCH_CHECK(
+      fits && units >= 0 && scope_fits && grad_fits && moment_fits && cohorts >= 1 && cohorts <= kMaxCohorts, op,
+      ": layout[", i, "]: not a row that StateLayout.row() makes");
 }
 
 }  // namespace sparse_cl

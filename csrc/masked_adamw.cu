@@ -14,9 +14,14 @@ const float* data_of(const std::optional<Tensor>& t) {
 
 template <typename P, typename G, typename T>
 void launch_all(Mode mode, const std::vector<Task>& tasks, Launch<T>& launch, cudaStream_t stream) {
-  plan_launches(tasks, launch, [&](uint32_t blocks, size_t shared) {
-    const char* op = mode == Mode::kAdd ? "apply_updates_" : "masked_adamw_";
+  const char* op = mode == Mode::kAdd ? "apply_updates_" : "masked_adamw_";
+  if (mode == Mode::kByRow)
+    plan_launches(tasks, launch, true, [&](uint32_t blocks, size_t) {
+      launch_kernel(row_moments_kernel<P, G>, launch, blocks, kThreads, 0, stream, op);
+    });
+  plan_launches(tasks, launch, false, [&](uint32_t blocks, size_t shared) {
     auto run = [&](auto* kernel) { launch_kernel(kernel, launch, blocks, kThreads, shared, stream, op); };
+    if (mode == Mode::kByRow) return run(masked_adamw_kernel<P, G, Mode::kByRow>);
     if constexpr (std::is_same_v<G, T>)
       if (mode == Mode::kAdd) return run(masked_adamw_kernel<P, G, Mode::kAdd>);
     mode == Mode::kAmsgrad ? run(masked_adamw_kernel<P, G, Mode::kAmsgrad>)

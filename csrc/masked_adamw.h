@@ -14,12 +14,14 @@ constexpr int64_t kBlock = 1024;      // weights of an element mask that share o
 constexpr int64_t kOffsetUnit = 64;   // layout.ALIGNMENT
 constexpr int64_t kMaxCohorts = 256;  // layout.MAX_COHORTS
 
-// What is done with active entries: AdamW, with or without the running maximum, or adding a given update to them.
-enum class Mode : uint8_t { kAdamw, kAmsgrad, kAdd };
+// What is done with active entries: AdamW, with or without the running maximum, or with one second moment a row; or
+// adding a given update to them.
+enum class Mode : uint8_t { kAdamw, kAmsgrad, kByRow, kAdd };
 
 // One parameter. Sections of the state are offsets into it in units of kOffsetUnit bytes, 0 where absent; the step
 // counts (int32) lie at its start, then the ticket of the CUDA kernel, which is 0 between launches. A compact gradient
-// holds the active entries alone, in the order of the state. For Mode::kAdd the gradient is the update, compact.
+// holds the active entries alone, in the order of the state. For Mode::kAdd the gradient is the update, compact. A
+// dense parameter with one second moment a row is a task of kRows without an index: all rows.
 struct Task {
   void* param;
   const void* grad;
@@ -34,6 +36,7 @@ struct Task {
   Kind kind;
   Scope scope;
   bool compact_grad;
+  bool by_row;  // one second moment an active row
 
   template <typename T>
   SPARSE_CL_HD T* at(uint32_t offset) const {

@@ -95,6 +95,12 @@ inline Call make_call(const TensorList& params, const TensorList* grads, const T
     task.seed = static_cast<uint32_t>(field[kFieldSeed]);
     check_row(field, param, i, op, "params");
     task.compact_grad = add || field[kFieldCompactGrad] == 1;
+    task.by_row = field[kFieldByRow] == 1;
+    const bool dense = task.kind == Kind::kDense;
+    if (dense && task.by_row) {
+      task.kind = Kind::kRows;
+      task.units = static_cast<int32_t>(param.sizes[0]);
+    }
     if (task.kind == Kind::kRows)
       task.inner = task.numel && param.sizes[0] ? task.numel / param.sizes[0] : 0;
     else if (task.kind == Kind::kColumns)
@@ -125,13 +131,13 @@ inline Call make_call(const TensorList& params, const TensorList* grads, const T
       return static_cast<uint32_t>(offset / kOffsetUnit);
     };
     STD_TORCH_CHECK(4 * (task.cohorts + 1) <= state.numel, op, ": states[", i, "]: too short for its step counts");
-    task.index = section(kFieldIndex, 4 * (by_unit ? task.units : words), task.kind != Kind::kDense);
+    task.index = dense ? 0 : section(kFieldIndex, 4 * (by_unit ? task.units : words), true);
     task.ranks = section(kFieldRanks, 8 * (blocks + 1), task.kind == Kind::kElements);
     task.gain = section(kFieldGain, 4 * static_cast<int64_t>(task.units), false);
     task.cohort =
         section(kFieldCohort, task.scope == Scope::kPerEntry ? entries : per_unit, task.scope != Scope::kShared);
     task.exp_avg = section(kFieldExpAvg, acc_size * entries, true);
-    task.exp_avg_sq = section(kFieldExpAvgSq, acc_size * entries, true);
+    task.exp_avg_sq = section(kFieldExpAvgSq, acc_size * (task.by_row ? task.units : entries), true);
     task.max_exp_avg_sq = section(kFieldMaxExpAvgSq, acc_size * entries, false);
     task.master = section(kFieldMaster, acc_size * entries, false);
     STD_TORCH_CHECK(end == state.numel, op, ": states[", i, "]: expected ", end, " bytes, as layout[", i,
@@ -150,7 +156,10 @@ inline Call make_call(const TensorList& params, const TensorList* grads, const T
     }
     task.state = static_cast<char*>(state.data);
 
-    const Mode mode = add ? Mode::kAdd : task.max_exp_avg_sq ? Mode::kAmsgrad : Mode::kAdamw;
+    const Mode mode = add                   ? Mode::kAdd
+                      : task.by_row         ? Mode::kByRow
+                      : task.max_exp_avg_sq ? Mode::kAmsgrad
+                                            : Mode::kAdamw;
     Bucket* bucket = nullptr;
     for (auto& b : call.buckets)
       if (b.dtype == dtype && b.float_grad == float_grad && b.mode == mode) bucket = &b;

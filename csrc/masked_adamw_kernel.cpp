@@ -1,6 +1,7 @@
 // The CPU kernel of masked_adamw_. Compiled once for each CPU level, with SPARSE_CL_STEP_ITEMS naming its entry;
 // so everything else here has internal linkage, or the linker could keep the copy that only the newest CPUs run.
 #include <algorithm>
+#include <numeric>
 #include <type_traits>
 
 #include "masked_adamw_cpu.h"
@@ -14,22 +15,23 @@ namespace {
 constexpr int64_t kBuffer = 512;  // entries gathered at a time; they stay in the first-level cache
 
 // Contiguous active entries of one parameter, or gathered copies of them.
-template <typename P, typename G>
+template <typename P, typename G, bool kByRow>
 struct Span {
   using acc = typename Storage<P>::acc;
   P* param;
   const G* grad;
-  acc *exp_avg, *exp_avg_sq, *max_exp_avg_sq, *master;
-  const uint8_t* cohort;  // one an entry, or null
-  const float* gain;      // one an entry, or null
-  int64_t first;          // index of the first entry in the compact state
+  acc *exp_avg, *exp_avg_sq, *max_exp_avg_sq, *master;  // by row, exp_avg_sq is the one of all these entries
+  const uint8_t* cohort;                                // one an entry, or null
+  const float* gain;                                    // one an entry, or null
+  int64_t first;                                        // index of the first entry in the compact state
   int64_t size;
 
   // The `count` entries from entry `begin` of these.
   Span part(int64_t begin, int64_t count) const {
     auto from = [begin](auto* x) { return x ? x + begin : nullptr; };
-    return {param + begin, grad + begin, from(exp_avg), from(exp_avg_sq), from(max_exp_avg_sq),
-            from(master),  from(cohort), from(gain),    first + begin,    count};
+    return {param + begin,        grad + begin, from(exp_avg), kByRow ? exp_avg_sq : from(exp_avg_sq),
+            from(max_exp_avg_sq), from(master), from(cohort),  from(gain),
+            first + begin,        count};
   }
 };
 
@@ -60,17 +62,28 @@ struct Rule {
   }
 };
 
+// One entry's moments, and what `param` becomes.
+template <Mode kMode, typename T>
+inline __attribute__((always_inline)) T advanced(T param, T grad, T& exp_avg, T& exp_avg_sq, T& max_exp_avg_sq,
+                                                 const Hyper<T>& hyper, const Rates<T>& r) {
+  if constexpr (kMode != Mode::kByRow)
+    return adamw<T, kMode == Mode::kAmsgrad>(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, hyper, r);
+  average(exp_avg, grad, hyper);
+  return descend(param, exp_avg, exp_avg_sq, hyper, r);
+}
+
 // Entries that differ in step count or gain.
-template <bool kAmsgrad, bool kMaster, typename P, typename G, typename T>
-void step_varying(const Span<P, G>& s, const Rule<T>& rule) {
+template <Mode kMode, bool kMaster, typename P, typename G, typename T>
+void step_varying(const Span<P, G, kMode == Mode::kByRow>& s, const Rule<T>& rule) {
+  constexpr bool kAmsgrad = kMode == Mode::kAmsgrad, kByRow = kMode == Mode::kByRow;
   for (int64_t i = 0; i < s.size; ++i) {
     const int32_t c = s.cohort ? s.cohort[i] : 0;
     const Rates<T> r = rule.with_gain(c, s.gain ? static_cast<T>(s.gain[i]) : T(1));
     const T old = kMaster ? s.master[i] : Storage<P>::load(s.param[i]);
     T unused = 0;
     const T grad = static_cast<T>(Storage<G>::load(s.grad[i])) * rule.grad_factor;
-    const T now = adamw<T, kAmsgrad>(old, grad, s.exp_avg[i], s.exp_avg_sq[i], kAmsgrad ? s.max_exp_avg_sq[i] : unused,
-                                     rule.hyper, r);
+    const T now = advanced<kMode>(old, grad, s.exp_avg[i], s.exp_avg_sq[kByRow ? 0 : i],
+                                  kAmsgrad ? s.max_exp_avg_sq[i] : unused, rule.hyper, r);
     const uint64_t entry = static_cast<uint64_t>(s.first + i);
     if (kMaster) s.master[i] = now;
     if (kMaster || !Storage<P>::kNarrow) {
@@ -83,8 +96,10 @@ void step_varying(const Span<P, G>& s, const Rule<T>& rule) {
 }
 
 // Entries that share their rates, as vector code.
-template <bool kAmsgrad, bool kMaster, typename P, typename G, typename T>
-void step_uniform(const Span<P, G>& s, const Rule<T>& rule, int32_t cohort, const Rates<T>& rates) {
+template <Mode kMode, bool kMaster, typename P, typename G, typename T>
+void step_uniform(const Span<P, G, kMode == Mode::kByRow>& s, const Rule<T>& rule, int32_t cohort,
+                  const Rates<T>& rates) {
+  constexpr bool kAmsgrad = kMode == Mode::kAmsgrad, kByRow = kMode == Mode::kByRow;
   P* __restrict param = s.param;
   const G* __restrict grad = s.grad;
   T* __restrict exp_avg = s.exp_avg;
@@ -100,17 +115,17 @@ void step_uniform(const Span<P, G>& s, const Rule<T>& rule, int32_t cohort, cons
   int64_t begin = 0;
 #ifdef __AVX2__
   if constexpr (kHasLanes<P, kMaster>)
-    begin = step_lanes<kMaster>(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, master, size,
-                                LaneUpdate(hyper, r, factor), key, lower);
+    begin = step_lanes<kMaster, kByRow>(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, master, size,
+                                        LaneUpdate(hyper, r, factor), key, lower);
 #endif
 #pragma omp simd
   for (int64_t i = begin; i < size; ++i) {
     const T old = kMaster ? master[i] : Storage<P>::load(param[i]);
-    T m = exp_avg[i], v = exp_avg_sq[i], v_max = kAmsgrad ? max_exp_avg_sq[i] : T(0);
+    T m = exp_avg[i], v = exp_avg_sq[kByRow ? 0 : i], v_max = kAmsgrad ? max_exp_avg_sq[i] : T(0);
     const T g = static_cast<T>(Storage<G>::load(grad[i])) * factor;
-    const T now = adamw<T, kAmsgrad>(old, g, m, v, v_max, hyper, r);
+    const T now = advanced<kMode>(old, g, m, v, v_max, hyper, r);
     exp_avg[i] = m;
-    exp_avg_sq[i] = v;
+    if (!kByRow) exp_avg_sq[i] = v;
     if (kAmsgrad) max_exp_avg_sq[i] = v_max;
     if (kMaster) master[i] = now;
     if (kMaster || !Storage<P>::kNarrow)
@@ -120,9 +135,27 @@ void step_uniform(const Span<P, G>& s, const Rule<T>& rule, int32_t cohort, cons
   }
 }
 
+// The mean of squares of a row, times `weight`. Sixteen sums, whatever the instructions, so that all levels agree in
+// every bit; `weight` comes first, as a square alone may overflow.
+template <typename G, typename T>
+T mean_square(const G* grad, int64_t size, T factor, T weight) {
+  constexpr int64_t kSums = 16;
+  weight /= static_cast<T>(size);
+  T sums[kSums]{};
+  auto add = [&](int64_t i, int64_t k) {
+    const T g = static_cast<T>(Storage<G>::load(grad[i + k])) * factor;
+    sums[k] += weight * g * g;
+  };
+  int64_t i = 0;
+  for (; i + kSums <= size; i += kSums)
+    for (int64_t k = 0; k < kSums; ++k) add(i, k);
+  for (int64_t k = 0; i + k < size; ++k) add(i, k);
+  return std::accumulate(sums, sums + kSums, T(0));
+}
+
 // Adds updates, which stand where gradients do.
 template <bool kMaster, typename P, typename G, typename T>
-void add_updates(const Span<P, G>& s, const Rule<T>& rule, int32_t shared_cohort) {
+void add_updates(const Span<P, G, false>& s, const Rule<T>& rule, int32_t shared_cohort) {
   for (int64_t i = 0; i < s.size; ++i) {
     const T now = (kMaster ? s.master[i] : Storage<P>::load(s.param[i])) + static_cast<T>(Storage<G>::load(s.grad[i]));
     if (kMaster) s.master[i] = now;
@@ -152,7 +185,8 @@ inline int64_t positions_of(uint64_t word, int32_t base, int32_t* out) {
 template <Mode kMode, bool kMaster, typename P, typename G>
 struct Kernel {
   using T = typename Storage<P>::acc;
-  static constexpr bool kAmsgrad = kMode == Mode::kAmsgrad, kAdd = kMode == Mode::kAdd;
+  static constexpr bool kAdd = kMode == Mode::kAdd, kByRow = kMode == Mode::kByRow;
+  using Spanned = Span<P, G, kByRow>;
 
   const Task& task;
   const Rule<T> rule;
@@ -177,14 +211,14 @@ struct Kernel {
         cohort(t.at<uint8_t>(t.cohort)) {}
 
   // Entries [first, first + size) of the compact state, whose values are at p and g.
-  Span<P, G> span(P* p, const G* g, int64_t first, int64_t size) const {
+  Spanned span(P* p, const G* g, int64_t first, int64_t size) const {
     auto from = [first](T* section) { return section ? section + first : nullptr; };
     return {p, g, from(exp_avg), from(exp_avg_sq), from(max_exp_avg_sq), from(master), nullptr, nullptr, first, size};
   }
 
   const uint8_t* entry_cohort(int64_t first) const { return task.scope == Scope::kPerEntry ? cohort + first : nullptr; }
 
-  void step(const Span<P, G>& s, int32_t shared_cohort, const Rates<T>& rates) const {
+  void step(const Spanned& s, int32_t shared_cohort, const Rates<T>& rates) const {
     if constexpr (kAdd) return add_updates<kMaster>(s, rule, shared_cohort);
     if (!task.update) return advance<kMaster>(s, shared_cohort, rates);
     // As a step of masters that stand where the update is to be.
@@ -192,7 +226,7 @@ struct Kernel {
     T old[kBuffer];
     for (int64_t i = 0; i < s.size; i += kBuffer) {
       T* const update = static_cast<T*>(task.update) + s.first + i;
-      Span<P, G> part = s.part(i, std::min(kBuffer, s.size - i));
+      Spanned part = s.part(i, std::min(kBuffer, s.size - i));
       for (int64_t k = 0; k < part.size; ++k)
         old[k] = update[k] = kMaster ? part.master[k] : Storage<P>::load(part.param[k]);
       part.param = unused;
@@ -203,26 +237,31 @@ struct Kernel {
   }
 
   template <bool kOwnMaster>
-  void advance(const Span<P, G>& s, int32_t shared_cohort, const Rates<T>& rates) const {
-    if (s.cohort || s.gain) return step_varying<kAmsgrad, kOwnMaster>(s, rule);
+  void advance(const Spanned& s, int32_t shared_cohort, const Rates<T>& rates) const {
+    if (s.cohort || s.gain) return step_varying<kMode, kOwnMaster>(s, rule);
     // The random stream changes where the entry index passes 2^32.
     const int64_t to_boundary = (int64_t{1} << 32) - (s.first & 0xFFFFFFFF);
     const int64_t before = std::min(s.size, to_boundary);
-    step_uniform<kAmsgrad, kOwnMaster>(s.part(0, before), rule, shared_cohort, rates);
-    if (before < s.size)
-      step_uniform<kAmsgrad, kOwnMaster>(s.part(before, s.size - before), rule, shared_cohort, rates);
+    step_uniform<kMode, kOwnMaster>(s.part(0, before), rule, shared_cohort, rates);
+    if (before < s.size) step_uniform<kMode, kOwnMaster>(s.part(before, s.size - before), rule, shared_cohort, rates);
   }
 
   void dense(int64_t begin, int64_t end) const {
-    Span<P, G> s = span(param + begin, grad + begin, begin, end - begin);
+    Spanned s = span(param + begin, grad + begin, begin, end - begin);
     s.cohort = entry_cohort(begin);
     step(s, 0, rule.rates[0]);
   }
 
   void rows(int64_t begin, int64_t end) const {
     for (int64_t r = begin; r < end; ++r) {
-      const int64_t at = index[r] * task.inner, first = r * task.inner;
-      Span<P, G> s = span(param + at, grad + (task.compact_grad ? first : at), first, task.inner);
+      const int64_t at = (index ? index[r] : r) * task.inner, first = r * task.inner;
+      Spanned s = span(param + at, grad + (task.compact_grad ? first : at), first, task.inner);
+      if constexpr (kByRow) {
+        T& second = exp_avg_sq[r];
+        second =
+            rule.hyper.beta2_t * second + mean_square(s.grad, s.size, rule.grad_factor, rule.hyper.one_minus_beta2);
+        s.exp_avg_sq = &second;
+      }
       s.cohort = entry_cohort(first);
       const int32_t c = task.scope == Scope::kPerUnit ? cohort[r] : 0;
       const T g = gain ? static_cast<T>(gain[r]) : T(1);
@@ -235,11 +274,11 @@ struct Kernel {
   }
 
   // A row with a gain whose entries have step counts of their own.
-  void rows_of_both(Span<P, G> s, T g) const {
+  void rows_of_both(Spanned s, T g) const {
     float repeated[kBuffer];
     std::fill(repeated, repeated + std::min(kBuffer, s.size), static_cast<float>(g));
     for (int64_t i = 0; i < s.size; i += kBuffer) {
-      Span<P, G> part = s.part(i, std::min(kBuffer, s.size - i));
+      Spanned part = s.part(i, std::min(kBuffer, s.size - i));
       part.gain = repeated;
       step(part, 0, rule.rates[0]);
     }
@@ -254,7 +293,7 @@ struct Kernel {
 #ifdef __AVX2__
     if constexpr (kHasLanes<P, kMaster> && !kAdd)
       if (!at_cohort && !at_gain && !task.compact_grad && !task.update && (first + size) >> 32 == 0) {
-        const Span<P, G> s = span(param + base, grad + base, first, size);
+        const Spanned s = span(param + base, grad + base, first, size);
         begin = step_gathered<kMaster>(s.param, s.grad, position, s.exp_avg, s.exp_avg_sq, s.max_exp_avg_sq, s.master,
                                        size, next, LaneUpdate(rule.hyper, rule.rates[0], rule.grad_factor),
                                        random_key(rule.seed, rule.step[0], 0), static_cast<uint32_t>(first));
@@ -266,7 +305,7 @@ struct Kernel {
     if (!task.compact_grad)
       for (int64_t i = begin; i < size; ++i) slope[i] = grad[base + position[i]];
     const G* const gathered = task.compact_grad ? grad + first : slope;
-    Span<P, G> s = span(value + begin, gathered + begin, first + begin, size - begin);
+    Spanned s = span(value + begin, gathered + begin, first + begin, size - begin);
     if (at_cohort) s.cohort = at_cohort + begin;
     if (at_gain) s.gain = at_gain + begin;
     step(s, 0, rule.rates[0]);
@@ -298,7 +337,7 @@ struct Kernel {
         const uint32_t key = random_key(rule.seed, rule.step[0], 0);
         // Whole words of bits only: the loop below begins with one.
         for (; (at | 31) < stop; at += 2 * kLanes, first += kLanes) {
-          const Span<P, G> s = span(param + at, grad + at, first, kLanes);
+          const Spanned s = span(param + at, grad + at, first, kLanes);
           step_two_four<kMaster>(s.param, s.grad, s.exp_avg, s.exp_avg_sq, s.max_exp_avg_sq, s.master,
                                  words[at / 32] >> at % 32, update, key, static_cast<uint32_t>(first));
         }
@@ -317,6 +356,7 @@ struct Kernel {
   }
 
   void operator()(int64_t begin, int64_t end) const {
+    if constexpr (kByRow) return rows(begin, end);
     switch (task.kind) {
       case Kind::kDense:
         return dense(begin, end);
@@ -346,6 +386,8 @@ void SPARSE_CL_STEP_ITEMS(const Task& task, DType dtype, bool float_grad, const 
       if (step.mode == Mode::kAdd) return run(std::integral_constant<Mode, Mode::kAdd>{});
     if (step.mode == Mode::kAmsgrad)
       run(std::integral_constant<Mode, Mode::kAmsgrad>{});
+    else if (step.mode == Mode::kByRow)
+      run(std::integral_constant<Mode, Mode::kByRow>{});
     else
       run(std::integral_constant<Mode, Mode::kAdamw>{});
   });

@@ -159,14 +159,56 @@ __global__ void __launch_bounds__(kThreads, sizeof(typename Storage<P>::acc) == 
   }
 }
 
-// Fills `launch` once for each kMaxTasks of the tasks and calls run(blocks, shared memory in bytes).
+// Brings the second moments of rows up to date, a warp for each. A launch's chunks are of rows here.
+template <typename P, typename G>
+__global__ void __launch_bounds__(kThreads)
+    row_moments_kernel(const Launch<typename Storage<P>::acc> __grid_constant__ launch) {
+  using T = typename Storage<P>::acc;
+  if (launch.found_inf && *launch.found_inf != 0) return;
+  const int number = task_of_block(launch.first_chunk, launch.tasks);
+  const Task& task = launch.work[number].task;
+  const int64_t row = static_cast<int64_t>(blockIdx.x - launch.first_chunk[number]) * kWarps + threadIdx.x / 32;
+  if (row >= task.units) return;
+  const int32_t* index = task.at<const int32_t>(task.index);
+  const int64_t place = task.compact_grad || !index ? row : load(index + row).x[0];
+  const G* grad = static_cast<const G*>(task.grad) + place * task.inner;
+  T factor = launch.maximize ? T(-1) : T(1);
+  if (launch.grad_scale) factor /= static_cast<T>(*launch.grad_scale);
+  const T weight = launch.hyper.one_minus_beta2 / static_cast<T>(task.inner);
+
+  constexpr int kN = 16 / sizeof(G);
+  T sum = 0;
+  auto add = [&](G value) {
+    const T g = factor * static_cast<T>(Storage<G>::load(value));
+    sum += weight * g * g;  // a square alone may overflow
+  };
+  const int lane = threadIdx.x % 32;
+  const bool wide = reinterpret_cast<uintptr_t>(grad) % 16 == 0;
+  const int64_t whole = wide ? task.inner / kN * kN : 0;
+  for (int64_t i = lane * kN; i < whole; i += 32 * kN) {
+    const Pack<G, kN> pack = load<kN>(grad + i);
+#pragma unroll
+    for (int k = 0; k < kN; ++k) add(pack.x[k]);
+  }
+  for (int64_t i = whole + lane; i < task.inner; i += 32) add(load(grad + i).x[0]);
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, distance);
+  if (lane == 0) {
+    T* second = task.at<T>(task.exp_avg_sq) + row;
+    store(second, Pack<T, 1>{launch.hyper.beta2_t * load(second).x[0] + sum});
+  }
+}
+
+// Fills `launch` once for each kMaxTasks of the tasks and calls run(blocks, shared memory in bytes). Blocks take
+// entries, or `rows`.
 template <typename T, typename Run>
-void plan_launches(const std::vector<Task>& tasks, Launch<T>& launch, Run&& run) {
+void plan_launches(const std::vector<Task>& tasks, Launch<T>& launch, bool rows, Run&& run) {
   int64_t total = 0;
   for (const Task& task : tasks) total += task.entries();
   // A few thousand blocks balance the load; past that, larger ones spend less on their start.
   int64_t span = 2048;
   while (span < 16384 && span * 4096 < total) span *= 2;
+  if (rows) span = kWarps;
 
   bool elements = false;
   launch.tasks = 0;
@@ -177,7 +219,7 @@ void plan_launches(const std::vector<Task>& tasks, Launch<T>& launch, Run&& run)
     elements = false;
   };
   for (const Task& task : tasks) {
-    const int64_t entries = task.entries(), chunks = (entries + span - 1) / span;
+    const int64_t entries = rows ? task.units : task.entries(), chunks = (entries + span - 1) / span;
     if (launch.tasks == kMaxTasks || launch.first_chunk[launch.tasks] + chunks > INT_MAX) flush();
     launch.work[launch.tasks] = {task, static_cast<uint32_t>(span),
                                  static_cast<uint32_t>(entries - (chunks - 1) * span)};

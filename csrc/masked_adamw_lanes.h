@@ -59,14 +59,18 @@ struct LaneUpdate {
         factor(floats(grad_factor)),
         nearer_old(h.one_minus_beta1 < 0.5f) {}
 
-  // `max` may be null.
+  // `max` may be null. By row, exp_avg_sq is one number, up to date.
+  template <bool kByRow = false>
   Floats operator()(Floats param, Floats grad, float* exp_avg, float* exp_avg_sq, float* max) const {
     grad = grad * factor;
-    Floats m = load_lanes(exp_avg), v = load_lanes(exp_avg_sq);
+    Floats m = load_lanes(exp_avg);
     const Floats change = grad - m;
     m = nearer_old ? add_product(m, one_minus_beta1, change) : subtract_product(grad, beta1, change);
-    v = add_product(one_minus_beta2 * grad * grad, beta2, v);
     store_lanes(exp_avg, m);
+    if constexpr (kByRow)
+      return subtract_product(param * decay, step_size, adamw_quotient(m, floats(*exp_avg_sq), rsqrt_correction, eps));
+    Floats v = load_lanes(exp_avg_sq);
+    v = add_product(one_minus_beta2 * grad * grad, beta2, v);
     store_lanes(exp_avg_sq, v);
     if (max) {
       const Floats old = load_lanes(max);
@@ -82,20 +86,21 @@ template <typename P, bool kMaster>
 constexpr bool kHasLanes = sizeof(P) < 8 && (kMaster || sizeof(P) == 4 || std::is_same_v<P, BFloat16>);
 
 // Steps the first entries of a span, a multiple of kLanes, and returns how many.
-template <bool kMaster, typename P, typename G>
+template <bool kMaster, bool kByRow, typename P, typename G>
 int64_t step_lanes(P* param, const G* grad, float* exp_avg, float* exp_avg_sq, float* max, float* master, int64_t size,
                    const LaneUpdate& update, uint32_t key, uint32_t first) {
   const int64_t whole = size / kLanes * kLanes;
   for (int64_t i = 0; i < whole; i += kLanes) {
     if (kAhead) {
       __builtin_prefetch(exp_avg + i + kAhead, 1);
-      __builtin_prefetch(exp_avg_sq + i + kAhead, 1);
+      if (!kByRow) __builtin_prefetch(exp_avg_sq + i + kAhead, 1);
       __builtin_prefetch(param + i + kAhead, 1);
       __builtin_prefetch(grad + i + kAhead, 0);
       if (kMaster) __builtin_prefetch(master + i + kAhead, 1);
     }
     const Floats old = kMaster ? load_lanes(master + i) : load_lanes(param + i);
-    const Floats now = update(old, load_lanes(grad + i), exp_avg + i, exp_avg_sq + i, max ? max + i : nullptr);
+    const Floats now = update.template operator()<kByRow>(old, load_lanes(grad + i), exp_avg + i,
+                                                          exp_avg_sq + (kByRow ? 0 : i), max ? max + i : nullptr);
     if (kMaster) store_lanes(master + i, now);
     store_lanes(param + i, stored_lanes < P, Storage<P>::kNarrow && !kMaster > (now, key, first + i));
   }

@@ -51,7 +51,10 @@ class Places {
     }
     int64_t row, column;
     rows_.at(offset, row, column);
-    if (kind_ == Kind::kRows) return {load(index_ + row).x[0] * inner_ + column, static_cast<int32_t>(row)};
+    if (kind_ == Kind::kRows) {
+      const int64_t place = index_ ? load(index_ + row).x[0] : row;
+      return {place * inner_ + column, static_cast<int32_t>(row)};
+    }
     return {row * inner_ + load(index_ + column).x[0], static_cast<int32_t>(column)};
   }
 
@@ -66,7 +69,7 @@ class Places {
 template <typename P, typename G, Mode kMode>
 class Stepper {
   using T = typename Storage<P>::acc;
-  static constexpr bool kMoments = kMode != Mode::kAdd, kMax = kMode == Mode::kAmsgrad;
+  static constexpr bool kByRow = kMode == Mode::kByRow, kMoments = kMode != Mode::kAdd, kMax = kMode == Mode::kAmsgrad;
 
  public:
   __device__ Stepper(const Task& task, const Hyper<T>& hyper, const Cohort<T>* cohorts, double lr, T grad_factor)
@@ -109,7 +112,12 @@ class Stepper {
     const Pack<G, kN> grad = load<kN>(grad_ + (compact_grad_ ? entry : spot.position));
     if constexpr (kMoments) {
       exp_avg = load<kN>(exp_avg_ + entry);
-      exp_avg_sq = load<kN>(exp_avg_sq_ + entry);
+      if constexpr (!kByRow) exp_avg_sq = load<kN>(exp_avg_sq_ + entry);
+    }
+    if constexpr (kByRow) {
+      const T second = load(exp_avg_sq_ + spot.unit).x[0];
+#pragma unroll
+      for (int k = 0; k < kN; ++k) exp_avg_sq.x[k] = second;
     }
     if constexpr (kMax) max_exp_avg_sq = load<kN>(max_exp_avg_sq_ + entry);
     const Cohort<T> cohort = cohorts_[cohort_of(entry, spot.unit)];
@@ -125,7 +133,7 @@ class Stepper {
     }
     if constexpr (kMoments) {
       store(exp_avg_ + entry, exp_avg);
-      store(exp_avg_sq_ + entry, exp_avg_sq);
+      if constexpr (!kByRow) store(exp_avg_sq_ + entry, exp_avg_sq);
     }
     if constexpr (kMax) store(max_exp_avg_sq_ + entry, max_exp_avg_sq);
     if (update_ || master_) store((update_ ? update_ : master_) + entry, next);
@@ -137,13 +145,14 @@ class Stepper {
   __device__ void step_gathered(int64_t entry, int stride, int count, SpotOf spot_of) const {
     int64_t position[kUnroll];
     T gain[kUnroll];
-    int cohort[kUnroll];
+    int cohort[kUnroll], unit[kUnroll]{};
 #pragma unroll
     for (int k = 0; k < kUnroll; ++k)
       if (k < count) {
         const Spot spot = spot_of(k);
         position[k] = spot.position;
         gain[k] = gain_of(spot.unit);
+        unit[k] = spot.unit;
         cohort[k] = cohort_of(entry + k * stride, spot.unit);
       }
     G grad[kUnroll];
@@ -156,7 +165,7 @@ class Stepper {
         grad[k] = load(grad_ + (compact_grad_ ? at : position[k])).x[0];
         if constexpr (kMoments) {
           exp_avg[k] = load(exp_avg_ + at).x[0];
-          exp_avg_sq[k] = load(exp_avg_sq_ + at).x[0];
+          exp_avg_sq[k] = load(exp_avg_sq_ + (kByRow ? unit[k] : at)).x[0];
         }
         if constexpr (kMax) max_exp_avg_sq[k] = load(max_exp_avg_sq_ + at).x[0];
       }
@@ -168,7 +177,7 @@ class Stepper {
         const T next = after(old[k], grad[k], exp_avg[k], exp_avg_sq[k], max_exp_avg_sq[k], gain[k], own);
         if constexpr (kMoments) {
           store(exp_avg_ + at, Pack<T, 1>{exp_avg[k]});
-          store(exp_avg_sq_ + at, Pack<T, 1>{exp_avg_sq[k]});
+          if constexpr (!kByRow) store(exp_avg_sq_ + at, Pack<T, 1>{exp_avg_sq[k]});
         }
         if constexpr (kMax) store(max_exp_avg_sq_ + at, Pack<T, 1>{max_exp_avg_sq[k]});
         if (update_) {
@@ -193,6 +202,10 @@ class Stepper {
     const T g = static_cast<T>(Storage<G>::load(grad));
     if constexpr (!kMoments) return old + g;
     const Rates<T> rates{T(1) - gain * shrink_, gain * cohort.step_size, cohort.rsqrt_correction};
+    if constexpr (kByRow) {
+      average(exp_avg, grad_factor_ * g, hyper_);
+      return descend(old, exp_avg, exp_avg_sq, hyper_, rates);
+    }
     return adamw<T, kMax>(old, grad_factor_ * g, exp_avg, exp_avg_sq, max_exp_avg_sq, hyper_, rates);
   }
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ _SECTIONS = (
 #: Columns of the int64 ``layout`` tensor of an op: one row a parameter. The rest are byte offsets; 0 means absent,
 #: since ``step`` always lies at 0. ``numel`` and ``inner`` let an op refuse a parameter whose shape has changed.
 FIELDS = (
-    *("kind", "units", "cohorts", "cohort_scope", "seed", "numel", "inner", "compact_grad"),
+    *("kind", "units", "cohorts", "cohort_scope", "seed", "numel", "inner", "compact_grad", "by_row"),
     *(f"{s}_offset" for s in _SECTIONS[1:]),
 )
 
@@ -85,6 +85,7 @@ class StateLayout:
         cohort_scope: ``SHARED``, ``PER_UNIT`` or ``PER_ENTRY``.
         seed: selects the random stream of stochastic rounding.
         compact_grad: whether gradients come in the compact shape; for rows and columns only.
+        by_row: whether a row has one second moment, which only whole rows of a matrix can.
     """
 
     kind: int
@@ -98,6 +99,7 @@ class StateLayout:
     cohort_scope: int = SHARED
     seed: int = 0
     compact_grad: bool = False
+    by_row: bool = False
 
     @property
     def numel(self) -> int:
@@ -107,6 +109,15 @@ class StateLayout:
     def inner(self) -> int:
         """Entries of one slice along dim 0; for a 0-d parameter 1."""
         return math.prod(self.shape[1:])
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether the state is of whole rows of a matrix, and of no running maximum, which these have of each entry."""
+        return len(self.shape) == 2 and self.kind in (DENSE, ROWS) and not self.amsgrad
+
+    def by_rows(self, asked: bool) -> StateLayout:
+        """This layout with one second moment a row, if that is asked for and possible."""
+        return replace(self, by_row=asked and self.has_rows)
 
     def is_valid(self) -> bool:
         """Whether these values can belong together, whoever wrote them down."""
@@ -122,6 +133,7 @@ class StateLayout:
             fits = self.kind in (DENSE, ELEMENTS) and self.units <= self.numel
         scopes = (SHARED, PER_UNIT, PER_ENTRY) if by_unit else (SHARED, PER_ENTRY)
         fits = fits and (by_unit or not self.compact_grad)
+        fits = fits and (not self.by_row or self.has_rows)
         return fits and self.units >= 0 and 1 <= self.cohorts <= MAX_COHORTS and self.cohort_scope in scopes
 
     @property
@@ -163,7 +175,8 @@ class StateLayout:
             shapes["cohort"] = ((self.units,), torch.uint8)
         elif self.cohort_scope == PER_ENTRY:
             shapes["cohort"] = (compact, torch.uint8)
-        shapes["exp_avg"] = shapes["exp_avg_sq"] = (compact, self.dtype)
+        shapes["exp_avg"] = (compact, self.dtype)
+        shapes["exp_avg_sq"] = ((compact[0], 1) if self.by_row else compact, self.dtype)
         if self.amsgrad:
             shapes["max_exp_avg_sq"] = (compact, self.dtype)
         if self.master:
@@ -188,7 +201,7 @@ class StateLayout:
         """This layout as one row of an op's ``layout`` tensor; see :data:`FIELDS`."""
         sections = self.sections()
         offsets = [sections[s][0] if s in sections else 0 for s in _SECTIONS[1:]]
-        facts = [self.numel, self.inner, int(self.compact_grad)]
+        facts = [self.numel, self.inner, int(self.compact_grad), int(self.by_row)]
         return [self.kind, self.units, self.cohorts, self.cohort_scope, self.seed, *facts, *offsets]
 
     @classmethod
@@ -207,6 +220,7 @@ class StateLayout:
             cohort_scope=field["cohort_scope"],
             seed=field["seed"],
             compact_grad=field["compact_grad"] != 0,
+            by_row=field["by_row"] != 0,
         )
 
     def views(self, buffer: Tensor) -> dict[str, Tensor]:

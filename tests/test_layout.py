@@ -55,7 +55,7 @@ def layouts(draw):
         cohort_scope=draw(st.sampled_from((SHARED, PER_UNIT, PER_ENTRY) if by_unit else (SHARED, PER_ENTRY))),
         seed=draw(st.integers(0, 2**31)),
         compact_grad=by_unit and draw(st.booleans()),
-    )
+    ).by_rows(draw(st.booleans()))
 
 
 @given(layouts())
@@ -92,6 +92,8 @@ def test_views_share_the_buffer_each_for_itself(layout):
     assert views["exp_avg"].dtype == layout.dtype
     assert views["exp_avg"].shape == layout.compact_shape
     assert views["exp_avg"].numel() == layout.entries
+    rows = layout.compact_shape[:1] if layout.by_row else ()
+    assert views["exp_avg_sq"].shape == ((*rows, 1) if layout.by_row else layout.compact_shape)
 
 
 @pytest.mark.parametrize(
@@ -130,6 +132,10 @@ def test_compact_shapes(kind, shape, units, compact):
         (DENSE, (4, 4), 16, {"cohort_scope": PER_UNIT}),
         (ELEMENTS, (4, 4), 4, {"cohort_scope": PER_UNIT}),
         (ROWS, (4, 4), 4, {"cohort_scope": 3}),
+        (COLUMNS, (4, 4), 4, {"by_row": True}),
+        (DENSE, (4, 4, 4), 64, {"by_row": True}),
+        (DENSE, (4,), 4, {"by_row": True}),
+        (DENSE, (4, 4), 16, {"by_row": True, "amsgrad": True}),
     ],
 )
 def test_impossible_layouts_are_known(kind, shape, units, options):
@@ -197,6 +203,7 @@ def test_native_code_and_the_table_allow_the_same(data):
         "cohorts": st.sampled_from((0, 1, 2, MAX_COHORTS, MAX_COHORTS + 1)),
         "cohort_scope": st.integers(-1, 3),
         "compact_grad": st.booleans(),
+        "by_row": st.booleans(),
         "shape": st.lists(st.integers(0, 9), min_size=2, max_size=3).map(tuple),
     }
     name = data.draw(st.sampled_from(sorted(facts)))

@@ -49,6 +49,9 @@ class ElasticAdamW(MemoryAdamW):
         rest: what happens to parameters without a basis: ``"train"`` or ``"freeze"``.
         every: as for :class:`SubspaceProjectedAdamW`; a pull takes the sum of the k rates. In between a budget may be
             exceeded.
+        second_moment: as for :class:`SparseMaskedAdamW`, but ``"row"`` unless said otherwise. AdamW's division by entry
+            gives entries of all sizes one size, and so spreads an update over directions that old inputs use a little
+            and new ones hardly; divided by row it stays in the span of the new inputs.
 
     Raises:
         TypeError, ValueError: as there; a strength and a budget.
@@ -66,6 +69,7 @@ class ElasticAdamW(MemoryAdamW):
         **options: Any,
     ) -> None:
         self._rule = rule_of(strength, budget, row_strength)
+        options.setdefault("second_moment", "row")
         super().__init__(params, *arguments, memory=memory, rest=rest, **options)
 
     @torch.no_grad()

@@ -28,6 +28,8 @@ def check_options(group: Mapping[str, Any]) -> None:
         refuse("betas", "two numbers or one-element tensors")
     if not all(0.0 <= float(b) < 1.0 for b in betas):
         refuse("betas", "two numbers in [0, 1)")
+    if group["second_moment"] not in ("entry", "row"):
+        refuse("second_moment", "'entry' or 'row'")
     for name in ("eps", "weight_decay"):
         if not group[name] >= 0.0:
             refuse(name, "a number of at least 0")

@@ -113,7 +113,8 @@ class GroupPlan:
 def key_of(group: dict[str, Any], grads: Sequence[Tensor | None]) -> tuple:
     """What a plan depends on: options of the state, which parameters there are, and which of them have gradients."""
     # Parameters too, since some tools put others into a group's list.
-    return group["amsgrad"], group["master_weights"], list(map(id, group["params"])), [g is not None for g in grads]
+    options = group["amsgrad"], group["master_weights"], group["second_moment"]
+    return options, list(map(id, group["params"])), [g is not None for g in grads]
 
 
 def facts_of(grads: Iterable[Tensor]) -> list[tuple]:

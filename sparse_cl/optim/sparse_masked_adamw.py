@@ -48,11 +48,16 @@ class SparseMaskedAdamW(Optimizer):
         master_weights: keep a float32 copy of the active entries of bfloat16 and float16 parameters. Without it they
             are rounded stochastically after each step. With it, values written into such a parameter from outside
             are overwritten by the next step, since the copy is what is stepped.
+        second_moment: ``"entry"``, or ``"row"``: a matrix has one second moment a row, of the mean of its squared
+            gradients (Adam-mini, Zhang et al. 2024). The update of a row keeps the direction of its averaged gradient
+            then, and the state is half as large. Parameters that are no matrix, that have a mask of other than rows,
+            or ``amsgrad``, have one an entry.
 
     Moments are float32 (float64 for float64 parameters). Gradients may have the parameter's dtype or float32. The state
     of a parameter holds ``step`` (int32); ``exp_avg``, ``exp_avg_sq`` and, if asked for, ``max_exp_avg_sq`` and
     ``master``, each in the mask's compact shape: (k, *rest) for k rows, (m, k) for k columns, (m, n/2) for 2:4, (k,)
-    for k elements; and the mask's index (``rows``, ``columns``, ``bits``, ``two_four_bits``).
+    for k elements (by row, ``exp_avg_sq`` is (m, 1) or (k, 1)); and the mask's index (``rows``, ``columns``, ``bits``,
+    ``two_four_bits``).
 
     The leaf of an :class:`~sparse_cl.nn.ActiveLinear` is stepped under that layer's mask and gain, and the values are
     also written into the layer's weight. The leaf itself is its ``master``: one tensor under two names.
@@ -76,6 +81,7 @@ class SparseMaskedAdamW(Optimizer):
         capturable: bool = False,
         masks: ByParameter[Mask] | None = None,
         master_weights: bool = True,
+        second_moment: str = "entry",
         **refused: Any,
     ) -> None:
         for name, value in refused.items():
@@ -92,6 +98,7 @@ class SparseMaskedAdamW(Optimizer):
             "maximize": maximize,
             "capturable": capturable,
             "master_weights": master_weights,
+            "second_moment": second_moment,
         }
         check_options(defaults)
         self._store = StateStore(self)
@@ -134,9 +141,7 @@ class SparseMaskedAdamW(Optimizer):
         self._store = StateStore(self, masks, mismatch)
         self._group_plans = {}
         for group in self.param_groups:
-            for name, value in (("amsgrad", False), ("maximize", False), ("capturable", False)):
-                group.setdefault(name, value)
-            group.setdefault("master_weights", self.defaults.get("master_weights", True))
+            self._fill(group)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -183,10 +188,9 @@ class SparseMaskedAdamW(Optimizer):
             # the parameter's dtype.
             ids = [i for group in given["param_groups"] for i in group["params"]]
             groups = [group for group in given["param_groups"] for _ in group["params"]]
-            defaults = {"amsgrad": False, "master_weights": self.defaults["master_weights"]}
             for param, i, group in zip(parameters_of(self.param_groups), ids, groups, strict=False):
                 if given["state"].get(i):
-                    options = self._store.options(param, defaults | group)
+                    options = self._store.options(param, self._fill({**group}))
                     captured[param] = self._store.read(param, given["state"][i], options)
             return {**given, "state": {k: v for k, v in given["state"].items() if k not in set(ids)}}
 
@@ -254,6 +258,15 @@ class SparseMaskedAdamW(Optimizer):
     def state_bytes(self) -> int:
         """Bytes of all optimizer state, mask indices included."""
         return sum(v.nbytes for state in self.state.values() for v in state.values() if isinstance(v, Tensor))
+
+    def _fill(self, group: dict[str, Any]) -> dict[str, Any]:
+        """``group``, of another optimizer or of an earlier version, with the options that it lacks."""
+        missing = {"amsgrad": False, "maximize": False, "capturable": False, "second_moment": "entry"}
+        for name in ("master_weights", "second_moment"):
+            missing[name] = self.defaults.get(name, missing.get(name, True))
+        for name, value in missing.items():
+            group.setdefault(name, value)
+        return group
 
     # Inside; what a subclass may do in another way.
 

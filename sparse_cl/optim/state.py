@@ -65,7 +65,7 @@ class ParameterState:
             weight: what is stepped; the state lies on its device.
             mask: its active entries; None: all.
             leaf: where there is a compact leaf, the master is a copy of it instead.
-            options: ``amsgrad``, ``master``, ``seed`` and others of the layout.
+            options: ``amsgrad``, ``master``, ``seed`` and others of the layout; ``by_row`` where it is possible.
         """
         layout = layout_for(weight, mask, **options)
         state = cls(layout, *layout.allocate(weight.device))
@@ -95,12 +95,15 @@ class ParameterState:
         elif step.numel() != 1:
             raise ValueError(f"step: expected one count where there is no cohort, got {step.numel()}")
         options |= {"gain": "gain" in entries, "cohorts": step.numel(), "cohort_scope": scope}
-        layout = StateLayout(kind, tuple(weight.shape), units, state_dtype(weight.dtype), **options)
+        asked = options.pop("by_row", False)
+        layout = StateLayout(kind, tuple(weight.shape), units, state_dtype(weight.dtype), **options).by_rows(asked)
         kept = {k: v.to(weight.device, copy=True) for k, v in entries.items() if k.startswith(PROJECTION)}
         state = cls(layout, *layout.allocate(weight.device), kept)
         for name, view in state.views.items():
             if name in entries:
                 given = torch.as_tensor(entries[name])
+                if name == "exp_avg_sq":
+                    given = _by_row_or_entry(given, view.shape)
                 if given.shape != view.shape and not (name == "step" and given.numel() == view.numel()):
                     raise ValueError(f"{name}: expected shape {tuple(view.shape)}, got {tuple(given.shape)}")
                 view.copy_(given.view(view.shape))
@@ -151,17 +154,22 @@ class ParameterState:
         """int64: flat positions of the active entries, ascending."""
         return active_positions(self.layout, self.views, self.buffer.device)
 
-    def carried(self, weight: Tensor, mask: Mask | None) -> ParameterState | None:
+    def carried(self, weight: Tensor, mask: Mask | None, by_row: bool = False) -> ParameterState | None:
         """The state under a new mask: entries active before and after keep moments, master and step count.
+
+        Where rows have one second moment, ``by_row``, the entries that come to a row share its count as well: by a
+        count of their own, the second moment that they find would be taken for one that has only begun.
 
         Returns None if no entry is active in both.
         """
         options: dict[str, Any] = {
             name: getattr(self.layout, name) for name in ("amsgrad", "master", "seed", "compact_grad")
         }
+        options["by_row"] = by_row
         target = layout_for(weight, mask, **options)
         sections = {} if mask is None else {k: v.to(weight.device) for k, v in mask.sections().items()}
         by_unit = self.layout.kind == target.kind in (ROWS, COLUMNS) and self.layout.cohort_scope != PER_ENTRY
+        by_unit = by_unit and self.layout.by_row == target.by_row
         if by_unit:
             old, new = (part[INDEX_NAME[target.kind]].long() for part in (self.views, sections))
         else:
@@ -174,6 +182,8 @@ class ParameterState:
             return None
 
         counts = torch.where(kept, self._step_counts(by_unit)[source], 0)
+        if target.by_row and not by_unit:
+            counts = counts.view(target.compact_shape).amax(1, keepdim=True).expand(target.compact_shape).reshape(-1)
         table, cohort = _cohorts(counts)
         merged = self.merged or bool((table[cohort] != counts).any())
         scope = SHARED if table.numel() == 1 else PER_UNIT if by_unit else PER_ENTRY
@@ -188,9 +198,15 @@ class ParameterState:
         for name in (*_MOMENTS, "master"):
             if name in fresh.views:
                 before, after = self.views[name], fresh.views[name]
-                if not by_unit:
-                    before, after = before.view(-1), after.view(-1)
-                after.index_copy_(dim, to, before.index_select(dim, source[to]))
+                if by_unit:
+                    after.index_copy_(dim, to, before.index_select(dim, source[to]))
+                    continue
+                of_rows = name == "exp_avg_sq" and target.by_row
+                flat = after.new_zeros(target.entries) if of_rows else after.view(-1)
+                flat[to] = before.expand(self.layout.compact_shape).reshape(-1)[source[to]]
+                if of_rows:
+                    shared = kept.view(target.compact_shape).sum(1, keepdim=True).clamp_(min=1)
+                    after.copy_(flat.view(target.compact_shape).sum(1, keepdim=True, dtype=torch.float64) / shared)
         return fresh
 
     def _step_counts(self, by_unit: bool) -> Tensor:
@@ -206,12 +222,22 @@ class ParameterState:
         return counts.expand(layout.compact_shape).reshape(-1)
 
 
-def layout_for(param: Tensor, mask: Mask | None, **options: Any) -> StateLayout:
+def layout_for(param: Tensor, mask: Mask | None, by_row: bool = False, **options: Any) -> StateLayout:
     """How the state of ``param`` under a mask lies in memory."""
     if mask is not None:
-        return mask.layout(param.dtype, **options)
+        return mask.layout(param.dtype, **options).by_rows(by_row)
     shape = tuple(param.shape)
-    return StateLayout(DENSE, shape, math.prod(shape), state_dtype(param.dtype), **options)
+    return StateLayout(DENSE, shape, math.prod(shape), state_dtype(param.dtype), **options).by_rows(by_row)
+
+
+def _by_row_or_entry(moment: Tensor, shape: torch.Size) -> Tensor:
+    """A second moment of each row of a matrix as one of each entry, or the other way, where ``shape`` asks for it."""
+    if moment.dim() == len(shape) == 2 and moment.shape[0] == shape[0]:
+        if shape[1] == 1:
+            return moment.mean(1, keepdim=True)
+        if moment.shape[1] == 1:
+            return moment.expand(shape)
+    return moment
 
 
 def is_capturing(param: Tensor) -> bool:

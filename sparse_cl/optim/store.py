@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -75,13 +76,14 @@ class StateStore:
             packed, mask = self.ready(param), self.mask_of(param, masks)
             if same_mask(packed.mask, mask):
                 continue
-            carried = packed.carried(weight_of(param), mask) if carry else None
+            group = next(g for g in self._optimizer.param_groups if any(p is param for p in g["params"]))
+            options = self.options(param, group)
+            carried = packed.carried(weight_of(param), mask, options["by_row"]) if carry else None
             # What a projection keeps is of the weight, whatever is active of it.
             kept = {name: value for name, value in state[param].items() if name.startswith(states.PROJECTION)}
             if carried is None and kept:
-                group = next(g for g in self._optimizer.param_groups if any(p is param for p in g["params"]))
                 leaf = None if owner_of(param) is None else param
-                carried = ParameterState.new(weight_of(param), mask, leaf, **self.options(param, group))
+                carried = ParameterState.new(weight_of(param), mask, leaf, **options)
             if carried is not None:
                 if carried.merged and not packed.merged:
                     warnings.warn(
@@ -107,6 +109,7 @@ class StateStore:
             "master": bool(group["master_weights"]) if narrow else leaf,
             "seed": next(i for i, p in enumerate(own) if p is param),
             "compact_grad": leaf,
+            "by_row": group["second_moment"] == "row",
         }
 
     def ready(self, param: Tensor, group: Mapping[str, Any] | None = None) -> ParameterState:
@@ -131,13 +134,14 @@ class StateStore:
                 f"parameter {self.name(param)}: it was the leaf of an ActiveLinear that has been restored; make a new "
                 "optimizer"
             )
-        asked = {"amsgrad": "max_exp_avg_sq" in shown, "master_weights": "master" in shown} if group is None else group
-        options = self.options(param, asked)
+        own = {"amsgrad": "max_exp_avg_sq" in shown, "master_weights": "master" in shown, "second_moment": "entry"}
+        options = self.options(param, group or own)
         if group is None:
-            options["master"] = asked["master_weights"]
+            options["master"] = own["master_weights"]
+            options["by_row"] = shown["exp_avg_sq"].shape != shown["exp_avg"].shape
         if packed is not None and packed.is_shown_in(shown):
-            layout = packed.layout
-            if (layout.amsgrad, layout.master) == (options["amsgrad"], options["master"]):
+            layout = replace(packed.layout, amsgrad=options["amsgrad"], master=options["master"])
+            if packed.layout == layout.by_rows(options["by_row"]):
                 self._follow_leaf(param, packed)
                 return packed
         self.refuse_capture(param)

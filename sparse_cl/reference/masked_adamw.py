@@ -126,7 +126,9 @@ def masked_adamw_(
         grad_scale: one element; gradients are divided by it.
         found_inf: one element; unless it is zero, nothing changes, step counts included, and updates become zero.
 
-    Bias correction uses each entry's own step count. A gain g scales the entry's whole update:
+    Where ``layout`` says "by_row", v is one number a row, of which the mean of g^2 over the row takes the place of g^2
+    (Adam-mini, Zhang et al. 2024). Bias correction uses each entry's own step count. A gain g scales the entry's whole
+    update:
     p <- p - g (lr wd p + lr / (1 - beta1^t) m / (sqrt(v / (1 - beta2^t)) + eps)).
     """
     scalars = (lr_tensor, grad_scale, found_inf)
@@ -307,7 +309,11 @@ def _step_one(
 
     exp_avg, exp_avg_sq = view["exp_avg"], view["exp_avg_sq"]
     exp_avg.lerp_(g, 1 - beta1)
-    exp_avg_sq.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+    if where.by_row:
+        weight = (1 - beta2) / max(1, where.inner)
+        exp_avg_sq.mul_(beta2).add_((g * weight * g).sum(1, keepdim=True))
+    else:
+        exp_avg_sq.mul_(beta2).addcmul_(g, g, value=1 - beta2)
     second = exp_avg_sq
     if where.amsgrad:
         second = torch.maximum(view["max_exp_avg_sq"], exp_avg_sq, out=view["max_exp_avg_sq"])

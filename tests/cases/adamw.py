@@ -62,6 +62,7 @@ class Case:
     strided: bool = False
     shift: int = 0
     compact_grad: bool = False
+    by_row: bool = False
     clusters: tuple[tuple[int, int], ...] = ()
 
 
@@ -145,6 +146,7 @@ def make_problem(cases: Sequence[Case], device: torch.device | str = "cpu", seed
             cohort_scope=case.scope,
             seed=1000 + i,
             compact_grad=case.compact_grad,
+            by_row=case.by_row,
         )
         buffer, views = layout.allocate(torch.device("cpu"))
         _fill(layout, views, index, ranks, param, rng)
@@ -187,7 +189,7 @@ def _fill(layout, views, index, ranks, param, rng) -> None:
     views["step"].copy_(torch.randint(0, 50, views["step"].shape, generator=rng))
     compact = layout.compact_shape
     views["exp_avg"].copy_(0.1 * torch.randn(compact, generator=rng))
-    views["exp_avg_sq"].copy_(0.01 * torch.rand(compact, generator=rng))
+    views["exp_avg_sq"].copy_(0.01 * torch.rand(views["exp_avg_sq"].shape, generator=rng))
     if "max_exp_avg_sq" in views:
         views["max_exp_avg_sq"].copy_(0.01 * torch.rand(compact, generator=rng))
     if "master" in views:
@@ -336,7 +338,7 @@ def same_random_bits(mine: Problem, torch_step: Problem, i: int) -> float:
 def kinds(dtype: torch.dtype = torch.float32, **options) -> list[Case]:
     """Cases of every kind that allows the options, of shapes that take wide accesses and of shapes that do not."""
     shapes = {
-        DENSE: [(64, 96), (5, 7, 61), (1,)],
+        DENSE: [(64, 96), (5, 7, 61), (23, 61), (1,)],
         ROWS: [(40, 64), (41, 51), (300,), (7, 3, 5)],
         COLUMNS: [(33, 64), (40, 51)],
         ELEMENTS: [(64, 96), (97, 53), (3, 1024)],
@@ -348,6 +350,8 @@ def kinds(dtype: torch.dtype = torch.float32, **options) -> list[Case]:
         if not by_unit and (options.get("gain") or options.get("compact_grad") or options.get("scope") == PER_UNIT):
             continue
         result += [Case(kind=kind, shape=shape, dtype=dtype, **options) for shape in of_kind]
+    if options.get("by_row"):
+        result = [case for case in result if case.kind in (DENSE, ROWS) and len(case.shape) == 2]
     return result
 
 
@@ -363,6 +367,10 @@ OPTIONS = {
     "full": dict(density=1.0),
     "strided": dict(strided=True),
     "misaligned": dict(shift=1),
+    "by-row": dict(by_row=True),
+    "by-row-strided": dict(by_row=True, strided=True, shift=1),
+    "by-row-cohorts": dict(by_row=True, cohorts=3, scope=PER_ENTRY),
+    "by-row-gain": dict(by_row=True, gain=True, cohorts=3, scope=PER_UNIT, compact_grad=True),
     "compact-gradient": dict(compact_grad=True),
     "compact-gradient-gain": dict(compact_grad=True, gain=True, strided=True, cohorts=2, scope=PER_ENTRY),
 }

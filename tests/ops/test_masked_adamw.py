@@ -138,11 +138,11 @@ def plant(t, values, every):
 
 @native
 @pytest.mark.parametrize("weight_decay", [0.1, -0.002], ids=["shrink", "overflow"])
-@pytest.mark.parametrize("amsgrad", [False, True], ids=["", "amsgrad"])
+@pytest.mark.parametrize("moment", [{}, {"amsgrad": True}, {"by_row": True}], ids=["", "amsgrad", "by-row"])
 @pytest.mark.parametrize("dtype, grad_dtype, master", precisions())
-def test_special_values_go_where_the_reference_sends_them(dtype, grad_dtype, master, amsgrad, weight_decay):
+def test_special_values_go_where_the_reference_sends_them(dtype, grad_dtype, master, moment, weight_decay):
     inf, nan, largest = torch.inf, torch.nan, torch.finfo(dtype).max
-    problem = make_problem(kinds(dtype, grad_dtype=grad_dtype, master=master, amsgrad=amsgrad))
+    problem = make_problem(kinds(dtype, grad_dtype=grad_dtype, master=master, **moment))
     for i, param in enumerate(problem.params):
         views = problem.views(i)
         plant(problem.grads[i], [0.0, -0.0, inf, 1e-45, -inf, 1e-30, nan, 1e-20, 1e20, -3e38, 1e-7], every=3)

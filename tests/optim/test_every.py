@@ -36,7 +36,15 @@ def test_every_fourth_step_of_a_schedule(rule, dtype):
     s = subspace(torch.float64 if dtype == torch.float64 else torch.float32)
     weight = parameter(dtype)
     oracle = Oracle(rule, weight, s, every=4)
-    optimizer = ElasticAdamW([weight], lr=1e-2, weight_decay=0.1, memory={weight: s}, every=4, **given(rule, s, weight))
+    optimizer = ElasticAdamW(
+        [weight],
+        lr=1e-2,
+        weight_decay=0.1,
+        memory={weight: s},
+        every=4,
+        **given(rule, s, weight),
+        second_moment="entry",
+    )
 
     def look():
         ours = stepped(optimizer, weight)
@@ -53,7 +61,9 @@ def test_every_fourth_step_of_a_schedule(rule, dtype):
 @pytest.mark.parametrize("rule", GIVEN)
 def test_it_is_protect_behind_adamw(rule, every):
     ours, theirs, s = parameter(), parameter(), subspace()
-    fused = ElasticAdamW([ours], lr=1e-2, weight_decay=0.1, memory={ours: s}, every=every, **GIVEN[rule])
+    fused = ElasticAdamW(
+        [ours], lr=1e-2, weight_decay=0.1, memory={ours: s}, every=every, **GIVEN[rule], second_moment="entry"
+    )
     optimizer = torch.optim.AdamW([theirs], lr=1e-2, weight_decay=0.1)
     protection = protect(optimizer, {theirs: s}, every=every, **GIVEN[rule])
     for step in range(20):
@@ -135,7 +145,9 @@ def test_a_budget_holds_after_every_second_step_when_the_rows_change():
 def test_a_skipped_step_adds_no_rate():
     weight, s = parameter(), subspace()
     oracle = Oracle("pull", weight, s, decay=0.01, every=2)
-    optimizer = ElasticAdamW([weight], lr=1e-2, memory={weight: s}, every=3, **given("pull", s, weight))
+    optimizer = ElasticAdamW(
+        [weight], lr=1e-2, memory={weight: s}, every=3, **given("pull", s, weight), second_moment="entry"
+    )
     for step, skipped in enumerate((0.0, 1.0, 0.0)):
         weight.grad = torch.full((M, N), torch.nan) if skipped else gradient(step).float()
         optimizer.grad_scale, optimizer.found_inf = torch.tensor(1.0), torch.tensor([skipped])
@@ -182,7 +194,9 @@ def test_a_protection_goes_on_between_two_corrections():
 
 def test_a_new_domain_begins_a_new_count():
     weight, s = parameter(), subspace()
-    optimizer = ElasticAdamW([weight], lr=1e-2, memory={weight: s}, every=2, **given("pull", s, weight))
+    optimizer = ElasticAdamW(
+        [weight], lr=1e-2, memory={weight: s}, every=2, **given("pull", s, weight), second_moment="entry"
+    )
     run(optimizer, weight, 1)
     optimizer.set_memory({weight: subspace(seed=3)})
     start = weight.detach().double().clone()

@@ -166,7 +166,7 @@ def test_rows_of_an_untied_embedding_equal_the_oracle(kind, rule, number):
     # Only the table has gradients, so that the oracle needs nothing but AdamW.
     named = [("table.weight", model.table.weight), ("middle.weight", model.middle.weight)]
     if kind == "fused":
-        optimizer = ElasticAdamW(named, lr=LR, memory=memory, row_strength=0.5, **given)
+        optimizer = ElasticAdamW(named, lr=LR, memory=memory, row_strength=0.5, **given, second_moment="entry")
     else:
         optimizer = torch.optim.AdamW(named, lr=LR)
         protection = protect(optimizer, memory, row_strength=0.5, **given)
@@ -197,7 +197,9 @@ def test_a_tied_head_keeps_both_bounds_and_the_hook_equals_the_optimizer(dtype, 
         memory = remember(each, ids(0, 10))
         if each is model:
             named = each.named_parameters()
-            optimizer = ElasticAdamW(named, lr=LR, weight_decay=0.1, memory=memory, every=every, **given)
+            optimizer = ElasticAdamW(
+                named, lr=LR, weight_decay=0.1, memory=memory, every=every, **given, second_moment="entry"
+            )
             account = optimizer
         else:
             optimizer = torch.optim.AdamW(each.named_parameters(), lr=LR, weight_decay=0.1)

@@ -243,7 +243,9 @@ def test_a_step_that_breaks_off_leaves_the_weights_and_where_they_are(monkeypatc
 def test_a_strength_is_relative_to_the_size_of_the_weights_and_stays_with_the_domain(masked):
     weight, s = parameter(), subspace()
     start, masks = weight.detach().double().clone(), {weight: RowMask(range(0, M, 2), (M, N))}
-    optimizer = ElasticAdamW([weight], lr=1e-2, weight_decay=0.0, memory={weight: s}, strength=3.0)
+    optimizer = ElasticAdamW(
+        [weight], lr=1e-2, weight_decay=0.0, memory={weight: s}, strength=3.0, second_moment="entry"
+    )
     oracle = Oracle("pull", weight, Subspace(s.basis, s.usage * 3 / rms(weight)), decay=0.0)
     for step in range(10):
         oracle.step(gradient(step), 1e-2)
@@ -255,7 +257,9 @@ def test_a_strength_is_relative_to_the_size_of_the_weights_and_stays_with_the_do
     state = copy.deepcopy(optimizer.state_dict())
     with torch.no_grad():
         weight.mul_(3)
-    again = ElasticAdamW([weight], lr=1e-2, memory={weight: s}, strength=3.0, masks=masks if masked else None)
+    again = ElasticAdamW(
+        [weight], lr=1e-2, memory={weight: s}, strength=3.0, masks=masks if masked else None, second_moment="entry"
+    )
     again.load_state_dict(state)
     assert float(again.state[weight]["projection.scale"]) == pytest.approx(rms(start), rel=1e-9)
 
@@ -287,7 +291,7 @@ def test_what_does_not_fit():
 
 def test_a_budget_of_nothing_is_the_hard_rule():
     ours, theirs, s = parameter(), parameter(), subspace()
-    run(ElasticAdamW([ours], lr=1e-2, memory={ours: s}, budget=0.0), ours, 3)
+    run(ElasticAdamW([ours], lr=1e-2, memory={ours: s}, budget=0.0, second_moment="entry"), ours, 3)
     run(SubspaceProjectedAdamW([theirs], lr=1e-2, memory={theirs: s}), theirs, 3)
     assert torch.equal(ours, theirs)
     assert isinstance(SubspaceProjection(s).rule, type(SubspaceProjection(basis().float()).rule))

@@ -17,7 +17,7 @@ GIVEN = {"hard": {"budget": 0.0}, "pull": {"strength": 5.0}, "budget": {"budget"
 @pytest.mark.parametrize("rule", GIVEN)
 def test_behind_torch_s_adamw_it_is_elastic_adamw(rule):
     ours, theirs, s = parameter(), parameter(), subspace()
-    fused = ElasticAdamW([ours], lr=1e-2, weight_decay=0.1, memory={ours: s}, **GIVEN[rule])
+    fused = ElasticAdamW([ours], lr=1e-2, weight_decay=0.1, memory={ours: s}, **GIVEN[rule], second_moment="entry")
     optimizer = torch.optim.AdamW([theirs], lr=1e-2, weight_decay=0.1)
     protection = protect(optimizer, {theirs: s}, **GIVEN[rule])
     run(fused, ours, 50)
