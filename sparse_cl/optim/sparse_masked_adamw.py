@@ -16,6 +16,7 @@ from sparse_cl import ops
 from sparse_cl.layout import check_whole
 from sparse_cl.masks import Mask
 
+from . import counts
 from .clip import clip_active_
 from .names import ByParameter, names_of, parameters_of, refuse_lost
 from .options import check_options
@@ -170,6 +171,16 @@ class SparseMaskedAdamW(Optimizer):
             for leaf in plan.leaves:
                 leaf.follow()
         return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs.
+
+        A parameter's entries are those of ``optimizer.state``, but their keys and shapes do not depend on what masks
+        there were before: ``step`` is one number, the largest, and instead of ``cohort`` there are ``counts``, bytes
+        (``b"same"`` where all entries have taken that many steps).
+        """
+        state = super().state_dict()
+        return {**state, "state": {i: counts.packed(entries) for i, entries in state["state"].items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what :meth:`state_dict` gave, or the state of a ``torch.optim.AdamW``; dtypes stay exact.

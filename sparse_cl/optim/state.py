@@ -26,6 +26,8 @@ from sparse_cl.layout import (
 from sparse_cl.masks import Mask, from_sections
 from sparse_cl.reference import active_positions
 
+from . import counts
+
 #: Entries of a parameter's state that belong to its projection begin with this.
 PROJECTION = "projection."
 
@@ -79,9 +81,13 @@ class ParameterState:
     def read(cls, weight: Tensor, entries: Mapping[str, Tensor], **options: Any) -> ParameterState:
         """Copies the tensors of a checkpoint, ours or ``torch.optim.AdamW``'s, to the device of ``weight``.
 
+        Args:
+            entries: as :meth:`shown` or a checkpoint has them.
+
         Raises:
             ValueError: a section is missing, or has another shape than the weight and its mask imply.
         """
+        saved, entries = entries, counts.unpacked(entries)
         if missing := {"step", "exp_avg", "exp_avg_sq"} - entries.keys():
             raise ValueError(f"state has no {', '.join(sorted(missing))}")
         kind = next((kind for kind, name in INDEX_NAME.items() if name in entries), DENSE)
@@ -104,7 +110,8 @@ class ParameterState:
                 given = torch.as_tensor(entries[name])
                 if name == "exp_avg_sq":
                     given = _by_row_or_entry(given, view.shape)
-                if given.shape != view.shape and not (name == "step" and given.numel() == view.numel()):
+                flat = name == "step" or (name == "cohort" and counts.NAME in saved)
+                if given.shape != view.shape and not (flat and given.numel() == view.numel()):
                     raise ValueError(f"{name}: expected shape {tuple(view.shape)}, got {tuple(given.shape)}")
                 view.copy_(given.view(view.shape))
             elif name == "max_exp_avg_sq":
@@ -181,11 +188,11 @@ class ParameterState:
         if not bool(kept.any()):
             return None
 
-        counts = torch.where(kept, self._step_counts(by_unit)[source], 0)
+        steps = torch.where(kept, self._step_counts(by_unit)[source], 0)
         if target.by_row and not by_unit:
-            counts = counts.view(target.compact_shape).amax(1, keepdim=True).expand(target.compact_shape).reshape(-1)
-        table, cohort = _cohorts(counts)
-        merged = self.merged or bool((table[cohort] != counts).any())
+            steps = steps.view(target.compact_shape).amax(1, keepdim=True).expand(target.compact_shape).reshape(-1)
+        table, cohort = _cohorts(steps)
+        merged = self.merged or bool((table[cohort] != steps).any())
         scope = SHARED if table.numel() == 1 else PER_UNIT if by_unit else PER_ENTRY
         if scope == PER_ENTRY and target.kind in (ROWS, COLUMNS):
             scope, cohort = _by_unit_if_uniform(target, cohort)
