@@ -79,6 +79,15 @@ class Mask:
         dense[self.positions()] = True
         return dense.view(self.shape)
 
+    def piece(self, offset: Sequence[int], shape: Sequence[int]) -> Mask:
+        """The mask of a block of the parameter, which has this shape and begins at this offset of each dimension.
+
+        Raises:
+            ValueError: of a 2:4 mask, the block splits a group of four.
+        """
+        block = tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
+        return type(self)(self.to_dense()[block])  # type: ignore[call-arg]  # those that have no gain
+
     def to(self, device: torch.device | str) -> Mask:
         """This mask with its tensors on ``device``."""
         device = torch.device(device)
@@ -173,6 +182,11 @@ class _UnitMask(Mask):
     @property
     def units(self) -> int:
         return self.index.numel()
+
+    def piece(self, offset: Sequence[int], shape: Sequence[int]) -> Mask:
+        start = offset[self._dim]
+        inside = (self.index >= start) & (self.index < start + shape[self._dim])
+        return type(self)(self.index[inside] - start, shape, None if self.gain is None else self.gain[inside])
 
     def _combine(self, other: Mask, select: Callable, blend: Callable) -> Mask:
         if type(other) is not type(self):
@@ -278,6 +292,14 @@ class TwoFourMask(Mask):
     @property
     def units(self) -> int:
         return math.prod(self.shape) // 2
+
+    def piece(self, offset: Sequence[int], shape: Sequence[int]) -> Mask:
+        if offset[1] % 4 or shape[1] % 4:
+            raise ValueError(
+                f"a TwoFourMask has groups of four columns, of which columns {offset[1]} to "
+                f"{offset[1] + shape[1] - 1} are no whole number; split the weight by rows, or at multiples of 4"
+            )
+        return super().piece(offset, shape)
 
     def __invert__(self) -> Mask:
         return TwoFourMask(~self.to_dense())

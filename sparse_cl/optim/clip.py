@@ -11,6 +11,7 @@ from torch.autograd.graph import increment_version
 from sparse_cl import ops
 
 from .plan import Plan
+from .shards import norm_over
 
 
 def clip_active_(calls: Iterable[tuple[list[Tensor], Plan]], max_norm: float) -> Tensor:
@@ -22,22 +23,29 @@ def clip_active_(calls: Iterable[tuple[list[Tensor], Plan]], max_norm: float) ->
     Returns:
         The norm before scaling, a 0-d tensor on the device of the first gradient; 0 on the CPU if there is none.
     """
-    by_device: dict[torch.device, tuple[list[Tensor], list[Tensor], list[Tensor]]] = {}
+    found: dict[tuple, tuple[list[Tensor], list[Tensor], list[Tensor]]] = {}
     for grads, plan in calls:
-        of_device = by_device.setdefault(grads[0].device, ([], [], []))
-        for found, more in zip(of_device, (grads, plan.buffers, [plan.layout]), strict=True):
-            found += more
-    if not by_device:
+        for shared, places in plan.shared.items():
+            # One device, and one set of processes that hold other parts.
+            of_key = found.setdefault((grads[0].device, shared), ([], [], []))
+            whole = len(places) == len(grads)
+            of_key[0].extend(grads if whole else [grads[i] for i in places])
+            of_key[1].extend(plan.buffers if whole else [plan.buffers[i] for i in places])
+            of_key[2].append(plan.layout if whole else plan.layout[places])
+    if not found:
         return torch.tensor(0.0)
-    of_devices = [(grads, buffers, torch.cat(layouts)) for grads, buffers, layouts in by_device.values()]
-    norms = [ops.active_norm(*arguments) for arguments in of_devices]
+    arguments = {key: (grads, buffers, torch.cat(layouts)) for key, (grads, buffers, layouts) in found.items()}
+    norms = []
+    for (_, shared), its in arguments.items():
+        norm = ops.active_norm(*its)
+        norms.append(norm if shared is None else norm_over(norm, *shared))
     norm = norms[0]
     if len(norms) > 1:
         norm = torch.linalg.vector_norm(torch.stack([_on(n, norm.device) for n in norms]))
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    for device, arguments in zip(by_device, of_devices, strict=True):
-        ops.scale_active_(*arguments, _on(factor, device))
-        increment_version(arguments[0])  # the op writes behind autograd's back
+    for (device, _), its in arguments.items():
+        ops.scale_active_(*its, _on(factor, device))
+        increment_version(its[0])  # the op writes behind autograd's back
     return norm
 
 

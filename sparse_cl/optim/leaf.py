@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -31,11 +31,13 @@ class Owner(Protocol):
 # Kept apart from the tensors, since an attribute of a parameter does not survive copies and would drag its module into
 # every pickle of it. Modules tell anew when they are copied or loaded.
 _OWNERS: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_ALL_OWNERS: weakref.WeakSet = weakref.WeakSet()
 
 
 def set_owner(leaf: Tensor, owner: Owner) -> None:
     """Says that ``leaf`` stands for the active entries of ``owner.weight``, as long as it is ``owner.active``."""
     _OWNERS[leaf] = weakref.ref(owner)
+    _ALL_OWNERS.add(owner)
 
 
 def owner_of(param: Tensor) -> Owner | None:
@@ -45,7 +47,19 @@ def owner_of(param: Tensor) -> Owner | None:
     return owner if owner is not None and getattr(owner, "active", None) is param else None
 
 
+def is_sharded(tensor: Any) -> bool:
+    """Whether it is a DTensor, of which each process may hold a part."""
+    return hasattr(tensor, "device_mesh")
+
+
+def is_sharded_leaf(param: Any) -> bool:
+    """Whether ``param`` is a DTensor that a module has in place of its leaf."""
+    return is_sharded(param) and any(getattr(owner, "active", None) is param for owner in _ALL_OWNERS)
+
+
 def weight_of(param: Tensor) -> Tensor:
-    """What a step of ``param`` writes: the weight that it stands for, or ``param`` itself."""
+    """What a step of ``param`` writes: the weight that it stands for, this process's part of it, or itself."""
+    if is_sharded(param):
+        return param._local_tensor  # type: ignore[attr-defined]  # the tensor itself: to_local() may give a view
     owner = owner_of(param)
     return param if owner is None else owner.weight

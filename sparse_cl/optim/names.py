@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparse_cl.subspace.layers import plain_name
 
-from .leaf import weight_of
+from .leaf import owner_of, weight_of
 
 Groups = Sequence[Mapping[str, Any]]
 T = TypeVar("T")
@@ -45,7 +45,7 @@ def name_of(groups: Groups, param: Tensor) -> str:
 def by_name(groups: Groups) -> dict[str, Tensor]:
     """Parameters by name; the weight of a leaf also goes by its own name."""
     names = {name: param for param, name in names_of(groups).items()}
-    leaves = {name: param for name, param in names.items() if weight_of(param) is not param}
+    leaves = {name: param for name, param in names.items() if owner_of(param) is not None}
     return names | {name.removesuffix("active") + "weight": param for name, param in leaves.items()}
 
 

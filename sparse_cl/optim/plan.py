@@ -12,8 +12,9 @@ from torch import Tensor
 
 from sparse_cl.layout import state_dtype
 
-from .leaf import weight_of
+from .leaf import is_sharded, owner_of, weight_of
 from .names import Groups, name_of, parameters_of
+from .shards import piece_of
 from .state import ParameterState
 
 
@@ -22,11 +23,14 @@ class Plan:
 
     Attributes:
         own: parameters of the optimizer.
-        params: what the op writes: the same, but for a leaf the weight that it stands for.
+        params: what the op writes: the same, but for a leaf the weight that it stands for, and of a parameter that is
+            split over processes this one's part.
         positions: where they are in the group's list.
         packed, buffers: their states.
         layout: the op's int64 table, on the CPU.
         facts: what gradients must look like, see :func:`facts_of`.
+        shared: the places of parameters, by what holds the other parts of them: a mesh and its dimensions, or None.
+        empty: the step counts of parameters of which this process holds no active entry.
         projected: what a projected step has made for this call.
     """
 
@@ -36,6 +40,11 @@ class Plan:
         self.buffers = [state.buffer for state in packed]
         self.layout = torch.tensor([state.layout.row() for state in packed], dtype=torch.int64)
         self.facts = facts_of(grads)
+        self.shared: dict[Any, list[int]] = {}
+        for i, piece in enumerate(map(piece_of, own)):
+            self.shared.setdefault(None if piece is None or not piece.dims else (piece.mesh, piece.dims), []).append(i)
+        # Ops count no steps where they write nothing, while other processes have entries of the same parameter.
+        self.empty = [state.views["step"] for state in packed if state.layout.entries == 0]
         self.projected: Any = None
 
     def written(self) -> list[Tensor]:
@@ -55,7 +64,7 @@ class Plan:
 
     def leaves(self) -> list[LeafPlan]:
         parts = zip(self.own, self.params, self.packed, strict=True)
-        return [LeafPlan(param, weight, packed) for param, weight, packed in parts if param is not weight]
+        return [LeafPlan(param, weight, packed) for param, weight, packed in parts if owner_of(param) is not None]
 
 
 class Call(NamedTuple):
@@ -99,6 +108,8 @@ class GroupPlan:
         self.key, self.plans, self.dicts = key, plans, dicts
         self.state_ids, self.dict_ids = ids_of(dicts), set(map(id, dicts))
         self.leaves = [leaf for plan in plans for leaf in plan.leaves()]
+        pairs = ((param, weight) for plan in plans for param, weight in zip(plan.own, plan.params, strict=True))
+        self.pieces = [(param, weight) for param, weight in pairs if is_sharded(param)]
 
     def holds(self, key: tuple, shown: set[int]) -> bool:
         """Whether nothing has changed, if ``shown`` are the identities of the dicts that the optimizer shows now."""
@@ -107,6 +118,7 @@ class GroupPlan:
             and self.state_ids == ids_of(self.dicts)
             and self.dict_ids <= shown
             and all(leaf.holds() for leaf in self.leaves)
+            and all(weight_of(param) is weight for param, weight in self.pieces)
         )
 
 

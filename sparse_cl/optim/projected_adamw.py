@@ -52,6 +52,7 @@ class ProjectedAdamW(SparseMaskedAdamW):
         TypeError, ValueError: as there; a projection that does not fit its parameter's shape, device or mask.
     """
 
+    _takes_pieces = False
     _argument = "projections"  # where they come from, for messages
     _captured: tuple = ()
     _every = 1  # of projections that correct later: after so many steps

@@ -16,11 +16,11 @@ from sparse_cl import ops
 from sparse_cl.layout import check_whole
 from sparse_cl.masks import Mask
 
-from . import counts
 from .clip import clip_active_
 from .names import ByParameter, names_of, parameters_of, refuse_lost
 from .options import check_options
 from .plan import Call, GroupPlan, Plan, key_of, refuse_sparse, scalar_on
+from .shards import check_agreement, check_piece, gradient_of, plain
 from .state import ParameterState
 from .store import StateStore
 
@@ -63,11 +63,17 @@ class SparseMaskedAdamW(Optimizer):
     The leaf of an :class:`~sparse_cl.nn.ActiveLinear` is stepped under that layer's mask and gain, and the values are
     also written into the layer's weight. The leaf itself is its ``master``: one tensor under two names.
 
+    After ``fully_shard(model)`` (FSDP2, HSDP, and tensor parallelism) the call is the same: masks are of whole weights,
+    and each process steps the rows or columns that it holds. ``optimizer.state`` then shows its own part, and state
+    dicts are for ``torch.distributed.checkpoint``. All processes call the same methods, as in torch.
+
     Raises:
         ValueError: a hyperparameter out of range, a mask that fits no parameter, a parameter given twice.
     """
 
     _step_supports_amp_scaling = True
+    _takes_pieces = True  # parameters of which each process holds a part
+    _agreed = False  # all processes were found to have the same masks and options
 
     def __init__(
         self,
@@ -123,13 +129,13 @@ class SparseMaskedAdamW(Optimizer):
                 if id(param) in seen:
                     raise ValueError(f"params: parameter {name} is given twice; pass each parameter once")
                 seen.add(id(param))
-                check_whole(f"params: parameter {name}", param)
+                (check_piece if self._takes_pieces else check_whole)(f"params: parameter {name}", param)
                 if isinstance(param, Tensor) and param.dtype not in _DTYPES:
                     raise TypeError(
                         f"params: parameter {name} is {param.dtype}; expected float32, bfloat16, float16 or float64"
                     )
         super().add_param_group(group)
-        self._group_plans = {}
+        self._group_plans, self._agreed = {}, False
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_masks": self._store.masks, "_mismatch": self._store.mismatch}
@@ -160,13 +166,15 @@ class SparseMaskedAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        grad_scale, found_inf = plain(getattr(self, "grad_scale", None)), plain(getattr(self, "found_inf", None))
         calls = self._gathered()
         if len(calls) > 1:
             # The op checks before it writes, but here an earlier call would already have stepped its parameters.
             for call in calls:
                 call.plan.check(call.grads, self.param_groups)
         self._apply_all(calls, grad_scale, found_inf)
+        for step in chain.from_iterable(call.plan.empty for call in calls):
+            step += 1 if found_inf is None else (found_inf.reshape(()) == 0).to(step)
         for plan in self._group_plans.values():
             for leaf in plan.leaves:
                 leaf.follow()
@@ -180,7 +188,7 @@ class SparseMaskedAdamW(Optimizer):
         (``b"same"`` where all entries have taken that many steps).
         """
         state = super().state_dict()
-        return {**state, "state": {i: counts.packed(entries) for i, entries in state["state"].items()}}
+        return {**state, "state": state["state"] | self._store.saved()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads what :meth:`state_dict` gave, or the state of a ``torch.optim.AdamW``; dtypes stay exact.
@@ -243,7 +251,7 @@ class SparseMaskedAdamW(Optimizer):
         if carry not in ("intersection", "none"):
             raise ValueError(f"carry: expected 'intersection' or 'none', got {carry!r}")
         self._store.set_masks(self._store.resolve(masks), carry == "intersection")
-        self._group_plans = {}
+        self._group_plans, self._agreed = {}, False
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> Tensor:
@@ -283,7 +291,7 @@ class SparseMaskedAdamW(Optimizer):
 
     def _takes_part(self, param: Tensor) -> bool:
         """Whether a step changes any entry of ``param``, if it has a gradient."""
-        mask = self._store.mask_of(param)
+        mask = self._store.whole_mask_of(param)
         return param.numel() > 0 and (mask is None or mask.numel > 0)
 
     def _ready(self, param: Tensor, group: dict[str, Any]) -> ParameterState:
@@ -331,9 +339,12 @@ class SparseMaskedAdamW(Optimizer):
 
     def _gathered(self) -> list[Call]:
         """All calls of the op that a step makes; they are planned anew where something has changed."""
-        gradients = [[p.grad for p in group["params"]] for group in self.param_groups]
+        gradients = [[gradient_of(p) for p in group["params"]] for group in self.param_groups]
         if not {g.layout for grads in gradients for g in grads if g is not None} <= {torch.strided}:
             refuse_sparse(self.param_groups)
+        if not self._agreed:
+            check_agreement(self.param_groups, self._store.masks)
+            self._agreed = True
         shown = set(map(id, self.state.values()))
         calls = []
         for number, (group, grads) in enumerate(zip(self.param_groups, gradients, strict=True)):

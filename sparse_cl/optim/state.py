@@ -31,7 +31,7 @@ from . import counts
 #: Entries of a parameter's state that belong to its projection begin with this.
 PROJECTION = "projection."
 
-_MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 
 @dataclass
@@ -45,6 +45,8 @@ class ParameterState:
         kept: what the parameter's projection keeps, by names that begin with ``PROJECTION``.
         merged: whether some step counts were too many to be carried, and taken as their neighbours.
         same_as: a mask that was found equal to :attr:`mask`. Comparing them waits for the device.
+        whole: of a parameter that is split over processes, the mask of the whole weight; :attr:`mask` is of the part.
+        mixed: whether entries of such a parameter may differ in their step counts, in this process or in another.
     """
 
     layout: StateLayout
@@ -53,6 +55,8 @@ class ParameterState:
     kept: dict[str, Tensor] = field(default_factory=dict)
     merged: bool = False
     same_as: Mask | None = None
+    whole: Mask | None = None
+    mixed: bool = False
 
     def __post_init__(self) -> None:
         # torch.save refuses views of several dtypes of one storage, and pickle writes the storage once per view. So
@@ -109,7 +113,7 @@ class ParameterState:
             if name in entries:
                 given = torch.as_tensor(entries[name])
                 if name == "exp_avg_sq":
-                    given = _by_row_or_entry(given, view.shape)
+                    given = by_row_or_entry(given, view.shape)
                 flat = name == "step" or (name == "cohort" and counts.NAME in saved)
                 if given.shape != view.shape and not (flat and given.numel() == view.numel()):
                     raise ValueError(f"{name}: expected shape {tuple(view.shape)}, got {tuple(given.shape)}")
@@ -188,21 +192,21 @@ class ParameterState:
         if not bool(kept.any()):
             return None
 
-        steps = torch.where(kept, self._step_counts(by_unit)[source], 0)
+        steps = torch.where(kept, self.step_counts(by_unit)[source], 0)
         if target.by_row and not by_unit:
             steps = steps.view(target.compact_shape).amax(1, keepdim=True).expand(target.compact_shape).reshape(-1)
-        table, cohort = _cohorts(steps)
+        table, cohort = cohorts_of(steps)
         merged = self.merged or bool((table[cohort] != steps).any())
         scope = SHARED if table.numel() == 1 else PER_UNIT if by_unit else PER_ENTRY
         if scope == PER_ENTRY and target.kind in (ROWS, COLUMNS):
-            scope, cohort = _by_unit_if_uniform(target, cohort)
+            scope, cohort = by_unit_if_uniform(target, cohort)
         fresh = ParameterState.new(weight, mask, **options, cohorts=table.numel(), cohort_scope=scope)
         fresh.merged = merged
         fresh.views["step"].copy_(table.view(fresh.views["step"].shape))
         if scope != SHARED:
             fresh.views["cohort"].copy_(cohort.view(fresh.views["cohort"].shape))
         to, dim = kept.nonzero().view(-1), 1 if by_unit and target.kind == COLUMNS else 0
-        for name in (*_MOMENTS, "master"):
+        for name in (*MOMENTS, "master"):
             if name in fresh.views:
                 before, after = self.views[name], fresh.views[name]
                 if by_unit:
@@ -216,7 +220,7 @@ class ParameterState:
                     after.copy_(flat.view(target.compact_shape).sum(1, keepdim=True, dtype=torch.float64) / shared)
         return fresh
 
-    def _step_counts(self, by_unit: bool) -> Tensor:
+    def step_counts(self, by_unit: bool) -> Tensor:
         """int64: the step count of each unit or entry."""
         layout, step = self.layout, self.views["step"].long()
         if layout.cohort_scope == SHARED:
@@ -237,7 +241,7 @@ def layout_for(param: Tensor, mask: Mask | None, by_row: bool = False, **options
     return StateLayout(DENSE, shape, math.prod(shape), state_dtype(param.dtype), **options).by_rows(by_row)
 
 
-def _by_row_or_entry(moment: Tensor, shape: torch.Size) -> Tensor:
+def by_row_or_entry(moment: Tensor, shape: torch.Size) -> Tensor:
     """A second moment of each row of a matrix as one of each entry, or the other way, where ``shape`` asks for it."""
     if moment.dim() == len(shape) == 2 and moment.shape[0] == shape[0]:
         if shape[1] == 1:
@@ -252,7 +256,7 @@ def is_capturing(param: Tensor) -> bool:
     return param.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def _cohorts(counts: Tensor) -> tuple[Tensor, Tensor]:
+def cohorts_of(counts: Tensor) -> tuple[Tensor, Tensor]:
     """The distinct counts, and for each entry which of them it has.
 
     At most ``MAX_COHORTS`` fit. Past that, the two counts that are nearest by ratio are taken as the larger one: bias
@@ -266,7 +270,7 @@ def _cohorts(counts: Tensor) -> tuple[Tensor, Tensor]:
     return table, cohort
 
 
-def _by_unit_if_uniform(layout: StateLayout, cohort: Tensor) -> tuple[int, Tensor]:
+def by_unit_if_uniform(layout: StateLayout, cohort: Tensor) -> tuple[int, Tensor]:
     shaped = cohort.view(layout.compact_shape)
     shaped = shaped.reshape(layout.units, -1) if layout.kind == ROWS else shaped.t()
     first = shaped[:, :1]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -15,10 +16,13 @@ from torch.optim import Optimizer
 from sparse_cl.layout import MAX_COHORTS
 from sparse_cl.masks import ColumnMask, Mask, RowMask, same_mask
 
+from . import counts
 from . import state as states
-from .leaf import owner_of, weight_of
+from .leaf import is_sharded, owner_of, weight_of
 from .names import ByParameter, by_param, name_of, parameters_of
+from .shards import piece_of
 from .state import ParameterState
+from .whole_state import overlap, part_of, whole_entries
 
 
 class StateStore:
@@ -41,6 +45,7 @@ class StateStore:
         self.masks = masks or {}
         self.mismatch = mismatch
         self.packed: dict[Tensor, ParameterState] = {}
+        self._parts: dict[Tensor, tuple[Mask, Mask]] = {}  # of split parameters: the mask and its part here
 
     def name(self, param: Tensor) -> str:
         return name_of(self._optimizer.param_groups, param)
@@ -61,27 +66,54 @@ class StateStore:
             if not isinstance(mask, Mask):
                 raise TypeError(f"{where}: expected a Mask, got {type(mask).__name__}")
             if mask.shape != param.shape:
-                raise ValueError(f"{where} has shape {tuple(param.shape)}, but its mask is for {tuple(mask.shape)}")
+                of_part = is_sharded(param) and mask.shape == weight_of(param).shape
+                hint = ", which this process holds of it; masks are of whole weights" if of_part else ""
+                raise ValueError(
+                    f"{where} has shape {tuple(param.shape)}, but its mask is for {tuple(mask.shape)}{hint}"
+                )
+            try:
+                self._restricted(param, mask)
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from None
         return resolved
 
     def mask_of(self, param: Tensor, masks: Mapping[Tensor, Mask] | None = None) -> Mask | None:
-        """The mask of what a step of ``param`` writes: its layer's for a leaf, else the one in ``masks``."""
+        """The mask of what a step of ``param`` writes: its layer's for a leaf, else the one in ``masks``.
+
+        Of a parameter that is split over processes, it is the mask of this one's part.
+        """
+        mask = self.whole_mask_of(param, masks)
+        return None if mask is None else self._restricted(param, mask)
+
+    def whole_mask_of(self, param: Tensor, masks: Mapping[Tensor, Mask] | None = None) -> Mask | None:
+        """As :meth:`mask_of`, but always of the whole weight."""
         owner = owner_of(param)
         return owner.mask if owner is not None else (self.masks if masks is None else masks).get(param)
+
+    def _restricted(self, param: Tensor, mask: Mask) -> Mask:
+        piece = piece_of(param)
+        if piece is None:
+            return mask
+        whole, part = self._parts.get(param, (None, None))
+        if whole is not mask or part is None or part.shape != piece.size:
+            part = mask.piece(piece.offset, piece.size)
+            self._parts[param] = mask, part
+        return part
 
     def set_masks(self, masks: dict[Tensor, Mask], carry: bool) -> None:
         """Puts masks in force; with ``carry``, what stays active keeps its state."""
         state = self._optimizer.state
         for param in [p for p in parameters_of(self._optimizer.param_groups) if state.get(p)]:
-            packed, mask = self.ready(param), self.mask_of(param, masks)
-            if same_mask(packed.mask, mask):
+            packed, mask, whole = self.ready(param), self.mask_of(param, masks), self.whole_mask_of(param, masks)
+            if same_mask(packed.whole, whole) if is_sharded(param) else same_mask(packed.mask, mask):
                 continue
             group = next(g for g in self._optimizer.param_groups if any(p is param for p in g["params"]))
             options = self.options(param, group)
             carried = packed.carried(weight_of(param), mask, options["by_row"]) if carry else None
             # What a projection keeps is of the weight, whatever is active of it.
             kept = {name: value for name, value in state[param].items() if name.startswith(states.PROJECTION)}
-            if carried is None and kept:
+            # Other processes may keep entries of a weight of which this one keeps none.
+            if carried is None and (kept or (carry and is_sharded(param) and overlap(packed.whole, whole))):
                 leaf = None if owner_of(param) is None else param
                 carried = ParameterState.new(weight_of(param), mask, leaf, **options)
             if carried is not None:
@@ -92,6 +124,7 @@ class StateStore:
                         stacklevel=4,
                     )
                 carried.kept.update(kept)
+                carried.whole, carried.mixed = whole, True
                 self.put(param, carried)
             else:
                 state.pop(param)
@@ -103,13 +136,15 @@ class StateStore:
     def options(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
         """What a step of ``param`` in ``group`` asks of its state."""
         narrow, leaf = param.dtype in (torch.bfloat16, torch.float16), owner_of(param) is not None
-        own = parameters_of(self._optimizer.param_groups)
+        own = list(parameters_of(self._optimizer.param_groups))
+        number, piece = next(i for i, p in enumerate(own) if p is param), piece_of(param)
         return {
             "amsgrad": bool(group["amsgrad"]),
             "master": bool(group["master_weights"]) if narrow else leaf,
-            "seed": next(i for i, p in enumerate(own) if p is param),
+            # No two pieces of a weight are rounded by the same random bits.
+            "seed": number if piece is None else number + len(own) * piece.number,
             "compact_grad": leaf,
-            "by_row": group["second_moment"] == "row",
+            "by_row": group["second_moment"] == "row" and (piece is None or piece.has_rows),
         }
 
     def ready(self, param: Tensor, group: Mapping[str, Any] | None = None) -> ParameterState:
@@ -128,7 +163,9 @@ class StateStore:
             self.refuse_capture(param)
             leaf = None if owner_of(param) is None else param
             options = self.options(param, group)
-            return self.put(param, ParameterState.new(weight_of(param), self.mask_of(param), leaf, **options))
+            made = ParameterState.new(weight_of(param), self.mask_of(param), leaf, **options)
+            made.whole = self.whole_mask_of(param)
+            return self.put(param, made)
         if packed is not None and packed.layout.compact_grad and owner_of(param) is None:
             raise ValueError(
                 f"parameter {self.name(param)}: it was the leaf of an ActiveLinear that has been restored; make a new "
@@ -145,7 +182,9 @@ class StateStore:
                 self._follow_leaf(param, packed)
                 return packed
         self.refuse_capture(param)
-        packed = self.read(param, shown, options)
+        known, packed = packed, self._read(param, shown, options)
+        packed.whole = self.whole_mask_of(param) if known is None else known.whole
+        packed.mixed = known is None or known.mixed
         # A copy of the optimizer without its model has lost whose the leaves are; their indices would be out of range.
         if group is not None and (mismatch := self._mismatch_of(param, packed)):
             raise ValueError(mismatch)
@@ -153,10 +192,38 @@ class StateStore:
 
     def read(self, param: Tensor, entries: Mapping[str, Tensor], options: Mapping[str, Any]) -> ParameterState:
         """The state that a checkpoint holds for ``param``, not yet put in force."""
-        try:
+        piece = piece_of(param)
+        if piece is None:
+            return self._read(param, entries, options)
+        with self._naming(param):
+            part, whole, mixed = part_of(entries, piece, param)
+        packed = self._read(param, part, options)
+        packed.whole, packed.mixed = whole, mixed
+        return packed
+
+    def _read(self, param: Tensor, entries: Mapping[str, Tensor], options: Mapping[str, Any]) -> ParameterState:
+        with self._naming(param):
             return ParameterState.read(weight_of(param), entries, **options)
+
+    @contextmanager
+    def _naming(self, param: Tensor) -> Iterator[None]:
+        """Has errors say whose state it is."""
+        try:
+            yield
         except (ValueError, RuntimeError) as error:
             raise ValueError(f"state of parameter {self.name(param)}: {error}") from error
+
+    def saved(self) -> dict[int, dict[str, Any]]:
+        """The states as checkpoints have them, by the numbers of the parameters."""
+        result = {}
+        for i, param in enumerate(parameters_of(self._optimizer.param_groups)):
+            if entries := self._optimizer.state.get(param):
+                piece = piece_of(param)
+                if piece is None:
+                    result[i] = counts.packed(entries)
+                else:
+                    result[i] = whole_entries(self.ready(param), piece, param)
+        return result
 
     def put(self, param: Tensor, packed: ParameterState) -> ParameterState:
         """Puts a state in force, and shows it."""
@@ -201,7 +268,7 @@ class StateStore:
         return packed.same_as is mask
 
     def _mismatch_of(self, param: Tensor, packed: ParameterState) -> str | None:
-        mine, loaded = self.mask_of(param), packed.mask
+        mine, loaded = self.whole_mask_of(param), packed.whole if is_sharded(param) else packed.mask
         if same_mask(mine, loaded):
             return None
         return (

@@ -1,0 +1,160 @@
+"""Parameters of which each process holds a part: the DTensors of FSDP2 and of tensor parallelism."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_cl.masks import Mask
+
+from .leaf import is_sharded, is_sharded_leaf
+from .names import Groups, name_of, parameters_of
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The block of a weight that this process holds.
+
+    Attributes:
+        shape: of the whole weight.
+        offset, size: where the block begins in each dimension, and its shape.
+        mesh: the processes, a ``DeviceMesh``.
+        dims: the dimensions of the mesh over which the weight is split; over others it is replicated.
+        number: which of the blocks it is.
+    """
+
+    shape: tuple[int, ...]
+    offset: tuple[int, ...]
+    size: tuple[int, ...]
+    mesh: Any
+    dims: tuple[int, ...]
+    number: int
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether the rows of this block are whole."""
+        return self.size[1:] == self.shape[1:]
+
+
+def piece_of(param: Any) -> Piece | None:
+    """What this process holds of ``param``; None if it holds the whole weight as an ordinary tensor.
+
+    Raises:
+        ValueError: it is split in another way than into rows or columns.
+    """
+    if not is_sharded(param):
+        return None
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    mesh, placements = param.device_mesh, param.placements
+    # A strided shard, which FSDP2 makes over tensor parallelism, is no Shard.
+    split = {i: getattr(p, "dim", None) for i, p in enumerate(placements) if not p.is_replicate()}
+    if mesh.ndim > 2 or not set(split.values()) <= {0, 1} or any(p.is_partial() for p in placements):
+        raise ValueError(
+            f"is placed as {placements} on a mesh of {mesh.ndim} dimensions; expected Replicate, Shard(0) or Shard(1) "
+            "on a mesh of one or two (FSDP2, HSDP, tensor parallelism)"
+        )
+    size, offset = compute_local_shape_and_global_offset(param.shape, mesh, placements)
+    number = 0
+    for i in split:
+        number = number * mesh.size(i) + mesh.get_local_rank(i)
+    # Where the weight has fewer rows than there are processes, some hold none, and begin past its end.
+    offset = tuple(min(o, s) for o, s in zip(offset, param.shape, strict=True))
+    return Piece(tuple(param.shape), offset, tuple(size), mesh, tuple(split), number)
+
+
+def check_piece(what: str, param: Any) -> None:
+    """Raises a ValueError that begins with ``what`` if a step cannot take ``param`` as it is split."""
+    try:
+        piece_of(param)
+    except ValueError as error:
+        raise ValueError(f"{what} {error}") from None
+    if is_sharded_leaf(param):
+        raise ValueError(
+            f"{what} is the leaf of an ActiveLinear that fully_shard has split, while its weight lies elsewhere; call "
+            "sparse_cl.nn.restore(model) before fully_shard, and give its mask to SparseMaskedAdamW(masks=...)"
+        )
+
+
+def gradient_of(param: Any) -> Any:
+    """The gradient of what this process holds of ``param``."""
+    grad = param.grad
+    if grad is None or type(grad) is Tensor:
+        return grad
+    if grad.placements != param.placements or grad.device_mesh != param.device_mesh:
+        # Kept, so that what clips it and what steps it see one tensor.
+        param.grad = grad = grad.redistribute(param.device_mesh, param.placements)
+    return grad.to_local()
+
+
+def plain(value: Any) -> Tensor | None:
+    """A scalar that may be a DTensor, as gradient scalers of sharded gradients make it, as an ordinary tensor."""
+    return value.full_tensor() if is_sharded(value) else value
+
+
+def from_all(mesh: Any, value: Any) -> list[Any]:
+    """``value`` of every process of a mesh, in the same order everywhere. All of them must call it."""
+    from torch.distributed import all_gather_object
+
+    found = [value]
+    for dim in range(mesh.ndim):
+        lists: list[Any] = [None] * mesh.size(dim)
+        all_gather_object(lists, found, mesh.get_group(dim))
+        found = [one for part in lists for one in part]
+    return found
+
+
+def norm_over(norm: Tensor, mesh: Any, dims: Iterable[int]) -> Tensor:
+    """The 2-norm of what all processes hold together, from the norm of what each holds."""
+    from torch.distributed import all_reduce
+
+    squared = norm.to(mesh.device_type, torch.float64).square()
+    for dim in dims:
+        all_reduce(squared, group=mesh.get_group(dim))
+    return squared.sqrt().to(norm.device, norm.dtype)
+
+
+def check_agreement(groups: Groups, masks: Mapping[Tensor, Mask]) -> None:
+    """Raises a ValueError in all processes if they differ in their options or masks. All of them must call it."""
+    from torch.distributed import get_rank
+
+    split: list[Any] = [param for param in parameters_of(groups) if is_sharded(param)]
+    meshes = dict.fromkeys(param.device_mesh for param in split)
+    if not meshes:
+        return
+    facts = {
+        f"{key} of group {number}": _shown(value)
+        for number, group in enumerate(groups)
+        for key, value in group.items()
+        if key != "params"
+    }
+    for param in parameters_of(groups):
+        mask = masks.get(param)
+        facts[f"the mask of parameter {name_of(groups, param)}"] = "none" if mask is None else _digest(mask)
+    for mesh in meshes:
+        (first, theirs), *others = from_all(mesh, (get_rank(), facts))
+        for rank, found in others:
+            for what in theirs.keys() | found.keys():
+                a, b = theirs.get(what, "absent"), found.get(what, "absent")
+                if a != b:
+                    raise ValueError(
+                        f"processes differ: {what} is {a} in process {first} and {b} in process {rank}; give all of "
+                        "them the same"
+                    )
+
+
+def _shown(value: Any) -> str:
+    return str(value.tolist() if isinstance(value, Tensor) else value)
+
+
+def _digest(mask: Mask) -> str:
+    """A mask in words that are the same for equal masks alone."""
+    hashed = hashlib.sha256()
+    for section in mask.sections().values():
+        hashed.update(section.cpu().numpy().tobytes())
+    return f"{mask!r} (sha256 {hashed.hexdigest()[:16]})"
