@@ -40,7 +40,7 @@ def test_a_memory_refuses_weights_that_are_split_along_their_inputs(sharded):
     parallel.parallelize_module(model, dist.init_device_mesh("cpu", (2,)), plan)
     for given in (model, model.named_parameters()):
         with pytest.raises(
-            ValueError, match="model_or_named_params: 1.weight is split over processes along its inputs"
+            ValueError, match="params: 1.weight is split over processes along its inputs"
         ):
             SubspaceMemory(given)
 
