@@ -71,6 +71,16 @@ def check_whole(what: str, tensor: torch.Tensor) -> None:
         )
 
 
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor of which each process holds a part (a DTensor), on every process; any other as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def is_split(tensor: torch.Tensor, dim: int) -> bool:
+    """Whether processes hold parts of a tensor along one dimension."""
+    return any(getattr(placement, "dim", None) == dim for placement in getattr(tensor, "placements", ()))
+
+
 @dataclass(frozen=True)
 class StateLayout:
     """Sections of the state buffer of one parameter.

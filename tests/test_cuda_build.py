@@ -18,7 +18,7 @@ import torch
 ROOT = Path(__file__).parent.parent
 LIBRARY = ROOT / "sparse_cl" / "lib" / "libsparse_cl_cuda.so"
 ARCHITECTURES = (80, 90, 100)
-KERNELS = ("masked_adamw_kernel", "active_norm_kernel", "scale_active_kernel", "gram_factor_kernel")
+KERNELS = ("masked_adamw_kernel", "row_moments_kernel", "active_norm_kernel", "scale_active_kernel", "gram_factor_kernel")
 
 nvcc = shutil.which("nvcc") is not None and os.environ.get("SPARSE_CL_CUDA") != "0"
 pytestmark = pytest.mark.skipif(not (nvcc or LIBRARY.exists()), reason="needs nvcc, or the CUDA library")
@@ -92,16 +92,18 @@ def accesses() -> dict[tuple[str, int], Counter]:
     return {which: Counter(map(".".join, wide.findall(text))) for which, text in cuobjdump("-sass").items()}
 
 
-#: Of a step of float32 parameters: weight, master, gradient and both moments; of half-precision ones, whose wide
-#: accesses to weights and gradients are half as wide; and of added updates.
+#: Of a step of float32 parameters: weight, master, gradient and both moments, of which one is of rows in mode 2; of
+#: half-precision ones, whose wide accesses to weights and gradients are half as wide; and of added updates.
 WIDE = {
     "IffLNS_4ModeE0": {"LD.128": 5, "ST.128": 4},
     "IffLNS_4ModeE1": {"LD.128": 6, "ST.128": 5},
-    "IffLNS_4ModeE2": {"LD.128": 3, "ST.128": 2},
+    "IffLNS_4ModeE2": {"LD.128": 4, "ST.128": 3},
+    "IffLNS_4ModeE3": {"LD.128": 3, "ST.128": 2},
     "Float16ES1_LNS_4ModeE0": {"LD.128": 3, "LD.64": 2, "ST.128": 3, "ST.64": 1},
     "Float16ES1_LNS_4ModeE1": {"LD.128": 4, "LD.64": 2, "ST.128": 4, "ST.64": 1},
     "Float16EfLNS_4ModeE0": {"LD.128": 4, "LD.64": 1, "ST.128": 3, "ST.64": 1},
-    "Float16EfLNS_4ModeE2": {"LD.128": 2, "LD.64": 1, "ST.128": 1, "ST.64": 1},
+    "Float16EfLNS_4ModeE2": {"LD.128": 3, "LD.64": 1, "ST.128": 2, "ST.64": 1},
+    "Float16EfLNS_4ModeE3": {"LD.128": 2, "LD.64": 1, "ST.128": 1, "ST.64": 1},
 }
 
 
@@ -114,12 +116,12 @@ def test_steps_keep_their_wide_accesses(kernel):
         assert all(widths[width] >= least for width, least in WIDE[kernel].items()), (which, widths)
 
 
-@pytest.mark.parametrize("kernel", ["active_norm_kernel", "scale_active_kernel"])
-def test_clipping_keeps_its_wide_accesses(kernel):
+@pytest.mark.parametrize("kernel, least", [("active_norm_kernel", 4), ("scale_active_kernel", 4), ("row_moments", 1)])
+def test_clipping_and_moments_of_rows_keep_their_wide_accesses(kernel, least):
     found = {k: c for k, c in accesses().items() if kernel in k[0]}
-    assert len(found) == len(ARCHITECTURES) * 4
+    assert len(found) == len(ARCHITECTURES) * (7 if kernel == "row_moments" else 4)
     for which, widths in found.items():
-        assert widths["LD.128"] >= 4, (which, widths)
+        assert widths["LD.128"] >= least, (which, widths)
 
 
 LOAD = """

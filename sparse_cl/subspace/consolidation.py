@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +36,46 @@ def batches(layers: Iterable[Layer]) -> Iterator[list[Layer]]:
             yield group[start : start + key[-1]]
 
 
+def _is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def agree(layers: Mapping[str, Layer], tables: Mapping[str, Table], moment: Callable[[Layer], Moment]) -> None:
+    """Makes processes, if there are several, speak of all that any of them saw: they are about to add it up.
+
+    Args:
+        moment: gives a layer that this process saw nothing of an empty one.
+
+    Raises:
+        ValueError: layers read one tensor in one process, and several in another.
+    """
+    if not _is_distributed():
+        return
+    seen = {name: layer.source for name, layer in layers.items() if layer.moment is not None or layer.source}
+    counted = {name: table.opaque for name, table in tables.items() if table.opaque or table.counts is not None}
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, (seen, counted))
+    for name, layer in layers.items():
+        sources = {process[name] for process, _ in found if name in process}
+        if len(sources) > 1:
+            raise ValueError(
+                f"consolidate: {name} reads the inputs of {', '.join(map(str, sources))} in some processes and not in "
+                "others, so that they cannot be added up; build the memory with share_inputs=False"
+            )
+        if sources:
+            (layer.source,) = sources
+            if layer.source is None:
+                moment(layer)
+    for name, table in tables.items():
+        said = [process[name] for _, process in found if name in process]
+        table.opaque = any(said)
+        if table.opaque:
+            table.counts = None
+        elif said and table.counts is None:
+            device = "cpu" if table.param is None else table.param.device
+            table.counts = torch.zeros(table.height, dtype=torch.float64, device=device)
+
+
 def consolidate(
     layers: Sequence[Layer], tables: Sequence[Table], settings: Settings, weight: float, fade: float
 ) -> dict[str, int]:
@@ -48,7 +88,7 @@ def consolidate(
     Returns:
         How many directions each layer has more than before, by its name.
     """
-    if settings.source == "inputs" and dist.is_available() and dist.is_initialized():
+    if settings.source == "inputs" and _is_distributed():
         # Each process has seen other inputs. Gradients are the same in all of them.
         for moment in {id(layer.moment): layer.observed() for layer in layers}.values():
             for tensor in moment.tensors().values():

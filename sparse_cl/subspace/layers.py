@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_cl.layout import check_whole
+from sparse_cl.layout import is_split, whole
 
 from .moments import Moment, row_blocks
 from .subspace import Subspace, energy_of, trusted
@@ -83,7 +83,7 @@ class Layer:
         subspace = self.used()
         if subspace is None or subspace.rank == 0:
             return 0.0
-        rows = self.rows(matrix)
+        rows = self.rows(whole(matrix))
         wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
         subspace = subspace.to(rows.device, wide)
         total = inside = 0.0
@@ -131,8 +131,8 @@ def find_layers(
                 f"{', '.join(kind.__name__ for kind in kinds)}; pass model or model.named_parameters()"
             )
         name, param = pair
-        check_whole(f"model_or_named_params: {name}", param)
         if param.dim() == 2 and param.is_floating_point():
+            _refuse_split(name, param)
             layers[name] = Layer(name, tuple(param.shape), param)
     if not layers:
         raise ValueError("model_or_named_params: no parameter has two dimensions, so there is no layer to track")
@@ -161,8 +161,6 @@ def _has_adapters(model: nn.Module) -> bool:
 def _layers_of_module(model: nn.Module, trained: bool) -> tuple[dict[str, Layer], dict[str, Table]]:
     model = _inside(model)
     names = {id(param): plain_name(name) for name, param in model.named_parameters()}
-    for name, param in model.named_parameters():
-        check_whole(f"model_or_named_params: {name}", param)
     tables: dict[str, Table] = {}
     layers: dict[str, Layer] = {}
     by_param: dict[int, Layer] = {}
@@ -181,6 +179,7 @@ def _layers_of_module(model: nn.Module, trained: bool) -> tuple[dict[str, Layer]
         layer = by_param.get(id(own.weight))
         if layer is None:
             name = names[id(own.weight)]
+            _refuse_split(name, own.weight, transposed)
             # A quantized weight has another shape than the matrix that it stands for.
             shape = tuple(own.weight.shape[::-1]) if transposed else (own.out_features, own.in_features)
             layer = Layer(name, shape, own.weight, transposed=transposed)
@@ -200,4 +199,14 @@ def _layers_of_module(model: nn.Module, trained: bool) -> tuple[dict[str, Layer]
 
 def is_transposed(module: nn.Module) -> bool:
     """Whether a layer is transformers' Conv1D, whose weight is (inputs, outputs); known by its name."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+    # FSDP makes a subclass of a layer that it shards by itself.
+    return any(kind.__name__ == "Conv1D" for kind in type(module).__mro__) and hasattr(module, "nf")
+
+
+def _refuse_split(name: str, weight: Tensor, transposed: bool = False) -> None:
+    if is_split(weight, 0 if transposed else 1):
+        raise ValueError(
+            f"model_or_named_params: {name} is split over processes along its inputs, so that none of them knows how "
+            "far it has moved along a direction; expected it whole, or split along its outputs, as fully_shard and "
+            "ColwiseParallel leave a Linear"
+        )

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparse_cl.layout import whole
+
 from . import files
-from .consolidation import consolidate
+from .consolidation import agree, consolidate
 from .layers import Layer, find_layers
 from .observer import Observer
 from .settings import Settings
@@ -48,14 +50,14 @@ class SubspaceMemory:
     up to an energy of 0.99 and makes them a little smaller above. Consolidating is in full precision, its small
     factorizations in float64.
 
-    In a distributed run each process observes its own inputs, and consolidating adds them up. Sharded parameters (FSDP)
-    are not supported.
+    In a distributed run each process observes its own inputs, and consolidating adds them up. Weights may be split
+    along their outputs (FSDP2's ``fully_shard``, ColwiseParallel).
 
     Memory does not grow with the number of steps: 4 n² or 4 n (max_rank + oversample) bytes per input space while a
     domain is observed, and 4 n r for what is kept.
 
     Raises:
-        ValueError: nothing to track, or an argument out of range.
+        ValueError: nothing to track, a weight that is split along its inputs, or an argument out of range.
     """
 
     def __init__(
@@ -137,12 +139,14 @@ class SubspaceMemory:
             For each layer that was observed, how many directions more are remembered.
 
         Raises:
-            ValueError: nothing was observed since the last call, or a number out of range.
+            ValueError: nothing was observed since the last call; numbers out of range.
         """
         if not 0 < weight < float("inf"):
             raise ValueError(f"weight: expected a number above 0, got {weight}")
         if not 0 <= fade <= 1:
             raise ValueError(f"fade: expected a number in [0, 1], got {fade}")
+        if self.settings.source == "inputs":
+            agree(self._layers, self._tables, self._observer.moment)
         for layer in self._layers.values():
             if layer.source is not None:
                 layer.moment = self._layers[layer.source].moment
@@ -210,11 +214,8 @@ class SubspaceMemory:
     @torch.no_grad()
     def surviving(self) -> dict[str, float]:
         """For each weight with a gradient, the share of its energy outside the basis: ‖G - G U Uᵀ‖²_F / ‖G‖²_F."""
-        result = {}
-        for name, layer in self._layers.items():
-            if layer.param is not None and layer.param.grad is not None:
-                result[name] = 1.0 - layer.share_inside(layer.param.grad)
-        return result
+        grads = {name: None if layer.param is None else layer.param.grad for name, layer in self._layers.items()}
+        return {name: 1.0 - self._layers[name].share_inside(g) for name, g in grads.items() if g is not None}
 
     @torch.no_grad()
     def share_inside(self, name: str, rows: Tensor, by_use: bool = False) -> float:
@@ -254,7 +255,7 @@ class SubspaceMemory:
                     raise ValueError(
                         f"{given}: {name!r} has shape {tuple(weights[name].shape)}, expected {layer.shape}"
                     )
-            change = after[name].detach().double() - before[name].detach().to(after[name].device).double()
+            change = whole(after[name].detach()).double() - whole(before[name].detach()).to(after[name].device).double()
             result[name] = layer.share_inside(change)
         return result
 

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from sparse_cl.layout import whole
+
 from .layers import Layer
 from .moments import ExactMoment, Moment, SketchedMoment
 from .settings import Settings
@@ -91,9 +93,9 @@ class Observer:
     def _notes(self) -> bool:
         return self._noting == "all" or (self._noting == "training" and torch.is_grad_enabled())
 
-    def note_lookup(self, name: str, ids: Any, rows: Any) -> None:
+    def note_lookup(self, name: str, ids: Any, rows: Any, weight: Tensor) -> None:
         """Notes what a table's module was given and what it returned, if passes count now."""
-        if self._notes() and (found := self.tables[name].looked_up(ids, rows)) is not None:
+        if self._notes() and (found := self.tables[name].looked_up(ids, rows, weight)) is not None:
             counts = torch.bincount(self._counting(found, found.shape), minlength=self.tables[name].height).double()
             self.lookups[name] = self.lookups[name] + counts if name in self.lookups else counts
 
@@ -180,7 +182,7 @@ class Observer:
                 self.tables[name].count(counts)
             return
         gradients = {
-            name: layer.param.grad
+            name: whole(layer.param.grad)
             for name, layer in self.layers.items()
             if layer.param is not None and layer.param.grad is not None
         }
@@ -276,4 +278,5 @@ class _LookupHook(_InputHook):
         observer = None if self._observer is None else self._observer()
         given = inputs or tuple(named.values())
         if observer is not None and given:
-            observer.note_lookup(self._name, given[0], rows)
+            weight: Any = module.weight
+            observer.note_lookup(self._name, given[0], rows, weight)

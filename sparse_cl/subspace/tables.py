@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparse_cl.layout import whole
+
 #: Rows of the first lookup that are compared with what the module returned.
 _COMPARED = 64
 
@@ -61,30 +63,31 @@ class Table:
         found = UsedRows(index, self.shares[index])
         return found if self.param is None else found.to(self.param.device)
 
-    def looked_up(self, ids: Any, rows: Any) -> Tensor | None:
+    def looked_up(self, ids: Any, rows: Any, weight: Tensor) -> Tensor | None:
         """The ids that a forward pass looked up; None if the module does anything but that.
 
         Args:
             ids, rows: the module's first argument and what it returned.
+            weight: the module's, as it is in the pass.
         """
         if not self.opaque and self.counts is None:
-            self.opaque = not self._is_lookup(ids, rows)
+            self.opaque = not self._is_lookup(ids, rows, weight)
         return None if self.opaque else ids
 
     def count(self, lookups: Tensor) -> None:
         """Adds how often each row (V,) was looked up in the domain that is observed."""
         self.counts = lookups if self.counts is None else self.counts.to(lookups.device) + lookups
 
-    def _is_lookup(self, ids: Any, rows: Any) -> bool:
+    def _is_lookup(self, ids: Any, rows: Any, weight: Tensor) -> bool:
         """Subclasses compute positions, or scale what they return."""
         if not isinstance(ids, Tensor) or ids.is_floating_point() or not isinstance(rows, Tensor) or ids.numel() == 0:
             return False
-        if rows.shape[:-1] != ids.shape or self.param is None or rows.shape[-1] != self.param.shape[-1]:
+        if rows.shape[:-1] != ids.shape or rows.shape[-1] != weight.shape[-1]:
             return False
         ids = ids.flatten()[:_COMPARED]
         if int(ids.min()) < 0 or int(ids.max()) >= self.height:
             return False
-        expected, found = self.param.detach()[ids].double(), rows.detach().flatten(0, -2)[:_COMPARED].double()
+        expected, found = whole(weight).detach()[ids].double(), rows.detach().flatten(0, -2)[:_COMPARED].double()
         scale = found.norm() / expected.norm().clamp(min=torch.finfo(torch.float64).tiny)
         off = (found - expected * scale).abs() - 0.02 * found.abs()
         return bool((off <= 0.01 * found.abs().max()).all())

@@ -32,9 +32,16 @@ def test_an_optimizer_refuses_them(sharded, kind):
         kind(sharded.named_parameters(), lr=1e-3)
 
 
-def test_a_memory_refuses_them(sharded):
-    for given in (sharded, sharded.named_parameters()):
-        with pytest.raises(ValueError, match=f"model_or_named_params: 0.weight {MESSAGE}"):
+def test_a_memory_refuses_weights_that_are_split_along_their_inputs(sharded):
+    SubspaceMemory(sharded, source="inputs")
+    parallel = pytest.importorskip("torch.distributed.tensor.parallel")
+    model = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 4))
+    plan = {"0": parallel.ColwiseParallel(), "1": parallel.RowwiseParallel()}
+    parallel.parallelize_module(model, dist.init_device_mesh("cpu", (2,)), plan)
+    for given in (model, model.named_parameters()):
+        with pytest.raises(
+            ValueError, match="params: 1.weight is split over processes along its inputs"
+        ):
             SubspaceMemory(given)
 
 
