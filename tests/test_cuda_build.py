@@ -18,7 +18,13 @@ import torch
 ROOT = Path(__file__).parent.parent
 LIBRARY = ROOT / "sparse_cl" / "lib" / "libsparse_cl_cuda.so"
 ARCHITECTURES = (80, 90, 100)
-KERNELS = ("masked_adamw_kernel", "row_moments_kernel", "active_norm_kernel", "scale_active_kernel", "gram_factor_kernel")
+KERNELS = (
+    "masked_adamw_kernel",
+    "row_moments_kernel",
+    "active_norm_kernel",
+    "scale_active_kernel",
+    "gram_factor_kernel",
+)
 
 nvcc = shutil.which("nvcc") is not None and os.environ.get("SPARSE_CL_CUDA") != "0"
 pytestmark = pytest.mark.skipif(not (nvcc or LIBRARY.exists()), reason="needs nvcc, or the CUDA library")

@@ -11,7 +11,7 @@ from sparse_cl.masks import Mask
 from sparse_cl.reference.precision import full_precision
 from sparse_cl.subspace.kronecker import Kronecker
 
-from .leaf import owner_of
+from .leaf import is_sharded, owner_of
 from .projection import Fitted, Memoryless, Projection
 
 MODES = ("hard", "soft")
@@ -71,6 +71,11 @@ class CurvatureProjection(Projection, Memoryless):
         return self.curvature.shape
 
     def fitted(self, param: Tensor, mask: Mask | None) -> Fitted:
+        if is_sharded(param):
+            raise ValueError(
+                "is split over processes, but a CurvatureProjection mixes rows that lie in several of them; train in "
+                "one process or by DistributedDataParallel, or use a LowRankPull"
+            )
         # A leaf has its mask in the module, and is whole here.
         if mask is not None and owner_of(param) is None:
             raise ValueError(

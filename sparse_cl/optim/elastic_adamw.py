@@ -99,7 +99,7 @@ class ElasticAdamW(MemoryAdamW):
 
 def drifts(name: str, fit: FittedLowRank, weight: Tensor, kept: Mapping[str, Tensor]) -> dict[str, float]:
     """The drift of one parameter's outputs by directions and by rows, of what its projection keeps."""
-    rows, found = fit.given.rows, {}
+    rows, found = fit.table, {}
     if rows is None or fit.whole.rank:
         found[name] = fit.drift(weight, kept) if kept else 0.0
     if rows is not None:

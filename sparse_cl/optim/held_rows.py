@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from sparse_cl.subspace import UsedRows
 
 from .projection import Layer
 from .rules import Budget, Rule, energies
+from .shards import Piece, summed
 
 
 class HeldRows:
@@ -27,6 +29,19 @@ class HeldRows:
     def __init__(self, rows: UsedRows, strengths: Tensor | None = None) -> None:
         self.index = rows.index
         self.strengths = (rows.values if strengths is None else strengths).double()
+        self._piece: Piece | None = None
+        self._all, self._own = self.strengths, slice(None)
+
+    def part(self, piece: Piece | None) -> HeldRows:
+        """The rows that this process holds of a table that is split over several."""
+        if piece is None:
+            return self
+        found = copy(self)
+        first, end = piece.offset[0], piece.offset[0] + piece.size[0]
+        start, stop = (int((self.index < row).sum()) for row in (first, end))
+        found._piece, found._own = piece, slice(start, stop)
+        found.index, found.strengths = self.index[found._own] - first, self.strengths[found._own]
+        return found
 
     def shapes(self, shape: tuple[int, ...], later: bool) -> dict[str, tuple[int, ...]]:
         """Of what is kept: P, or W₀ where weights are corrected later, of these rows, and their energy."""
@@ -34,7 +49,8 @@ class HeldRows:
 
     def begin(self, weight: Tensor, dtype: torch.dtype, later: bool) -> dict[str, Tensor]:
         rows = weight.detach()[self.index].to(dtype)
-        return {"rows_held": self.strengths @ energies(rows.mT)} | ({"origin_rows": rows} if later else {})
+        held = summed(self.strengths @ energies(rows.mT), self._piece)
+        return {"rows_held": held} | ({"origin_rows": rows} if later else {})
 
     def moved(self, weight: Tensor, kept: Mapping[str, Tensor]) -> Tensor:
         """P (k, n), of the weight as it is now."""
@@ -46,7 +62,7 @@ class HeldRows:
         """Σ_v s_v ‖P_v‖² / Σ_v s_v ‖W₀_v‖². Waits for the device."""
         if not kept:
             return 0.0
-        spent = self.strengths @ energies(self.moved(weight, kept).mT)
+        spent = summed(self.strengths @ energies(self.moved(weight, kept).mT), self._piece)
         return float(spent / kept["rows_held"].clamp(min=torch.finfo(torch.float64).tiny))
 
     def back(self, rule: Rule, layer: Layer, lr: float | Tensor, skipped: Tensor | None) -> Tensor:
@@ -57,9 +73,17 @@ class HeldRows:
         else:
             moved = layer.update.index_select(0, self.index)
             moved = moved + kept["rows"] if "rows" in kept else moved
-        strengths = self.strengths / kept["scale"] if "scale" in kept else self.strengths
-        held = kept.get("rows_held", self.strengths.new_zeros(()))
-        room = rule.share * held if isinstance(rule, Budget) else held
-        left = rule.left(strengths[None], lr, energies(moved.mT)[None], room[None])
+        strengths, own, spent = self.strengths, slice(None), energies(moved.mT)
+        room = kept.get("rows_held", strengths.new_zeros(()))
+        if isinstance(rule, Budget):
+            room = rule.share * room
+            if self._piece is not None:
+                # What is left of one row depends on all rows.
+                strengths, own = self._all, self._own
+                every = torch.zeros_like(strengths)
+                every[own] = spent
+                spent = summed(every, self._piece)
+        strengths = strengths / kept["scale"] if "scale" in kept else strengths
+        left = rule.left(strengths[None], lr, spent[None], room[None])[:, own]
         left = left if skipped is None else torch.where(skipped == 0, left, 1.0)
         return moved * (left - 1).to(moved.dtype).mT

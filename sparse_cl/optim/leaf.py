@@ -57,9 +57,14 @@ def is_sharded_leaf(param: Any) -> bool:
     return is_sharded(param) and any(getattr(owner, "active", None) is param for owner in _ALL_OWNERS)
 
 
+def whole_of(param: Tensor) -> Tensor:
+    """The weight that ``param`` stands for, or ``param`` itself, also where each process holds a part of it."""
+    owner = owner_of(param)
+    return param if owner is None else owner.weight
+
+
 def weight_of(param: Tensor) -> Tensor:
     """What a step of ``param`` writes: the weight that it stands for, this process's part of it, or itself."""
     if is_sharded(param):
         return param._local_tensor  # type: ignore[attr-defined]  # the tensor itself: to_local() may give a view
-    owner = owner_of(param)
-    return param if owner is None else owner.weight
+    return whole_of(param)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from copy import copy
 
@@ -16,6 +17,7 @@ from .held_rows import HeldRows
 from .leaf import weight_of
 from .projection import Correction, Fitted, Layer, Projection
 from .rules import Budget, Hard, Pull, Rule, energies
+from .shards import Piece, piece_of, summed
 
 
 class LowRankProjection(Projection):
@@ -85,7 +87,12 @@ class LowRankProjection(Projection):
         return found
 
     def fitted(self, param: Tensor, mask: Mask | None) -> Fitted:
-        weight, subspace = weight_of(param), self.subspace
+        weight, subspace, piece = weight_of(param), self.subspace, piece_of(param)
+        if piece is not None and (self.transposed or not piece.has_rows):
+            raise ValueError(
+                "is split over processes along its inputs, so that none of them knows how far it has moved along a "
+                "direction; split it along its outputs, as fully_shard and ColwiseParallel do with a Linear"
+            )
         if weight.dim() != 2 or subspace.width != weight.shape[0 if self.transposed else 1]:
             expected = "(n, r) for a weight (n, m)" if self.transposed else "(n, r) for a weight (m, n)"
             raise ValueError(
@@ -120,7 +127,7 @@ class LowRankProjection(Projection):
             # What may not move at all counts alike, however little it is used.
             wanted = Subspace(subspace.basis) if isinstance(self.rule, Hard) else subspace
             seen = wanted.restricted(mask.index.to(subspace.device))
-        return FittedLowRank(self, subspace, seen, mask)
+        return FittedLowRank(self, subspace, seen, mask, piece)
 
 
 class SubspaceProjection(LowRankProjection):
@@ -194,14 +201,23 @@ class FittedLowRank(Fitted):
         whole: the subspace of the whole weight; ``seen``: that of the mask's columns.
         mask: None: all of the weight is stepped.
         index: the rows of P that are stepped; None: all.
+        piece: what this process holds of a weight that is split over several: its rows of P.
+        table: of an embedding, the rows that are held.
         single: whether the mask is of single weights.
     """
 
-    def __init__(self, given: LowRankProjection, whole: Subspace, seen: Subspace, mask: Mask | None) -> None:
-        self.given, self.whole, self.seen, self.mask = given, whole, seen, mask
+    def __init__(
+        self, given: LowRankProjection, whole: Subspace, seen: Subspace, mask: Mask | None, piece: Piece | None = None
+    ) -> None:
+        self.given, self.whole, self.seen, self.mask, self.piece = given, whole, seen, mask, piece
+        self.table = None if given.rows is None else given.rows.part(piece)
         self.single = mask is not None and not isinstance(mask, RowMask | ColumnMask)
         self.index = mask.index.to(whole.device).long() if isinstance(mask, RowMask) else None
-        self.exact, self.alike, self.later = given.rule.exact, given.rule, given.later
+        self.exact, self.later = given.rule.exact, given.later
+        self.alike = given.rule, None if piece is None else piece.shared
+        self.said = (
+            "" if piece is None else f"{given.rule} of {whole.rank} directions, Σ {float(whole.values.sum()):.9g}"
+        )
         self.correction = LowRankCorrection
         self.free = not isinstance(given.rule, Hard) or seen.free > 0
         masked = "" if mask is None else " of its mask"
@@ -222,17 +238,19 @@ class FittedLowRank(Fitted):
         found = {"origin" if self.later else "moved": along, "held": ()} | (
             {"scale": ()} if self.given.relative else {}
         )
-        return found if self.given.rows is None else found | self.given.rows.shapes(tuple(shape), self.later)
+        return found if self.table is None else found | self.table.shapes(tuple(shape), self.later)
 
     def begin(self, weight: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         if not self.remembers:
             return {}
         found = {"held": self.held(weight)}
         if self.given.relative:
-            size = torch.linalg.vector_norm(weight.detach(), dtype=torch.float64) / weight.numel() ** 0.5
+            entries = weight.numel() if self.piece is None else math.prod(self.piece.shape)
+            square = torch.linalg.vector_norm(weight.detach(), dtype=torch.float64).square()
+            size = (summed(square, self.piece) / entries).sqrt()
             found["scale"] = torch.where(size > 0, size, 1.0)
-        if self.given.rows is not None:
-            found |= self.given.rows.begin(weight, dtype, self.later)
+        if self.table is not None:
+            found |= self.table.begin(weight, dtype, self.later)
         if self.later != self.given.from_zero:
             found["origin" if self.later else "moved"] = self.along(weight, dtype)
         return found
@@ -253,11 +271,12 @@ class FittedLowRank(Fitted):
     def held(self, weight: Tensor) -> Tensor:
         """Σ_j λ_j ‖W u_j‖² of the whole weight: what its outputs on old inputs hold. 0-d, float64."""
         rows = weight.detach().to(self.whole.basis.dtype)
-        return self.whole.energies(rows.mT if self.given.transposed else rows) @ self.whole.values.double()
+        own = self.whole.energies(rows.mT if self.given.transposed else rows) @ self.whole.values.double()
+        return summed(own, self.piece)
 
     def drift(self, weight: Tensor, kept: Mapping[str, Tensor]) -> float:
         """Σ_j λ_j ‖P_j‖² / Σ_j λ_j ‖W₀ u_j‖²: the share of old outputs that has moved. Waits for the device."""
-        spent = energies(self.moved(weight, kept)) @ self.seen.values.double()
+        spent = summed(energies(self.moved(weight, kept)) @ self.seen.values.double(), self.piece)
         return float(spent / kept["held"].double().clamp(min=torch.finfo(torch.float64).tiny))
 
     def rows(self, update: Tensor) -> Tensor:
@@ -275,7 +294,7 @@ class LowRankCorrection(Correction):
 
     def __init__(self, layers: Sequence[Layer]) -> None:
         super().__init__(layers)
-        self.rule: Rule = layers[0].projection.alike
+        self.rule: Rule = layers[0].projection.given.rule
         self.bases = [layer.projection.seen.basis.to(layer.update.dtype) for layer in layers]
         values = [layer.projection.seen.values.double() for layer in layers]
         self.strengths = torch.nn.utils.rnn.pad_sequence(values, batch_first=True)
@@ -294,7 +313,7 @@ class LowRankCorrection(Correction):
         tables = [
             (number, held.index, held.back(self.rule, layer, lr, skipped))
             for number, layer in enumerate(self.layers)
-            if (held := layer.projection.given.rows) is not None
+            if (held := layer.projection.table) is not None
         ]
         for number, index, back in () if later else tables:
             rows[number].index_add_(0, index, back)
@@ -349,9 +368,9 @@ class LowRankCorrection(Correction):
                 parts.append(moved.index_fill(0, fit.index, 0.0))
         return self._energies(parts)
 
-    @staticmethod
-    def _energies(parts: list[Tensor]) -> Tensor:
-        return torch.nn.utils.rnn.pad_sequence([energies(part) for part in parts], batch_first=True)
+    def _energies(self, parts: list[Tensor]) -> Tensor:
+        own = torch.nn.utils.rnn.pad_sequence([energies(part) for part in parts], batch_first=True)
+        return summed(own, self.layers[0].projection.piece)
 
     @staticmethod
     def _cut(layer: Layer, row: Tensor, basis: Tensor) -> Tensor:
@@ -363,7 +382,7 @@ class LowRankCorrection(Correction):
     def settle_(self) -> None:
         for layer in self.layers:
             if "rows" in layer.kept:
-                layer.kept["rows"] += layer.update.index_select(0, layer.projection.given.rows.index)
+                layer.kept["rows"] += layer.update.index_select(0, layer.projection.table.index)
         keeping = [layer.kept["moved"] for layer in self.layers if "moved" in layer.kept]
         indices = [layer.projection.index for layer in self.layers if "moved" in layer.kept]
         for moved, index, after in zip(keeping, indices, self.next, strict=True):

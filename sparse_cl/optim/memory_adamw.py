@@ -14,7 +14,7 @@ from torch.optim.optimizer import ParamsT
 
 from sparse_cl.subspace import Subspace, SubspaceMemory, UsedRows
 
-from .leaf import weight_of
+from .leaf import whole_of
 from .low_rank import LowRankProjection
 from .names import ByParameter, Groups, by_name, by_param, name_of, named, names_of, parameters_of
 from .plan import GroupPlan
@@ -173,7 +173,7 @@ def is_embedding(param: Tensor, memory: SubspaceMemory | Bases | None, groups: G
 
 def news_of(rest: Iterable[Tensor], memory: SubspaceMemory | Bases | None, groups: Groups) -> list[str]:
     """Names of what is left of the rest but for what the documentation says: embeddings, norms and biases."""
-    matrices = (p for p in rest if weight_of(p).dim() > 1 and not is_exempt(p, memory))
+    matrices = (p for p in rest if whole_of(p).dim() > 1 and not is_exempt(p, memory))
     return [name_of(groups, p) for p in matrices if not is_embedding(p, memory, groups)]
 
 
@@ -211,7 +211,7 @@ def known_of(groups: Groups, memory: SubspaceMemory | Bases | None, with_rows: b
     keys: dict[Tensor, Any]
     if memory.is_bound:
         # By the weight, since a leaf is its layer's parameter but not the memory's.
-        weights = {param: weight_of(param) for param in parameters_of(groups)}
+        weights = {param: whole_of(param) for param in parameters_of(groups)}
         keys = {param: weight for param, weight in weights.items() if memory.tracks(weight)}
         if not keys:
             raise ValueError(
@@ -247,7 +247,7 @@ def _by_name(groups: Groups, memory: SubspaceMemory) -> dict[Tensor, str]:
         )
     found = {name: named(names, name) for name in memory.names}
     for name, param in found.items():
-        shape = None if param is None else tuple(weight_of(param).shape)
+        shape = None if param is None else tuple(whole_of(param).shape)
         expected = memory.shape(name)[::-1] if memory.is_transposed(name) else memory.shape(name)
         if shape != expected:
             raise ValueError(

@@ -52,7 +52,6 @@ class ProjectedAdamW(SparseMaskedAdamW):
         TypeError, ValueError: as there; a projection that does not fit its parameter's shape, device or mask.
     """
 
-    _takes_pieces = False
     _argument = "projections"  # where they come from, for messages
     _captured: tuple = ()
     _every = 1  # of projections that correct later: after so many steps
@@ -183,6 +182,9 @@ class ProjectedAdamW(SparseMaskedAdamW):
             self._take(given, self._fit(given, self._argument), begins)
         return super()._gathered()
 
+    def _said(self) -> dict[str, str]:
+        return {f"the projection of {self._store.name(p)}": fit.said for p, fit in self._projections.items()}
+
     def _takes_part(self, param: Tensor) -> bool:
         if not super()._takes_part(param):
             return False
@@ -222,11 +224,11 @@ class ProjectedAdamW(SparseMaskedAdamW):
                 by_call.setdefault(call, {}).setdefault((fit.correction, fit.alike), []).append(i)
         for (*_, dtype), found in by_call.items():
             numbers = list(chain.from_iterable(found.values()))
-            masks = [self._store.mask_of(params[i]) for i in numbers]
-            sizes = [params[i].numel() if mask is None else mask.numel for i, mask in zip(numbers, masks, strict=True)]
-            for part in split(sizes):
+            # By whole weights, so that processes that hold parts of them make the same calls.
+            for part in split([_entries(params[i], self._store.whole_mask_of(params[i])) for i in numbers]):
                 calls.append([numbers[n] for n in part])
-                self._scratch.reserve(params[numbers[0]].device, dtype, starts_of([sizes[n] for n in part])[1])
+                own = [_entries(weight_of(params[i]), self._store.mask_of(params[i])) for i in calls[-1]]
+                self._scratch.reserve(params[numbers[0]].device, dtype, starts_of(own)[1])
         return calls
 
     def _apply_all(self, calls: list[Call], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
@@ -301,3 +303,7 @@ class ProjectedAdamW(SparseMaskedAdamW):
             kept = [self._kept(param) for param in plan.own]
             plan.projected = ProjectedCall(plan, [self._projections[param] for param in plan.own], kept, buffer)
         return plan.projected
+
+
+def _entries(weight: Tensor, mask: Mask | None) -> int:
+    return weight.numel() if mask is None else mask.numel

@@ -42,6 +42,7 @@ class Fitted:
         spent: what a warning then says of the parameter.
         exact: whether it needs float32 products where the caller allows less, such as TF32.
         later: whether weights are corrected after several plain steps, in place of each update.
+        said: what it is, in words that are the same in processes that hold parts of one weight.
         correction: corrects the updates of all layers whose projections name it and are ``alike``.
     """
 
@@ -49,6 +50,7 @@ class Fitted:
     spent: str = "all its directions are protected"
     exact: bool = True
     later: bool = False
+    said: str = ""
     correction: type[Correction]
     alike: Hashable = None
 

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_cl.layout import check_whole
 from sparse_cl.reference.precision import full_precision
 from sparse_cl.subspace import SubspaceMemory
 
 from .elastic_adamw import ROW_STRENGTH, drifts, projection_of, rule_of
+from .leaf import weight_of
 from .low_rank import FittedLowRank, LowRankCorrection
 from .memory_adamw import Bases, check_every, known_of, news_of, warn_of_rest
 from .names import name_of, names_of, parameters_of
@@ -45,7 +45,7 @@ class Protection:
         self._generators: dict[torch.device, torch.Generator] = {}
         self._seed = seed
         #: By parameter W₀ U and, of an embedding, its used rows at the start; and the energies of old outputs.
-        self._kept = {p: fit.begin(p, _wide(p)) for p, fit in fitted.items()}
+        self._kept = {p: fit.begin(weight_of(p), _wide(p)) for p, fit in fitted.items()}
         self._handles = [
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
@@ -98,7 +98,7 @@ class Protection:
         """As :meth:`ElasticAdamW.old_output_drift`."""
         found: dict[str, float] = {}
         for param, fit in self._fitted.items():
-            found |= drifts(self._names[param], fit, param, self._kept[param])
+            found |= drifts(self._names[param], fit, weight_of(param), self._kept[param])
         return found
 
     def _before(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
@@ -126,18 +126,19 @@ class Protection:
         if self._steps % self.every:
             return
         for param, fit in self._fitted.items():
-            update = self._correction(param, fit)
+            update, weight = self._correction(param, fit), weight_of(param)
             self._rates[param] = 0.0
-            if param.dtype == update.dtype:
-                param.add_(update)
+            if weight.dtype == update.dtype:
+                weight.add_(update)
                 continue
-            if param.device not in self._generators:
-                self._generators[param.device] = torch.Generator(param.device).manual_seed(self._seed)
-            param.copy_(_rounded(update.add_(param), param.dtype, self._generators[param.device]))
+            if weight.device not in self._generators:
+                seed = self._seed + (0 if fit.piece is None else fit.piece.number)
+                self._generators[weight.device] = torch.Generator(weight.device).manual_seed(seed)
+            weight.copy_(_rounded(update.add_(weight), weight.dtype, self._generators[weight.device]))
 
     def _correction(self, param: Tensor, fit: FittedLowRank) -> Tensor:
         """-C Uᵀ; of one layer at a time, so that what is held besides is one layer's."""
-        wide = param.detach().to(_wide(param))
+        wide = weight_of(param).detach().to(_wide(param))
         layer = Layer(fit, torch.empty_like(wide), self._kept[param], lambda: (wide, wide))
         with full_precision(param.device):
             LowRankCorrection([layer]).correct_(self._rates[param], None)
@@ -185,8 +186,6 @@ def protect(
     hooks = optimizer._optimizer_step_post_hooks.values()
     if any(isinstance(getattr(hook, "__self__", None), Protection) for hook in hooks):
         raise ValueError("optimizer: it is protected already; call .remove() of that protection first")
-    for param in parameters_of(optimizer.param_groups):
-        check_whole(f"optimizer: parameter {_name(optimizer, param)}", param)
     every, rule, fitted = check_every(every), rule_of(strength, budget, row_strength), {}
     for param, known in known_of(optimizer.param_groups, memory, row_strength > 0).items():
         try:

@@ -36,6 +36,11 @@ class Piece:
     number: int
 
     @property
+    def shared(self) -> tuple[Any, tuple[int, ...]]:
+        """What two pieces have in common if the same processes hold what belongs to them."""
+        return self.mesh, self.dims
+
+    @property
     def has_rows(self) -> bool:
         """Whether the rows of this block are whole."""
         return self.size[1:] == self.shape[1:]
@@ -109,6 +114,21 @@ def from_all(mesh: Any, value: Any) -> list[Any]:
     return found
 
 
+def summed(value: Tensor, piece: Piece | None) -> Tensor:
+    """The sum of what the holders of a weight's other pieces have; of a weight that is whole, ``value`` itself.
+
+    All processes of the mesh must call it.
+    """
+    if piece is None:
+        return value
+    from torch.distributed import all_reduce
+
+    total = value.to(piece.mesh.device_type, copy=True, memory_format=torch.contiguous_format)
+    for dim in piece.dims:
+        all_reduce(total, group=piece.mesh.get_group(dim))
+    return total.to(value.device)
+
+
 def norm_over(norm: Tensor, mesh: Any, dims: Iterable[int]) -> Tensor:
     """The 2-norm of what all processes hold together, from the norm of what each holds."""
     from torch.distributed import all_reduce
@@ -119,8 +139,11 @@ def norm_over(norm: Tensor, mesh: Any, dims: Iterable[int]) -> Tensor:
     return squared.sqrt().to(norm.device, norm.dtype)
 
 
-def check_agreement(groups: Groups, masks: Mapping[Tensor, Mask]) -> None:
-    """Raises a ValueError in all processes if they differ in their options or masks. All of them must call it."""
+def check_agreement(groups: Groups, masks: Mapping[Tensor, Mask], more: Mapping[str, str]) -> None:
+    """Raises a ValueError in all processes if they differ in their options or masks, or in what ``more`` says.
+
+    All of them must call it.
+    """
     from torch.distributed import get_rank
 
     split: list[Any] = [param for param in parameters_of(groups) if is_sharded(param)]
@@ -133,6 +156,7 @@ def check_agreement(groups: Groups, masks: Mapping[Tensor, Mask]) -> None:
         for key, value in group.items()
         if key != "params"
     }
+    facts |= more
     for param in parameters_of(groups):
         mask = masks.get(param)
         facts[f"the mask of parameter {name_of(groups, param)}"] = "none" if mask is None else _digest(mask)

@@ -13,7 +13,6 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from sparse_cl import ops
-from sparse_cl.layout import check_whole
 from sparse_cl.masks import Mask
 
 from .clip import clip_active_
@@ -72,7 +71,6 @@ class SparseMaskedAdamW(Optimizer):
     """
 
     _step_supports_amp_scaling = True
-    _takes_pieces = True  # parameters of which each process holds a part
     _agreed = False  # all processes were found to have the same masks and options
 
     def __init__(
@@ -129,7 +127,7 @@ class SparseMaskedAdamW(Optimizer):
                 if id(param) in seen:
                     raise ValueError(f"params: parameter {name} is given twice; pass each parameter once")
                 seen.add(id(param))
-                (check_piece if self._takes_pieces else check_whole)(f"params: parameter {name}", param)
+                check_piece(f"params: parameter {name}", param)
                 if isinstance(param, Tensor) and param.dtype not in _DTYPES:
                     raise TypeError(
                         f"params: parameter {name} is {param.dtype}; expected float32, bfloat16, float16 or float64"
@@ -343,7 +341,7 @@ class SparseMaskedAdamW(Optimizer):
         if not {g.layout for grads in gradients for g in grads if g is not None} <= {torch.strided}:
             refuse_sparse(self.param_groups)
         if not self._agreed:
-            check_agreement(self.param_groups, self._store.masks)
+            check_agreement(self.param_groups, self._store.masks, self._said())
             self._agreed = True
         shown = set(map(id, self.state.values()))
         calls = []
@@ -353,6 +351,10 @@ class SparseMaskedAdamW(Optimizer):
                 planned = self._group_plans[number] = self._plan(key, group, grads)
             calls += [Call(group, plan, [grads[i] for i in plan.positions]) for plan in planned.plans]
         return calls
+
+    def _said(self) -> dict[str, str]:
+        """What else processes that hold parts of one model must have in common, by what it is."""
+        return {}
 
     def _ruled(self) -> Iterable[Tensor]:
         """The parameters that have a mask."""

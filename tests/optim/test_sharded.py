@@ -39,9 +39,7 @@ def test_a_memory_refuses_weights_that_are_split_along_their_inputs(sharded):
     plan = {"0": parallel.ColwiseParallel(), "1": parallel.RowwiseParallel()}
     parallel.parallelize_module(model, dist.init_device_mesh("cpu", (2,)), plan)
     for given in (model, model.named_parameters()):
-        with pytest.raises(
-            ValueError, match="params: 1.weight is split over processes along its inputs"
-        ):
+        with pytest.raises(ValueError, match="params: 1.weight is split over processes along its inputs"):
             SubspaceMemory(given)
 
 
