@@ -18,6 +18,7 @@ from .memory_adamw import Bases, check_every, known_of, news_of, warn_of_rest
 from .names import name_of, names_of, parameters_of
 from .projection import Layer
 from .sparse_masked_adamw import SparseMaskedAdamW
+from .whole_state import rows_held, split_rows
 
 
 class Protection:
@@ -66,7 +67,7 @@ class Protection:
         """By parameter W₀ U, the energy of old outputs and Σ lr since the last correction; the number of steps, and the
         generators of rounding."""
         generators = {str(device): generator.get_state() for device, generator in self._generators.items()}
-        tensors = {self._names[p]: {**kept, "path": self._rates[p]} for p, kept in self._kept.items()}
+        tensors = {self._names[p]: {**self._whole(p), "path": self._rates[p]} for p in self._kept}
         return {"parameters": tensors, "steps": self._steps, "generators": generators}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -75,8 +76,11 @@ class Protection:
         Raises:
             ValueError: other parameters or shapes; nothing is changed then.
         """
-        given = state["parameters"]
+        given = {name: dict(kept) for name, kept in state["parameters"].items()}
         for param, name in self._names.items():
+            piece = self._fitted[param].piece
+            if piece is not None:
+                given[name] = {k: rows_held(f"state: {name}: {k}", v, piece) for k, v in given.get(name, {}).items()}
             for key, tensor in self._kept[param].items():
                 found = tuple(given[name][key].shape) if key in given.get(name, {}) else "none"
                 if found != tuple(tensor.shape):
@@ -92,6 +96,10 @@ class Protection:
         for device, generator in state.get("generators", {}).items():
             self._generators[torch.device(device)] = torch.Generator(device)
             self._generators[torch.device(device)].set_state(generator.cpu())
+
+    def _whole(self, param: Tensor) -> dict[str, Tensor]:
+        kept, piece = self._kept[param], self._fitted[param].piece
+        return kept if piece is None else kept | split_rows({k: v for k, v in kept.items() if v.dim()}, piece)
 
     @torch.no_grad()
     def old_output_drift(self) -> dict[str, float]:

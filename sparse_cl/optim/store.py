@@ -222,7 +222,7 @@ class StateStore:
                 if piece is None:
                     result[i] = counts.packed(entries)
                 else:
-                    result[i] = whole_entries(self.ready(param), piece, param)
+                    result[i] = whole_entries(self.ready(param), self._optimizer.state[param], piece, param)
         return result
 
     def put(self, param: Tensor, packed: ParameterState) -> ParameterState:

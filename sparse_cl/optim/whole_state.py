@@ -15,7 +15,7 @@ from sparse_cl.masks import Mask, from_sections
 from . import counts
 from .leaf import is_sharded
 from .shards import Piece, from_all
-from .state import MOMENTS, ParameterState, by_unit_if_uniform, cohorts_of, layout_for
+from .state import MOMENTS, PROJECTION, ParameterState, by_unit_if_uniform, cohorts_of, layout_for
 
 _SPLIT = (*MOMENTS, "master")
 
@@ -101,14 +101,14 @@ def overlap(a: Mask | None, b: Mask | None) -> bool:
     return bool((a.to_dense() & b.to(a.device).to_dense()).any())
 
 
-def whole_entries(state: ParameterState, piece: Piece, param: Any) -> dict[str, Any]:
+def whole_entries(state: ParameterState, shown: Mapping[str, Tensor], piece: Piece, param: Any) -> dict[str, Any]:
     """The entries of a state dict. All processes of the mesh must call it.
 
     Args:
-        state: of this process's part.
+        state: of this process's part; ``shown``: what the optimizer shows of it.
         param: the DTensor.
     """
-    entries: dict[str, Any] = dict(state.shown())
+    entries: dict[str, Any] = dict(shown)
     entries.pop("cohort", None)
     layout = _whole_layout(state, piece)
     if state.whole is not None:
@@ -126,7 +126,41 @@ def whole_entries(state: ParameterState, piece: Piece, param: Any) -> dict[str, 
             entries[name] = SplitArray(shape, dict(_cut(entries[name], blocks)))
     if state.mixed:
         entries.update(_all_counts(state, piece, layout))
+    kept = {name: value for name, value in entries.items() if name.startswith(PROJECTION) and value.dim()}
+    entries.update(split_rows(kept, piece))
     return counts.packed(entries)
+
+
+def split_rows(kept: Mapping[str, Tensor], piece: Piece) -> dict[str, Tensor]:
+    """What a projection keeps of the rows of a split weight, or of some of them. All processes must call it."""
+    if not kept:
+        return {}
+    found = dict(from_all(piece.mesh, (piece.number, {name: len(rows) for name, rows in kept.items()})))
+    result: dict[str, Tensor] = {}
+    for name, rows in kept.items():
+        before = sum(lengths[name] for number, lengths in found.items() if number < piece.number)
+        shape = (sum(lengths[name] for lengths in found.values()), *rows.shape[1:])
+        result[name] = SplitArray(shape, {(before, *[0] * (rows.dim() - 1)): rows})
+    return result
+
+
+def rows_held(name: str, given: Any, piece: Piece) -> Any:
+    """What this process holds of what a projection keeps, however it is given.
+
+    Raises:
+        ValueError: it is of some rows of the whole weight, and nothing says which.
+    """
+    if isinstance(given, SplitArray):
+        (part,) = given.parts.values()
+        return part
+    if not isinstance(given, Tensor) or given.dim() == 0:
+        return given
+    if len(given) != piece.shape[0]:
+        raise ValueError(
+            f"{name}: has {len(given)} rows of a weight of {piece.shape[0]} that is split over processes; load it by "
+            "torch.distributed.checkpoint into the state dict of this optimizer"
+        )
+    return given[piece.offset[0] : piece.offset[0] + piece.size[0]]
 
 
 def part_of(entries: Mapping[str, Any], piece: Piece, param: Any) -> tuple[dict[str, Any], Mask | None, bool]:
@@ -139,6 +173,7 @@ def part_of(entries: Mapping[str, Any], piece: Piece, param: Any) -> tuple[dict[
         ValueError: an entry has another shape than the weight and its mask imply.
     """
     given = counts.unpacked(entries)
+    given.update({name: rows_held(name, v, piece) for name, v in given.items() if name.startswith(PROJECTION)})
     kind = next((kind for kind, name in INDEX_NAME.items() if name in given), DENSE)
     whole = None
     if kind != DENSE:

@@ -222,6 +222,53 @@ def two_domains_of_a_model_with_an_embedding(folder):
                 assert said == pytest.approx(expected, rel=1e-4, abs=1e-12), (tied, rule, kind)
 
 
+def resharded(save, load, folder):
+    """What `save` gives is saved by one set of processes and loaded into what `load` gives."""
+    import torch.distributed.checkpoint as dcp
+
+    dcp.save({"o": save.state_dict()}, checkpoint_id=folder)
+    state = {"o": load.state_dict()}
+    dcp.load(state, checkpoint_id=folder)
+    load.load_state_dict(state["o"])
+
+
+@check
+def checkpoints_go_on_bit_for_bit(folder):
+    for number, (fused, later) in enumerate(((True, 1), (True, 2), (False, 1))):
+        one, many = pair(*meshes()["flat"])
+
+        def make(params, fused=fused, every=later):
+            if fused:
+                return elastic(params, "budget", masks_of("rows"), every=every)
+            optimizer = torch.optim.SGD(params.items(), lr=1e-2)
+            return optimizer, protect(optimizer, subspaces(torch.float64), budget=1e-3)
+
+        made = [make(params) for params in (one, many)]
+        run(one, many, [m if fused else m[0] for m in made], 5)
+        again_one, again_many = pair(*meshes()["hsdp"])
+        twins = [make(params) for params in (again_one, again_many)]
+        run(again_one, again_many, [m if fused else m[0] for m in twins], 1)
+        for name in one:
+            with torch.no_grad():
+                again_one[name].copy_(one[name])
+                again_many[name].copy_(distribute_tensor(one[name].detach(), *meshes()["hsdp"]))
+        # From four processes to two twice, and to one.
+        for i, twin in enumerate(twins):
+            resharded(*[m if fused else m[1] for m in (made[1], twin)], folder / f"{number}-{i}")
+        optimizers = [m if fused else m[0] for m in (made[0], *twins)]
+        for step in range(5, 8):
+            for params in (one, again_one, again_many):
+                for i, (name, param) in enumerate(params.items()):
+                    grad = random(*SHAPES[name], seed=1000 * i + step)
+                    split = hasattr(param, "placements")
+                    param.grad = distribute_tensor(grad, param.device_mesh, param.placements) if split else grad
+            for optimizer in optimizers:
+                optimizer.step()
+        assert_equal(one, again_many)
+        for name, param in one.items():
+            torch.testing.assert_close(again_one[name], param, rtol=0, atol=1e-12)
+
+
 @check
 def refusals_name_the_parameter(folder):
     mesh = init_device_mesh("cpu", (4,))
@@ -235,7 +282,7 @@ def refusals_name_the_parameter(folder):
             made()
     rank = torch.distributed.get_rank()
     split = nn.Parameter(distribute_tensor(random(8, N).float(), mesh, [Shard(0)]))
-    pull = LowRankPull(Subspace(basis().float(), energies(most=300.0 + rank).float()))
+    pull = LowRankPull(basis().float(), energies(most=300.0 + rank).float())
     optimizer = ProjectedAdamW([("w", split)], projections={"w": pull})
     split.grad = torch.zeros_like(split)
     with pytest.raises(ValueError, match="processes differ: the projection of 'w' is"):

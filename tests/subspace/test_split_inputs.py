@@ -1,4 +1,4 @@
-"""Parameters of which each process holds a part are refused by name, before anything would be wrong."""
+"""Weights of which no process has whole rows are refused by name, before anything would be wrong."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from sparse_cl import ElasticAdamW, SparseMaskedAdamW, SubspaceMemory, protect
+from sparse_cl import SubspaceMemory
 
 
 @pytest.fixture
@@ -23,15 +23,6 @@ def sharded():
         dist.destroy_process_group()
 
 
-MESSAGE = "is a DTensor, of which each process holds a part .*; expected a whole weight: train in one process"
-
-
-@pytest.mark.parametrize("kind", [SparseMaskedAdamW, ElasticAdamW])
-def test_an_optimizer_refuses_them(sharded, kind):
-    with pytest.raises(ValueError, match=f"params: parameter '0.weight' {MESSAGE}"):
-        kind(sharded.named_parameters(), lr=1e-3)
-
-
 def test_a_memory_refuses_weights_that_are_split_along_their_inputs(sharded):
     SubspaceMemory(sharded, source="inputs")
     parallel = pytest.importorskip("torch.distributed.tensor.parallel")
@@ -41,9 +32,3 @@ def test_a_memory_refuses_weights_that_are_split_along_their_inputs(sharded):
     for given in (model, model.named_parameters()):
         with pytest.raises(ValueError, match="params: 1.weight is split over processes along its inputs"):
             SubspaceMemory(given)
-
-
-def test_a_protection_refuses_them(sharded):
-    memory = SubspaceMemory(nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 4)))
-    with pytest.raises(ValueError, match=f"optimizer: parameter '?0.weight'? {MESSAGE}"):
-        protect(torch.optim.AdamW(sharded.named_parameters()), memory)
