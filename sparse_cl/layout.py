@@ -58,19 +58,6 @@ def state_dtype(param_dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if param_dtype == torch.float64 else torch.float32
 
 
-def check_whole(what: str, tensor: torch.Tensor) -> None:
-    """Whether a parameter is all of a weight.
-
-    Raises:
-        ValueError: it is a DTensor, of which each process holds a part.
-    """
-    if hasattr(tensor, "device_mesh"):
-        raise ValueError(
-            f"{what} is a {type(tensor).__name__}, of which each process holds a part (FSDP2, tensor parallel); "
-            "expected a whole weight: train in one process, or by DistributedDataParallel"
-        )
-
-
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """All of a tensor of which each process holds a part (a DTensor), on every process; any other as it is."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
