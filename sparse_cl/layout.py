@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,6 +62,19 @@ def state_dtype(param_dtype: torch.dtype) -> torch.dtype:
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """All of a tensor of which each process holds a part (a DTensor), on every process; any other as it is."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def part(tensor: torch.Tensor) -> torch.Tensor:
+    """What this process holds of a tensor."""
+    return getattr(tensor, "_local_tensor", tensor)
+
+
+def like(part: torch.Tensor, tensor: Any) -> torch.Tensor:
+    """A part as the tensor of which it is this process's, wherever ``tensor`` is."""
+    if not hasattr(tensor, "placements"):
+        return part
+    shape, placed = {"shape": tensor.shape, "stride": tensor.stride()}, part.to(tensor.device)
+    return type(tensor.detach()).from_local(placed, tensor.device_mesh, tensor.placements, run_check=False, **shape)
 
 
 def is_split(tensor: torch.Tensor, dim: int) -> bool:

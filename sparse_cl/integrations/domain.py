@@ -18,8 +18,8 @@ from sparse_cl.optim.memory_adamw import MemoryAdamW
 from .looking import Looking
 
 ADVICE = (
-    "Train in one process with the optimizer that steps the model's own parameters: no DeepSpeed, FSDP or DDP, and no "
-    "optimizer of another copy of the model"
+    "Train with the optimizer that steps the model's own parameters, in one process, by DistributedDataParallel or by "
+    "FSDP2 (fsdp_version 2): no DeepSpeed, no FSDP1, and no optimizer of another copy of the model"
 )
 
 
@@ -115,7 +115,7 @@ class Domain:
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint in the middle of the domain must hold beside model, optimizer and memory."""
-        return {} if self.protection is None else self.protection.state_dict()
+        return {} if self.protection is None else self.protection.state_dict(gather=True)
 
     def carried(self) -> Carried:
         """What the model carries: of the domains that were learned, this one only after `end`."""
@@ -131,7 +131,7 @@ class Domain:
         """The domain is learned: the method remembers it.
 
         Args:
-            folder: of the model; what it carries is written there.
+            folder: of the model; what it carries is written there. Of several processes, give it to one.
             facts: of the history's entry: at least `name` where a folder is given.
         """
         self.close()

@@ -57,8 +57,8 @@ class ContinualCallback(transformers.TrainerCallback):
 
     Raises (in `trainer.train()`):
         ValueError: the method cannot train this model, or needs an optimizer of its own.
-        RuntimeError: several processes; an optimizer that steps other tensors than the model's; a checkpoint without
-            the protection's state.
+        RuntimeError: several devices in one process, DeepSpeed or FSDP1; an optimizer that steps other tensors than the
+            model's; a checkpoint without the protection's state.
     """
 
     def __init__(
@@ -78,9 +78,10 @@ class ContinualCallback(transformers.TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         kind = str(args.parallel_mode).rpartition(".")[2]
-        if kind not in ("NOT_PARALLEL", "TPU") or getattr(args, "deepspeed", None) or getattr(args, "fsdp", None):
+        flattened = any(type(m).__name__ == "FullyShardedDataParallel" for m in kwargs["model"].modules())
+        if kind == "NOT_DISTRIBUTED" or getattr(args, "deepspeed", None) or flattened:
             raise RuntimeError(
-                f"ContinualCallback: training is spread over devices or processes ({kind.lower()}), where the "
+                f"ContinualCallback: training is spread over devices or processes ({kind.lower()}) so that the "
                 f"protection would not be on what is stepped. {ADVICE}"
             )
         folder, memory, resumes = self._folder(args, state), self.memory, None
@@ -115,14 +116,16 @@ class ContinualCallback(transformers.TrainerCallback):
             state.log_history[-1].update(found)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.domain is None or not state.is_world_process_zero:
+        if self.domain is None:
             return
-        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        folder, kept = Path(args.output_dir) / f"checkpoint-{state.global_step}", self.domain.state_dict()
+        if not state.is_world_process_zero:
+            return
         carried = self.domain.carried()
         if carried.memory is not None and not carried.memory.domains:
             carried.memory = None
         save_carried(folder, carried)
-        _write(folder, self.domain.state_dict())
+        _write(folder, kept)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.domain is None:
@@ -130,7 +133,7 @@ class ContinualCallback(transformers.TrainerCallback):
         loader = kwargs.get("train_dataloader")
         data: Any = getattr(loader, "dataset", None)
         self.domain.end(
-            args.output_dir,
+            args.output_dir if state.is_world_process_zero else None,
             name=self.name or Path(args.output_dir).name,
             lr=args.learning_rate,
             steps=state.global_step,

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparse_cl.layout import like, part, whole
 from sparse_cl.models.parts import has_adapters, refuse_mixtures, refuse_shared
-from sparse_cl.models.passes import answer_tokens, evaluation
+from sparse_cl.models.passes import answer_tokens, evaluation, reshard
 from sparse_cl.probes.capacity import scarcity
 from sparse_cl.subspace import SubspaceMemory
 from sparse_cl.subspace.layers import plain_name
@@ -152,6 +153,7 @@ class MemoryMethod(Method):
         Args:
             base: the model without adapters; the first time, a memory of its linear layers is made.
         """
+        reshard(base)
         self.check(base)
         if self.memory is None:
             self._remember(base, self._new_memory(base))
@@ -170,7 +172,7 @@ class MemoryMethod(Method):
             return
         for name, share in surviving_shares(base, self._weights, batches, self._taken).items():
             self._layers[name]["surviving"] = share
-        self._before = {name: weight.detach().to("cpu", copy=True) for name, weight in self._weights.items()}
+        self._before = {name: part(weight.detach()).to("cpu", copy=True) for name, weight in self._weights.items()}
         if message := scarcity(self._layers):
             warnings.warn(f"{self.name}: {message}", stacklevel=3)
 
@@ -186,8 +188,8 @@ class MemoryMethod(Method):
         for name, layer in self._layers.items():
             layer["leak"] = None
             if self._before and self._known.rank(name):
-                before, change = self._before[name].double(), learned[name].detach().cpu().double()
-                change -= before
+                before = whole(like(self._before[name], learned[name])).cpu().double()
+                change = whole(learned[name].detach()).cpu().double() - before
                 layer["leak"] = self._taken(name, change)
                 self.moved[name] = self._moved(name, before, change)
         self._before = {}

@@ -9,6 +9,7 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
+from sparse_cl.layout import part, whole
 from sparse_cl.models.losses import answer_loss
 from sparse_cl.models.passes import evaluation
 
@@ -68,8 +69,9 @@ def each_gradient(
     number = 0
 
     def show(name: str, weight: Tensor) -> None:
-        gradient, weight.grad = weight.grad, None
-        assert gradient is not None  # the hook runs once it is there
+        given, weight.grad = weight.grad, None
+        assert given is not None  # the hook runs once it is there
+        gradient = whole(given)
         if not gradient.sum(dtype=torch.promote_types(gradient.dtype, torch.float32)).isfinite():
             raise ValueError(_not_finite(f"gradient of {name}", number))
         see(name, gradient)
@@ -88,6 +90,10 @@ def each_gradient(
                     if count:
                         # Of the mean: a sum over a long batch could overflow in float16.
                         (loss / count).backward()
+                    for name, weight in weights.items():
+                        # FSDP2 sets gradients without running hooks.
+                        if weight.grad is not None:
+                            show(name, weight)
         finally:
             for handle in handles:
                 handle.remove()
@@ -96,7 +102,7 @@ def each_gradient(
 def _halves(batch: Batch) -> Iterator[Batch]:
     records = len(batch["input_ids"])
     for rows in torch.arange(records).chunk(2):
-        yield {name: part[rows[0] : rows[-1] + 1] for name, part in batch.items()}
+        yield {name: values[rows[0] : rows[-1] + 1] for name, values in batch.items()}
 
 
 def _not_finite(what: str, batch: int) -> str:
@@ -108,13 +114,17 @@ def _not_finite(what: str, batch: int) -> str:
 
 @contextmanager
 def only_gradients_of(model: nn.Module, weights: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Gradients for these and for nothing else; every flag and gradient is put back."""
+    """Gradients for these and for nothing else; every flag and gradient is put back.
+
+    Of a model that FSDP2 has split all parameters get one: it heeds the flags of its first pass for good.
+    """
     state = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     asked = {id(weight) for weight in weights}
+    split = any(part(p) is not p for p, _, _ in state)
     try:
-        for p, _, _ in state:
+        for p, flag, _ in state:
             p.grad = None
-            p.requires_grad_(id(p) in asked)
+            p.requires_grad_(flag if split else id(p) in asked)
         yield
     finally:
         for p, flag, grad in state:

@@ -76,7 +76,7 @@ def stream(model: nn.Module, watches: Sequence[Watch], batches: Iterable[Batch],
 
 @contextmanager
 def evaluation(model: nn.Module) -> Iterator[None]:
-    """In evaluation mode; each module's own mode is put back."""
+    """In evaluation mode; each module's own mode is put back, and what FSDP2 gathered is split again."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -84,6 +84,15 @@ def evaluation(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+        reshard(model)
+
+
+def reshard(model: nn.Module) -> None:
+    """Has each process hold its own part of what FSDP2 gathered: a pass without gradients leaves the root whole."""
+    modules: Iterable[Any] = model.modules()
+    for module in modules:
+        if hasattr(module, "reshard") and hasattr(module, "unshard"):
+            module.reshard()
 
 
 def call(model: nn.Module, batch: Batch, *, logits: bool = True) -> Any:

@@ -24,13 +24,14 @@ class HeldRows:
     Attributes:
         index: (k,) int64.
         strengths: (k,) float64, what the rule means by them.
+        own: which of a whole table's used rows these are.
     """
 
     def __init__(self, rows: UsedRows, strengths: Tensor | None = None) -> None:
         self.index = rows.index
         self.strengths = (rows.values if strengths is None else strengths).double()
         self._piece: Piece | None = None
-        self._all, self._own = self.strengths, slice(None)
+        self._all, self.own = self.strengths, slice(None)
 
     def part(self, piece: Piece | None) -> HeldRows:
         """The rows that this process holds of a table that is split over several."""
@@ -39,8 +40,8 @@ class HeldRows:
         found = copy(self)
         first, end = piece.offset[0], piece.offset[0] + piece.size[0]
         start, stop = (int((self.index < row).sum()) for row in (first, end))
-        found._piece, found._own = piece, slice(start, stop)
-        found.index, found.strengths = self.index[found._own] - first, self.strengths[found._own]
+        found._piece, found.own = piece, slice(start, stop)
+        found.index, found.strengths = self.index[found.own] - first, self.strengths[found.own]
         return found
 
     def shapes(self, shape: tuple[int, ...], later: bool) -> dict[str, tuple[int, ...]]:
@@ -79,7 +80,7 @@ class HeldRows:
             room = rule.share * room
             if self._piece is not None:
                 # What is left of one row depends on all rows.
-                strengths, own = self._all, self._own
+                strengths, own = self._all, self.own
                 every = torch.zeros_like(strengths)
                 every[own] = spent
                 spent = summed(every, self._piece)

@@ -18,7 +18,7 @@ from .memory_adamw import Bases, check_every, known_of, news_of, warn_of_rest
 from .names import name_of, names_of, parameters_of
 from .projection import Layer
 from .sparse_masked_adamw import SparseMaskedAdamW
-from .whole_state import rows_held, split_rows
+from .whole_state import gathered, rows_held, split_rows
 
 
 class Protection:
@@ -63,11 +63,16 @@ class Protection:
             handle.remove()
         self._handles = []
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, gather: bool = False) -> dict[str, Any]:
         """By parameter W₀ U, the energy of old outputs and Σ lr since the last correction; the number of steps, and the
-        generators of rounding."""
+        generators of rounding.
+
+        Args:
+            gather: of weights that are split over processes, give ordinary tensors on the CPU, in all of them; else
+                what ``torch.distributed.checkpoint`` saves.
+        """
         generators = {str(device): generator.get_state() for device, generator in self._generators.items()}
-        tensors = {self._names[p]: {**self._whole(p), "path": self._rates[p]} for p in self._kept}
+        tensors = {self._names[p]: {**self._whole(p, gather), "path": self._rates[p]} for p in self._kept}
         return {"parameters": tensors, "steps": self._steps, "generators": generators}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -80,7 +85,10 @@ class Protection:
         for param, name in self._names.items():
             piece = self._fitted[param].piece
             if piece is not None:
-                given[name] = {k: rows_held(f"state: {name}: {k}", v, piece) for k, v in given.get(name, {}).items()}
+                table = self._fitted[param].table
+                own = {"origin_rows": table.own} if table is not None else {}
+                parts = given.get(name, {}).items()
+                given[name] = {k: rows_held(f"state: {name}: {k}", v, piece, own.get(k)) for k, v in parts}
             for key, tensor in self._kept[param].items():
                 found = tuple(given[name][key].shape) if key in given.get(name, {}) else "none"
                 if found != tuple(tensor.shape):
@@ -97,9 +105,12 @@ class Protection:
             self._generators[torch.device(device)] = torch.Generator(device)
             self._generators[torch.device(device)].set_state(generator.cpu())
 
-    def _whole(self, param: Tensor) -> dict[str, Tensor]:
+    def _whole(self, param: Tensor, gather: bool) -> dict[str, Tensor]:
         kept, piece = self._kept[param], self._fitted[param].piece
-        return kept if piece is None else kept | split_rows({k: v for k, v in kept.items() if v.dim()}, piece)
+        if piece is None:
+            return kept
+        rows = split_rows({k: v for k, v in kept.items() if v.dim()}, piece)
+        return kept | ({k: gathered(v, piece.mesh) for k, v in rows.items()} if gather else rows)
 
     @torch.no_grad()
     def old_output_drift(self) -> dict[str, float]:

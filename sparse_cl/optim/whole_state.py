@@ -144,8 +144,25 @@ def split_rows(kept: Mapping[str, Tensor], piece: Piece) -> dict[str, Tensor]:
     return result
 
 
-def rows_held(name: str, given: Any, piece: Piece) -> Any:
+def gathered(given: Any, mesh: Any) -> Any:
+    """An array of which this process holds some blocks as an ordinary tensor on the CPU; anything else as it is.
+
+    All processes must call it.
+    """
+    if not isinstance(given, SplitArray):
+        return given
+    array = torch.empty(given.shape, dtype=given.dtype)
+    for parts in from_all(mesh, {at: part.cpu() for at, part in given.parts.items()}):
+        for at, part in parts.items():
+            array[tuple(slice(o, o + s) for o, s in zip(at, part.shape, strict=True))] = part
+    return array
+
+
+def rows_held(name: str, given: Any, piece: Piece, own: slice | None = None) -> Any:
     """What this process holds of what a projection keeps, however it is given.
+
+    Args:
+        own: which rows of a whole array; None: the piece's.
 
     Raises:
         ValueError: it is of some rows of the whole weight, and nothing says which.
@@ -155,12 +172,12 @@ def rows_held(name: str, given: Any, piece: Piece) -> Any:
         return part
     if not isinstance(given, Tensor) or given.dim() == 0:
         return given
-    if len(given) != piece.shape[0]:
+    if own is None and len(given) != piece.shape[0]:
         raise ValueError(
             f"{name}: has {len(given)} rows of a weight of {piece.shape[0]} that is split over processes; load it by "
             "torch.distributed.checkpoint into the state dict of this optimizer"
         )
-    return given[piece.offset[0] : piece.offset[0] + piece.size[0]]
+    return given[slice(piece.offset[0], piece.offset[0] + piece.size[0]) if own is None else own]
 
 
 def part_of(entries: Mapping[str, Any], piece: Piece, param: Any) -> tuple[dict[str, Any], Mask | None, bool]:

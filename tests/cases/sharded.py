@@ -11,11 +11,20 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from .forked import exit_code
+
 Check = Callable[[Path], None]
 
 
-def start(work: Callable[..., None], processes: int, *arguments: object) -> None:
-    torch.multiprocessing.start_processes(work, arguments, nprocs=processes, start_method="forkserver")
+def start(work: Callable[..., None], processes: int, *arguments: object) -> int:
+    """Runs ``work(rank, *arguments)`` in processes forked from one that has imported all; returns its exit code."""
+    return exit_code(_fork, work, processes, *arguments)
+
+
+def _fork(work: Callable[..., None], processes: int, *arguments: object) -> None:
+    import torch._dynamo  # which DTensors bring, and which takes longer than all checks
+
+    torch.multiprocessing.start_processes(work, arguments, nprocs=processes, start_method="fork")
 
 
 def join(rank: int, processes: int, store: Path) -> None:
