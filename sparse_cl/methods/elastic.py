@@ -74,6 +74,8 @@ class Elastic(MemoryMethod):
             trained_by_name(model),
             lr=lr,
             memory=memory,
+            # A first domain, with nothing to protect, is AdamW's.
+            second_moment="entry" if memory is None else "row",
             strength=self.strength,
             row_strength=self.row_strength,
             every=self.every,

@@ -33,7 +33,7 @@ class ElasticAdamW(MemoryAdamW):
 
     or the nearest point within a budget: Σ_j λ_j ‖(W - W₀) u_j‖² ≤ budget · Σ_j λ_j ‖W₀ u_j‖² for each layer, at every
     step. A weight that AdamW pushes by lr each step settles about 1/κ_j from where it was, and (W - W₀) u_j within
-    ‖u_j‖₁/κ_j, whatever the rate and the number of steps.
+    √n/κ_j, whatever the rate and the number of steps.
 
     Args:
         params, lr, betas, eps, weight_decay, amsgrad, maximize, capturable, masks, master_weights: as for

@@ -63,7 +63,7 @@ class Pull(Rule):
     """P_j ← P_j / (1 + lr κ_j), with κ the strengths: the proximal step of ½ Σ κ_j ‖P_j‖².
 
     Consistent gradients override the pull; noise is undone. Pushed by lr a step on and on, a weight settles about 1/κ_j
-    from where it was, and P_j within ‖u_j‖₁/κ_j, whatever the rate.
+    from where it was, and P_j within ‖u_j‖₁/κ_j (√n/κ_j where rows have one second moment), whatever the rate.
     """
 
     def left(self, strengths: Tensor, lr: float | Tensor, energies: Tensor, room: Tensor) -> Tensor:

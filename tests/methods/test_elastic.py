@@ -87,7 +87,10 @@ def furthest(steps, betas=(0.9, 0.999)):
 
 @pytest.mark.parametrize("strength", [0.01, 1.0, 5000.0])
 def test_a_domain_goes_no_further_than_each_direction_s_pull_lets_it(tiny_llama, strength):
-    """A step of AdamW is at most lr·b; each ends with a division by 1 + lr·κ, so that the sum stays below b/κ."""
+    """A step is at most lr·b along a direction; each ends with a division by 1 + lr·κ, so that the sum stays below b/κ.
+
+    With one second moment a row, b is √n times what it is of one entry.
+    """
     method, steps = Elastic(strength=strength), 20
     model = learn(method, tiny_llama, domain(0), lr=LR)
     before, used = weights(model), {name: method.memory.subspace(name) for name in method.memory.names}
@@ -96,7 +99,7 @@ def test_a_domain_goes_no_further_than_each_direction_s_pull_lets_it(tiny_llama,
         basis = subspace.basis.double()
         start, change = before[name].double() @ basis, (after[name].double() - before[name].double()) @ basis
         kappa = strength / rms(before[name]) * subspace.usage.double()
-        bound = (furthest(steps) * basis.abs().sum(0)) + 0.01 * (start.abs().amax() + change.abs().amax())
+        bound = (furthest(steps) * len(basis) ** 0.5) + 0.01 * (start.abs().amax() + change.abs().amax())
         limit = torch.minimum(steps * LR * bound, bound / kappa) + 1e-6
         assert (change.abs() <= limit).all()
         assert (after[name] - before[name]).norm() > 1e-3
@@ -125,10 +128,14 @@ def test_the_stronger_the_less_outputs_for_earlier_inputs_change(tiny_llama, gpt
 
 
 class Plain(AdamW):
-    """AdamW by our own step."""
+    """AdamW by our own step, and by row after a first domain."""
+
+    second_moment = "entry"
 
     def make_optimizer(self, model, lr):
-        return SparseMaskedAdamW(model.named_parameters(), lr=lr)
+        made = SparseMaskedAdamW(model.named_parameters(), lr=lr, second_moment=self.second_moment)
+        self.second_moment = "row"
+        return made
 
 
 def test_the_first_domain_and_a_strength_of_zero_are_adamw(tiny_llama):
