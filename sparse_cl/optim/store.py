@@ -130,6 +130,7 @@ class StateStore:
                 state.pop(param)
                 self.packed.pop(param, None)
         self.masks, self.mismatch = masks, None
+        self._parts = {param: parts for param, parts in self._parts.items() if param in masks}
 
     # States.
 

@@ -40,7 +40,10 @@ def processes(group):
     return {"no_dist": True} if group == "none" else {"process_group": group}
 
 
-def save(model, optimizer, folder, group=None):
+def save(model, optimizer, folder, group=None, later=False):
+    if later:
+        dcp.async_save(state_of(model, optimizer), checkpoint_id=folder).result()
+        return
     dcp.save(state_of(model, optimizer), checkpoint_id=folder, **processes(group))
 
 
@@ -90,7 +93,7 @@ def other_meshes_read_it_too(folder):
         saving, loading = meshes()[before], meshes()[after]
         kinds = [kind for kind in kinds_for(saving[1]) if kind in kinds_for(loading[1])]
         twins = with_history(*saving, kinds, amsgrad=True)
-        save(twins.models[1], twins.optimizers[1], folder / before)
+        save(twins.models[1], twins.optimizers[1], folder / before, later=before == "hsdp")
         again = Twins(*loading, kinds, amsgrad=True)
         again.set_masks(seed=4)
         load(again.models[1], again.optimizers[1], folder / before)
@@ -126,6 +129,17 @@ def a_state_dict_of_one_process_loads_as_it_is(folder):
             twins.optimizers[1].load_state_dict(way(twins.optimizers[0].state_dict()))
             twins.step()
             twins.assert_equal()
+
+
+def a_full_state_dict_of_one_process_is_distributed(folder):
+    for broadcast in (False, True):
+        twins = with_history(init_device_mesh("cpu", (4,)), [Shard(0)])
+        state = get_optimizer_state_dict(twins.models[0], twins.optimizers[0])
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=broadcast, strict=False)
+        state = state if dist.get_rank() == 0 or not broadcast else {}
+        set_optimizer_state_dict(twins.models[1], twins.optimizers[1], state, options=options)
+        twins.step()
+        twins.assert_equal()
 
 
 def adamw_is_taken_over(folder):
@@ -167,8 +181,10 @@ def a_part_does_not_pass_for_the_whole(folder):
     twins = Twins(mesh, [Replicate(), Shard(0)], ["rows"])
     twins.step()
     model, optimizer = twins.models[1], twins.optimizers[1]
-    with pytest.raises(TypeError, match="through torch.distributed.checkpoint only"):
-        torch.save(optimizer.state_dict(), folder / f"{dist.get_rank()}.pt")
+    full = StateDictOptions(full_state_dict=True)
+    for state in (optimizer.state_dict(), get_optimizer_state_dict(model, optimizer, options=full)):
+        with pytest.raises(TypeError, match="through torch.distributed.checkpoint only"):
+            torch.save(state, folder / f"{dist.get_rank()}.pt")
     options = StateDictOptions(cpu_offload=True, strict=False)
     state = get_optimizer_state_dict(model, optimizer, options=options)
     set_optimizer_state_dict(model, optimizer, state, options=options)
@@ -213,6 +229,7 @@ CHECKS = [
     other_meshes_read_it_too,
     counts_and_indices_are_those_of_one_process,
     a_state_dict_of_one_process_loads_as_it_is,
+    a_full_state_dict_of_one_process_is_distributed,
     adamw_is_taken_over,
     other_masks_are_refused_everywhere_until_set_masks,
     a_part_does_not_pass_for_the_whole,

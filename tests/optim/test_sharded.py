@@ -19,6 +19,7 @@ from sparse_cl import (
     protect,
 )
 from sparse_cl.nn import activate
+from sparse_cl.optim.active_gradients import active_gradients
 
 
 @pytest.fixture
@@ -92,6 +93,12 @@ def test_the_leaf_of_an_active_linear_is_refused(mesh):
     leaves = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
     with pytest.raises(ValueError, match=r"'0.active' is the leaf of an ActiveLinear .* sparse_cl.nn.restore"):
         SparseMaskedAdamW(leaves)
+
+
+def test_gradients_that_call_no_hooks_are_refused(sharded):
+    optimizer = SparseMaskedAdamW(sharded.named_parameters(), masks={"0.weight": RowMask([1], (6, 8))})
+    with pytest.raises(ValueError, match="fully_shard has split; clip by optimizer.clip_grad_norm_"):
+        active_gradients(optimizer)
 
 
 def test_a_part_that_is_replaced_is_stepped_where_it_is(sharded):
