@@ -261,8 +261,8 @@ class StateStore:
 
     def _is_master(self, param: Tensor, packed: ParameterState) -> bool:
         """Whether ``param`` is a leaf that is one tensor with the master of its state."""
-        mask = self.mask_of(param)
-        if mask is None or not packed.is_leaf(param):
+        mask = self.mask_of(param) if packed.is_leaf(param) else None
+        if mask is None:
             return False
         if packed.same_as is not mask and same_mask(packed.mask, mask):
             packed.same_as = mask
