@@ -43,6 +43,24 @@ def dense_masks(draw, kind=None, shape=None):
     return TwoFourMask(dense), dense
 
 
+@given(dense_masks(), st.data())
+def test_a_piece_is_a_block_of_the_dense_tensor(drawn, data):
+    mask, dense = drawn
+    (top, bottom), (left, right) = (sorted(data.draw(st.tuples(*[st.integers(0, size)] * 2))) for size in dense.shape)
+    if isinstance(mask, TwoFourMask) and (left % 4 or right % 4):
+        with pytest.raises(ValueError, match=f"of which columns {left} to {right - 1} are no whole number"):
+            mask.piece((top, left), (bottom - top, right - left))
+        return
+    piece = mask.piece((top, left), (bottom - top, right - left))
+    assert type(piece) is type(mask)
+    assert torch.equal(piece.to_dense(), dense[top:bottom, left:right])
+
+
+def test_a_piece_keeps_the_gains_of_its_rows():
+    mask = RowMask([5, 1, 3], (8, 4), gain=[5.0, 1.0, 3.0])
+    assert mask.piece((2, 0), (4, 4)) == RowMask([1, 3], (4, 4), gain=[3.0, 5.0])
+
+
 @given(dense_masks())
 def test_a_mask_is_its_dense_tensor(drawn):
     mask, dense = drawn

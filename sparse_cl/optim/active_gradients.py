@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .leaf import is_sharded
 from .names import parameters_of
 from .sparse_masked_adamw import SparseMaskedAdamW
 
@@ -33,9 +34,14 @@ def active_gradients(optimizer: torch.optim.Optimizer) -> ActiveGradients:
 
     Args:
         optimizer: any; wrappers are not looked through.
+
+    Raises:
+        ValueError: a masked parameter is split over processes, whose gradients call no hooks.
     """
     if not isinstance(optimizer, SparseMaskedAdamW):
         return ActiveGradients([])
+    if any(is_sharded(param) for param in optimizer._store.masks):
+        raise ValueError("masks: of parameters that fully_shard has split; clip by optimizer.clip_grad_norm_")
 
     @torch.no_grad()
     def cut(param: Tensor) -> None:

@@ -225,6 +225,7 @@ class SparseMaskedAdamW(Optimizer):
         finally:
             for hook in hooks:
                 hook.remove()
+        self._agreed = False
 
     # What this optimizer adds.
 

@@ -130,6 +130,7 @@ class StateStore:
                 state.pop(param)
                 self.packed.pop(param, None)
         self.masks, self.mismatch = masks, None
+        self._parts = {param: parts for param, parts in self._parts.items() if param in masks}
 
     # States.
 
@@ -260,8 +261,8 @@ class StateStore:
 
     def _is_master(self, param: Tensor, packed: ParameterState) -> bool:
         """Whether ``param`` is a leaf that is one tensor with the master of its state."""
-        mask = self.mask_of(param)
-        if mask is None or not packed.is_leaf(param):
+        mask = self.mask_of(param) if packed.is_leaf(param) else None
+        if mask is None:
             return False
         if packed.same_as is not mask and same_mask(packed.mask, mask):
             packed.same_as = mask

@@ -45,10 +45,15 @@ class SplitArray(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        whole, *others = args
         if func.overloadpacket in (torch.ops.aten.detach, torch.ops.aten.clone, torch.ops.aten._to_copy):
-            whole = args[0]
-            return cls(whole.shape, {at: func(part, *args[1:], **(kwargs or {})) for at, part in whole.parts.items()})
-        _refuse(func)
+            given = {at: others for at in whole.parts}
+        elif func.overloadpacket is torch.ops.aten.new_empty and tuple(others[0]) == tuple(whole.shape):
+            # By this, dcp.async_save makes the copy that it fills.
+            given = {at: [part.shape] for at, part in whole.parts.items()}
+        else:
+            _refuse(func)
+        return cls(whole.shape, {at: func(part, *given[at], **(kwargs or {})) for at, part in whole.parts.items()})
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"SplitArray({tuple(self.shape)}, {[(at, tuple(part.shape)) for at, part in self.parts.items()]} here)"

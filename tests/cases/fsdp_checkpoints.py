@@ -26,7 +26,7 @@ from sparse_cl import RowMask, SparseMaskedAdamW
 from .fsdp_steps import Twins, build, kinds_for, local, masks_of, meshes, split
 from .optimizers import as_bytes
 
-OPTIONS = ({"dtype": torch.bfloat16, "amsgrad": True}, {"second_moment": "row"})
+OPTIONS = {"dtype": torch.bfloat16, "second_moment": "row"}
 
 #: Parameters of which nothing is active have no state, which torch refuses otherwise.
 NOT_STRICT = StateDictOptions(strict=False)
@@ -40,7 +40,10 @@ def processes(group):
     return {"no_dist": True} if group == "none" else {"process_group": group}
 
 
-def save(model, optimizer, folder, group=None):
+def save(model, optimizer, folder, group=None, later=False):
+    if later:
+        dcp.async_save(state_of(model, optimizer), checkpoint_id=folder).result()
+        return
     dcp.save(state_of(model, optimizer), checkpoint_id=folder, **processes(group))
 
 
@@ -51,8 +54,8 @@ def load(model, optimizer, folder, group=None):
     set_optimizer_state_dict(model, optimizer, state["optimizer"], options=NOT_STRICT)
 
 
-def with_history(mesh, placements, **options):
-    twins = Twins(mesh, placements, kinds_for(placements), **options)
+def with_history(mesh, placements, kinds=None, **options):
+    twins = Twins(mesh, placements, kinds_for(placements) if kinds is None else kinds, **options)
     twins.step()
     twins.set_masks(seed=3)
     twins.step()
@@ -62,53 +65,48 @@ def with_history(mesh, placements, **options):
 
 
 def a_checkpoint_goes_on_in_4_2_1_and_4_processes(folder):
-    rank = dist.get_rank()
-    for number, options in enumerate(OPTIONS):
-        mesh = init_device_mesh("cpu", (4,))
-        twins = with_history(mesh, [Shard(0)], **options)
-        own = folder / str(number)
-        save(twins.models[1], twins.optimizers[1], own / "4")
-        two = DeviceMesh("cpu", [0, 1])
-        # Each goes on for one step, which the twin in one process takes as well.
-        for place, name, before in (((two, [Shard(0)]), "2", "4"), ((None, None), "1", "2")):
-            twins.backward()
-            twins.optimizers[0].step()
-            if rank < int(name):
-                group = "none" if name == "1" else two.get_group()
-                model, optimizer = build(*place, twins.kinds, masks_of(twins.kinds, 4), **options)
-                load(model, optimizer, own / before, group)
-                for key, param in twins.models[0].items():
-                    model[key].grad = split(param.grad, *place)
-                optimizer.step()
-                save(model, optimizer, own / name, group)
-            dist.barrier()
-        model, optimizer = build(mesh, [Shard(0)], twins.kinds, masks_of(twins.kinds, 4), **options)
-        load(model, optimizer, own / "1")
-        twins.models[1], twins.optimizers[1] = model, optimizer
-        twins.assert_equal()
-        twins.step()
-        twins.assert_equal()
+    mesh, two = init_device_mesh("cpu", (4,)), DeviceMesh("cpu", [0, 1])
+    twins = with_history(mesh, [Shard(0)], **OPTIONS)
+    save(twins.models[1], twins.optimizers[1], folder / "4")
+    # Each goes on for one step, which the twin in one process takes as well.
+    for place, name, before in (((two, [Shard(0)]), "2", "4"), ((None, None), "1", "2")):
+        twins.backward()
+        twins.optimizers[0].step()
+        if dist.get_rank() < int(name):
+            group = "none" if name == "1" else two.get_group()
+            model, optimizer = build(*place, twins.kinds, masks_of(twins.kinds, 4), **OPTIONS)
+            load(model, optimizer, folder / before, group)
+            for key, param in twins.models[0].items():
+                model[key].grad = split(param.grad, *place)
+            optimizer.step()
+            save(model, optimizer, folder / name, group)
+        dist.barrier()
+    twins.models[1], twins.optimizers[1] = build(mesh, [Shard(0)], twins.kinds, masks_of(twins.kinds, 4), **OPTIONS)
+    load(twins.models[1], twins.optimizers[1], folder / "1")
+    twins.assert_equal()
+    twins.step()
+    twins.assert_equal()
 
 
 def other_meshes_read_it_too(folder):
-    for number, (mesh, placements) in enumerate(meshes().values()):
-        twins = with_history(mesh, placements)
-        save(twins.models[1], twins.optimizers[1], folder / str(number))
-        kinds = twins.kinds
-        for place in ((init_device_mesh("cpu", (4,)), [Shard(0)]), (mesh, placements)):
-            again = Twins(*place, kinds)
-            again.set_masks(seed=4)
-            load(again.models[1], again.optimizers[1], folder / str(number))
-            again.models[0].load_state_dict(twins.models[0].state_dict())
-            again.optimizers[0].load_state_dict(twins.optimizers[0].state_dict())
-            again.assert_equal()
-            again.step(2)
-            again.assert_equal()
+    for before, after in (("hsdp", "rows"), ("columns", "rows and columns")):
+        saving, loading = meshes()[before], meshes()[after]
+        kinds = [kind for kind in kinds_for(saving[1]) if kind in kinds_for(loading[1])]
+        twins = with_history(*saving, kinds, amsgrad=True)
+        save(twins.models[1], twins.optimizers[1], folder / before, later=before == "hsdp")
+        again = Twins(*loading, kinds, amsgrad=True)
+        again.set_masks(seed=4)
+        load(again.models[1], again.optimizers[1], folder / before)
+        again.models[0].load_state_dict(twins.models[0].state_dict())
+        again.optimizers[0].load_state_dict(twins.optimizers[0].state_dict())
+        again.assert_equal()
+        again.step(2)
+        again.assert_equal()
 
 
 def counts_and_indices_are_those_of_one_process(folder):
-    for mesh, placements in meshes().values():
-        twins = with_history(mesh, placements)
+    for name in ("hsdp", "rows and columns"):
+        twins = with_history(*meshes()[name])
         one, many = (optimizer.state_dict()["state"] for optimizer in twins.optimizers)
         assert one.keys() == many.keys()
         assert len({entries["counts"] for entries in one.values()}) > 2
@@ -125,12 +123,23 @@ def counts_and_indices_are_those_of_one_process(folder):
 
 
 def a_state_dict_of_one_process_loads_as_it_is(folder):
-    for mesh, placements in meshes().values():
-        twins = with_history(mesh, placements)
+    for name in ("rows", "columns"):
+        twins = with_history(*meshes()[name])
         for way in (dict, lambda state: pickle.loads(pickle.dumps(state))):
             twins.optimizers[1].load_state_dict(way(twins.optimizers[0].state_dict()))
             twins.step()
             twins.assert_equal()
+
+
+def a_full_state_dict_of_one_process_is_distributed(folder):
+    for broadcast in (False, True):
+        twins = with_history(init_device_mesh("cpu", (4,)), [Shard(0)], ["rows", "elements"])
+        state = get_optimizer_state_dict(twins.models[0], twins.optimizers[0])
+        options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=broadcast, strict=False)
+        state = state if dist.get_rank() == 0 or not broadcast else {}
+        set_optimizer_state_dict(twins.models[1], twins.optimizers[1], state, options=options)
+        twins.step()
+        twins.assert_equal()
 
 
 def adamw_is_taken_over(folder):
@@ -172,8 +181,10 @@ def a_part_does_not_pass_for_the_whole(folder):
     twins = Twins(mesh, [Replicate(), Shard(0)], ["rows"])
     twins.step()
     model, optimizer = twins.models[1], twins.optimizers[1]
-    with pytest.raises(TypeError, match="through torch.distributed.checkpoint only"):
-        torch.save(optimizer.state_dict(), folder / f"{dist.get_rank()}.pt")
+    full = StateDictOptions(full_state_dict=True)
+    for state in (optimizer.state_dict(), get_optimizer_state_dict(model, optimizer, options=full)):
+        with pytest.raises(TypeError, match="through torch.distributed.checkpoint only"):
+            torch.save(state, folder / f"{dist.get_rank()}.pt")
     options = StateDictOptions(cpu_offload=True, strict=False)
     state = get_optimizer_state_dict(model, optimizer, options=options)
     set_optimizer_state_dict(model, optimizer, state, options=options)
@@ -198,8 +209,8 @@ def save_whole_and_torn(folder):
 
 def reads_whole_and_torn(folder):
     """In one process: what was saved last is torn, and what was saved before it goes on."""
-    twins = with_history(None, None)
-    model, optimizer = build(None, None, twins.kinds, masks_of(twins.kinds, 4))
+    twins = with_history(None, [])
+    model, optimizer = build(None, [], twins.kinds, masks_of(twins.kinds, 4))
     with pytest.raises(dcp.api.CheckpointException, match="metadata"):
         load(model, optimizer, folder / "torn", "none")
     load(model, optimizer, folder / "whole", "none")
@@ -218,6 +229,7 @@ CHECKS = [
     other_meshes_read_it_too,
     counts_and_indices_are_those_of_one_process,
     a_state_dict_of_one_process_loads_as_it_is,
+    a_full_state_dict_of_one_process_is_distributed,
     adamw_is_taken_over,
     other_masks_are_refused_everywhere_until_set_masks,
     a_part_does_not_pass_for_the_whole,

@@ -111,4 +111,21 @@ def offload(folder):
     assert_like_one_process(sharded(init_device_mesh("cpu", (4,)), offload_policy=CPUOffloadPolicy(pin_memory=False)))
 
 
-CHECKS = [fsdp2, hsdp, columns, tensor_parallelism, mixed_precision, offload]
+def an_overflow_in_one_process_is_one_in_all(folder):
+    split = sharded(init_device_mesh("cpu", (4,)))
+    optimizer = SparseMaskedAdamW(split.named_parameters(), masks=MASKS)
+    scaler, begun = torch.amp.GradScaler("cpu", init_scale=4.0), wholes(split)
+    for steps in range(2):
+        scaler.scale(split(batch(0, 4)).square().mean()).backward()
+        if steps == 0 and dist.get_rank() == 1:
+            split[0].weight.grad.to_local().fill_(torch.inf)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        for name, value in wholes(split).items():
+            assert torch.equal(value, begun[name]) == (steps == 0), name
+        assert {int(state["step"]) for state in optimizer.state.values()} == {steps}
+    assert scaler.get_scale() == 2.0
+
+
+CHECKS = [fsdp2, hsdp, columns, tensor_parallelism, mixed_precision, offload, an_overflow_in_one_process_is_one_in_all]

@@ -52,9 +52,3 @@ def make_all(rank: int, processes: int, folder: Path, checks: dict[str, Check]) 
 
 def outcomes(folder: Path, processes: int) -> list[dict[str, str]]:
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(processes)]
-
-
-def assert_passed(found: list[dict[str, str]], name: str) -> None:
-    for rank, became in enumerate(found):
-        outcome = became.get(name, "not reached")
-        assert outcome == "passed", f"process {rank}: {outcome}"
