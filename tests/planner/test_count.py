@@ -100,14 +100,17 @@ def test_flops_are_six_for_each_parameter_and_token_and_attention():
 
 
 def test_a_corrected_step_moves_what_its_ops_read_and_write():
-    """Gradient and moments in, moments and update out, or a plain step; then the update, and the weight both ways."""
-    for every, plain in ((1, 3 + 3), (2, 2 + 4)):
+    """Gradient and moments in, moments and update out, or a plain step; then the update, and the weight both ways.
+
+    One second moment a row is not counted, but the gradient is read once more for it.
+    """
+    for moment, every, plain in (("entry", 1, 3 + 3), ("entry", 2, 2 + 4), ("row", 1, 3 + 2)):
         run = DryRun(WIDTH, gpu=True)
         with dry_run(run):
             weight = torch.nn.Parameter(torch.empty(1 << 10, 1 << 10))
             weight.grad = torch.empty_like(weight)
             basis = trusted(torch.empty(1 << 10, 1), torch.empty(1), 0.0, 1.0)
-            optimizer = ElasticAdamW([weight], memory={weight: basis}, every=every)
+            optimizer = ElasticAdamW([weight], memory={weight: basis}, every=every, second_moment=moment)
             optimizer.step()
             run.moved = run.flops = 0
             optimizer.step()
