@@ -14,6 +14,7 @@ import torch.distributed.checkpoint as dcp
 import transformers
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
     get_model_state_dict,
     get_optimizer_state_dict,
     set_model_state_dict,
@@ -97,7 +98,10 @@ class SplitTrainer(OwnOptimizerTrainer):
         """Leaves the model to the checkpoint's parts."""
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        dcp.save({"model": get_model_state_dict(self.model), **self._optimizer_state()}, checkpoint_id=self._parts(output_dir))
+        dcp.save(
+            {"model": get_model_state_dict(self.model), **self._optimizer_state()},
+            checkpoint_id=self._parts(output_dir),
+        )
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
 
@@ -111,7 +115,9 @@ class SplitTrainer(OwnOptimizerTrainer):
             return
         state = self._optimizer_state()
         dcp.load(state, checkpoint_id=self._parts(checkpoint))
-        set_optimizer_state_dict(self.model, self._plain_optimizer(), state["optimizer"])
+        # Parameters that the optimizer freezes have no state.
+        some = StateDictOptions(strict=False)
+        set_optimizer_state_dict(self.model, self._plain_optimizer(), state["optimizer"], options=some)
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
 
     def _parts(self, checkpoint: str) -> Path:

@@ -83,7 +83,11 @@ def _learn(settings: LearnSettings, say: Callable[[str], object]) -> Path:
     if settings.show_data:
         say(show(records, tokenizer, settings.max_length))
         return settings.out
-    read: dict[str, Any] = {"data": records.fingerprint, "eval_data": held.fingerprint, "model_files": source.fingerprint()}
+    read: dict[str, Any] = {
+        "data": records.fingerprint,
+        "eval_data": held.fingerprint,
+        "model_files": source.fingerprint(),
+    }
     if text is not None:
         read["text"] = hashlib.sha256(text.encode()).hexdigest()
     if settings.shard:
@@ -242,7 +246,8 @@ class _Domain:
         kept = Carried(memory if memory is not None else carried.memory, [*carried.domains, entry])
 
         def write(folder: Path) -> None:
-            (merged(model) if self.settings.merge else model).save_pretrained(folder, **given)
+            plain: Any = merged(model) if self.settings.merge else model
+            plain.save_pretrained(folder, **given)
             self.tokenizer.save_pretrained(folder)
             if not self.settings.merge:
                 self.method.save(folder)

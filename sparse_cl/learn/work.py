@@ -57,8 +57,8 @@ class Work:
         for others in gather_object([self.settings]):
             if differing := differences(others, self.settings):
                 raise ValueError(
-                    f"the processes do not read the same (they differ in {differing}); give all of them one command and "
-                    "the same files"
+                    f"the processes do not read the same (they differ in {differing}); give all of them one "
+                    "command and the same files"
                 )
         by_first(self._check_claim)
 
