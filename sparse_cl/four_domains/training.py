@@ -5,14 +5,25 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 import transformers
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
+
+from sparse_cl.layout import part, whole
 
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 Penalty = Callable[[nn.Module], torch.Tensor | None]
@@ -64,6 +75,59 @@ class OwnOptimizerTrainer(transformers.Trainer):
         if hasattr(optimizer, "clip_grad_norm_"):
             return optimizer.clip_grad_norm_(self.args.max_grad_norm)
         return super()._clip_grad_norm(model)
+
+
+class SplitTrainer(OwnOptimizerTrainer):
+    """The same for a model that FSDP2 has split already, on CPUs as on GPUs.
+
+    accelerate splits models itself, but on CPUs wraps them in DistributedDataParallel, whatever it is asked for. Here it
+    leaves the model alone, and `torch.distributed.checkpoint` saves and loads what each process holds.
+    """
+
+    _STATE = "parts"
+    """Folder of a checkpoint that holds the model and the optimizer."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        return whole(super()._clip_grad_norm(model))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Leaves the model to the checkpoint's parts."""
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        dcp.save(
+            {"model": get_model_state_dict(self.model), **self._optimizer_state()},
+            checkpoint_id=self._parts(output_dir),
+        )
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        state = {"model": get_model_state_dict(self.model)}
+        dcp.load(state, checkpoint_id=self._parts(resume_from_checkpoint))
+        set_model_state_dict(self.model, state["model"])
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        state = self._optimizer_state()
+        dcp.load(state, checkpoint_id=self._parts(checkpoint))
+        # Parameters that the optimizer freezes have no state.
+        some = StateDictOptions(strict=False)
+        set_optimizer_state_dict(self.model, self._plain_optimizer(), state["optimizer"], options=some)
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
+
+    def _parts(self, checkpoint: str) -> Path:
+        return Path(checkpoint) / self._STATE
+
+    def _plain_optimizer(self) -> torch.optim.Optimizer:
+        return getattr(self.optimizer, "optimizer", self.optimizer)
+
+    def _optimizer_state(self) -> dict[str, Any]:
+        return {"optimizer": get_optimizer_state_dict(self.model, self._plain_optimizer())}
 
 
 def warmup_of(steps: int) -> int:
@@ -179,7 +243,8 @@ def train(
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
     timer = StepTimer()
-    trainer = OwnOptimizerTrainer(
+    split = any(part(param) is not param for param in model.parameters())
+    trainer = (SplitTrainer if split else OwnOptimizerTrainer)(
         model=model,
         args=transformers.TrainingArguments(output_dir=str(folder), **{**chosen, **arguments}),
         train_dataset=dataset,

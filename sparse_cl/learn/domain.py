@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from sparse_cl.methods.lora import merged
 from sparse_cl.models.loading import load_tokenizer, quiet
 from sparse_cl.models.losses import mean_loss
 from sparse_cl.models.processes import check_processes, processes
+from sparse_cl.models.sharding import whole_weights
 
 from .own_texts import write_texts
 from .said import say_moved, say_protected
@@ -54,10 +56,24 @@ def learn(settings: LearnSettings, say: Callable[[str], object] = print) -> Path
     """
     quiet()
     check_processes()
-    if processes().num_processes > 1:
+    if (count := processes().num_processes) > 1 and not settings.shard:
         raise ValueError(
-            f"learn: expected one process, {processes().num_processes} were started; start it without torchrun"
+            f"learn: expected one process, {count} were started; add --shard, which splits the model over them, or start "
+            "it without torchrun"
         )
+    if settings.shard and count == 1:
+        raise ValueError(
+            "shard: expected several processes to split the model over, there is one; start them by torchrun "
+            "--nproc-per-node 2 -m sparse_cl learn …, or leave --shard out"
+        )
+    with warnings.catch_warnings():
+        if not processes().is_main_process:
+            warnings.simplefilter("ignore")
+            return _learn(settings, lambda text: None)
+        return _learn(settings, say)
+
+
+def _learn(settings: LearnSettings, say: Callable[[str], object]) -> Path:
     work = Work(settings.out)
     source = Source(settings.model)
     tokenizer, rows = load_tokenizer(source.base)
@@ -67,9 +83,15 @@ def learn(settings: LearnSettings, say: Callable[[str], object] = print) -> Path
     if settings.show_data:
         say(show(records, tokenizer, settings.max_length))
         return settings.out
-    read = {"data": records.fingerprint, "eval_data": held.fingerprint, "model_files": source.fingerprint()}
+    read: dict[str, Any] = {
+        "data": records.fingerprint,
+        "eval_data": held.fingerprint,
+        "model_files": source.fingerprint(),
+    }
     if text is not None:
         read["text"] = hashlib.sha256(text.encode()).hexdigest()
+    if settings.shard:
+        read["processes"] = processes().num_processes  # each of which takes batches of its own
     work.claim({**settings.to_json(), **read})
     if work.is_done():
         say(f"{settings.out} holds this model; nothing is left to do")
@@ -123,7 +145,8 @@ class _Domain:
         lr = settings.rate(adapters=hasattr(model, "peft_config"))
         steps = self._steps()
         self.work.begin()
-        with tqdm(total=steps, desc=f"{method.name}: learning", mininterval=0.5) as bar:
+        hidden = not processes().is_main_process
+        with tqdm(total=steps, desc=f"{method.name}: learning", mininterval=0.5, disable=hidden) as bar:
             train(
                 model,
                 self.data,
@@ -168,7 +191,7 @@ class _Domain:
         """The model as the domain finds it, and what it must not forget, in the method's hands."""
         settings, method = self.settings, self.method
         dtype = getattr(torch, settings.dtype)
-        model, carried = self.source.load(method, dtype)
+        model, carried = self.source.load(method, dtype, settings.shard)
         limit = getattr(model.config, "max_position_embeddings", None) or settings.max_length
         if settings.max_length > limit:
             raise ValueError(f"max_length: expected at most the model's context of {limit}, got {settings.max_length}")
@@ -201,7 +224,8 @@ class _Domain:
     def _steps(self) -> int:
         if self.settings.steps is not None:
             return self.settings.steps
-        per_epoch = math.ceil(len(self.data) / self.settings.batch_size / self.settings.gradient_accumulation)
+        records = self.settings.batch_size * self.settings.gradient_accumulation * processes().num_processes
+        per_epoch = math.ceil(len(self.data) / records)
         return max(1, math.ceil(per_epoch * self.settings.epochs))
 
     def _arguments(self, steps: int) -> dict[str, Any]:
@@ -217,16 +241,19 @@ class _Domain:
         }
 
     def _write(self, model: Any, carried: Carried, entry: dict[str, Any]) -> None:
-        building = self.work.building()
-        if self.settings.merge:
-            model = merged(model)
-        model.save_pretrained(building)
-        self.tokenizer.save_pretrained(building)
-        if not self.settings.merge:
-            self.method.save(building)
+        given = {"state_dict": whole_weights(model)} if self.settings.shard else {}
         memory = getattr(self.method, "memory", None)
-        save_carried(building, Carried(memory if memory is not None else carried.memory, [*carried.domains, entry]))
-        self.work.finish()
+        kept = Carried(memory if memory is not None else carried.memory, [*carried.domains, entry])
+
+        def write(folder: Path) -> None:
+            plain: Any = merged(model) if self.settings.merge else model
+            plain.save_pretrained(folder, **given)
+            self.tokenizer.save_pretrained(folder)
+            if not self.settings.merge:
+                self.method.save(folder)
+            save_carried(folder, kept)
+
+        self.work.finish(write)
 
 
 def _device(model: nn.Module) -> torch.device:

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from sparse_cl.data.encoding import pad
 from sparse_cl.models.generating import generating_by
 from sparse_cl.models.passes import evaluation
+from sparse_cl.models.processes import by_first, processes
 
 _MARK = "\N{OBJECT REPLACEMENT CHARACTER}"
 
@@ -30,7 +31,7 @@ def write_texts(
         texts: how many.
         length: tokens of each, at most.
         batch_size: texts that are written at once.
-        seed: of the draw.
+        seed: of the draw. Processes that share a model return the same texts.
 
     Raises:
         ValueError: the tokenizer has no token that a text could begin with.
@@ -38,12 +39,14 @@ def write_texts(
     found: list[list[int]] = []
     with evaluation(model), torch.random.fork_rng(_cuda(model)), ExitStack() as stack:
         torch.manual_seed(seed)
-        bar = stack.enter_context(tqdm(total=texts, desc="writing texts", mininterval=0.5))
+        hidden = not processes().is_main_process
+        bar = stack.enter_context(tqdm(total=texts, desc="writing texts", mininterval=0.5, disable=hidden))
         while len(found) < texts:
             count = min(batch_size, texts - len(found))
             write = _chats if tokenizer.chat_template else _plain
             found += write(model, tokenizer, count, length)
             bar.update(count)
+    found = by_first(lambda: found)  # which on GPUs may differ in the last bit of a logit
     return [{"input_ids": ids, "attention_mask": [1] * len(ids), "labels": ids} for ids in found]
 
 
@@ -85,8 +88,9 @@ def _continued(
     ends = model.generation_config.eos_token_id if stop else None
     ends = ends if isinstance(ends, list) else [ends] if ends is not None else []
     settings = {"max_new_tokens": tokens, "pad_token_id": padding, "eos_token_id": ends or None}
+    shared = processes().num_processes > 1  # then each pass takes all of them
     with generating_by(model, do_sample=True, top_k=0, **settings):
-        written: Tensor = model.generate(input_ids=ids, attention_mask=mask)
+        written: Tensor = model.generate(input_ids=ids, attention_mask=mask, synced_gpus=shared)
     found = []
     for prompt, row in zip(prompts, written[:, ids.shape[1] :].tolist(), strict=True):
         stops = [place for place, token in enumerate(row) if token in ends]

@@ -13,8 +13,10 @@ from sparse_cl.data import parse_columns
 from sparse_cl.four_domains.method_options import parse_set
 from sparse_cl.methods import METHODS, Method, method_named
 from sparse_cl.methods.adamw import AdamW
+from sparse_cl.methods.elastic import Elastic
 from sparse_cl.methods.lora import LoRA
 from sparse_cl.methods.memory_method import MemoryMethod
+from sparse_cl.methods.orthogonal import Orthogonal
 
 FULL_LR, ADAPTER_LR = 2e-5, 2e-4
 """Peak rates for models of today's sizes: of all weights, and of adapters."""
@@ -22,6 +24,7 @@ OWN = "settings of the method"
 SELF, NONE = "self", "none"
 _REMEMBERING = tuple(name for name, known in METHODS.items() if issubclass(known, MemoryMethod))
 _METHODS = (*_REMEMBERING, AdamW.name, LoRA.name)
+_SHARDED = (Elastic.name, Orthogonal.name, AdamW.name)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +50,7 @@ class LearnSettings:
     )
     epochs: float = option(1.0, "passes over the records", metavar="X")
     steps: int | None = option(None, "optimizer steps, in place of epochs", least=1, metavar="N")
-    batch_size: int = option(8, "records per pass", least=1, metavar="N")
+    batch_size: int = option(8, "records per pass, in each process", least=1, metavar="N")
     gradient_accumulation: int = option(1, "passes per optimizer step", least=1, metavar="N")
     gradient_checkpointing: bool = option(False, "recompute activations: less memory, a third more time")
     max_length: int = option(512, "tokens of a record", least=16, metavar="N")
@@ -72,6 +75,7 @@ class LearnSettings:
     trainer: tuple[str, ...] = option(
         (), "further arguments of transformers' TrainingArguments", nargs="+", metavar="NAME=VALUE"
     )
+    shard: bool = option(False, "split the model over the processes that torchrun started (FSDP2)")
     merge: bool = option(False, "write one plain model where the method trains an adapter")
     show_data: bool = option(False, "show what would be learned, and stop")
     seed: int = option(0, "of everything random", least=0, metavar="N")
@@ -84,6 +88,11 @@ class LearnSettings:
             raise ValueError(f"lr: expected a rate above 0, got {self.lr}")
         parse_columns(self.columns)
         self.make_method()
+        if self.shard and self.method not in _SHARDED:
+            raise ValueError(
+                f"shard: {self.method} has not been made to learn a model that is split over processes; take "
+                f"--method {' or '.join(_SHARDED)}, or learn in one process, without --shard"
+            )
         self.training_arguments()
 
     def make_method(self) -> Method:
@@ -140,6 +149,8 @@ class LearnSettings:
         """As JSON would give it back, without where the result goes."""
         found = dataclasses.asdict(self)
         del found["out"], found["show_data"]
+        if not self.shard:  # as folders have it that were written before there was this option
+            del found["shard"]
         return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
 
 
@@ -160,7 +171,8 @@ _OURS = {
     **dict.fromkeys(("adam_beta1", "adam_beta2", "adam_epsilon", "optim_args", "optim_target_modules"), "the method's"),
     **dict.fromkeys(("save_only_model", "ignore_data_skip"), "refused: a call that was stopped would go on otherwise"),
     **dict.fromkeys(("eval_strategy", "load_best_model_at_end"), "refused: --eval scores before and after"),
-    **dict.fromkeys(("deepspeed", "fsdp"), "refused: one process trains"),
+    **dict.fromkeys(("fsdp", "fsdp_config"), "--shard"),
+    "deepspeed": "refused: the methods do not work on what it flattens; take --shard",
     "fp16": "refused: float16 has no place in the methods",
     "resume_from_checkpoint": "done by giving the same command again",
 }

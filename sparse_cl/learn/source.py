@@ -14,6 +14,8 @@ from sparse_cl.methods.carried import HISTORY, Carried, load_carried
 from sparse_cl.methods.lora import LoRA, merged
 from sparse_cl.methods.memory_method import FreshAdapters, MemoryMethod
 from sparse_cl.models.loading import load_model
+from sparse_cl.models.processes import processes
+from sparse_cl.models.sharding import split
 
 
 class Source:
@@ -42,13 +44,16 @@ class Source:
         own, base = fingerprint(self.name), fingerprint(self.base)
         return own if self.adapter is None or base is None else f"{own} on {base}"
 
-    def load(self, method: Method, dtype: torch.dtype) -> tuple[nn.Module, Carried | None]:
+    def load(self, method: Method, dtype: torch.dtype, shard: bool = False) -> tuple[nn.Module, Carried | None]:
         """The model for a method to go on with, and what it must not forget; None: nothing was learned here yet.
+
+        Args:
+            shard: whether it is split over processes; for methods that train no adapters.
 
         Raises:
             ValueError: the method cannot go on with it.
         """
-        model: Any = load_model(self.base, dtype)[0]
+        model: Any = load_model(self.base, dtype, "cpu" if shard else None)[0]
         if Path(self.base).is_dir():
             model.config._name_or_path = str(Path(self.base).resolve())  # an adapter names it, wherever it is loaded
         carried = load_carried(self.name)
@@ -70,6 +75,8 @@ class Source:
             import peft
 
             model = merged(peft.PeftModel.from_pretrained(model, self.adapter)).requires_grad_(True)
+        if shard:
+            model = split(model, processes().device)
         if carried is not None and carried.memory is not None and isinstance(method, MemoryMethod):
             method.remember(model, carried.memory)
         return model, carried

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import transformers
+from accelerate.utils import gather_object
 
 from sparse_cl.four_domains.files import MARK, complete, read_json, write_json
 from sparse_cl.four_domains.folder import differences
 from sparse_cl.methods.carried import HISTORY, Carried, load_carried, save_carried
+from sparse_cl.models.processes import by_first, processes
 
 _WORK = "unfinished"
 """Within the folder, until it is done."""
 
 
 class Work:
-    """What is on disk of one call.
+    """What is on disk of one call. Of several processes the first writes; all must call each method.
 
     Raises:
         ValueError: the folder is a file, or holds something else.
@@ -28,6 +30,10 @@ class Work:
         self.out, self._work = out, out / _WORK
         self.checkpoints = self._work / "checkpoints"
         self.settings: dict[str, Any] = {}
+        by_first(self._open)
+
+    def _open(self) -> None:
+        out = self.out
         if out.exists() and not out.is_dir():
             raise ValueError(f"{out} is a file; --out must be a folder")
         mine = self._held() is not None
@@ -45,9 +51,19 @@ class Work:
             settings: with the fingerprint of the data; by them a call knows its own folder again.
 
         Raises:
-            ValueError: it is of another call; it is said in what that differs.
+            ValueError: it is of another call, or processes were given different ones; it is said in what they differ.
         """
-        self.settings, held = dict(settings), self._held()
+        self.settings = dict(settings)
+        for others in gather_object([self.settings]):
+            if differing := differences(others, self.settings):
+                raise ValueError(
+                    f"the processes do not read the same (they differ in {differing}); give all of them one "
+                    "command and the same files"
+                )
+        by_first(self._check_claim)
+
+    def _check_claim(self) -> None:
+        held = self._held()
         if held is not None and (differing := differences(held, self.settings)):
             raise ValueError(
                 f"{self.out} is of another call (it differs in {differing}). Give another --out, or delete it"
@@ -63,10 +79,13 @@ class Work:
 
     def is_done(self) -> bool:
         """Whether the model is there."""
-        return (self.out / MARK).is_file()
+        return by_first((self.out / MARK).is_file)
 
     def begin(self) -> None:
         """Makes the folder; before it, nothing is written."""
+        by_first(self._begin)
+
+    def _begin(self) -> None:
         self._work.mkdir(parents=True, exist_ok=True)
         write_json(self._work / "settings.json", self.settings)
         self.checkpoints.mkdir(exist_ok=True)
@@ -78,7 +97,7 @@ class Work:
     def keep_protected(self, carried: Carried) -> Carried:
         """Keeps it, so that it need not be found again."""
         self.begin()
-        save_carried(self._work, carried)
+        by_first(lambda: save_carried(self._work, carried))
         return carried
 
     def marker(self) -> transformers.TrainerCallback:
@@ -87,22 +106,25 @@ class Work:
 
     def last_checkpoint(self) -> str | None:
         """The last one that is whole; others are deleted."""
+        return by_first(self._last_checkpoint)
+
+    def _last_checkpoint(self) -> str | None:
         found = sorted(self.checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
         whole = [path for path in found if (path / MARK).is_file()]
         for path in set(found) - set(whole[-1:]):
             shutil.rmtree(path)
         return str(whole[-1]) if whole else None
 
-    def building(self) -> Path:
-        """An empty folder for the model."""
+    def finish(self, write: Callable[[Path], object]) -> None:
+        """Has the first process write the model into an empty folder, and puts what it wrote in its place."""
+        by_first(lambda: self._finish(write))
+
+    def _finish(self, write: Callable[[Path], object]) -> None:
         folder = self._work / "building"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        return folder
-
-    def finish(self) -> None:
-        """Puts what was built in its place."""
-        complete(self._work / "building", self._work / "finished")
+        write(folder)
+        complete(folder, self._work / "finished")
         self._place()
 
     def _place(self) -> None:
@@ -117,4 +139,6 @@ class Work:
 
 class _Marker(transformers.TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / MARK, {})
+        processes().wait_for_everyone()  # each writes a part
+        if processes().is_main_process:
+            write_json(Path(args.output_dir) / f"checkpoint-{state.global_step}" / MARK, {})

@@ -21,8 +21,13 @@ import sparse_cl
 from .processes import processes
 
 
-def load_model(source: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any]:
-    """A causal language model on this process's device, and its tokenizer, with a padding token.
+def load_model(
+    source: str, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
+) -> tuple[nn.Module, Any]:
+    """A causal language model and its tokenizer, with a padding token.
+
+    Args:
+        device: where the model goes; None: to this process's.
 
     Raises:
         ValueError: there is no such folder, or what is there cannot be loaded; or the tokenizer cannot pad.
@@ -30,7 +35,7 @@ def load_model(source: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Modu
     tokenizer, _ = load_tokenizer(source)
     with _loading(source):
         model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-    return model.to(processes().device), tokenizer
+    return model.to(processes().device if device is None else device), tokenizer
 
 
 def load_tokenizer(source: str) -> tuple[Any, int]:

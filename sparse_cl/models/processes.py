@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import accelerate
 import torch
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
+
+_Found = TypeVar("_Found")
 
 
 def processes() -> accelerate.PartialState:
@@ -33,3 +37,28 @@ def check_processes() -> None:
             f"one process sees {torch.cuda.device_count()} GPUs; let it see one, CUDA_VISIBLE_DEVICES=0, or start one "
             f"for each: torchrun --nproc-per-node {torch.cuda.device_count()} -m sparse_cl run …"
         )
+
+
+def by_first(action: Callable[[], _Found]) -> _Found:
+    """Has the first process do something, and returns what it found in all of them; where it fails, all fail.
+
+    All processes must call it.
+
+    Args:
+        action: what it returns is pickled.
+
+    Raises:
+        as `action`, in every process: none waits for one that is gone.
+    """
+    if processes().num_processes == 1:
+        return action()
+    told: list[Any] = [None, None]
+    if processes().is_main_process:
+        try:
+            told[0] = action()
+        except Exception as error:
+            told[1] = error
+    broadcast_object_list(told)
+    if told[1] is not None:
+        raise told[1]
+    return told[0]

@@ -66,7 +66,8 @@ class SplitArray(Tensor):
     def _chunks(self) -> list[Any]:
         from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
-        held = ((at, part.shape) for at, part in self.parts.items() if part.numel())
+        # Of an array without entries an empty block, or its name would be missing from the checkpoint.
+        held = ((at, part.shape) for at, part in self.parts.items() if part.numel() or not self.numel())
         return [ChunkStorageMetadata(offsets=torch.Size(at), sizes=shape) for at, shape in held]
 
     def __create_chunk_list__(self) -> list[Any]:
