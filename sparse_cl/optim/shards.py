@@ -89,7 +89,7 @@ def check_piece(what: str, param: Any) -> None:
 def gradient_of(param: Any) -> Any:
     """The gradient of what this process holds of ``param``."""
     grad = param.grad
-    if grad is None or type(grad) is Tensor:
+    if grad is None or type(grad) is Tensor or not is_sharded(grad):
         return grad
     if grad.placements != param.placements or grad.device_mesh != param.device_mesh:
         # Kept, so that what clips it and what steps it see one tensor.
