@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparse_cl.layout import part
 from sparse_cl.methods import Method
 
 MEASURING = "_before"
@@ -24,11 +25,11 @@ def state_bytes(method: Method, optimizer: torch.optim.Optimizer) -> int:
 
 
 def optimizer_state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of an optimizer's state tensors alone."""
+    """Bytes of an optimizer's state tensors alone, as far as this process holds them."""
     if hasattr(optimizer, "state_bytes"):
         return optimizer.state_bytes()
     return sum(
-        value.numel() * value.element_size()
+        part(value).nbytes
         for state in optimizer.state.values()
         for value in state.values()
         if isinstance(value, torch.Tensor)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import MISSING, dataclass, fields
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ class _Plan(Workload):
     model: str = option(MISSING, "folder with a config.json, that file, or a name on the Hub", metavar="CONFIG")
     method: str = option("all", f"of {', '.join(METHODS)}", metavar="NAME[,NAME…]|all|ours|baselines|bounds")
     gpu: str = option("h100", f"{', '.join(DEVICES)} or {OTHER}", metavar="NAME")
+    gpus: tuple[int, ...] = option((1,), "over how many FSDP2 splits the model; each trains on batches of its own")
     json: Path | None = option(None, "write everything to a file as well", metavar="FILE")
     rank: int | None = option(None, "of the adapters", least=1, **_OF_METHODS)
     fraction: float | None = option(None, "of the neurons that a domain may change", **_OF_METHODS)
@@ -31,6 +33,7 @@ class _Plan(Workload):
     tflops: float | None = option(None, "peak in the precision of the plan, 1e12 FLOP/s", **_OF_DEVICE)
     bandwidth: float | None = option(None, "of its memory, GB/s", **_OF_DEVICE)
     memory: float | None = option(None, "GB", **_OF_DEVICE)
+    link: float | None = option(None, "of a device to the others, GB/s", **_OF_DEVICE)
     price: float | None = option(None, "dollars an hour", **_OF_DEVICE)
     mfu: float | None = option(
         None, "share of the peak that products of matrices reach, recomputation counted as work", **_OF_DEVICE
@@ -56,6 +59,11 @@ def add_parser(commands: argparse._SubParsersAction) -> None:
 def _plan(arguments: argparse.Namespace) -> None:
     plan = chosen(_Plan, arguments)
     device = find_device(plan.gpu, **plan.given(FLAGS))
+    if not plan.gpus or min(plan.gpus) < 1:
+        raise ValueError(f"--gpus: expected numbers of at least 1 such as 1,8,64, got {','.join(map(str, plan.gpus))}")
+    for gpus in plan.gpus:
+        if gpus > 1:
+            device.between(gpus)
     # transformers takes seconds to import: not for --help or a mistyped option.
     from sparse_cl.four_domains.files import write_json
     from sparse_cl.four_domains.settings import methods_named
@@ -74,11 +82,13 @@ def _plan(arguments: argparse.Namespace) -> None:
     model = build(config, plan.model, plan.precision)
     costs: dict[str, Any] = {}
     refused: dict[str, str] = {}
-    for method, taken in options.items():
+    for (method, taken), gpus in product(options.items(), dict.fromkeys(plan.gpus)):
+        shown = method if plan.gpus == (1,) else f"{method} on {gpus}"
         try:
-            costs[method] = cost(model, count(method, config, plan, name=plan.model, **taken), plan, device)
+            counted = count(method, config, plan, name=plan.model, gpus=gpus, **taken)
+            costs[shown] = cost(model, counted, plan, device, gpus)
         except NotPlanned as error:
-            refused[method] = str(error)
+            refused[shown] = str(error)
     print(plan_text(plan.model, model, plan, device, costs, refused))
     if plan.json is not None:
         facts = {"name": plan.model, "parameters": sum(p.numel() for p in model.parameters())}

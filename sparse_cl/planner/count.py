@@ -15,6 +15,7 @@ from sparse_cl.models.parts import find_blocks
 
 from .dry import DryRun, dry_run
 from .model import Workload, build
+from .split import imagined, split
 
 DEPTHS = (2, 4)
 """Blocks of the two models that stand for a deeper one with equal blocks: what is counted is linear in their number."""
@@ -27,23 +28,27 @@ FORWARD, BACKWARD, STEP, AROUND = PHASES = (
 
 Count = dict[str, Any]
 """Bytes on the device in the last domain: "weights", "gradients", "state" (the optimizer's), "kept" (by the method),
-"activations" (what a forward pass leaves for the backward pass), "logits" (with what the loss makes of them in the
+"activations" (what a forward pass leaves for the backward pass),
+"gathered" (most of what is whole of split weights at a time), "logits" (with what the loss makes of them in the
 forward pass), and "peaks" in each of `PHASES`. Of a forward pass: "forward" FLOPs of matrix products, and bytes
 "forward_moved", which all other ops read and write. Of a step of training in each domain: FLOPs of "passes" and of
-"steps" (the optimizer's), and bytes "moved" in both. "settings" and a "remark"."""
+"steps" (the optimizer's), and bytes "moved" and "sent" to other GPUs in both. "settings" and a "remark"."""
 
 
 class NotPlanned(Exception):
     """A method's code needs values that a dry run does not have; the text says what failed."""
 
 
-def count(method: str, config: Any, work: Workload, *, name: str = "model", gpu: bool = True, **options: Any) -> Count:
+def count(
+    method: str, config: Any, work: Workload, *, name: str = "model", gpu: bool = True, gpus: int = 1, **options: Any
+) -> Count:
     """What a method takes on the model of a configuration; one with more blocks than `DEPTHS`, all equal, is not run.
 
     Args:
         name: the model's, for errors.
         gpu: whether the device is a GPU: torch's optimizers then step all parameters at once, and what code moves to
             the CPU is not on it.
+        gpus: over how many the model is split. All that is counted is one's.
         options: of the method's constructor.
 
     Raises:
@@ -55,11 +60,14 @@ def count(method: str, config: Any, work: Workload, *, name: str = "model", gpu:
     def run(blocks: int | None) -> Count:
         model, made = build(config, name, work.precision, blocks), make(**options)
         try:
-            return _domains(made, model, work, gpu)
+            with imagined(gpus) as mesh:
+                return _domains(made, model, work, gpu, mesh)
         except Exception as error:
             reason = f"{type(error).__name__}: {error}".strip().splitlines()[0].rstrip(".")
             raise NotPlanned(f"its code does not run on tensors without values ({reason})") from error
 
+    if gpus > 1 and torch.distributed.is_initialized():
+        raise ValueError("gpus: the other processes are imagined, but this one is one of several; start it by itself")
     whole = build(config, name, work.precision)
     make(**options).check(whole)
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
@@ -84,7 +92,7 @@ def _along(a: Any, b: Any, way: float) -> Any:
     return a if a == b else round(a + way * (b - a))
 
 
-def _domains(method: Method, model: Any, work: Workload, gpu: bool) -> Count:
+def _domains(method: Method, model: Any, work: Workload, gpu: bool, mesh: Any) -> Count:
     """Runs every domain, with a step in each."""
     run = DryRun(model.get_output_embeddings().weight.shape[1], gpu)
     run.share = work.used / work.domains
@@ -97,6 +105,8 @@ def _domains(method: Method, model: Any, work: Workload, gpu: bool) -> Count:
         ids = torch.arange(work.batch_size * work.length).view(work.batch_size, -1) % vocabulary
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
         model.to_empty(device="cpu").tie_weights()
+        if mesh is not None:
+            split(model, mesh, work.precision)
         if work.checkpointing:
             model.gradient_checkpointing_enable()
         for _ in range(work.domains):
@@ -112,7 +122,7 @@ def _domains(method: Method, model: Any, work: Workload, gpu: bool) -> Count:
                 break
     measured += [measured[-1]] * (work.domains - len(measured))
     found = {**measured[-1], "peaks": {phase: run.peaks[phase] for phase in PHASES}, "settings": method.settings()}
-    return found | {key: [one[key] for one in measured] for key in ("passes", "steps", "moved")}
+    return found | {key: [one[key] for one in measured] for key in ("passes", "steps", "moved", "sent")}
 
 
 def _step(run: DryRun, method: Method, model: Any, optimizer: Any, batch: Any, work: Workload) -> Count:
@@ -122,12 +132,13 @@ def _step(run: DryRun, method: Method, model: Any, optimizer: Any, batch: Any, w
             group["foreach"] = True  # as torch chooses for parameters on a GPU
     run.peaks |= dict.fromkeys((FORWARD, BACKWARD, STEP), 0)
     run.begin(FORWARD)
-    run.flops = run.moved = 0
+    run.flops = run.moved = run.sent = 0
     before = at_head = run.live
+    whole = 0
 
     def watch(head: Any, given: Any) -> None:
-        nonlocal at_head
-        at_head = run.live
+        nonlocal at_head, whole
+        at_head, whole = run.live, run.gathered_now()
         # When the gradient of what enters the head is there, the logits have gone.
         if given[0].requires_grad:
             given[0].register_hook(lambda gradient: run.begin(BACKWARD))
@@ -151,9 +162,9 @@ def _step(run: DryRun, method: Method, model: Any, optimizer: Any, batch: Any, w
     }
     kept = at_step - sum(held.values()) - optimizer_state_bytes(optimizer) - run.bytes_of(batch.values())
     held["kept"] = max(0, kept)
-    forward_and_backward = run.moved
+    forward_and_backward = run.moved, run.sent
     optimizer.step()
-    run.flops, run.moved = passes, forward_and_backward
+    run.flops, (run.moved, run.sent) = passes, forward_and_backward
     optimizer.step()  # which does not make the state any more
     for phase in (FORWARD, BACKWARD):  # in later steps the state is there from the start
         run.peaks[phase] += run.live - at_step
@@ -161,13 +172,15 @@ def _step(run: DryRun, method: Method, model: Any, optimizer: Any, batch: Any, w
     found = {
         **held,
         "state": optimizer_state_bytes(optimizer),
-        "activations": at_head - before,
+        "activations": at_head - before - whole,
+        "gathered": run.gathered,
         "logits": logits,
         "forward": forward,
         "forward_moved": forward_moved,
         "passes": passes,
         "steps": run.flops - passes,
         "moved": run.moved,
+        "sent": run.sent,
         "remark": "its optimizer keeps moments in bfloat16 and no master copy: small updates are lost to rounding. "
         "--precision mixed keeps float32 weights" * any(x.dtype == torch.bfloat16 for x in states),
     }

@@ -25,7 +25,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import flop_registry
 
+from sparse_cl.layout import part
 from sparse_cl.subspace import moments
+
+from .split import GATHERS, sent
 
 aten = torch.ops.aten
 SMALL = 1 << 20
@@ -54,6 +57,7 @@ class DryRun(TorchDispatchMode):
         live: bytes of all storages on the device now. peaks: most of these, by phase.
         flops: of products so far, as torch's FlopCounterMode counts them.
         moved: bytes that all other ops read and wrote so far, each op by itself.
+        sent: bytes that went to other processes so far. gathered: most of what was whole of split weights at a time.
         share: of the eigenvalues of a symmetric matrix of at least `width` rows, those above zero.
     """
 
@@ -61,9 +65,11 @@ class DryRun(TorchDispatchMode):
         super().__init__()
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.width, self.gpu, self.share = width, gpu, 1.0
-        self.live = self.flops = self.moved = 0
+        self.live = self.flops = self.moved = self.sent = self.gathered = 0
         self.phase, self.peaks = "", {"": 0}
         self._held: dict[int, weakref.ref] = {}
+        self._sizes: dict[int, int] = {}
+        self._whole: set[int] = set()
         self._host: set[int] = set()
 
     def begin(self, phase: str) -> None:
@@ -73,11 +79,19 @@ class DryRun(TorchDispatchMode):
 
     def bytes_of(self, tensors: Iterable[Tensor]) -> int:
         """Bytes of the distinct storages of tensors that are on the device."""
-        return sum({_key(x): x.untyped_storage().nbytes() for x in tensors if _key(x) not in self._host}.values())
+        parts = [part(x) for x in tensors]
+        return sum({_key(x): x.untyped_storage().nbytes() for x in parts if _key(x) not in self._host}.values())
+
+    def gathered_now(self) -> int:
+        """Bytes that are whole of split weights now, with the buffers in which they came."""
+        self.gathered = max(self.gathered, found := sum(self._sizes.get(key, 0) for key in self._whole))
+        return found
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
             return args[0].fake_device  # of half of all calls, and no op
+        if any(hasattr(kind, "from_local") for kind in types):
+            return NotImplemented  # a DTensor: the ops on what this process holds of it follow
         kwargs = kwargs or {}
         tensors = _tensors((args, kwargs))
         if any(isinstance(x, FakeTensor) for x in tensors):
@@ -149,8 +163,13 @@ class DryRun(TorchDispatchMode):
             host = not host and kwargs.get("dtype") in (None, known[0].dtype)
         for x in made:
             self.hold(x, host)
+        if func._opname in GATHERS:
+            self._whole |= {_key(x) for x in _tensors((args[0], kwargs.get("out")))} & self._held.keys()
+            self.gathered_now()
         if func.overloadpacket in _FLOPS:
             self.flops += _FLOPS[func.overloadpacket](*args, **kwargs, out_val=out)
+        elif given := sent(func, (*tensors, *made)):
+            self.sent += given
         elif not (func.is_view or func.namespace == "prim" or func.overloadpacket in _MOVES_NOTHING):
             changes = [a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments]
             changed = [value for value, change in zip(args, changes, strict=False) if change]
@@ -172,18 +191,28 @@ class DryRun(TorchDispatchMode):
         storage, key = tensor.untyped_storage(), _key(tensor)
         if key in self._held or (tensor.is_meta and not isinstance(tensor, FakeTensor)):
             return
-        size = 0 if host else storage.nbytes()
-        self.live += size
-        self.peaks[self.phase] = max(self.live, self.peaks[self.phase])
         if host:
             self._host.add(key)
 
         def gone(_: Any) -> None:
             del self._held[key]
             self._host.discard(key)
-            self.live -= size
+            self._whole.discard(key)
+            self.live -= self._sizes.pop(key)
 
         self._held[key] = weakref.ref(storage, gone)
+        self._sizes[key] = 0
+        self._resize(key, 0 if host else storage.nbytes())
+
+    def resized(self, storage: Any) -> None:
+        """Counts a storage by its new size."""
+        if storage._cdata in self._held and storage._cdata not in self._host:
+            self._resize(storage._cdata, storage.nbytes())
+
+    def _resize(self, key: int, size: int) -> None:
+        self.live += size - self._sizes[key]
+        self._sizes[key] = size
+        self.peaks[self.phase] = max(self.live, self.peaks[self.phase])
 
 
 @contextmanager
@@ -200,6 +229,15 @@ def dry_run(run: DryRun) -> Iterator[None]:
             stack.enter_context(mock.patch.object(moments, "rows_together", lambda width, on_cpu: together(width)))
         # Tensors that the fake mode refers to cannot be swapped, as Module.to does.
         stack.enter_context(mock.patch.object(torch.utils, "swap_tensors", lambda a, b: setattr(a, "data", b.data)))
+        # FSDP2 frees and takes again the storages of what it gathers, by no op.
+        resize = torch.UntypedStorage.resize_
+
+        def resized(storage: Any, size: int) -> Any:
+            resize(storage, size)
+            run.resized(storage)
+            return storage
+
+        stack.enter_context(mock.patch.object(torch.UntypedStorage, "resize_", resized))
         # A capsule needs memory. In a dry run a tensor stands for its own.
         for module in [module for module in sys.modules.values() if vars(module).get("to_dlpack") is dlpack.to_dlpack]:
             stack.enter_context(mock.patch.multiple(module, to_dlpack=lambda x: x, from_dlpack=lambda x: x))

@@ -20,6 +20,7 @@ _MEMORY = {
     "temporary": "the step's temporaries",
     "activations": "activations",
     "logits": "logits and loss",
+    "gathered": "gathered weights, at most",
     "kept": "kept by the method",
     "observing": "while probing and observing",
     "peak": "peak",
@@ -50,6 +51,8 @@ def plan_text(
     memory.append(["devices needed", *(str(c["devices"] or "-") for c in each)])
     flops = [[title, *(f"{c[key] / 1e9:.4g}" for c in each)] for key, title in _FLOPS.items()]
     time = [
+        ["GB sent per step and GPU", *(f"{c['sent_bytes'] / 1e9:.3g}" for c in each)],
+        ["seconds of sending", *(f"{c['sent_seconds']:.3g}" for c in each)],
         ["seconds per step", *(f"{c['step_seconds']:.3g}" for c in each)],
         ["steps", *(str(c["steps"]) for c in each)],
     ]
@@ -94,8 +97,20 @@ def _assumptions(name: str, model: Any, work: Workload, device: Device, costs: M
             "or as many as max_rank lets a layer keep",
             f"Probing: {work.probe_stages} stages of {work.probe_forward} forward and {work.backward_passes} "
             f"forward and backward passes over {work.probe_records} records of each domain, {work.length} tokens each",
-            "Left out: loading, scoring, the time between domains, communication between devices, and padding",
+            *([split] if (split := _sending(device, costs)) else []),
+            "Left out: loading, scoring, the time between domains and what devices exchange in it, and padding",
         ]
+    )
+
+
+def _sending(device: Device, costs: Mapping[str, Any]) -> str:
+    counts = sorted({c["gpus"] for c in costs.values() if c["gpus"] > 1})
+    rates = ", ".join(f"{device.between(gpus) / 1e9:.4g} GB/s among {gpus}" for gpus in counts)
+    return (
+        f"Split: by FSDP2, each block and then all else; the first of the processes is run, the others are imagined. A "
+        f"GPU sends {rates} ({device.links}), all the while it computes"
+        if rates
+        else ""
     )
 
 

@@ -36,7 +36,7 @@ def counted(**changes):
     given = {"weights": 100, "gradients": 50, "state": 200, "kept": 10, "activations": 300, "logits": 60}
     given |= {"peaks": dict(zip(PHASES, (670, 600, 380, 500), strict=True)), "settings": {}, "remark": ""}
     given |= {"forward": 4000, "forward_moved": 2e5, "passes": [12000] * 3, "steps": [0, 600, 1800]}
-    given |= {"moved": [5e5] * 3}
+    given |= {"moved": [5e5] * 3, "sent": [0] * 3, "gathered": 0}
     return {**given, **changes}
 
 
