@@ -26,14 +26,14 @@ def cost(model: Any, counted: Count, work: Workload, device: Device, gpus: int =
 
     Returns:
         "settings" and "remark", as counted. "memory": bytes on a device that holds everything, or its part of a
-        model that is split; "temporary" is what the optimizer's step holds besides, "observing" what is held around a domain
-        besides weights and what is kept, "peak" the largest of "phases". Means over the domains: "token_flops" (of
-        training, per token; "forward_flops" the forward pass alone), "step_flops" (the optimizer's, in float32),
-        "step_bytes" (read and written in a step of training by all but products of matrices), "sent_bytes" (by a
-        device to the others), "step_seconds": the longer of "compute_seconds" and "sent_seconds". "gpus"; "steps";
-        "devices" that must share weights, gradients and state (None: no number does, or `gpus` do not) and "fits", a
-        sentence on that; "device_hours", "hours" (by the clock), "dollars"; and of all stages of probing "probe_flops",
-        "probe_device_hours", "probe_dollars".
+        model that is split; "temporary" is what the optimizer's step holds besides, "observing" what is held around a
+        domain besides weights and what is kept, "peak" the largest of "phases". Means over the domains:
+        "token_flops" (of training, per token; "forward_flops" the forward pass alone), "step_flops" (the optimizer's,
+        in float32), "step_bytes" (read and written in a step of training by all but products of matrices),
+        "sent_bytes" (by a device to the others), "step_seconds": the longer of "compute_seconds" and "sent_seconds".
+        "gpus"; "steps"; "devices" that must share weights, gradients and state (None: no number does, or `gpus` do
+        not) and "fits", a sentence on that; "device_hours", "hours" (by the clock), "dollars"; and of all stages of
+        probing "probe_flops", "probe_device_hours", "probe_dollars".
     """
     names = ("weights", "gradients", "state", "activations", "logits", "gathered", "kept")
     memory = {name: counted[name] for name in names} | {"phases": counted["peaks"]}

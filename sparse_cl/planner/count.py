@@ -17,8 +17,12 @@ from .dry import DryRun, dry_run
 from .model import Workload, build
 from .split import imagined, split
 
-DEPTHS = (2, 4)
-"""Blocks of the two models that stand for a deeper one with equal blocks: what is counted is linear in their number."""
+DEPTHS, SPLIT_DEPTHS = (2, 4), (3, 5)
+"""Blocks of the two models that stand for a deeper one with equal blocks: what is counted is linear in their number.
+
+Of a model that is split the peaks are from three on: two blocks are whole while gradients of a third are summed.
+"""
+HEAD = "head and loss"
 FORWARD, BACKWARD, STEP, AROUND = PHASES = (
     "forward pass and loss",
     "backward pass",
@@ -78,9 +82,10 @@ def count(
     gc.collect()
     gc.freeze()
     shapes = [[(name, p.shape) for name, p in block.module.named_parameters()] for block in blocks]
-    if len(blocks) <= DEPTHS[1] or any(shape != shapes[0] for shape in shapes):
+    few, more = DEPTHS if gpus == 1 else SPLIT_DEPTHS
+    if len(blocks) <= more or any(shape != shapes[0] for shape in shapes):
         return run(None)
-    return _along(run(DEPTHS[0]), run(DEPTHS[1]), (len(blocks) - DEPTHS[0]) / (DEPTHS[1] - DEPTHS[0]))
+    return _along(run(few), run(more), (len(blocks) - few) / (more - few))
 
 
 def _along(a: Any, b: Any, way: float) -> Any:
@@ -139,6 +144,7 @@ def _step(run: DryRun, method: Method, model: Any, optimizer: Any, batch: Any, w
     def watch(head: Any, given: Any) -> None:
         nonlocal at_head, whole
         at_head, whole = run.live, run.gathered_now()
+        run.begin(HEAD)
         # When the gradient of what enters the head is there, the logits have gone.
         if given[0].requires_grad:
             given[0].register_hook(lambda gradient: run.begin(BACKWARD))
@@ -147,7 +153,9 @@ def _step(run: DryRun, method: Method, model: Any, optimizer: Any, batch: Any, w
     with torch.autocast("cpu", torch.bfloat16, enabled=work.precision == "mixed"):
         loss = model(**batch, use_cache=False).loss
     hook.remove()
-    logits = max(run.live, run.peaks[FORWARD]) - at_head
+    run.begin(FORWARD)
+    at_loss = run.peaks.pop(HEAD)
+    run.peaks[FORWARD] = max(run.peaks[FORWARD], at_loss)
     forward, forward_moved = run.flops, run.moved
     penalty = method.penalty(model)
     (loss if penalty is None else loss + penalty).backward()
@@ -165,6 +173,8 @@ def _step(run: DryRun, method: Method, model: Any, optimizer: Any, batch: Any, w
     forward_and_backward = run.moved, run.sent
     optimizer.step()
     run.flops, (run.moved, run.sent) = passes, forward_and_backward
+    if run.gathered:  # DTensors have found out in the first step, by whole tensors, what shapes results have
+        run.peaks[STEP] = run.live
     optimizer.step()  # which does not make the state any more
     for phase in (FORWARD, BACKWARD):  # in later steps the state is there from the start
         run.peaks[phase] += run.live - at_step
@@ -174,7 +184,7 @@ def _step(run: DryRun, method: Method, model: Any, optimizer: Any, batch: Any, w
         "state": optimizer_state_bytes(optimizer),
         "activations": at_head - before - whole,
         "gathered": run.gathered,
-        "logits": logits,
+        "logits": at_loss - at_head,
         "forward": forward,
         "forward_moved": forward_moved,
         "passes": passes,

@@ -189,7 +189,9 @@ class DryRun(TorchDispatchMode):
     def hold(self, tensor: Tensor, host: bool = False) -> None:
         """Counts a tensor's storage until it is gone; with nothing, if it is on the host."""
         storage, key = tensor.untyped_storage(), _key(tensor)
-        if key in self._held or (tensor.is_meta and not isinstance(tensor, FakeTensor)):
+        # By tensors on the meta device DTensors find out the shape of a whole result.
+        place = tensor.fake_device.type if isinstance(tensor, FakeTensor) else tensor.device.type
+        if key in self._held or place == "meta":
             return
         if host:
             self._host.add(key)

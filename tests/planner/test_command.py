@@ -55,6 +55,17 @@ def test_the_table_says_what_the_file_says(folder, capsys):
         assert float(cell) == pytest.approx(entry["steps"] * entry["step_seconds"] / 3600, rel=0.01)
 
 
+def test_several_numbers_of_gpus_stand_side_by_side(folder, capsys):
+    chosen = ["--method", "adamw", "--domains", 1, "--gpus", "1,2", "--json", folder / "plan.json"]
+    plan("--model", folder, *chosen)
+    text = capsys.readouterr().out
+    one, two = json.loads((folder / "plan.json").read_text())["methods"].values()
+    assert (one["gpus"], two["gpus"]) == (1, 2)
+    assert "adamw on 1  adamw on 2" in text and "adamw on 2: fits 2 devices." in text
+    assert "A GPU sends 450 GB/s among 2 (NVIDIA DGX H100" in text
+    assert f"{two['sent_bytes'] / 1e9:.3g}" in text and one["sent_bytes"] == 0
+
+
 def test_assumptions_come_first_and_name_every_number_that_was_chosen(folder, capsys):
     plan(
         "--model",
@@ -115,6 +126,12 @@ def test_a_method_that_cannot_run_dry_is_said_not_to_be_planned(folder, capsys, 
         (["--gpu", "b200"], "unknown device 'b200'"),
         (["--gpu", "custom", "--tflops", "3"], "needs --bandwidth, --memory, --price too"),
         (["--method", "adamw", "--length", "4096"], "length: expected at most the model's context of 2048"),
+        (["--gpus", "2,0"], "--gpus: expected numbers of at least 1 such as 1,8,64, got 2,0"),
+        (["--gpus", ","], "--gpus: expected numbers of at least 1"),
+        (
+            ["--gpu", "custom", "--gpus", "2", "--tflops", "1", "--bandwidth", "1", "--memory", "1", "--price", "1"],
+            "--gpus 2: how fast custom devices send to each other is unknown; give --link",
+        ),
         (["--json", "/nowhere/plan.json"], "its folder does not exist"),
         (["--method", "orthogonal", "--max-rank", "1000"], "max_rank: expected at most the width"),
     ],
