@@ -80,8 +80,8 @@ class OwnOptimizerTrainer(transformers.Trainer):
 class SplitTrainer(OwnOptimizerTrainer):
     """The same for a model that FSDP2 has split already, on CPUs as on GPUs.
 
-    accelerate splits models itself, but on CPUs wraps them in DistributedDataParallel, whatever it is asked for. Here it
-    leaves the model alone, and `torch.distributed.checkpoint` saves and loads what each process holds.
+    accelerate splits models itself, but on CPUs wraps them in DistributedDataParallel, whatever it is asked for. Here
+    it leaves the model alone, and `torch.distributed.checkpoint` saves and loads what each process holds.
     """
 
     _STATE = "parts"

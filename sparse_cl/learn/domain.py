@@ -58,8 +58,8 @@ def learn(settings: LearnSettings, say: Callable[[str], object] = print) -> Path
     check_processes()
     if (count := processes().num_processes) > 1 and not settings.shard:
         raise ValueError(
-            f"learn: expected one process, {count} were started; add --shard, which splits the model over them, or start "
-            "it without torchrun"
+            f"learn: expected one process, {count} were started; add --shard, which splits the model over them, or "
+            "start it without torchrun"
         )
     if settings.shard and count == 1:
         raise ValueError(

@@ -24,7 +24,7 @@ from sparse_cl.models.sharding import split
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 
-SHORT = {"steps": 4, "max_length": 24, "texts": 4, "lr": 5e-3, "trainer": ("save_steps=3",)}
+SHORT = {"steps": 4, "max_length": 16, "texts": 2, "lr": 5e-3, "trainer": ("save_steps=3",)}
 #: What is learned, by its folder: of which model, what, and how. Each is a domain after those that it names.
 CALLS = {
     "1-elastic": ("model", "code", {"method": "elastic"}),
@@ -43,7 +43,7 @@ def world(tmp_path_factory, tokenizer):
     world = write_world(tmp_path_factory.mktemp("world"), tokenizer)
     for name in ("code", "math"):
         lines = (world / "data" / f"{name}.train.jsonl").read_text().splitlines()
-        kept = ({key: json.loads(line)[key] for key in ("prompt", "response")} for line in lines[:17])
+        kept = ({key: json.loads(line)[key] for key in ("prompt", "response")} for line in lines[:9])
         (world / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in kept))
     for name, tied in (("model", False), ("tied-model", True)):
         options = {"num_hidden_layers": 1, "tie_word_embeddings": tied, "layer_types": None}
@@ -97,6 +97,8 @@ def work(world):
 
 def launch(world, logs):
     """`torchrun --standalone --nproc-per-node 2`, but that the two are forked: nothing is imported again."""
+    import torch._dynamo  # noqa: F401 - DTensors bring it, and it takes longer than what is learned
+
     logs = DefaultLogsSpecs(log_dir=str(logs), redirects=Std.ALL)
     meeting = {"rdzv_backend": "c10d", "rdzv_endpoint": "localhost:0"}
     config = LaunchConfig(1, 1, nproc_per_node=2, start_method="fork", max_restarts=0, logs_specs=logs, **meeting)
