@@ -16,8 +16,8 @@ from .leaf import weight_of
 from .low_rank import DriftBudget, FittedLowRank, LowRankProjection, LowRankPull, SubspaceProjection
 from .memory_adamw import Bases, Known, MemoryAdamW
 
-STRENGTH = 10.0
-"""Of the pull: a weight goes about a tenth of its size along a direction of mean use."""
+STRENGTH = 20.0
+"""Of the pull: a weight goes about a twentieth of its size along a direction of mean use."""
 
 ROW_STRENGTH = 0.05
 """Of the pull of an embedding's rows, beside that of layers' directions."""
@@ -41,7 +41,7 @@ class ElasticAdamW(MemoryAdamW):
         memory: as for :class:`SubspaceProjectedAdamW`.
         strength: s, at least 0: along a direction of use u = λ_j / μ, 1 for one that a domain uses as much as an
             average one, a weight that AdamW pushes on and on stops after about 1 / (s u) of the root mean
-            square of its matrix. None and no budget: 10.
+            square of its matrix. None and no budget: 20.
         budget: a share, in place of a strength. 0 keeps out of the directions altogether.
         row_strength: of an embedding's rows, beside ``strength``: row v is pulled by its use, which is 1 for a row that
             one domain looks up as often as an average one. 0 leaves rows free; with a budget, any other number keeps
