@@ -37,6 +37,8 @@ def test_what_a_method_holds_counts_once(tiny_llama):
     assert state_bytes(method, optimizer) >= moments + counts + 4 * numbers(tiny_llama)
 
     optimizer = begun(method := Elastic(), tiny_llama)
+    # Of a matrix each row has one second moment.
+    moments = 4 * sum(p.numel() + (len(p) if p.dim() == 2 else p.numel()) for p in tiny_llama.parameters())
     # Beside moments: how far each weight (m, n) has moved in r directions; of each input, shared by the layers that
     # read it, these directions and how much each is used.
     memory = method.memory

