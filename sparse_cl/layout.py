@@ -59,22 +59,32 @@ def state_dtype(param_dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if param_dtype == torch.float64 else torch.float32
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """All of a tensor of which each process holds a part (a DTensor), on every process; any other as it is."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+def is_sharded(tensor: Any) -> bool:
+    """Whether it is a DTensor, of which each process may hold a part."""
+    return hasattr(tensor, "device_mesh")
 
 
-def part(tensor: torch.Tensor) -> torch.Tensor:
-    """What this process holds of a tensor."""
-    return getattr(tensor, "_local_tensor", tensor)
+def whole(tensor: Any) -> Any:
+    """All of a tensor of which each process holds a part, on every process; anything else as it is."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
-def like(part: torch.Tensor, tensor: Any) -> torch.Tensor:
-    """A part as the tensor of which it is this process's, wherever ``tensor`` is."""
-    if not hasattr(tensor, "placements"):
+def part(tensor: Any) -> Tensor:
+    """What this process holds of a tensor: the same object each time, where ``to_local`` may give a view."""
+    return tensor._local_tensor if is_sharded(tensor) else tensor
+
+
+def like(part: Tensor, tensor: Any, shape: Sequence[int] | None = None) -> Tensor:
+    """A part as the tensor of which it is this process's, split as ``tensor`` is, and where that is.
+
+    Args:
+        shape: of the whole; None: that of ``tensor``.
+    """
+    if not is_sharded(tensor):
         return part
-    shape, placed = {"shape": tensor.shape, "stride": tensor.stride()}, part.to(tensor.device)
-    return type(tensor.detach()).from_local(placed, tensor.device_mesh, tensor.placements, run_check=False, **shape)
+    size = torch.Size(tensor.shape if shape is None else shape)
+    facts = {"shape": size, "stride": torch.empty(size, device="meta").stride(), "run_check": False}
+    return type(tensor.detach()).from_local(part.to(tensor.device), tensor.device_mesh, tensor.placements, **facts)
 
 
 def is_split(tensor: torch.Tensor, dim: int) -> bool:

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
-from sparse_cl.layout import part, whole
+from sparse_cl.layout import is_sharded, whole
 
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 Penalty = Callable[[nn.Module], torch.Tensor | None]
@@ -243,7 +243,7 @@ def train(
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
     timer = StepTimer()
-    split = any(part(param) is not param for param in model.parameters())
+    split = any(map(is_sharded, model.parameters()))
     trainer = (SplitTrainer if split else OwnOptimizerTrainer)(
         model=model,
         args=transformers.TrainingArguments(output_dir=str(folder), **{**chosen, **arguments}),

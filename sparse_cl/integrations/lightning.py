@@ -11,7 +11,7 @@ from torch import nn
 
 from sparse_cl.methods import Method, save_carried
 
-from .domain import ADVICE, Domain, plain_optimizer
+from .domain import Domain, plain_optimizer
 
 
 class ContinualLightning(lightning.Callback):
@@ -48,7 +48,7 @@ class ContinualLightning(lightning.Callback):
         if trainer.world_size > 1 or len(trainer.optimizers) != 1:
             raise RuntimeError(
                 f"ContinualLightning: expected one process and one optimizer, got {trainer.world_size} and "
-                f"{len(trainer.optimizers)}. {ADVICE}"
+                f"{len(trainer.optimizers)}. Train in one process with one optimizer, or by the HF Trainer"
             )
         # Lightning clips under bf16-mixed only where the optimizer says that it does not unscale gradients itself.
         plain_optimizer(trainer.optimizers[0])._step_supports_amp_scaling = False  # type: ignore[attr-defined]

@@ -15,7 +15,7 @@ from sparse_cl.methods.lora import LoRA, merged
 from sparse_cl.methods.memory_method import FreshAdapters, MemoryMethod
 from sparse_cl.models.loading import load_model
 from sparse_cl.models.processes import processes
-from sparse_cl.models.sharding import split
+from sparse_cl.models.sharding import split_over_all
 
 
 class Source:
@@ -76,7 +76,7 @@ class Source:
 
             model = merged(peft.PeftModel.from_pretrained(model, self.adapter)).requires_grad_(True)
         if shard:
-            model = split(model, processes().device)
+            model = split_over_all(model, processes().device)
         if carried is not None and carried.memory is not None and isinstance(method, MemoryMethod):
             method.remember(model, carried.memory)
         return model, carried

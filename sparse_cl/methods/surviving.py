@@ -9,7 +9,7 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
-from sparse_cl.layout import part, whole
+from sparse_cl.layout import is_sharded, whole
 from sparse_cl.models.losses import answer_loss
 from sparse_cl.models.passes import evaluation
 
@@ -120,7 +120,7 @@ def only_gradients_of(model: nn.Module, weights: Iterable[nn.Parameter]) -> Iter
     """
     state = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     asked = {id(weight) for weight in weights}
-    split = any(part(p) is not p for p, _, _ in state)
+    split = any(is_sharded(p) for p, _, _ in state)
     try:
         for p, flag, _ in state:
             p.grad = None

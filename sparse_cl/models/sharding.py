@@ -9,18 +9,33 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 
-def split(model: nn.Module, device: torch.device) -> nn.Module:
-    """Splits the rows of each parameter over all processes, in place; a pass gathers one block at a time.
+def split(model: nn.Module, mesh: Any, **options: Any) -> nn.Module:
+    """Splits the rows of each parameter over the processes of a mesh, in place; a pass gathers one block at a time.
 
     Args:
         model: whole, in every process, on any device.
+        options: of torch's ``fully_shard``.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    blocks = set(getattr(model, "_no_split_modules", None) or ())
+    # Inner modules come last.
+    for module in reversed(list(model.modules())):
+        if module is model or type(module).__name__ in blocks:
+            fully_shard(module, mesh=mesh, **options)
+    return model
+
+
+def split_over_all(model: nn.Module, device: torch.device) -> nn.Module:
+    """As `split`, over all processes.
+
+    Args:
         device: this process's, where its part goes.
 
     Raises:
         ValueError: a parameter has too few rows for some process to hold one; the model is as before then.
     """
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
 
     processes = dist.get_world_size()
     for name, param in model.named_parameters():
@@ -31,13 +46,7 @@ def split(model: nn.Module, device: torch.device) -> nn.Module:
             raise ValueError(
                 f"shard: {name} has {rows} rows, of which {processes} processes cannot all hold some; start fewer"
             )
-    mesh = init_device_mesh(device.type, (processes,))
-    blocks = set(getattr(model, "_no_split_modules", None) or ())
-    # Inner modules come last.
-    for module in reversed(list(model.modules())):
-        if module is model or type(module).__name__ in blocks:
-            fully_shard(module, mesh=mesh)
-    return model
+    return split(model, init_device_mesh(device.type, (processes,)))
 
 
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:

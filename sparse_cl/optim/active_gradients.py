@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .leaf import is_sharded
+from sparse_cl.layout import is_sharded
+
 from .names import parameters_of
 from .sparse_masked_adamw import SparseMaskedAdamW
 

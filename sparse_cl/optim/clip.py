@@ -11,7 +11,7 @@ from torch.autograd.graph import increment_version
 from sparse_cl import ops
 
 from .plan import Plan
-from .shards import norm_over
+from .shards import added
 
 
 def clip_active_(calls: Iterable[tuple[list[Tensor], Plan]], max_norm: float) -> Tensor:
@@ -38,7 +38,7 @@ def clip_active_(calls: Iterable[tuple[list[Tensor], Plan]], max_norm: float) ->
     norms = []
     for (_, shared), its in arguments.items():
         norm = ops.active_norm(*its)
-        norms.append(norm if shared is None else norm_over(norm, *shared))
+        norms.append(norm if shared is None else added(norm.double().square(), *shared).sqrt().to(norm.dtype))
     norm = norms[0]
     if len(norms) > 1:
         norm = torch.linalg.vector_norm(torch.stack([_on(n, norm.device) for n in norms]))

@@ -7,11 +7,12 @@ import math
 import torch
 from torch import Tensor
 
+from sparse_cl.layout import is_sharded
 from sparse_cl.masks import Mask
 from sparse_cl.reference.precision import full_precision
 from sparse_cl.subspace.kronecker import Kronecker
 
-from .leaf import is_sharded, owner_of
+from .leaf import owner_of
 from .projection import Fitted, Memoryless, Projection
 
 MODES = ("hard", "soft")

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from sparse_cl.layout import is_sharded, part
 from sparse_cl.masks import ColumnMask, RowMask
 
 
@@ -47,11 +48,6 @@ def owner_of(param: Tensor) -> Owner | None:
     return owner if owner is not None and getattr(owner, "active", None) is param else None
 
 
-def is_sharded(tensor: Any) -> bool:
-    """Whether it is a DTensor, of which each process may hold a part."""
-    return hasattr(tensor, "device_mesh")
-
-
 def is_sharded_leaf(param: Any) -> bool:
     """Whether ``param`` is a DTensor that a module has in place of its leaf."""
     return is_sharded(param) and any(getattr(owner, "active", None) is param for owner in _ALL_OWNERS)
@@ -65,6 +61,4 @@ def whole_of(param: Tensor) -> Tensor:
 
 def weight_of(param: Tensor) -> Tensor:
     """What a step of ``param`` writes: the weight that it stands for, this process's part of it, or itself."""
-    if is_sharded(param):
-        return param._local_tensor  # type: ignore[attr-defined]  # the tensor itself: to_local() may give a view
-    return whole_of(param)
+    return part(whole_of(param))

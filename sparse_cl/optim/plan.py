@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from sparse_cl.layout import state_dtype
+from sparse_cl.layout import is_sharded, state_dtype
 
-from .leaf import is_sharded, owner_of, weight_of
+from .leaf import owner_of, weight_of
 from .names import Groups, name_of, parameters_of
 from .shards import piece_of
 from .state import ParameterState
@@ -42,7 +42,7 @@ class Plan:
         self.facts = facts_of(grads)
         self.shared: dict[Any, list[int]] = {}
         for i, piece in enumerate(map(piece_of, own)):
-            self.shared.setdefault(None if piece is None or not piece.dims else (piece.mesh, piece.dims), []).append(i)
+            self.shared.setdefault(None if piece is None or not piece.dims else piece.shared, []).append(i)
         # Ops count no steps where they write nothing, while other processes have entries of the same parameter.
         self.empty = [state.views["step"] for state in packed if state.layout.entries == 0]
         self.projected: Any = None

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_cl.layout import is_sharded
 from sparse_cl.masks import Mask
 
-from .leaf import is_sharded, is_sharded_leaf
+from .leaf import is_sharded_leaf
 from .names import Groups, name_of, parameters_of
 
 
@@ -97,11 +98,6 @@ def gradient_of(param: Any) -> Any:
     return grad.to_local()
 
 
-def plain(value: Any) -> Tensor | None:
-    """A scalar that may be a DTensor, as gradient scalers of sharded gradients make it, as an ordinary tensor."""
-    return value.full_tensor() if is_sharded(value) else value
-
-
 def from_all(mesh: Any, value: Any) -> list[Any]:
     """``value`` of every process of a mesh, in the same order everywhere. All of them must call it."""
     from torch.distributed import all_gather_object
@@ -114,29 +110,22 @@ def from_all(mesh: Any, value: Any) -> list[Any]:
     return found
 
 
+def added(value: Tensor, mesh: Any, dims: Iterable[int]) -> Tensor:
+    """The sum of what processes have along dimensions of a mesh. All of them must call it."""
+    from torch.distributed import all_reduce
+
+    total = value.to(mesh.device_type, copy=True, memory_format=torch.contiguous_format)
+    for dim in dims:
+        all_reduce(total, group=mesh.get_group(dim))
+    return total.to(value.device)
+
+
 def summed(value: Tensor, piece: Piece | None) -> Tensor:
     """The sum of what the holders of a weight's other pieces have; of a weight that is whole, ``value`` itself.
 
     All processes of the mesh must call it.
     """
-    if piece is None:
-        return value
-    from torch.distributed import all_reduce
-
-    total = value.to(piece.mesh.device_type, copy=True, memory_format=torch.contiguous_format)
-    for dim in piece.dims:
-        all_reduce(total, group=piece.mesh.get_group(dim))
-    return total.to(value.device)
-
-
-def norm_over(norm: Tensor, mesh: Any, dims: Iterable[int]) -> Tensor:
-    """The 2-norm of what all processes hold together, from the norm of what each holds."""
-    from torch.distributed import all_reduce
-
-    squared = norm.to(mesh.device_type, torch.float64).square()
-    for dim in dims:
-        all_reduce(squared, group=mesh.get_group(dim))
-    return squared.sqrt().to(norm.device, norm.dtype)
+    return value if piece is None else added(value, *piece.shared)
 
 
 def check_agreement(groups: Groups, masks: Mapping[Tensor, Mask], more: Mapping[str, str]) -> None:

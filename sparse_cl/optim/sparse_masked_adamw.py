@@ -13,13 +13,14 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from sparse_cl import ops
+from sparse_cl.layout import whole
 from sparse_cl.masks import Mask
 
 from .clip import clip_active_
 from .names import ByParameter, names_of, parameters_of, refuse_lost
 from .options import check_options
 from .plan import Call, GroupPlan, Plan, key_of, refuse_sparse, scalar_on
-from .shards import check_agreement, check_piece, gradient_of, plain
+from .shards import check_agreement, check_piece, gradient_of
 from .state import ParameterState
 from .store import StateStore
 
@@ -164,7 +165,8 @@ class SparseMaskedAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        grad_scale, found_inf = plain(getattr(self, "grad_scale", None)), plain(getattr(self, "found_inf", None))
+        # Scalers of split gradients make DTensors of them.
+        grad_scale, found_inf = whole(getattr(self, "grad_scale", None)), whole(getattr(self, "found_inf", None))
         calls = self._gathered()
         if len(calls) > 1:
             # The op checks before it writes, but here an earlier call would already have stepped its parameters.
@@ -279,11 +281,10 @@ class SparseMaskedAdamW(Optimizer):
 
     def _fill(self, group: dict[str, Any]) -> dict[str, Any]:
         """``group``, of another optimizer or of an earlier version, with the options that it lacks."""
-        missing = {"amsgrad": False, "maximize": False, "capturable": False, "second_moment": "entry"}
-        for name in ("master_weights", "second_moment"):
-            missing[name] = self.defaults.get(name, missing.get(name, True))
-        for name, value in missing.items():
-            group.setdefault(name, value)
+        for name in ("amsgrad", "maximize", "capturable"):
+            group.setdefault(name, False)
+        for name, value in (("master_weights", True), ("second_moment", "entry")):
+            group.setdefault(name, self.defaults.get(name, value))
         return group
 
     # Inside; what a subclass may do in another way.

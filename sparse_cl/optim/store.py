@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from sparse_cl.layout import MAX_COHORTS
+from sparse_cl.layout import MAX_COHORTS, is_sharded
 from sparse_cl.masks import ColumnMask, Mask, RowMask, same_mask
 
 from . import counts
 from . import state as states
-from .leaf import is_sharded, owner_of, weight_of
+from .leaf import owner_of, weight_of
 from .names import ByParameter, by_param, name_of, parameters_of
 from .shards import piece_of
 from .state import ParameterState

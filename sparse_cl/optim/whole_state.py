@@ -9,11 +9,11 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from sparse_cl.layout import COLUMNS, DENSE, ELEMENTS, INDEX_NAME, ROWS, StateLayout
+from sparse_cl.layout import COLUMNS, DENSE, ELEMENTS, INDEX_NAME, ROWS, StateLayout, is_sharded, like
 from sparse_cl.masks import Mask, from_sections
 
 from . import counts
-from .leaf import is_sharded
+from .leaf import weight_of
 from .shards import Piece, from_all
 from .state import MOMENTS, PROJECTION, ParameterState, by_unit_if_uniform, cohorts_of, layout_for
 
@@ -126,7 +126,7 @@ def whole_entries(state: ParameterState, shown: Mapping[str, Tensor], piece: Pie
             continue
         shape = layout.sections()[name][1]
         if state.whole is None:
-            entries[name] = _dtensor(entries[name], shape, param)
+            entries[name] = like(entries[name], param, shape)
         else:
             blocks = blocks_of(state.whole, piece, shape != layout.compact_shape)
             entries[name] = SplitArray(shape, dict(_cut(entries[name], blocks)))
@@ -283,20 +283,11 @@ def _held(name: str, whole: Any, blocks: list[Block], piece: Piece, param: Any) 
     else:
         if is_sharded(whole):
             if whole.device_mesh == param.device_mesh and tuple(whole.placements) == tuple(param.placements):
-                return whole._local_tensor
+                return weight_of(whole)
             whole = whole.full_tensor()
         cuts = [tuple(slice(o, o + s) for o, s in zip(*block, strict=True)) for block in blocks]
         parts = [whole[cut] for cut in cuts]
     return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
-def _dtensor(part: Tensor, shape: Sequence[int], param: Any) -> Tensor:
-    from torch.distributed.tensor import DTensor
-
-    stride = torch.empty(tuple(shape), device="meta").stride()
-    return DTensor.from_local(
-        part, param.device_mesh, param.placements, run_check=False, shape=torch.Size(shape), stride=stride
-    )
 
 
 def _whole_layout(state: ParameterState, piece: Piece) -> StateLayout:

@@ -12,10 +12,11 @@ from torch import Tensor
 from sparse_cl.four_domains.state import optimizer_state_bytes
 from sparse_cl.methods import Method, method_named
 from sparse_cl.models.parts import find_blocks
+from sparse_cl.models.sharding import split
 
 from .dry import DryRun, dry_run
 from .model import Workload, build
-from .split import imagined, split
+from .split import imagined, policy
 
 DEPTHS, SPLIT_DEPTHS = (2, 4), (3, 5)
 """Blocks of the two models that stand for a deeper one with equal blocks: what is counted is linear in their number.
@@ -111,7 +112,7 @@ def _domains(method: Method, model: Any, work: Workload, gpu: bool, mesh: Any) -
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
         model.to_empty(device="cpu").tie_weights()
         if mesh is not None:
-            split(model, mesh, work.precision)
+            split(model, mesh, mp_policy=policy(work.precision))
         if work.checkpointing:
             model.gradient_checkpointing_enable()
         for _ in range(work.domains):

@@ -8,7 +8,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, distributed
 
 _COLLECTIVES = ("c10d", "_c10d_functional")
 GATHERS = ("_allgather_base_", "split_with_sizes_copy")
@@ -38,19 +38,11 @@ def imagined(gpus: int) -> Iterator[Any]:
         distributed.destroy_process_group()
 
 
-def split(model: Any, mesh: Any, precision: str) -> None:
-    """Splits a model in place as accelerate's FSDP2 does: each block, then all else.
+def policy(precision: str) -> Any:
+    """FSDP2's: "mixed" gathers weights in bfloat16 and reduces gradients in float32."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy
 
-    Args:
-        precision: "mixed" gathers weights in bfloat16 and reduces gradients in float32.
-    """
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-    mixed = precision == "mixed"
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if mixed else MixedPrecisionPolicy()
-    units: list[nn.Module] = [m for m in model.modules() if type(m).__name__ in (model._no_split_modules or ())]
-    for unit in (*units, model):
-        fully_shard(unit, mesh=mesh, mp_policy=policy)
+    return MixedPrecisionPolicy(torch.bfloat16, torch.float32) if precision == "mixed" else MixedPrecisionPolicy()
 
 
 def sent(func: Any, tensors: Iterable[Tensor]) -> int:

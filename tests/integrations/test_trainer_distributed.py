@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 from sparse_cl.integrations import ContinualCallback
 from sparse_cl.layout import whole
 from sparse_cl.methods import Elastic, load_carried
-from sparse_cl.models.sharding import split
+from sparse_cl.models.sharding import split_over_all
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 
@@ -45,7 +45,7 @@ def learn(folder, processes, sharded):
     model = LlamaForCausalLM(LlamaConfig(vocab_size=64, num_key_value_heads=2, **SIZES))
     kind = Split if sharded else Trainer
     if sharded:
-        split(model, torch.device("cpu"))
+        split_over_all(model, torch.device("cpu"))
     method = Elastic(strength=20.0)
     for domain in range(2):
         args = TrainingArguments(

@@ -20,7 +20,7 @@ from sparse_cl.learn import work as work_module
 from sparse_cl.learn.domain import learn
 from sparse_cl.learn.settings import LearnSettings
 from sparse_cl.methods.carried import load_carried
-from sparse_cl.models.sharding import split
+from sparse_cl.models.sharding import split_over_all
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="needs gloo")
 
@@ -91,7 +91,7 @@ def work(world):
             learn(settings(world, "two", "1-elastic", **{**sharded, "out": world / "refused", **others}))
     assert not (world / "refused").exists()
     with pytest.raises(ValueError, match="shard: weight has 1 rows, of which 2 processes cannot all hold some"):
-        split(torch.nn.Linear(3, 1), torch.device("cpu"))
+        split_over_all(torch.nn.Linear(3, 1), torch.device("cpu"))
     return 0
 
 
