@@ -2,7 +2,8 @@
 
     OMP_NUM_THREADS=1 python benchmarks/sharded_memory.py [--processes 1,2,4] [--out FILE.json]
 
-AdamW and `elastic` of rank 64 take a step of a first and of a second domain, 128 tokens a process, over gloo on CPUs.
+AdamW and `elastic` of rank 64 take a step of a first domain and two of a second, 128 tokens a process, over gloo on
+CPUs: from the second step on, the optimizer's state is there in the passes.
 One process holds the whole model. Peak memory is what is resident beyond what was before the model, of the process that
 has most. The allocator is told to give back at once what is freed, which makes it slower, and all processes share the
 cores: times mean little.

@@ -124,7 +124,7 @@ def refuse_flattened(groups: Groups, argument: str) -> None:
 
 
 def refuse_lost(ruled: Iterable[Tensor], groups: Groups) -> None:
-    """Raises a RuntimeError if a parameter that has a mask or a projection is no longer the optimizer's, or flattened."""
+    """Raises a RuntimeError if a parameter that has a mask or projection is no longer the optimizer's, or flattened."""
     own = set(map(id, parameters_of(groups)))
     ruled = list(ruled)
     lost = next((param for param in ruled if id(param) not in own), None)

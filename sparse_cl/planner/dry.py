@@ -77,6 +77,10 @@ class DryRun(TorchDispatchMode):
         self.phase = phase
         self.peaks[phase] = max(self.live, self.peaks.get(phase, 0))
 
+    def passes(self, phase: str, after: str) -> None:
+        """From now on peaks are those of ``after``, if they were those of ``phase``; what there is now is not."""
+        self.phase = after if self.phase == phase else self.phase
+
     def bytes_of(self, tensors: Iterable[Tensor]) -> int:
         """Bytes of the distinct storages of tensors that are on the device."""
         parts = [part(x) for x in tensors]
@@ -189,7 +193,7 @@ class DryRun(TorchDispatchMode):
             self.moved += sum(min(x.nbytes, x.untyped_storage().nbytes()) for x in (*read, *written))
 
     def _copied(self, func: Any, tensors: Iterable[Tensor]) -> None:
-        """Counts the copy of what is whole that gloo receives into or sends from: FSDP2 keeps it with what it gathers."""
+        """Counts gloo's copy of what is whole, which it receives into or sends from; FSDP2 keeps that of weights."""
         whole = max(tensors, key=lambda x: x.nbytes)
         if func._opname in GATHERS:
             self._resize(_key(whole), 2 * whole.nbytes)
