@@ -145,7 +145,8 @@ class ActiveLinear(nn.Linear):
         if is_sharded(weight):
             raise RuntimeError(
                 "the weight of an ActiveLinear is split over processes in its forward pass, as tensor parallelism has "
-                "it; expected it whole, as fully_shard gathers it. Give its mask to SparseMaskedAdamW(masks=...) instead"
+                "it; expected it whole, as fully_shard gathers it. Give its mask to SparseMaskedAdamW(masks=...) "
+                "instead"
             )
         if learning and weight.requires_grad:
             raise RuntimeError(
@@ -211,8 +212,8 @@ class ActiveLinear(nn.Linear):
     def _refuse_gathered(self) -> None:
         if self._split and not is_sharded(self.active):
             raise RuntimeError(
-                "an ActiveLinear is gathered by fully_shard, as after a pass without gradients, so that what is written "
-                "would be lost; call model.reshard() first"
+                "an ActiveLinear is gathered by fully_shard, as after a pass without gradients, so that what is "
+                "written would be lost; call model.reshard() first"
             )
 
     def extra_repr(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary

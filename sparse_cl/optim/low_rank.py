@@ -129,7 +129,9 @@ class LowRankProjection(Projection):
             wanted = Subspace(subspace.basis) if isinstance(self.rule, Hard) else subspace
             columns = mask.index if owner is None else owner.mask.index
             seen = wanted.restricted(columns.to(subspace.device))
-        return FittedLowRank(self, subspace, seen, mask, piece, None if owner is None else param)
+        found = FittedLowRank(self, subspace, seen, mask, piece)
+        found.leaf = None if owner is None else param
+        return found
 
 
 class SubspaceProjection(LowRankProjection):
@@ -204,22 +206,16 @@ class FittedLowRank(Fitted):
         mask: None: all of the weight is stepped.
         index: the rows of P that are stepped; None: all.
         piece: what this process holds of a weight that is split over several: its rows of P.
-        leaf: what is stepped, if it is a leaf that is split.
+        leaf: a split leaf that is stepped; what is held is of the whole weight that it is a part of.
         table: of an embedding, the rows that are held.
         single: whether the mask is of single weights.
     """
 
     def __init__(
-        self,
-        given: LowRankProjection,
-        whole: Subspace,
-        seen: Subspace,
-        mask: Mask | None,
-        piece: Piece | None = None,
-        leaf: Tensor | None = None,
+        self, given: LowRankProjection, whole: Subspace, seen: Subspace, mask: Mask | None, piece: Piece | None = None
     ) -> None:
-        self.leaf = leaf
         self.given, self.whole, self.seen, self.mask, self.piece = given, whole, seen, mask, piece
+        self.leaf: Tensor | None = None
         self.table = None if given.rows is None else given.rows.part(piece)
         self.single = mask is not None and not isinstance(mask, RowMask | ColumnMask)
         self.index = mask.index.to(whole.device).long() if isinstance(mask, RowMask) else None
@@ -253,15 +249,12 @@ class FittedLowRank(Fitted):
     def begin(self, weight: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         if not self.remembers:
             return {}
-        # What a split leaf stands for; the leaf is a part of it.
-        layer, piece = weight, self.piece
-        if self.leaf is not None:
-            layer, piece = part(whole_of(self.leaf)), piece_of(whole_of(self.leaf))
+        leaf = self.leaf
+        layer, piece = (weight, self.piece) if leaf is None else (part(whole_of(leaf)), piece_of(whole_of(leaf)))
         found = {"held": self.held(layer, piece)}
         if self.given.relative:
-            entries = layer.numel() if piece is None else math.prod(piece.shape)
             square = torch.linalg.vector_norm(layer.detach(), dtype=torch.float64).square()
-            size = (summed(square, piece) / entries).sqrt()
+            size = (summed(square, piece) / (layer.numel() if piece is None else math.prod(piece.shape))).sqrt()
             found["scale"] = torch.where(size > 0, size, 1.0)
         if self.table is not None:
             found |= self.table.begin(weight, dtype, self.later)

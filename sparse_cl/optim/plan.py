@@ -23,8 +23,8 @@ class Plan:
 
     Attributes:
         own: parameters of the optimizer.
-        params: what the op writes: the same, but for a leaf the weight that it stands for, and of a parameter, or a leaf,
-            that is split over processes this one's part.
+        params: what the op writes: the same, but for a leaf the weight that it stands for, and of what is split over
+            processes, leaves too, this one's part.
         positions: where they are in the group's list.
         packed, buffers: their states.
         layout: the op's int64 table, on the CPU.
