@@ -336,6 +336,19 @@ class SubspaceMemory:
         self._observer.attach()
         self.version += 1
 
+    def follow(self) -> dict[str, Any]:
+        """Ties it to the parameters that its layers have now: ``fully_shard`` puts others in the place of those before.
+
+        Returns:
+            The tracked weights by name.
+        """
+        tied: list[Any] = [*self._layers.values(), *self._tables.values()]
+        for each in tied:
+            if each.modules:
+                each.param = each.modules[0].weight
+        self._know()
+        return {name: layer.param for name, layer in self._layers.items() if layer.param is not None}
+
     @property
     def is_bound(self) -> bool:
         """Whether it knows the parameters, not only their names."""
