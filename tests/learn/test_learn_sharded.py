@@ -33,7 +33,7 @@ CALLS = {
     "1-adapter": ("model", "code", {"method": "elastic-lora", "lr": 2e-2}),
     "2-adapter": ("1-adapter", "math", {"method": "elastic-lora", "lr": 2e-2}),
     "2-apart": ("1-adapter", "math", {"method": "orthogonal-lora", "lr": 2e-2, "steps": 2}),
-    "3-plain": ("2-adapter", "math", {"method": "lora", "lr": 2e-3, "steps": 2}),
+    "2-plain": ("1-adapter", "code", {"method": "lora", "lr": 5e-3, "steps": 2}),
     "tied": ("tied-model", "math", {"method": "adamw", "gradient_accumulation": 2, "steps": 2}),
 }
 #: Those that are also stopped on their way, and made by one process from what several left.
