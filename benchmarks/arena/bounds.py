@@ -50,7 +50,7 @@ class Joint(AdamW):
     name = "joint"
     kind = "bound"
 
-    def steps(self, steps: int, number: int, domains: int) -> int:
+    def steps(self, steps: int, number: int, domains: int, protected: bool = False) -> int:
         return 0 if number else steps * domains
 
     def training_data(self, number: int, datasets: Sequence[Dataset], seed: int) -> Dataset:

@@ -255,7 +255,8 @@ def run_sequence(
         CheckpointError: the folder of a finished domain is not whole.
     """
     domains, settings = prepared.domains, prepared.settings
-    steps = [method.steps(settings.steps, number, len(domains)) for number in range(len(domains))]
+    protects = prepared.protected is not None and method.protects
+    steps = [method.steps(settings.steps, number, len(domains), protects) for number in range(len(domains))]
     finished = finished_folders(folder, [domain.name for domain in domains], steps, progress)
     done = len(progress.stages) - 1
     learner = _Learner(method, prepared, folder)
@@ -263,7 +264,8 @@ def run_sequence(
         model = method.restore(base, finished)
     else:
         model = base
-        if prepared.protected is not None and method.protects:
+        if protects:
+            assert prepared.protected is not None
             transformers.set_seed(settings.seed)
             windows = Windows(prepared.tokenizer, prepared.protected, settings.max_length)
             method.protect(model, DomainBatches(windows, settings.batch_size, next(model.parameters()).device))

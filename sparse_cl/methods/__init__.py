@@ -12,6 +12,7 @@ from .orthogonal import Orthogonal, OrthogonalLoRA
 from .orthogonal_masked import OrthogonalMasked
 from .registry import METHODS, join_arena, method_named, register
 from .replay import Replay1, Replay5
+from .routed import Routed
 from .selective_write import SelectiveWrite
 from .sparse_masked import SparseMasked
 from .sparse_masked_lora import SparseMaskedLoRA
@@ -31,6 +32,7 @@ for _method in (
     Elastic,
     ElasticLoRA,
     TwoFour,
+    Routed,
     Curvature,
 ):
     register(_method)
@@ -51,6 +53,7 @@ __all__ = [
     "OrthogonalMasked",
     "Replay1",
     "Replay5",
+    "Routed",
     "SelectiveWrite",
     "SparseMasked",
     "SparseMaskedLoRA",

@@ -107,10 +107,13 @@ class Method(ABC):
             "that does (elastic, elastic-lora, orthogonal, orthogonal-lora), or give it none"
         )
 
-    def steps(self, steps: int, number: int, domains: int) -> int:
+    def steps(self, steps: int, number: int, domains: int, protected: bool = False) -> int:
         """Optimizer steps in the domain of index `number` of `domains`, where the run's setting is `steps`.
 
         0: the domain is not trained, and its scores are the previous domain's.
+
+        Args:
+            protected: whether a text is given to `protect` before the first domain.
         """
         return steps
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from sparse_cl.masks import TwoFourMask
+from sparse_cl.masks import ElementMask, Mask, TwoFourMask
 from sparse_cl.models.parts import Linear, is_transposed
 from sparse_cl.models.passes import stream
 
@@ -57,23 +57,43 @@ def two_four_masks(
     Raises:
         ValueError: another score, and those of `two_four_layers`.
     """
+    scores = _scores(model, batches, score, seed)
+    return {name: TwoFourMask(_best(values, 2)) for name, values in scores.items()}
+
+
+def one_of_four_masks(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Tensor]],
+    taken: Mapping[str, Mask],
+    score: str = "wanda",
+    *,
+    seed: int = 0,
+) -> dict[str, ElementMask]:
+    """As `two_four_masks`, the one of each four that matters most among those that are not `taken`.
+
+    Args:
+        taken: weight name -> mask that leaves at least one of each four.
+    """
+    scores = _scores(model, batches, score, seed)
+    # No score is below 0.
+    open_ones = {name: values.masked_fill(taken[name].to_dense(), -1) for name, values in scores.items()}
+    return {name: ElementMask(_best(values, 1)) for name, values in open_ones.items()}
+
+
+def _scores(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], score: str, seed: int) -> dict[str, Tensor]:
     if score not in SCORES:
         raise ValueError(f"score: expected one of {', '.join(SCORES)}, got {score!r}")
     layers = two_four_layers(model)
     if score == "fisher":
         fisher = diagonal_fisher(model, batches, {name: layer.weight for name, layer in layers.items()}, seed=seed)
-        scores = {name: fisher[name] * layers[name].weight.detach().square() for name in layers}
-    else:
-        watches, energies = energy_watches(layers)
-        stream(model, watches, batches, tokens="text")
-        scores = {name: layer.weight.detach().abs() * energies[name].sqrt() for name, layer in layers.items()}
-    return {name: _best_two(values) for name, values in scores.items()}
+        return {name: fisher[name] * layers[name].weight.detach().square() for name in layers}
+    watches, energies = energy_watches(layers)
+    stream(model, watches, batches, tokens="text")
+    return {name: layer.weight.detach().abs() * energies[name].sqrt() for name, layer in layers.items()}
 
 
 @contextmanager
-def only_two_four(
-    model: nn.Module, masks: Mapping[str, TwoFourMask], *, semi_structured: bool = False
-) -> Iterator[nn.Module]:
+def only_two_four(model: nn.Module, masks: Mapping[str, Mask], *, semi_structured: bool = False) -> Iterator[nn.Module]:
     """While it lasts, the model computes with the masks' weights alone: the others count as zero.
 
     For inference. The parameters themselves are not touched, and are the modules' again afterwards, the same objects.
@@ -122,8 +142,8 @@ def _compressed(weight: Tensor, name: str) -> Tensor:
         ) from error
 
 
-def _best_two(scores: Tensor) -> TwoFourMask:
+def _best(scores: Tensor, count: int) -> Tensor:
+    """Bool of the scores' shape: the `count` largest of each four, of equal ones the first."""
     groups = scores.view(-1, 4)
-    chosen = groups.sort(dim=1, descending=True, stable=True).indices[:, :2]
-    dense = torch.zeros_like(groups, dtype=torch.bool).scatter_(1, chosen, True)
-    return TwoFourMask(dense.view(scores.shape))
+    chosen = groups.sort(dim=1, descending=True, stable=True).indices[:, :count]
+    return torch.zeros_like(groups, dtype=torch.bool).scatter_(1, chosen, True).view(scores.shape)

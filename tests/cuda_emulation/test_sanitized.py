@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from cuda_emulation.emulated import build
 
-FLAGS = "-g -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined"
+FLAGS = "-O0 -g -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=undefined"
 #: Of each .cu, the tests that run.
 CHOSEN = {
     "masked_adamw": "several_chunks or float32_gradients or without_active or "

@@ -248,7 +248,7 @@ class OnlyLast(METHODS["adamw"]):
 
     name, kind = "only-last", "bound"
 
-    def steps(self, steps, number, domains):
+    def steps(self, steps, number, domains, protected=False):
         return steps if number == domains - 1 else 0
 
 

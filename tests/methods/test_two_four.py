@@ -9,19 +9,20 @@ from cases.methods import copy_of, domain, gradients_of, learn, logits, same, we
 
 from sparse_cl.masks import TwoFourMask
 from sparse_cl.methods import TwoFour
+from sparse_cl.methods.two_four import TRACKS
 from sparse_cl.probes.fisher import diagonal_fisher
-from sparse_cl.probes.two_four import only_two_four, two_four_masks
+from sparse_cl.probes.two_four import one_of_four_masks, only_two_four, two_four_masks
 
 LR = 3e-3
 DOWN = "model.layers.1.mlp.down_proj.weight"
 
 
-def best_two(scores):
+def best_two(scores, count=2):
     """Of each four along a row the two largest, one group at a time."""
     dense = torch.zeros_like(scores, dtype=torch.bool)
     for i, row in enumerate(scores.tolist()):
         for start in range(0, len(row), 4):
-            for j in sorted(range(start, start + 4), key=lambda j: -row[j])[:2]:
+            for j in sorted(range(start, start + 4), key=lambda j: -row[j])[:count]:
                 dense[i, j] = True
     return dense
 
@@ -41,18 +42,26 @@ def loss_by_hand(model, batches, zeroed=()):
     return float(total / count)
 
 
-def test_wanda_s_two_of_four(tiny_llama):
+def wanda_by_hand(model, batches):
+    """|W_ij| ‖x_j‖ of the layer DOWN."""
     seen = []
-    layer = tiny_llama.get_submodule(DOWN.removesuffix(".weight"))
+    layer = model.get_submodule(DOWN.removesuffix(".weight"))
     handle = layer.register_forward_pre_hook(lambda module, args: seen.append(args[0].double()))
-    logits(tiny_llama, domain(0))
+    logits(model, batches)
     handle.remove()
-    counted = domain(0)[0]["attention_mask"].bool()
+    counted = batches[0]["attention_mask"].bool()
     counted[:, 0] = False
-    norms = torch.cat([x[counted] for x in seen]).square().sum(0).sqrt()
+    return layer.weight.detach().double().abs() * torch.cat([x[counted] for x in seen]).square().sum(0).sqrt()
+
+
+def test_wanda_s_two_of_four_and_one_of_the_others(tiny_llama):
     masks = two_four_masks(tiny_llama, domain(0))
     assert len(masks) == 14
-    assert torch.equal(masks[DOWN].to_dense(), best_two(layer.weight.detach().double().abs() * norms))
+    assert torch.equal(masks[DOWN].to_dense(), best_two(wanda_by_hand(tiny_llama, domain(0))))
+    ones = one_of_four_masks(tiny_llama, domain(1), masks)
+    others = wanda_by_hand(tiny_llama, domain(1)).masked_fill(masks[DOWN].to_dense(), -1)
+    assert torch.equal(ones[DOWN].to_dense(), best_two(others, 1))
+    assert not (ones[DOWN] & masks[DOWN]).numel
 
 
 def test_fisher_s_two_of_four(tiny_llama):
@@ -70,35 +79,57 @@ def test_of_equal_weights_the_first_are_locked(tiny_llama):
     assert torch.equal(dense.view(-1, 4), torch.tensor([True, True, False, False]).expand(dense.numel() // 4, 4))
 
 
-@pytest.mark.filterwarnings("ignore:two-four. the free track")
+@pytest.mark.filterwarnings("ignore:two-four. this domain takes the last track")
 @pytest.mark.parametrize("score", ["wanda", "fisher"])
-def test_the_locked_track_is_locked_and_computes_the_same_for_good(tiny_llama, score):
-    method = TwoFour(score)
-    model = learn(method, tiny_llama, domain(0), lr=LR)
-    locked, before = dict(method.locked), weights(model)
-    with only_two_four(model, locked):
-        kept = logits(model, domain(0))
-        assert all((model.get_parameter(name).view(-1, 4) != 0).sum(1).max() == 2 for name in locked), (
-            "truly 2:4, along the input"
-        )
-    for number in (1, 2):
-        model = learn(method, model, domain(number), lr=LR, steps=12)
-    after = weights(model)
-    assert method.locked == locked
-    assert len(locked) == 14
-    for name in before:
-        moved = before[name] != after[name]
-        if name in locked:
-            dense = locked[name].to_dense()
-            assert (dense.view(-1, 4).sum(1) == 2).all()
-            assert not moved[dense].any()
-            assert moved[~dense].float().mean() > 0.9
-        else:
-            assert not moved.any()
-    with only_two_four(model, locked):
-        assert torch.equal(logits(model, domain(0)), kept), "no forgetting at all, at the price of the conversion"
-    assert not torch.equal(logits(model, domain(0)), kept)
-    assert same(weights(model), after)
+@pytest.mark.parametrize("text", [False, True])
+def test_locked_tracks_are_locked_for_good_and_compute_the_same(tiny_llama, score, text):
+    method, model = TwoFour(score), tiny_llama
+    if text:
+        method.protect(model, domain(4))
+    ends, first = [], []
+    for number in range(TRACKS - text):
+        before = weights(model)
+        model = learn(method, model, domain(number), lr=LR)
+        after, locked = weights(model), [track for track in method.tracks]
+        assert len(locked) == number + 1 + text
+        for name in before:
+            moved = before[name] != after[name]
+            if len(locked) == 1:
+                assert moved.any()
+            elif name in locked[-1]:
+                own = locked[-1][name].to_dense()
+                assert not moved[~own].any(), "only the domain's own track is written"
+                assert moved[own].float().mean() > 0.9
+            else:
+                assert not moved.any()
+        ends.append(after)
+        with only_two_four(model, locked[0]):
+            first.append(logits(model, domain(4 if text else 0)))
+    assert all(torch.equal(logits, first[0]) for logits in first), "no forgetting, at the price of the conversion"
+    for name in method.tracks[0]:
+        counts = [track[name].to_dense().view(-1, 4).sum(1).unique().tolist() for track in method.tracks]
+        assert counts == [[2], [1], [1]]
+        assert method.locked[name].to_dense().all(), "the tracks are disjoint, and all of it"
+        for track, end in zip(method.tracks[text:], ends, strict=True):
+            own = track[name].to_dense()
+            assert torch.equal(model.get_parameter(name)[own], end[name][own]), "bit-identical since its domain"
+
+
+def test_a_domain_without_a_track_is_told_and_not_trained(tiny_llama):
+    method, model = TwoFour(), tiny_llama
+    assert [method.steps(9, number, 5) for number in range(5)] == [9, 9, 9, 0, 0]
+    assert [method.steps(9, number, 4, protected=True) for number in range(4)] == [9, 9, 0, 0]
+    for number in range(2):
+        model = learn(method, model, domain(number), lr=LR)
+        assert all(layer["free"] == layer["width"] * (2 - number) // 4 for layer in method.record()["layers"].values())
+    with pytest.warns(UserWarning, match="this domain takes the last track; a further one finds none"):
+        model = learn(method, model, domain(2), lr=LR)
+    assert all(layer["free"] == 0 for layer in method.record()["layers"].values())
+    state, opened = weights(model), [p.requires_grad for p in model.parameters()]
+    with pytest.raises(ValueError, match="two-four: no track is left; of each four weights, two were locked"):
+        learn(method, model, domain(3), lr=LR)
+    assert same(state, weights(model))
+    assert opened == [p.requires_grad for p in model.parameters()]
 
 
 def test_the_first_domain_trains_everything_unless_a_text_is_protected(tiny_llama):
@@ -111,7 +142,7 @@ def test_the_first_domain_trains_everything_unless_a_text_is_protected(tiny_llam
     method.protect(other, domain(3))
     expected = two_four_masks(other, domain(3))
     after = weights(learn(method, other, domain(0), lr=LR))
-    assert method.locked == expected
+    assert method.tracks[0] == expected
     for name in before:
         frozen = expected[name].to_dense() if name in expected else torch.ones_like(before[name], dtype=torch.bool)
         assert torch.equal(before[name][frozen], after[name][frozen])
@@ -145,21 +176,14 @@ def test_the_capacity_account_is_that_of_a_recount(tiny_llama):
     gradients = gradients_of(model, domain(1)[:4])
     learn(method, model, domain(1), lr=LR)
     second = method.record()["layers"]
-    assert set(first) == set(second) == set(method.locked)
-    for name, mask in method.locked.items():
-        dense, gradient = mask.to_dense(), gradients[name].double()
-        counts = {"width": dense.numel(), "used": int(dense.sum()), "free": int((~dense).sum())}
-        surviving = float(gradient[:, ~dense].square().sum() / gradient.square().sum())
+    assert set(first) == set(second) == set(method.tracks[0])
+    for name, mask in method.tracks[1].items():
+        own, gradient = mask.to_dense(), gradients[name].double()
+        surviving = float(gradient[:, own].square().sum() / gradient.square().sum())
+        counts = {"width": own.numel(), "used": own.numel() // 2, "free": own.numel() // 2}
         assert first[name] == {"surviving": 1.0, "leak": None, **counts}
+        counts = {"width": own.numel(), "used": 3 * own.numel() // 4, "free": own.numel() // 4}
         assert second[name] == {"surviving": pytest.approx(surviving, rel=1e-6), "leak": 0.0, **counts}
-
-
-def test_a_free_track_that_is_shared_is_told(tiny_llama):
-    method = TwoFour()
-    model = learn(method, tiny_llama, domain(0), lr=LR)
-    model = learn(method, model, domain(1), lr=LR)
-    with pytest.warns(UserWarning, match="two-four: the free track has been written by 1 domain already"):
-        learn(method, model, domain(2), lr=LR)
 
 
 def test_a_resumed_run_goes_on_with_the_same_bits(tiny_llama, tmp_path):
@@ -167,13 +191,14 @@ def test_a_resumed_run_goes_on_with_the_same_bits(tiny_llama, tmp_path):
     folders = [tmp_path / str(number) for number in range(2)]
     for number, folder in enumerate(folders):
         model = learn(method, model, domain(number), lr=LR, folder=folder)
-    with pytest.warns(UserWarning, match="written by 1 domain already"):
-        model = learn(method, model, domain(2), lr=LR)
     other = TwoFour()
     resumed = other.restore(base, folders)
-    with pytest.warns(UserWarning, match="written by 1 domain already"):
+    with pytest.warns(UserWarning, match="takes the last track"):
+        model = learn(method, model, domain(2), lr=LR)
+    with pytest.warns(UserWarning, match="takes the last track"):
         resumed = learn(other, resumed, domain(2), lr=LR)
     assert same(weights(model), weights(resumed))
+    assert method.tracks == other.tracks
     assert method.record() == other.record()
 
 
