@@ -248,7 +248,7 @@ class ActiveLinear(nn.Linear):
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         # fully_shard puts a split leaf in the place of the first, and while it has gathered the layer a whole one.
-        if name == "active":
+        if name == "active" and isinstance(value, Tensor):
             set_owner(value, self)
             self._split = self._split or is_sharded(value)
 
