@@ -215,7 +215,7 @@ def what_cannot_work_is_refused(folder):
     train(net, optimizer, 4, 1)
     state = optimizer.state_dict()
     memory = {"0.active": Subspace(basis().double(), energies().double())}
-    with pytest.raises(ValueError, match="'?0.active'? is the leaf of an ActiveLinear that is split.*ElasticAdamW"):
+    with pytest.raises(ValueError, match="'?0.active'? is the leaf of an ActiveLinear, which is written.*ElasticAdamW"):
         protect(torch.optim.AdamW(net.named_parameters()), memory, budget=0)
 
     # A pass without gradients leaves the root whole.
