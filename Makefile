@@ -10,6 +10,8 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/pip -q --disable-pip-version-check install --no-compile -c constraints.txt
 # Some machines say that no bytecode is to be kept. Then each of many processes would compile torch and transformers.
 export PYTHONDONTWRITEBYTECODE :=
+# One more than there are cores: many tests wait for a process that they started.
+WORKERS := $(shell $(PYTHON) -c "import os; print(min(1 + (os.cpu_count() or 1), 4))")
 SOURCES := setup.py CMakeLists.txt pyproject.toml $(wildcard csrc/*)
 CPP := $(wildcard csrc/*.h csrc/*.cpp csrc/*.cu csrc/*.cuh tests/cuda_emulation/*.h tests/cuda_emulation/*.cpp)
 
@@ -20,7 +22,7 @@ demo: $(VENV)/.built
 	$(BIN)/sparse-cl run --method adamw,lora,elastic --steps 100 --out out/demo
 
 test: lint
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal --durations 15
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal --durations 15
 
 test-integrations: $(VENV)/.integrations
 	$(BIN)/python -m pytest -rs tests/integrations tests/methods/test_users_adapters.py tests/methods/test_unusual_models.py

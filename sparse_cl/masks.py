@@ -183,6 +183,12 @@ class _UnitMask(Mask):
     def units(self) -> int:
         return self.index.numel()
 
+    @cached_property
+    def within(self) -> RowMask | ColumnMask:
+        """The mask of the compact array of its entries: all of them, with the same gains."""
+        shape = self.layout().compact_shape
+        return type(self)(torch.arange(self.units, device=self.device), shape, self.gain)  # type: ignore[return-value]
+
     def piece(self, offset: Sequence[int], shape: Sequence[int]) -> Mask:
         start = offset[self._dim]
         inside = (self.index >= start) & (self.index < start + shape[self._dim])

@@ -77,6 +77,10 @@ class OwnOptimizerTrainer(transformers.Trainer):
         return super()._clip_grad_norm(model)
 
 
+_TRAINED = StateDictOptions(ignore_frozen_params=True, strict=False)
+"""Of a checkpoint: what is frozen, as the base of an adapter, is what it was when the run began."""
+
+
 class SplitTrainer(OwnOptimizerTrainer):
     """The same for a model that FSDP2 has split already, on CPUs as on GPUs.
 
@@ -99,16 +103,16 @@ class SplitTrainer(OwnOptimizerTrainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         dcp.save(
-            {"model": get_model_state_dict(self.model), **self._optimizer_state()},
+            {"model": get_model_state_dict(self.model, options=_TRAINED), **self._optimizer_state()},
             checkpoint_id=self._parts(output_dir),
         )
         if self.args.should_save:
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        state = {"model": get_model_state_dict(self.model)}
+        state = {"model": get_model_state_dict(self.model, options=_TRAINED)}
         dcp.load(state, checkpoint_id=self._parts(resume_from_checkpoint))
-        set_model_state_dict(self.model, state["model"])
+        set_model_state_dict(self.model, state["model"], options=_TRAINED)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:

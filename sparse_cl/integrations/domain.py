@@ -107,6 +107,10 @@ class Domain:
             _check_own(self.model, self.optimizer)
         self._proven = True
 
+    def look_at(self, batches: Iterable[Any], records: int) -> None:
+        """Has the method remember the domain by these batches, in place of those of the loader."""
+        self.batches = Looking(batches, self.model, records)
+
     def drift(self) -> dict[str, float]:
         """By parameter the share of old outputs that has moved in this domain; empty: nothing is protected yet."""
         if isinstance(self.optimizer, MemoryAdamW):

@@ -12,10 +12,13 @@ from sparse_cl import storage
 from sparse_cl.methods import Method, load_carried, save_carried
 from sparse_cl.methods.carried import FOLDER
 from sparse_cl.optim.active_gradients import ActiveGradients, active_gradients
+from sparse_cl.probes.boundaries import BoundaryDetector
 
 from .domain import ADVICE, Domain, plain_optimizer
+from .stream import Stream
 
 _STATE = f"{FOLDER}/protection.safetensors"
+_STREAM = f"{FOLDER}/stream.pt"
 
 
 class ActiveClipping(transformers.TrainerCallback):
@@ -54,6 +57,9 @@ class ContinualCallback(transformers.TrainerCallback):
         name: of the domain, for the history; the output folder's by default.
         records: how many training records the method may look at, before and after.
         checkpoint: the folder that training resumes from, where it is not `<output_dir>/checkpoint-<step>`.
+        boundaries: "auto": the data are several domains one after another, not shuffled together, and a
+            `BoundaryDetector` finds where each ends; the method then remembers it by about `records` records that were
+            kept of it. Or a detector of your own. In one process only.
 
     Raises (in `trainer.train()`):
         ValueError: the method cannot train this model, or needs an optimizer of its own.
@@ -69,12 +75,17 @@ class ContinualCallback(transformers.TrainerCallback):
         name: str | None = None,
         records: int = 128,
         checkpoint: str | Path | None = None,
+        boundaries: str | BoundaryDetector | None = None,
     ) -> None:
         if not isinstance(method, Method):
             raise TypeError(f"method: expected a method such as Elastic(), got {method!r}")
+        if not (boundaries is None or boundaries == "auto" or isinstance(boundaries, BoundaryDetector)):
+            raise ValueError(f"boundaries: expected 'auto', a BoundaryDetector or None, got {boundaries!r}")
         self.method, self.memory, self.name, self.records = method, memory, name, records
-        self.checkpoint = checkpoint
+        self.checkpoint, self.boundaries = checkpoint, boundaries
         self.domain: Domain | None = None
+        self._stream: Stream | None = None
+        self._began = 0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         kind = str(args.parallel_mode).rpartition(".")[2]
@@ -84,6 +95,8 @@ class ContinualCallback(transformers.TrainerCallback):
                 f"ContinualCallback: training is spread over devices or processes ({kind.lower()}) so that the "
                 f"protection would not be on what is stepped. {ADVICE}"
             )
+        if self.boundaries is not None:
+            _check_stream(args, kwargs["train_dataloader"])
         folder, memory, resumes = self._folder(args, state), self.memory, None
         if folder is not None:
             resumes = _read(folder)
@@ -99,6 +112,23 @@ class ContinualCallback(transformers.TrainerCallback):
             records=self.records,
             resumes=resumes,
         )
+        if self.boundaries is not None:
+            detector = BoundaryDetector() if isinstance(self.boundaries, str) else self.boundaries
+            self._stream, self._began = Stream(self.domain.model, detector, self.records), 0
+            if folder is not None:
+                kept = torch.load(folder / _STREAM, weights_only=True)
+                self._began = kept["began"]
+                self._stream.load_state_dict(kept["stream"])
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.domain is None or self._stream is None or not self._stream.at_boundary:
+            return
+        domain = self.domain
+        old, new = self._stream.split()
+        domain.look_at(old, self.records)
+        domain.end(**self._facts(args, state))
+        self._began = state.global_step
+        self.domain = Domain(self.method, domain.model, new, domain.optimizer, records=self.records)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.domain is not None and not getattr(kwargs["optimizer"], "step_was_skipped", False):
@@ -126,21 +156,30 @@ class ContinualCallback(transformers.TrainerCallback):
             carried.memory = None
         save_carried(folder, carried)
         _write(folder, kept)
+        if self._stream is not None:
+            torch.save({"began": self._began, "stream": self._stream.state_dict()}, folder / _STREAM)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.domain is None:
             return
-        loader = kwargs.get("train_dataloader")
-        data: Any = getattr(loader, "dataset", None)
-        self.domain.end(
-            args.output_dir if state.is_world_process_zero else None,
-            name=self.name or Path(args.output_dir).name,
-            lr=args.learning_rate,
-            steps=state.global_step,
-            records=len(data) if hasattr(data, "__len__") else None,
-            data=getattr(data, "_fingerprint", None),
-        )
+        folder = args.output_dir if state.is_world_process_zero else None
+        if self._stream is None:
+            data: Any = getattr(kwargs.get("train_dataloader"), "dataset", None)
+            records = len(data) if hasattr(data, "__len__") else None
+            found = {"records": records, "data": getattr(data, "_fingerprint", None)}
+        else:
+            self._stream.close()
+            self.domain.look_at(self._stream.present(), self.records)
+            self._stream, found = None, {}
+        self.domain.end(folder, **self._facts(args, state), **found)
         self.domain = None
+
+    def _facts(self, args: Any, state: Any) -> dict[str, Any]:
+        """What the history is to know of the domain."""
+        name = self.name or Path(args.output_dir).name
+        if self.boundaries is not None and self.domain is not None:
+            name = f"{name}-{len(self.domain.domains) + 1}"
+        return {"name": name, "lr": args.learning_rate, "steps": state.global_step - self._began}
 
     def _folder(self, args: Any, state: Any) -> Path | None:
         """The checkpoint that training goes on from; None: it begins."""
@@ -154,6 +193,21 @@ class ContinualCallback(transformers.TrainerCallback):
                 "from as checkpoint=, an earlier one, or begin the domain anew"
             )
         return Path(given)
+
+
+def _check_stream(args: Any, loader: Any) -> None:
+    if args.world_size > 1:
+        raise RuntimeError(
+            f"boundaries: expected one process, got {args.world_size}, which see different batches; train one domain "
+            "after the other, without boundaries"
+        )
+    batches = getattr(loader, "batch_sampler", None)
+    sampler = getattr(batches, "sampler", None) or getattr(loader, "sampler", None)
+    if isinstance(sampler, torch.utils.data.RandomSampler):
+        raise RuntimeError(
+            "boundaries: the trainer shuffles the data, so there are none to find; give "
+            'TrainingArguments(train_sampling_strategy="sequential"), or an IterableDataset'
+        )
 
 
 def _write(folder: Path, state: dict[str, Any]) -> None:

@@ -27,12 +27,13 @@ from sparse_cl.data import (
 from sparse_cl.four_domains.protection import Windows, text_to_protect
 from sparse_cl.four_domains.sequence import DomainBatches
 from sparse_cl.four_domains.training import train
+from sparse_cl.layout import is_sharded
 from sparse_cl.methods.carried import Carried, save_carried
 from sparse_cl.methods.lora import merged
 from sparse_cl.models.loading import load_tokenizer, quiet
 from sparse_cl.models.losses import mean_loss
 from sparse_cl.models.processes import check_processes, processes
-from sparse_cl.models.sharding import whole_weights
+from sparse_cl.models.sharding import split_over_all, whole_weights
 
 from .own_texts import write_texts
 from .said import say_moved, say_protected
@@ -142,6 +143,8 @@ class _Domain:
         before = mean_loss(model, scored)
         transformers.set_seed(settings.seed)
         model = method.before_domain(model, batches)
+        if settings.shard and not any(map(is_sharded, model.parameters())):
+            model = split_over_all(model, _device(model))
         lr = settings.rate(adapters=hasattr(model, "peft_config"))
         steps = self._steps()
         self.work.begin()

@@ -13,10 +13,10 @@ from sparse_cl.data import parse_columns
 from sparse_cl.four_domains.method_options import parse_set
 from sparse_cl.methods import METHODS, Method, method_named
 from sparse_cl.methods.adamw import AdamW
-from sparse_cl.methods.elastic import Elastic
+from sparse_cl.methods.elastic import Elastic, ElasticLoRA
 from sparse_cl.methods.lora import LoRA
 from sparse_cl.methods.memory_method import MemoryMethod
-from sparse_cl.methods.orthogonal import Orthogonal
+from sparse_cl.methods.orthogonal import Orthogonal, OrthogonalLoRA
 
 FULL_LR, ADAPTER_LR = 2e-5, 2e-4
 """Peak rates for models of today's sizes: of all weights, and of adapters."""
@@ -24,7 +24,8 @@ OWN = "settings of the method"
 SELF, NONE = "self", "none"
 _REMEMBERING = tuple(name for name, known in METHODS.items() if issubclass(known, MemoryMethod))
 _METHODS = (*_REMEMBERING, AdamW.name, LoRA.name)
-_SHARDED = (Elastic.name, Orthogonal.name, AdamW.name)
+_SHARDED_ADAPTERS = (ElasticLoRA.name, OrthogonalLoRA.name, LoRA.name)
+_SHARDED = (Elastic.name, Orthogonal.name, AdamW.name, *_SHARDED_ADAPTERS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +93,11 @@ class LearnSettings:
             raise ValueError(
                 f"shard: {self.method} has not been made to learn a model that is split over processes; take "
                 f"--method {' or '.join(_SHARDED)}, or learn in one process, without --shard"
+            )
+        if self.shard and self.merge and self.method in _SHARDED_ADAPTERS:
+            raise ValueError(
+                "merge: no process holds the whole model that an adapter would be merged into; leave --merge out, and "
+                "merge the adapter afterwards (merge_and_unload)"
             )
         self.training_arguments()
 

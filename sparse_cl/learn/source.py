@@ -48,11 +48,12 @@ class Source:
         """The model for a method to go on with, and what it must not forget; None: nothing was learned here yet.
 
         Args:
-            shard: whether it is split over processes; for methods that train no adapters.
+            shard: whether it is split over processes; if the method trains an adapter, it is so once that is made.
 
         Raises:
             ValueError: the method cannot go on with it.
         """
+        shard = shard and not isinstance(method, FreshAdapters | LoRA)
         model: Any = load_model(self.base, dtype, "cpu" if shard else None)[0]
         if Path(self.base).is_dir():
             model.config._name_or_path = str(Path(self.base).resolve())  # an adapter names it, wherever it is loaded

@@ -127,6 +127,7 @@ class ElasticLoRA(FreshAdapters):
 
     def make_optimizer(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
         self._check_begun("make_optimizer")
+        self._follow(model)
         pulls = {}
         for a, subspace in self._subspaces(model):
             pulls[a] = LowRankPull(subspace, subspace.usage * self.strength, from_zero=True, relative=True)

@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+
+from sparse_cl.layout import is_sharded
 
 from .base import Batch, Method
 from .options import check_at_least
@@ -22,8 +25,13 @@ def add_adapter(
     """The model with a fresh adapter on the named layers, or every linear one but the head: a `peft.PeftModel`.
 
     The base is frozen.
+
+    Raises:
+        ValueError: the model is split over processes already.
     """
     import peft
+
+    refuse_split(model)
 
     return peft.get_peft_model(
         model,
@@ -35,6 +43,28 @@ def add_adapter(
             task_type="CAUSAL_LM",
         ),
     )
+
+
+def refuse_split(model: nn.Module) -> None:
+    """Raises a ValueError if no adapter can be put into the model, as it is split over processes."""
+    if any(map(is_sharded, model.parameters())):
+        raise ValueError(
+            "model: it is split over processes, and an adapter is made of a whole model. Call before_domain before "
+            "fully_shard; of a model that has learned by an adapter, save this, and go on in a new run: "
+            "method.restore(base, [folder]), before_domain, then fully_shard"
+        )
+
+
+@torch.no_grad()
+def agree_on_adapters(model: nn.Module) -> None:
+    """Gives all processes the adapter that the first has drawn. All of them must call it."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return
+    trained = [param for param in model.parameters() if param.requires_grad]
+    told = [[param.detach().cpu() for param in trained]]
+    dist.broadcast_object_list(told)
+    for param, value in zip(trained, told[0], strict=True):
+        param.copy_(value)
 
 
 def merged(model: nn.Module) -> nn.Module:
@@ -101,7 +131,11 @@ class LoRA(Method):
     def before_domain(self, model: nn.Module, batches: Iterable[Batch]) -> nn.Module:
         import peft
 
-        return model if isinstance(model, peft.PeftModel) else add_adapter(model, self.rank, self.alpha)
+        if isinstance(model, peft.PeftModel):
+            return model
+        adapted = add_adapter(model, self.rank, self.alpha)
+        agree_on_adapters(adapted)
+        return adapted
 
     def make_optimizer(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
         trained = [p for p in model.parameters() if p.requires_grad]

@@ -15,13 +15,14 @@ from torch import nn
 from sparse_cl.layout import like, part, whole
 from sparse_cl.models.parts import has_adapters, refuse_mixtures, refuse_shared
 from sparse_cl.models.passes import answer_tokens, evaluation, reshard
+from sparse_cl.optim.shards import piece_of
 from sparse_cl.probes.capacity import scarcity
 from sparse_cl.subspace import SubspaceMemory
 from sparse_cl.subspace.layers import plain_name
 
 from .base import Batch, Method, check_first
 from .carried import memory_path, save_memory
-from .lora import MergedWeights, add_adapter
+from .lora import MergedWeights, add_adapter, agree_on_adapters, refuse_split
 from .options import check_above_zero, check_at_least, check_share
 from .stacked import MergedAdapters
 from .surviving import only_gradients_of, surviving_shares
@@ -188,7 +189,7 @@ class MemoryMethod(Method):
         for name, layer in self._layers.items():
             layer["leak"] = None
             if self._before and self._known.rank(name):
-                before = whole(like(self._before[name], learned[name])).cpu().double()
+                before = whole(like(self._before[name], self._weights[name])).cpu().double()
                 change = whole(learned[name].detach()).cpu().double() - before
                 layer["leak"] = self._taken(name, change)
                 self.moved[name] = self._moved(name, before, change)
@@ -269,10 +270,12 @@ class FreshAdapters(MemoryMethod):
         """Draws the fresh adapter where earlier domains leave room."""
 
     def before_domain(self, model: nn.Module, batches: Iterable[Batch]) -> nn.Module:
+        refuse_split(model)
         base = self._adapters.merge(model)
         self._begin(base, batches)
         adapted = self._adapters.begin(add_adapter(base, self.rank, self.alpha))
         self._confine(adapted)
+        agree_on_adapters(adapted)
         layers: Iterator[tuple[str, Any]] = ((n, m) for n, m in adapted.named_modules() if hasattr(m, "lora_A"))
         unseen = [name for name, layer in layers if not self._known.has_seen(layer.get_base_layer().weight)]
         if self._known.domains and unseen:
@@ -283,7 +286,18 @@ class FreshAdapters(MemoryMethod):
             )
         return adapted
 
+    def _follow(self, model: nn.Module) -> None:
+        """Goes on with the parameters of the model, which fully_shard may have split since it was given out."""
+        reshard(model)
+        self._weights = self._known.follow()
+        for name, before in self._before.items():
+            piece = piece_of(self._weights[name])
+            if piece is not None and tuple(before.shape) == piece.shape:
+                self._before[name] = before[piece.offset[0] : piece.offset[0] + piece.size[0]]
+
     def after_domain(self, model: nn.Module, batches: Iterable[Batch]) -> None:
+        self._check_begun("after_domain")
+        self._follow(model)
         self._end(model, MergedWeights(model, self._weights), batches)
 
     def save(self, folder: Path) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 
 from sparse_cl.lora import orthogonal_lora
 from sparse_cl.optim import Protection, SubspaceProjectedAdamW, protect
+from sparse_cl.optim.memory_adamw import AdapterBases
 from sparse_cl.subspace import Subspace
 
 from .base import Batch
@@ -79,14 +80,23 @@ class OrthogonalLoRA(FreshAdapters):
         alpha: int = ALPHA,
     ) -> None:
         super().__init__(energy, source, max_rank, rank, alpha)
-        self._subspaces: dict[Any, Subspace] = {}
+        #: By name, since fully_shard puts other parameters in the place of those that are there now.
+        self._subspaces: dict[str, Subspace] = {}
+        self._free: list[str] = []
 
     def _confine(self, adapted: nn.Module) -> None:
         with told_already():
-            self._subspaces = orthogonal_lora(adapted, self._known)
+            found = orthogonal_lora(adapted, self._known)
+        names: dict[Any, str] = {param: name for name, param in adapted.named_parameters()}
+        self._subspaces = {names[param]: subspace for param, subspace in found.items()}
+        self._free = [names[param] for param in found.free]
 
     def make_optimizer(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
         self._check_begun("make_optimizer")
+        self._follow(model)
+        own: dict[str, Any] = dict(self._adapters.current.named_parameters())
+        subspaces = {own[name]: subspace.to(own[name].device) for name, subspace in self._subspaces.items()}
+        bases = AdapterBases(subspaces, [own[name] for name in self._free])
         with told_already():
             # B has no subspace, and needs none.
-            return SubspaceProjectedAdamW(trained_by_name(model), lr=lr, memory=self._subspaces, rest="train")
+            return SubspaceProjectedAdamW(trained_by_name(model), lr=lr, memory=bases, rest="train")

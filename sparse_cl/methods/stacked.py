@@ -54,6 +54,12 @@ class MergedAdapters:
         self._before: list[Adapter] = []
         self._current: nn.Module | None = None
 
+    @property
+    def current(self) -> nn.Module:
+        """What :meth:`begin` was given."""
+        assert self._current is not None, "begin comes first"
+        return self._current
+
     def merge(self, model: nn.Module) -> nn.Module:
         """The base, with the adapter of the domain before in it.
 

@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .parts import has_adapters
+
 
 def split(model: nn.Module, mesh: Any, **options: Any) -> nn.Module:
     """Splits the rows of each parameter over the processes of a mesh, in place; a pass gathers one block at a time.
@@ -52,12 +54,13 @@ def split_over_all(model: nn.Module, device: torch.device) -> nn.Module:
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:
     """What `from_pretrained` wants of a split model: whole weights on the CPU, in the first process; nothing in others.
 
-    All processes must call it.
+    Of a model with adapters these are the adapters' alone. All processes must call it.
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     found: dict[str, Any] = get_model_state_dict(
-        model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+        model,
+        options=StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=has_adapters(model)),
     )
     own = {name for name, _ in model.named_parameters()}
     # Gathered, tied weights are equal, but no longer one.

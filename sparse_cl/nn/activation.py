@@ -8,6 +8,7 @@ from difflib import get_close_matches
 import torch
 from torch import nn
 
+from sparse_cl.layout import is_sharded
 from sparse_cl.masks import ColumnMask, RowMask
 
 from .active_linear import ActiveLinear, check_mask, leaf_dtype_for
@@ -36,6 +37,8 @@ def activate(
     for name, module in model.named_modules():
         if isinstance(module, ActiveLinear):
             raise ValueError(f"model: {name!r} is an ActiveLinear already; call restore(model) first")
+        if is_sharded(getattr(module, "weight", None)) or hasattr(module, "unshard"):
+            raise ValueError("model: it is split over processes already; call activate before fully_shard")
     chosen = {name: _layer_of(model, name) for name in masks}
     users = _users(model)
     for name, layer in chosen.items():
@@ -77,8 +80,17 @@ def restore(model: nn.Module) -> None:
 
     The weights are the same tensors, written to in place. Optimizers that step the leaves are of no further use. On a
     model without active layers nothing happens.
+
+    Raises:
+        ValueError: FSDP2 has split the layers; the model stays as it was.
     """
-    for layer in _active_layers(model):
+    layers = _active_layers(model)
+    if any(layer._split for layer in layers):
+        raise ValueError(
+            "model: fully_shard has split its active layers, and holds their leaves. The weights are written, and "
+            "model.state_dict() is that of a model without active layers; load it into one"
+        )
+    for layer in layers:
         layer._end()
     for module in model.modules():
         for name in module.__dict__.pop("frozen_by_activate", ()):

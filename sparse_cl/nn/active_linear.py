@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from sparse_cl.layout import state_dtype
+from sparse_cl.layout import is_sharded, part, state_dtype, whole
 from sparse_cl.masks import ColumnMask, Mask, RowMask
 from sparse_cl.optim.leaf import owner_of, set_owner
+from sparse_cl.optim.shards import piece_of
+from sparse_cl.optim.whole_state import blocks_of
 
 
 class _LinearOfActive(torch.autograd.Function):
@@ -108,9 +110,13 @@ class ActiveLinear(nn.Linear):
         active: the leaf, (k, in_features) for k rows, (out_features, k) for k columns.
         mask: as given, on the weight's device.
 
+    FSDP2's ``fully_shard`` may split the layer, with the model around it.
+
     Raises:
         TypeError, ValueError: no row or column mask, one of another shape, one without entries, another leaf dtype.
     """
+
+    _split = False  # fully_shard has split it over processes
 
     def __init__(
         self,
@@ -136,11 +142,19 @@ class ActiveLinear(nn.Linear):
         weight: Tensor = self.weight
         bias: Tensor | None = self.bias
         learning = torch.is_grad_enabled()
+        if is_sharded(weight):
+            raise RuntimeError(
+                "the weight of an ActiveLinear is split over processes in its forward pass, as tensor parallelism has "
+                "it; expected it whole, as fully_shard gathers it. Give its mask to SparseMaskedAdamW(masks=...) "
+                "instead"
+            )
         if learning and weight.requires_grad:
             raise RuntimeError(
                 "the weight of an ActiveLinear requires a gradient, which it does not compute; freeze it "
                 "(weight.requires_grad_(False)), or call sparse_cl.nn.restore(model) to train all of it"
             )
+        if self._index.device != weight.device:
+            self._place(self.mask)  # fully_shard moves parameters without telling their modules
         kind = input.device.type
         if torch.is_autocast_enabled(kind):
             dtype = torch.get_autocast_dtype(kind)
@@ -153,19 +167,54 @@ class ActiveLinear(nn.Linear):
         if self._dim == 1 and learning and self.active.requires_grad:
             columns_of_x = flat.index_select(1, self._index)
         output = _LinearOfActive.apply(flat, weight, bias, self.active, self._index, columns_of_x)
-        return output.reshape(*input.shape[:-1], output.shape[-1])
+        return output if input.dim() == 2 else output.reshape(*input.shape[:-1], output.shape[-1])
 
     @torch.no_grad()
     def write_back(self) -> None:
-        """Writes the leaf, rounded, into the weight."""
-        self.weight.index_copy_(self._dim, self._index.long(), self.active.to(self.weight.dtype))
+        """Writes the leaf, rounded, into the weight.
+
+        Where FSDP2 has split them, each process writes its part of the weight, and all must call it: the rows of a leaf
+        of rows are gathered, as they lie with other processes than those of the weight.
+
+        Raises:
+            RuntimeError: FSDP2 has gathered the layer.
+        """
+        self._refuse_gathered()
+        piece = piece_of(self.weight)
+        if piece is None:
+            self.weight.index_copy_(self._dim, self._index.long(), whole(self.active).to(self.weight.dtype))
+            return
+        index = self.mask.piece(piece.offset, piece.size).index
+        if self._dim == 1 and is_sharded(self.active) and piece.has_rows:
+            values = part(self.active)  # split as the weight is
+        else:
+            ((offset, size),) = blocks_of(self.mask, piece)
+            values = whole(self.active)[tuple(slice(o, o + s) for o, s in zip(offset, size, strict=True))]
+        weight = part(self.weight)
+        weight.index_copy_(self._dim, index.long().to(weight.device), values.to(weight.dtype))
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Sets the leaf to the weight, where it does not round to that already."""
-        values = self.weight.index_select(self._dim, self._index)
-        changed = self.active.to(values.dtype) != values
-        self.active.copy_(torch.where(changed, values.to(self.active.dtype), self.active))
+        """Sets the leaf to the weight, where it does not round to that already; of split ones all must call it.
+
+        Raises:
+            RuntimeError: FSDP2 has gathered the layer.
+        """
+        self._refuse_gathered()
+        weight, active, piece = whole(self.weight), whole(self.active), piece_of(self.active)
+        values = weight.index_select(self._dim, self._index.to(weight.device))
+        changed = active.to(values.dtype) != values
+        active = torch.where(changed, values.to(active.dtype), active)
+        if piece is not None:
+            active = active[tuple(slice(o, o + s) for o, s in zip(piece.offset, piece.size, strict=True))]
+        part(self.active).copy_(active)
+
+    def _refuse_gathered(self) -> None:
+        if self._split and not is_sharded(self.active):
+            raise RuntimeError(
+                "an ActiveLinear is gathered by fully_shard, as after a pass without gradients, so that what is "
+                "written would be lost; call model.reshard() first"
+            )
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, mask={self.mask!r}"
@@ -176,11 +225,11 @@ class ActiveLinear(nn.Linear):
         self._place(mask)
         values = self.weight.detach().index_select(self._dim, self._index)
         self.active = nn.Parameter(values.to(leaf_dtype))
-        set_owner(self.active, self)
 
     def _end(self) -> None:
         self.write_back()
         del self.active, self.mask, self._index, self._dim
+        self.__dict__.pop("_split", None)
         self.__class__ = nn.Linear  # type: ignore[assignment]  # the way back of activate()
 
     def _place(self, mask: RowMask | ColumnMask) -> None:
@@ -195,6 +244,13 @@ class ActiveLinear(nn.Linear):
         self._place(self.mask)
         set_owner(self.active, self)
         return self
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        # fully_shard puts a split leaf in the place of the first, and while it has gathered the layer a whole one.
+        if name == "active" and isinstance(value, Tensor):
+            set_owner(value, self)
+            self._split = self._split or is_sharded(value)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -9,12 +9,13 @@ from copy import copy
 import torch
 from torch import Tensor
 
+from sparse_cl.layout import part
 from sparse_cl.masks import ColumnMask, Mask, RowMask
 from sparse_cl.reference.precision import full_precision
 from sparse_cl.subspace import Subspace, UsedRows
 
 from .held_rows import HeldRows
-from .leaf import weight_of
+from .leaf import split_owner_of, whole_of
 from .projection import Correction, Fitted, Layer, Projection
 from .rules import Budget, Hard, Pull, Rule, energies
 from .shards import Piece, piece_of, summed
@@ -87,7 +88,7 @@ class LowRankProjection(Projection):
         return found
 
     def fitted(self, param: Tensor, mask: Mask | None) -> Fitted:
-        weight, subspace, piece = weight_of(param), self.subspace, piece_of(param)
+        weight, subspace, piece, owner = whole_of(param), self.subspace, piece_of(param), split_owner_of(param)
         if piece is not None and (self.transposed or not piece.has_rows):
             raise ValueError(
                 "is split over processes along its inputs, so that none of them knows how far it has moved along a "
@@ -126,8 +127,11 @@ class LowRankProjection(Projection):
         if isinstance(mask, ColumnMask):
             # What may not move at all counts alike, however little it is used.
             wanted = Subspace(subspace.basis) if isinstance(self.rule, Hard) else subspace
-            seen = wanted.restricted(mask.index.to(subspace.device))
-        return FittedLowRank(self, subspace, seen, mask, piece)
+            columns = mask.index if owner is None else owner.mask.index
+            seen = wanted.restricted(columns.to(subspace.device))
+        found = FittedLowRank(self, subspace, seen, mask, piece)
+        found.leaf = None if owner is None else param
+        return found
 
 
 class SubspaceProjection(LowRankProjection):
@@ -202,6 +206,7 @@ class FittedLowRank(Fitted):
         mask: None: all of the weight is stepped.
         index: the rows of P that are stepped; None: all.
         piece: what this process holds of a weight that is split over several: its rows of P.
+        leaf: a split leaf that is stepped; what is held is of the whole weight that it is a part of.
         table: of an embedding, the rows that are held.
         single: whether the mask is of single weights.
     """
@@ -210,6 +215,7 @@ class FittedLowRank(Fitted):
         self, given: LowRankProjection, whole: Subspace, seen: Subspace, mask: Mask | None, piece: Piece | None = None
     ) -> None:
         self.given, self.whole, self.seen, self.mask, self.piece = given, whole, seen, mask, piece
+        self.leaf: Tensor | None = None
         self.table = None if given.rows is None else given.rows.part(piece)
         self.single = mask is not None and not isinstance(mask, RowMask | ColumnMask)
         self.index = mask.index.to(whole.device).long() if isinstance(mask, RowMask) else None
@@ -243,11 +249,12 @@ class FittedLowRank(Fitted):
     def begin(self, weight: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         if not self.remembers:
             return {}
-        found = {"held": self.held(weight)}
+        leaf = self.leaf
+        layer, piece = (weight, self.piece) if leaf is None else (part(whole_of(leaf)), piece_of(whole_of(leaf)))
+        found = {"held": self.held(layer, piece)}
         if self.given.relative:
-            entries = weight.numel() if self.piece is None else math.prod(self.piece.shape)
-            square = torch.linalg.vector_norm(weight.detach(), dtype=torch.float64).square()
-            size = (summed(square, self.piece) / entries).sqrt()
+            square = torch.linalg.vector_norm(layer.detach(), dtype=torch.float64).square()
+            size = (summed(square, piece) / (layer.numel() if piece is None else math.prod(piece.shape))).sqrt()
             found["scale"] = torch.where(size > 0, size, 1.0)
         if self.table is not None:
             found |= self.table.begin(weight, dtype, self.later)
@@ -268,11 +275,11 @@ class FittedLowRank(Fitted):
         """P (m, r), of the weight as it is now."""
         return kept["moved"] if "moved" in kept else self.along(weight, kept["origin"].dtype) - kept["origin"]
 
-    def held(self, weight: Tensor) -> Tensor:
+    def held(self, weight: Tensor, piece: Piece | None) -> Tensor:
         """Σ_j λ_j ‖W u_j‖² of the whole weight: what its outputs on old inputs hold. 0-d, float64."""
         rows = weight.detach().to(self.whole.basis.dtype)
         own = self.whole.energies(rows.mT if self.given.transposed else rows) @ self.whole.values.double()
-        return summed(own, self.piece)
+        return summed(own, piece)
 
     def drift(self, weight: Tensor, kept: Mapping[str, Tensor]) -> float:
         """Σ_j λ_j ‖P_j‖² / Σ_j λ_j ‖W₀ u_j‖²: the share of old outputs that has moved. Waits for the device."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparse_cl.subspace.layers import plain_name
 
-from .leaf import owner_of, weight_of
+from .leaf import owner_of, whole_of
 
 Groups = Sequence[Mapping[str, Any]]
 T = TypeVar("T")
@@ -84,7 +84,7 @@ def by_param(groups: Groups, given: ByParameter[Any], argument: str, what: str) 
     if given:
         refuse_flattened(groups, argument)
     own = {id(param): param for param in parameters_of(groups)}
-    own |= {id(weight_of(param)): param for param in own.values()}
+    own |= {id(whole_of(param)): param for param in own.values()}
     names = by_name(groups)
     resolved: dict[Tensor, Any] = {}
     for key, value in given.items():

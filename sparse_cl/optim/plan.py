@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sparse_cl.layout import is_sharded, state_dtype
 
-from .leaf import owner_of, weight_of
+from .leaf import owner_of, split_owner_of, weight_of
 from .names import Groups, name_of, parameters_of
 from .shards import piece_of
 from .state import ParameterState
@@ -23,8 +23,8 @@ class Plan:
 
     Attributes:
         own: parameters of the optimizer.
-        params: what the op writes: the same, but for a leaf the weight that it stands for, and of a parameter that is
-            split over processes this one's part.
+        params: what the op writes: the same, but for a leaf the weight that it stands for, and of what is split over
+            processes, leaves too, this one's part.
         positions: where they are in the group's list.
         packed, buffers: their states.
         layout: the op's int64 table, on the CPU.
@@ -54,7 +54,7 @@ class Plan:
     def explain(self, grads: Sequence[Tensor], groups: Groups, cause: Exception | None = None) -> None:
         """Raises a ValueError that names the first parameter that cannot be stepped, if there is one."""
         for param, weight, grad, packed in zip(self.own, self.params, grads, self.packed, strict=True):
-            if fault := fault_of(weight, grad, packed):
+            if fault := fault_of_leaf(param) or fault_of(weight, grad, packed):
                 raise ValueError(f"parameter {name_of(groups, param)}: {fault}") from cause
 
     def check(self, grads: Sequence[Tensor], groups: Groups) -> None:
@@ -85,13 +85,18 @@ class LeafPlan:
 
     def holds(self) -> bool:
         """Whether the leaf still stands for this weight, and lies where the op steps it."""
+        if is_sharded(self.leaf):
+            return fault_of_leaf(self.leaf) is None
         if weight_of(self.leaf) is not self.weight:
             return False
         return not self.packed.is_leaf(self.leaf) or self.leaf.data_ptr() == self.packed.views["master"].data_ptr()
 
     def follow(self) -> None:
-        """Sets a leaf that is not the master to what has been written into the weight."""
-        if not self.packed.is_leaf(self.leaf):
+        """Sets a leaf that is not the master to what has been written into the weight; of a split one it is the other
+        way round. All processes must call it."""
+        if (owner := split_owner_of(self.leaf)) is not None:
+            owner.write_back()
+        elif not self.packed.is_leaf(self.leaf):
             self.leaf.copy_(self.packed.active(self.weight))
 
 
@@ -137,6 +142,14 @@ def facts_of(grads: Iterable[Tensor]) -> list[tuple]:
 def ids_of(dicts: Iterable[dict[str, Tensor]]) -> list[int]:
     """Identities of all values; in one C loop, since every step compares them."""
     return list(map(id, chain.from_iterable(map(dict.values, dicts))))
+
+
+def fault_of_leaf(param: Tensor) -> str | None:
+    """Why the layer of a split leaf cannot be written to, in words; None if it can, or if ``param`` is no such leaf."""
+    owner = split_owner_of(param)
+    if owner is None or owner.active is param:
+        return None
+    return "its layer is gathered, as after a pass without gradients; call model.reshard() before the step"
 
 
 def fault_of(weight: Tensor, grad: Tensor, packed: ParameterState) -> str | None:

@@ -12,7 +12,7 @@ from sparse_cl.reference.precision import full_precision
 from sparse_cl.subspace import SubspaceMemory
 
 from .elastic_adamw import ROW_STRENGTH, drifts, projection_of, rule_of
-from .leaf import weight_of
+from .leaf import owner_of, weight_of
 from .low_rank import FittedLowRank, LowRankCorrection
 from .memory_adamw import Bases, check_every, known_of, news_of, warn_of_rest
 from .names import FSDP2, name_of, names_of, parameters_of, refuse_flattened
@@ -193,7 +193,7 @@ def protect(
         seed: of the stochastic rounding.
 
     Raises:
-        TypeError, ValueError: as there; an optimizer with masks, or that is protected already.
+        TypeError, ValueError: as there; an optimizer with masks, of the leaf of an ActiveLinear, or that is protected.
         RuntimeError: at a step, if a wrapper has put other tensors in the place of the parameters.
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
@@ -208,6 +208,11 @@ def protect(
         raise ValueError("optimizer: it is protected already; call .remove() of that protection first")
     every, rule, fitted = check_every(every), rule_of(strength, budget, row_strength), {}
     for param, known in known_of(optimizer.param_groups, memory, row_strength > 0).items():
+        if owner_of(param) is not None:
+            raise ValueError(
+                f"optimizer: parameter {_name(optimizer, param)} is the leaf of an ActiveLinear, which is written into "
+                "the weight after the step, over any correction from outside; give ElasticAdamW the memory"
+            )
         try:
             given = projection_of(rule, known)
             given.later = True

@@ -13,7 +13,7 @@ from torch import Tensor
 from sparse_cl.layout import is_sharded
 from sparse_cl.masks import Mask
 
-from .leaf import is_sharded_leaf
+from .leaf import owner_of
 from .names import Groups, name_of, parameters_of
 
 
@@ -80,10 +80,11 @@ def check_piece(what: str, param: Any) -> None:
         piece_of(param)
     except ValueError as error:
         raise ValueError(f"{what} {error}") from None
-    if is_sharded_leaf(param):
+    owner = owner_of(param)
+    if owner is not None and is_sharded(owner.weight) and not is_sharded(param):
         raise ValueError(
-            f"{what} is the leaf of an ActiveLinear that fully_shard has split, while its weight lies elsewhere; call "
-            "sparse_cl.nn.restore(model) before fully_shard, and give its mask to SparseMaskedAdamW(masks=...)"
+            f"{what} is the leaf of an ActiveLinear whose weight is split over processes, while the leaf is whole; let "
+            "fully_shard split both"
         )
 
 
@@ -147,7 +148,8 @@ def check_agreement(groups: Groups, masks: Mapping[Tensor, Mask], more: Mapping[
     }
     facts |= more
     for param in parameters_of(groups):
-        mask = masks.get(param)
+        owner = owner_of(param)
+        mask = masks.get(param) if owner is None else owner.mask
         facts[f"the mask of parameter {name_of(groups, param)}"] = "none" if mask is None else _digest(mask)
     for mesh in meshes:
         (first, theirs), *others = from_all(mesh, (get_rank(), facts))

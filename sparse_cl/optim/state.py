@@ -47,6 +47,7 @@ class ParameterState:
         same_as: a mask that was found equal to :attr:`mask`. Comparing them waits for the device.
         whole: of a parameter that is split over processes, the mask of the whole weight; :attr:`mask` is of the part.
         mixed: whether entries of such a parameter may differ in their step counts, in this process or in another.
+        leaf: what a split leaf is to become when a loaded state is put in force.
     """
 
     layout: StateLayout
@@ -57,6 +58,7 @@ class ParameterState:
     same_as: Mask | None = None
     whole: Mask | None = None
     mixed: bool = False
+    leaf: Tensor | None = None
 
     def __post_init__(self) -> None:
         # torch.save refuses views of several dtypes of one storage, and pickle writes the storage once per view. So

@@ -18,11 +18,11 @@ from sparse_cl.masks import ColumnMask, Mask, RowMask, same_mask
 
 from . import counts
 from . import state as states
-from .leaf import owner_of, weight_of
+from .leaf import is_compact, owner_of, split_owner_of, weight_of
 from .names import ByParameter, by_param, name_of, parameters_of
 from .shards import piece_of
 from .state import ParameterState
-from .whole_state import overlap, part_of, whole_entries
+from .whole_state import of_layer, overlap, part_of, part_of_leaf, whole_entries
 
 
 class StateStore:
@@ -87,8 +87,9 @@ class StateStore:
 
     def whole_mask_of(self, param: Tensor, masks: Mapping[Tensor, Mask] | None = None) -> Mask | None:
         """As :meth:`mask_of`, but always of the whole weight."""
-        owner = owner_of(param)
-        return owner.mask if owner is not None else (self.masks if masks is None else masks).get(param)
+        if (owner := owner_of(param)) is not None:
+            return owner.mask.within if is_sharded(param) else owner.mask
+        return (self.masks if masks is None else masks).get(param)
 
     def _restricted(self, param: Tensor, mask: Mask) -> Mask:
         piece = piece_of(param)
@@ -114,7 +115,7 @@ class StateStore:
             kept = {name: value for name, value in state[param].items() if name.startswith(states.PROJECTION)}
             # Other processes may keep entries of a weight of which this one keeps none.
             if carried is None and (kept or (carry and is_sharded(param) and overlap(packed.whole, whole))):
-                leaf = None if owner_of(param) is None else param
+                leaf = param if is_compact(param) else None
                 carried = ParameterState.new(weight_of(param), mask, leaf, **options)
             if carried is not None:
                 if carried.merged and not packed.merged:
@@ -136,7 +137,7 @@ class StateStore:
 
     def options(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Any]:
         """What a step of ``param`` in ``group`` asks of its state."""
-        narrow, leaf = param.dtype in (torch.bfloat16, torch.float16), owner_of(param) is not None
+        narrow, leaf = param.dtype in (torch.bfloat16, torch.float16), is_compact(param)
         own = list(parameters_of(self._optimizer.param_groups))
         number, piece = next(i for i, p in enumerate(own) if p is param), piece_of(param)
         return {
@@ -162,7 +163,7 @@ class StateStore:
         if not shown:
             assert group is not None, "a state is made for a step only"
             self.refuse_capture(param)
-            leaf = None if owner_of(param) is None else param
+            leaf = param if is_compact(param) else None
             options = self.options(param, group)
             made = ParameterState.new(weight_of(param), self.mask_of(param), leaf, **options)
             made.whole = self.whole_mask_of(param)
@@ -196,10 +197,13 @@ class StateStore:
         piece = piece_of(param)
         if piece is None:
             return self._read(param, entries, options)
+        owner = split_owner_of(param)
         with self._naming(param):
-            part, whole, mixed = part_of(entries, piece, param)
+            given = entries if owner is None else part_of_leaf(entries, owner.mask)
+            part, whole, mixed = part_of(given, piece, param)
         packed = self._read(param, part, options)
         packed.whole, packed.mixed = whole, mixed
+        packed.leaf = part.get("master") if owner is not None and not packed.layout.master else None
         return packed
 
     def _read(self, param: Tensor, entries: Mapping[str, Tensor], options: Mapping[str, Any]) -> ParameterState:
@@ -223,13 +227,18 @@ class StateStore:
                 if piece is None:
                     result[i] = counts.packed(entries)
                 else:
-                    result[i] = whole_entries(self.ready(param), self._optimizer.state[param], piece, param)
+                    whole = whole_entries(self.ready(param), self._optimizer.state[param], piece, param)
+                    owner = split_owner_of(param)
+                    result[i] = whole if owner is None else of_layer(whole, owner.mask, param)
         return result
 
     def put(self, param: Tensor, packed: ParameterState) -> ParameterState:
         """Puts a state in force, and shows it."""
         self.packed[param] = packed
         self._optimizer.state[param] = packed.shown()
+        if packed.leaf is not None:
+            weight_of(param).copy_(packed.leaf)
+            packed.leaf = None
         if self._is_master(param, packed):
             param.data = packed.views["master"]
         return packed

@@ -9,8 +9,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from sparse_cl.layout import COLUMNS, DENSE, ELEMENTS, INDEX_NAME, ROWS, StateLayout, is_sharded, like
-from sparse_cl.masks import Mask, from_sections
+from sparse_cl.layout import COLUMNS, DENSE, ELEMENTS, INDEX_NAME, ROWS, StateLayout, is_sharded, like, state_dtype
+from sparse_cl.masks import ColumnMask, Mask, RowMask, from_sections
 
 from . import counts
 from .leaf import weight_of
@@ -135,6 +135,34 @@ def whole_entries(state: ParameterState, shown: Mapping[str, Tensor], piece: Pie
     kept = {name: value for name, value in entries.items() if name.startswith(PROJECTION) and value.dim()}
     entries.update(split_rows(kept, piece))
     return counts.packed(entries)
+
+
+def of_layer(entries: dict[str, Any], mask: RowMask | ColumnMask, leaf: Any) -> dict[str, Any]:
+    """The entries of a split leaf as a process has them that steps the layer's weight: under the layer's mask.
+
+    Args:
+        entries: as :func:`whole_entries` gave them; ``leaf``: the DTensor.
+    """
+    name = INDEX_NAME[mask.kind]
+    found = entries | {name: mask.index.to(entries[name].device, copy=True)}
+    # In half precision the master, if there is one, is another tensor.
+    return found if leaf.dtype != state_dtype(leaf.dtype) else found | {"master": leaf.detach()}
+
+
+def part_of_leaf(entries: Mapping[str, Any], mask: RowMask | ColumnMask) -> dict[str, Any]:
+    """What :func:`of_layer` gave, or an optimizer in one process, as :func:`part_of` takes it.
+
+    Raises:
+        ValueError: it was made under another mask than the layer has.
+    """
+    name = INDEX_NAME[mask.kind]
+    sections = {key: entries[key] for key in (name, "gain") if key in entries}
+    if name not in sections or mask != from_sections(mask.kind, mask.shape, sections):
+        raise ValueError(
+            f"it was made under another mask than that of its ActiveLinear, {mask!r}; activate the model with the mask "
+            "that it was trained with"
+        )
+    return {**entries, name: mask.within.index}
 
 
 def split_rows(kept: Mapping[str, Tensor], piece: Piece) -> dict[str, Tensor]:

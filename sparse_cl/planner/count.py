@@ -11,6 +11,8 @@ from torch import Tensor
 
 from sparse_cl.four_domains.state import optimizer_state_bytes
 from sparse_cl.methods import Method, method_named
+from sparse_cl.methods.lora import LoRA
+from sparse_cl.methods.memory_method import FreshAdapters
 from sparse_cl.models.parts import find_blocks
 from sparse_cl.models.sharding import split
 
@@ -118,7 +120,9 @@ def _domains(method: Method, model: Any, work: Workload, gpu: bool, mesh: Any) -
         ids = torch.arange(work.batch_size * work.length).view(work.batch_size, -1) % vocabulary
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
         model.to_empty(device="cpu").tie_weights()
-        if mesh is not None:
+        # An adapter is made of the whole model, and then split with it.
+        late = isinstance(method, FreshAdapters | LoRA)
+        if mesh is not None and not late:
             split(model, mesh, mp_policy=policy(work.precision))
         if work.checkpointing:
             model.gradient_checkpointing_enable()
@@ -128,6 +132,9 @@ def _domains(method: Method, model: Any, work: Workload, gpu: bool, mesh: Any) -
         for _ in range(work.domains):
             run.begin(AROUND)
             model = method.before_domain(model, [batch]).train()
+            if mesh is not None and late:
+                split(model, mesh, mp_policy=policy(work.precision))
+                late = False
             optimizer = method.make_optimizer(model, 1e-3)
             measured.append(_step(run, method, model, optimizer, batch, work))
             run.begin(AROUND)

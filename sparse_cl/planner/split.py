@@ -32,7 +32,10 @@ def imagined(gpus: int) -> Iterator[Any]:
 
     distributed.init_process_group("fake", rank=0, world_size=gpus, store=FakeStore())
     try:
-        with mock.patch.object(distributed, "all_gather_object", exchange):
+        with (
+            mock.patch.object(distributed, "all_gather_object", exchange),
+            mock.patch.object(distributed, "broadcast_object_list", lambda told: None),
+        ):
             yield init_device_mesh("cpu", (gpus,))
     finally:
         distributed.destroy_process_group()

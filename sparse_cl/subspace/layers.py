@@ -139,6 +139,19 @@ def find_layers(
     return layers, {}
 
 
+def follow(layers: Mapping[str, Layer], tables: Mapping[str, Table]) -> dict[str, Any]:
+    """Ties both to the parameters that their modules have now, in whose place ``fully_shard`` puts others.
+
+    Returns:
+        The weights of layers by name.
+    """
+    tied: list[Any] = [*layers.values(), *tables.values()]
+    for each in tied:
+        if each.modules:
+            each.param = each.modules[0].weight
+    return {name: layer.param for name, layer in layers.items() if layer.param is not None}
+
+
 def plain_name(name: str) -> str:
     """A parameter's name in the model itself, not in parts of it that are compiled or checkpointed."""
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)

@@ -15,7 +15,7 @@ from sparse_cl.layout import whole
 
 from . import files
 from .consolidation import agree, consolidate
-from .layers import Layer, find_layers
+from .layers import Layer, find_layers, follow
 from .observer import Observer
 from .settings import Settings
 from .subspace import Subspace
@@ -186,11 +186,10 @@ class SubspaceMemory:
 
     def basis(self, key: str | Tensor) -> Tensor:
         """(n, rank): an orthonormal basis of the used directions of a weight."""
-        layer, subspace = self._layer(key), self.subspace(key)
-        if subspace is None:
-            device, dtype = layer.place()
-            return torch.zeros(layer.width, 0, dtype=dtype, device=device)
-        return subspace.basis
+        if (subspace := self.subspace(key)) is not None:
+            return subspace.basis
+        device, dtype = self._layer(key).place()
+        return torch.zeros(self._layer(key).width, 0, dtype=dtype, device=device)
 
     def rank(self, key: str | Tensor) -> int:
         """Number of used directions of a weight."""
@@ -227,9 +226,8 @@ class SubspaceMemory:
         Raises:
             ValueError: a weight that the memory does not track, or rows of another width.
         """
-        if name not in self._layers:
+        if (layer := self._layers.get(name)) is None:
             raise ValueError(f"name: expected a weight that the memory tracks, one of its names, got {name!r}")
-        layer = self._layers[name]
         if layer.rows(rows).shape[-1] != layer.width:
             raise ValueError(f"rows: expected (…, {layer.width}) for {name!r}, got {tuple(rows.shape)}")
         return layer.share_inside(rows, by_use)
@@ -261,9 +259,8 @@ class SubspaceMemory:
 
     def nbytes(self) -> int:
         """Bytes of the bases, of what was observed, and of the test matrices."""
-        subspaces = [layer.subspace for layer in self._layers.values() if layer.subspace is not None]
         moments = [layer.moment for layer in self._layers.values() if layer.moment is not None]
-        held = [tensor for subspace in subspaces for tensor in (subspace.basis, subspace.values)]
+        held = [t for layer in self._layers.values() if (s := layer.subspace) is not None for t in (s.basis, s.values)]
         held += [t for table in self._tables.values() for t in (table.shares, table.counts) if t is not None]
         held += [t for moment in (*moments, *self._observer.pending.values()) for t in moment.tensors().values()]
         return sum(t.nbytes for t in {id(t): t for t in (*held, *self._observer.tests.values())}.values())
@@ -302,7 +299,6 @@ class SubspaceMemory:
             ValueError: the model lacks a tracked weight or has it in another shape; the memory is as before then.
         """
         found, tables = find_layers(model_or_named_params, frozen=True)
-        vocabularies = {table.height for table in tables.values()}
         for name, layer in self._layers.items():
             if name not in found:
                 raise ValueError(
@@ -310,7 +306,7 @@ class SubspaceMemory:
                     f"first weights are {', '.join(self.names[:3])}; this one's are {', '.join(list(found)[:3])}"
                 )
             outputs, width = found[name].shape
-            grown = outputs > layer.shape[0] and width == layer.width and outputs in vocabularies
+            grown = outputs > layer.shape[0] and width == layer.width and outputs in {t.height for t in tables.values()}
             if found[name].shape != layer.shape and not grown:
                 raise ValueError(
                     f"the memory tracks {name!r} of shape {layer.shape}, but the model has {found[name].shape}; "
@@ -335,6 +331,12 @@ class SubspaceMemory:
         self._know()
         self._observer.attach()
         self.version += 1
+
+    def follow(self) -> dict[str, Any]:
+        """Ties it to the parameters that its layers have now, as after ``fully_shard``; these weights by name."""
+        found = follow(self._layers, self._tables)
+        self._know()
+        return found
 
     @property
     def is_bound(self) -> bool:
@@ -374,8 +376,8 @@ class SubspaceMemory:
     def __getstate__(self) -> dict[str, Any]:
         # Watching needs modules; a copy or a pickle of a memory should not be one of the whole model.
         own = {"settings": self.settings, "version": self.version, "domains": self.domains}
-        copies = [{name: replace(x, modules=[]) for name, x in kept.items()} for kept in (self._layers, self._tables)]
-        return {**own, "layers": copies[0], "tables": copies[1]}
+        layers, tables = ({n: replace(x, modules=[]) for n, x in kept.items()} for kept in (self._layers, self._tables))
+        return {**own, "layers": layers, "tables": tables}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._begin(state["settings"], state["layers"], state["tables"], state["domains"])

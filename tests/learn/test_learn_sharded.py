@@ -30,8 +30,14 @@ CALLS = {
     "1-elastic": ("model", "code", {"method": "elastic"}),
     "2-elastic": ("1-elastic", "math", {"method": "elastic", "set": ("every=2",)}),
     "2-orthogonal": ("1-elastic", "math", {"method": "orthogonal", "set": ("source=inputs",)}),
+    "1-adapter": ("model", "code", {"method": "elastic-lora", "lr": 2e-2}),
+    "2-adapter": ("1-adapter", "math", {"method": "elastic-lora", "lr": 2e-2}),
+    "2-apart": ("1-adapter", "math", {"method": "orthogonal-lora", "lr": 2e-2, "steps": 2}),
+    "2-plain": ("1-adapter", "code", {"method": "lora", "lr": 5e-3, "steps": 2}),
     "tied": ("tied-model", "math", {"method": "adamw", "gradient_accumulation": 2, "steps": 2}),
 }
+#: Those that are also stopped on their way, and made by one process from what several left.
+CUT = ("2-elastic", "2-adapter")
 
 
 class Stopped(Exception):
@@ -74,12 +80,13 @@ def work(world):
         assert all(is_split(param, 0) for param in kwargs["model"].parameters())
         raise Stopped
 
-    cut = {**sharded, "out": world / "two" / "cut"}
-    work_module._Marker.on_save = stop
-    with pytest.raises(Stopped):
-        learn(settings(world, "two", "2-elastic", **cut))
-    work_module._Marker.on_save = on_save
-    learn(settings(world, "two", "2-elastic", **cut))
+    for call in CUT:
+        cut = {**sharded, "out": world / "two" / f"cut-{call}"}
+        work_module._Marker.on_save = stop
+        with pytest.raises(Stopped):
+            learn(settings(world, "two", call, **cut))
+        work_module._Marker.on_save = on_save
+        learn(settings(world, "two", call, **cut))
 
     refused = {
         "add --shard, which splits": {"shard": False},
@@ -133,7 +140,8 @@ def test_two_processes_learn_what_one_learns(learned, out):
     for when in ("before", "after"):
         assert entries[1]["loss"][when] == pytest.approx(entries[0]["loss"][when], abs=1e-4)
     assert entries[0]["loss"]["after"] < entries[0]["loss"]["before"], "it learned"
-    assert (two / "model.safetensors").stat().st_size == (one / "model.safetensors").stat().st_size
+    sizes = [{file.name: file.stat().st_size for file in folder.glob("*.safetensors")} for folder in (one, two)]
+    assert sizes[0] == sizes[1] and sizes[0]
     assert not (two / "unfinished").exists()
 
 
@@ -143,21 +151,24 @@ def test_one_process_speaks(learned):
     assert said[1] == []
 
 
-def test_a_call_that_was_stopped_goes_on_to_the_same_weights(learned):
-    assert_same(weights(learned / "two" / "cut"), weights(learned / "two" / "2-elastic"), 1e-6)
+@pytest.mark.parametrize("call", CUT)
+def test_a_call_that_was_stopped_goes_on_to_the_same_weights(learned, call):
+    assert_same(weights(learned / "two" / f"cut-{call}"), weights(learned / "two" / call), 1e-6)
 
 
-def test_one_process_goes_on_from_what_several_left(learned):
-    learn(settings(learned, "two", "2-elastic", batch_size=4, out=learned / "alone"))
-    assert_same(weights(learned / "alone"), weights(learned / "one" / "2-elastic"), 1e-4)
+@pytest.mark.parametrize("call", CUT)
+def test_one_process_goes_on_from_what_several_left(learned, call):
+    out = learned / f"alone-{call}"
+    learn(settings(learned, "two", call, batch_size=4, out=out))
+    assert_same(weights(out), weights(learned / "one" / call), 1e-4)
 
 
 @pytest.mark.parametrize(
     ("others", "message"),
     [
         ({}, "shard: expected several processes to split the model over, there is one; start them by torchrun"),
-        ({"method": "elastic-lora"}, "shard: elastic-lora has not been made to learn a model that is split"),
-        ({"method": "orthogonal-masked"}, "shard: .*take --method elastic or orthogonal or adamw"),
+        ({"method": "elastic-lora", "merge": True}, "merge: no process holds the whole model.*leave --merge out"),
+        ({"method": "orthogonal-masked"}, "shard: .*take --method elastic or orthogonal or adamw or elastic-lora"),
         ({"trainer": ("fsdp=full_shard",)}, "trainer: fsdp is --shard here"),
     ],
 )

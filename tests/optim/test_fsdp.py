@@ -1,13 +1,13 @@
-"""SparseMaskedAdamW of parameters that FSDP2, HSDP or tensor parallelism has split."""
+"""SparseMaskedAdamW of parameters that FSDP2, HSDP or tensor parallelism has split, ActiveLinear, and adapters."""
 
 from __future__ import annotations
 
 import pytest
-from cases import fsdp_checkpoints, fsdp_flattened, fsdp_models, fsdp_steps
+from cases import fsdp_active, fsdp_adapters, fsdp_checkpoints, fsdp_flattened, fsdp_models, fsdp_steps
 from cases.sharded import make_all, outcomes, start
 
 PROCESSES = 4
-PARTS = (fsdp_steps, fsdp_checkpoints, fsdp_models, fsdp_flattened)
+PARTS = (fsdp_steps, fsdp_checkpoints, fsdp_models, fsdp_active, fsdp_adapters, fsdp_flattened)
 CHECKS = {check.__name__: check for part in PARTS for check in part.CHECKS}
 
 
@@ -25,3 +25,4 @@ def test_four_processes(tmp_path):
             outcome = became.get(name, "not reached")
             assert outcome == "passed", f"{name} in process {rank}: {outcome}"
     fsdp_checkpoints.reads_whole_and_torn(tmp_path)
+    fsdp_adapters.one_process_learned_the_same(tmp_path)

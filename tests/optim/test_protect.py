@@ -9,6 +9,7 @@ import torch
 from cases.rules import M, N, Oracle, basis, drift, gradient, parameter, random, rms, run, subspace
 
 from sparse_cl import ElasticAdamW, RowMask, SparseMaskedAdamW, Subspace, SubspaceMemory, protect
+from sparse_cl.nn import ActiveLinear
 from sparse_cl.optim.protect import _rounded
 
 GIVEN = {"hard": {"budget": 0.0}, "pull": {"strength": 5.0}, "budget": {"budget": 1e-3}}
@@ -143,6 +144,11 @@ def test_what_it_refuses():
         protect(optimizer, {parameter(): s}, budget=1.0)
     with pytest.raises(ValueError, match=r"has shape \(24, 32\), but its basis has width 16"):
         protect(optimizer, {weight: subspace(n=16)}, budget=1.0)
+    layer = ActiveLinear(N, M, mask=RowMask([0, 3], (M, N)))
+    with pytest.raises(
+        ValueError, match="is the leaf of an ActiveLinear, which is written into the weight after the step"
+    ):
+        protect(torch.optim.AdamW([layer.active]), {layer.active: s}, budget=1.0)
     protection = protect(optimizer, {weight: s}, budget=1.0)
     with pytest.raises(ValueError, match="it is protected already; call .remove"):
         protect(optimizer, {weight: s}, budget=1.0)

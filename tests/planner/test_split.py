@@ -80,6 +80,12 @@ def test_a_budget_sends_a_number_for_each_direction(monkeypatch):
     assert 8 * RANK * 8 <= second - first <= 8 * (8 * RANK + WORDS)
 
 
+def test_an_adapter_is_split_with_the_model(gpus=4):
+    one, found = (count("lora", config(), work(), gpus=g, rank=RANK) for g in (1, gpus))
+    assert found["gradients"] == one["gradients"] / gpus
+    assert found["state"] == pytest.approx(one["state"] / gpus, abs=64)
+
+
 def test_the_processes_are_gone_afterwards_and_real_ones_are_refused():
     counted(2)
     assert not distributed.is_initialized()

@@ -1,0 +1,91 @@
+"""A stream of domains whose boundaries nobody announces, in HF's Trainer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from cases.methods import copy_of, domain, logits, same, weights
+from cases.trainers import records, trainer_of
+
+from sparse_cl.integrations import ContinualCallback
+from sparse_cl.integrations.stream import Stream
+from sparse_cl.methods import Elastic, load_carried
+from sparse_cl.probes.boundaries import BoundaryDetector
+
+OPTIONS = {"max_steps": 50, "train_sampling_strategy": "sequential", "learning_rate": 3e-3}
+
+
+def stream():
+    return records(0, 4 * 24) + records(1, 4 * 26)
+
+
+def auto(method=None, **options):
+    return ContinualCallback(method or Elastic(), boundaries="auto", **options)
+
+
+def test_boundaries_are_found_and_what_came_before_is_protected(tiny_llama, tmp_path):
+    moved = {}
+    for name, callbacks in (("free", ()), ("held", [auto(name="text")])):
+        model = copy_of(tiny_llama)
+        trainer_of(model, stream()[: 4 * 24], tmp_path / name / "first", **{**OPTIONS, "max_steps": 24}).train()
+        before = logits(model, domain(0))
+        model = copy_of(tiny_llama)
+        trainer_of(model, stream(), tmp_path / name, callbacks, **OPTIONS).train()
+        moved[name] = float((logits(model, domain(0)) - before).norm() / before.norm())
+    carried = load_carried(tmp_path / "held")
+    assert carried.memory.domains == 2
+    assert [entry["name"] for entry in carried.domains] == ["text-1", "text-2"]
+    first, second = (entry["steps"] for entry in carried.domains)
+    assert 24 <= first <= 28
+    assert first + second == 50
+    assert moved["held"] < 0.8 * moved["free"]
+
+
+def test_each_domain_is_remembered_by_its_own_batches(tiny_llama):
+    kept, detector = {}, BoundaryDetector()
+    watched = Stream(tiny_llama, detector, 32)
+    tiny_llama.train()
+    for i in range(50):
+        rows = stream()[4 * i : 4 * i + 4]
+        tiny_llama(**{name: torch.tensor([row[name] for row in rows]) for name in rows[0]})
+        if watched.at_boundary:
+            kept["old"], kept["new"] = watched.split()
+    kept["end"] = watched.present()
+    watched.close()
+    ranges = {
+        name: {int(x) // 40 for batch in found for x in batch["input_ids"].flatten()} for name, found in kept.items()
+    }
+    assert ranges == {"old": {0}, "new": {1}, "end": {1}}
+    assert 6 <= len(kept["old"]) <= len(kept["end"]) == 8  # of four records; what came late may have been drawn
+    assert all((batch["labels"][:, :2] == -100).all() for batch in kept["old"])
+    tiny_llama.eval()
+    before = watched.state_dict()["seen"]
+    logits(tiny_llama, domain(0))
+    assert watched.state_dict()["seen"] == before
+
+
+def test_training_goes_on_from_a_checkpoint_with_the_same_bits(tiny_llama, tmp_path):
+    other, options = copy_of(tiny_llama), {**OPTIONS, "save_strategy": "steps", "save_steps": 20}
+    trainer_of(tiny_llama, stream(), tmp_path / "whole", [auto(name="a")], **options).train()
+    for step in (20, 40):  # before the boundary, and after
+        model = copy_of(other)
+        checkpoint = tmp_path / "whole" / f"checkpoint-{step}"
+        trainer = trainer_of(model, stream(), tmp_path / str(step), [auto(name="a", checkpoint=checkpoint)], **options)
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+        assert same(weights(model), weights(tiny_llama))
+        first, second = load_carried(tmp_path / "whole"), load_carried(tmp_path / str(step))
+        assert first.domains == second.domains
+        for name in first.memory.names:
+            assert torch.equal(first.memory.basis(name), second.memory.basis(name))
+
+
+def test_what_is_refused(tiny_llama, tmp_path):
+    with pytest.raises(ValueError, match="boundaries: expected 'auto', a BoundaryDetector or None, got 'all'"):
+        ContinualCallback(Elastic(), boundaries="all")
+    options = {**OPTIONS, "train_sampling_strategy": "random"}
+    before = weights(tiny_llama)
+    with pytest.raises(
+        RuntimeError, match="boundaries: the trainer shuffles the data, so there are none to find; give"
+    ):
+        trainer_of(tiny_llama, stream(), tmp_path, [auto()], **options).train()
+    assert same(before, weights(tiny_llama))
