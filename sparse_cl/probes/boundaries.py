@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_SLACK, _CLIP = 0.5, 3.0
+_SLACK, _CLIP = 0.5, 4.0
 """Allowance k of the CUSUM in standard deviations, for shifts of one upwards; and the most that one batch counts, so
-that a single odd batch is no boundary."""
+that a single odd batch is no boundary and two may be one."""
+_CAUTION = 2 / 3
+"""Share of the false alarms that may come by the normal law: scores of real batches have heavier tails."""
 _BINS, _PRIOR = 4096, 0.1
 
 
@@ -157,7 +159,7 @@ class BoundaryDetector:
             found |= _novelty(counts, _costs(together - counts))
         self._first = []
         for name in self._scores[0]:
-            chart = self._charts[name] = Cusum(self.false_alarms / len(self._scores[0]))
+            chart = self._charts[name] = Cusum(_CAUTION * self.false_alarms / len(self._scores[0]))
             for found in self._scores:
                 chart.calibrate(found[name])
 
@@ -177,7 +179,7 @@ class BoundaryDetector:
         self._first, self._costs, self._batches = list(state["first"]), state["costs"], state["batches"]
         self._scores = [dict(found) for found in state["scores"]]
         for name, kept in state["charts"].items():
-            self._charts[name] = Cusum(self.false_alarms / len(state["charts"]))
+            self._charts[name] = Cusum(_CAUTION * self.false_alarms / len(state["charts"]))
             self._charts[name].load_state_dict(kept)
 
 

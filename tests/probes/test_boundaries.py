@@ -25,7 +25,7 @@ def test_the_chart_is_its_formula(scores, first):
         value = 0.0
         if number > 1 and before.std() > 1e-12:
             t = (score - before.mean()) / (before.std() * math.sqrt(1 + 1 / number))
-            value = min(max(stats.norm.ppf(min(max(stats.t.cdf(t, number - 1), 1e-12), 1 - 1e-12)), -3), 3)
+            value = min(max(stats.norm.ppf(min(max(stats.t.cdf(t, number - 1), 1e-12), 1 - 1e-12)), -4), 4)
         elif number > 1:
             return  # all alike: rounding decides
         high, low = max(0.0, high + value - 0.5), max(0.0, low - value - 0.5)
