@@ -185,6 +185,15 @@ class MemoryMethod(Method):
             learned: the tracked weights as the next domain will find them.
         """
         self._check_begun("after_domain")
+        self._measure(learned)
+        self._observe(model, batches)
+        self._known.consolidate()
+        for name, capacity in self._known.capacity(self.by_use).items():
+            self._layers[name] |= capacity
+        self._begun = False
+
+    def _measure(self, learned: Mapping[str, torch.Tensor]) -> None:
+        """Leak and movement of each weight. Its own call, so that no copy of the last one outlives it."""
         self.moved = {}
         for name, layer in self._layers.items():
             layer["leak"] = None
@@ -194,11 +203,6 @@ class MemoryMethod(Method):
                 layer["leak"] = self._taken(name, change)
                 self.moved[name] = self._moved(name, before, change)
         self._before = {}
-        self._observe(model, batches)
-        self._known.consolidate()
-        for name, capacity in self._known.capacity(self.by_use).items():
-            self._layers[name] |= capacity
-        self._begun = False
 
     def _check_begun(self, call: str) -> None:
         if not self._begun:

@@ -16,7 +16,7 @@ from sparse_cl.subspace import Subspace, SubspaceMemory, UsedRows
 
 from .leaf import whole_of
 from .low_rank import LowRankProjection
-from .names import ByParameter, Groups, by_name, by_param, name_of, named, names_of, parameters_of
+from .names import ByParameter, Groups, by_name, by_param, name_of, named, names_of, parameters_of, refuse_flattened
 from .plan import GroupPlan
 from .projected_adamw import Given, ProjectedAdamW
 from .projection import Projection
@@ -198,9 +198,11 @@ def known_of(groups: Groups, memory: SubspaceMemory | Bases | None, with_rows: b
     Raises:
         TypeError: neither a memory nor a mapping.
         ValueError: a memory of another model.
+        RuntimeError: parameters have been flattened.
     """
     if memory is None:
         return {}
+    refuse_flattened(groups, "memory")
     if isinstance(memory, Mapping):
         found = by_param(groups, memory, "memory", "basis")
         return {param: Known(basis) for param, basis in found.items() if basis is not None}

@@ -14,6 +14,10 @@ from .leaf import owner_of, whole_of
 
 Groups = Sequence[Mapping[str, Any]]
 T = TypeVar("T")
+FSDP2 = (
+    "split the model by FSDP2 (torch's fully_shard), which leaves it its parameters, and make the optimizer after that"
+)
+"""What to do instead, where an engine flattens parameters."""
 # A Mapping is invariant in its key: Tensor | str would refuse both dict[str, T] and dict[Parameter, T].
 ByParameter = Mapping[Any, T]
 """Values by parameter, or by its name."""
@@ -73,9 +77,12 @@ def by_param(groups: Groups, given: ByParameter[Any], argument: str, what: str) 
     Raises:
         TypeError: ``given`` is not a mapping.
         ValueError: a key is neither a parameter nor a name, or stands for a parameter that another key stands for.
+        RuntimeError: parameters have been flattened.
     """
     if not isinstance(given, Mapping):
         raise TypeError(f"{argument}: expected {{parameter or name: {what}}}, got {type(given).__name__}")
+    if given:
+        refuse_flattened(groups, argument)
     own = {id(param): param for param in parameters_of(groups)}
     own |= {id(whole_of(param)): param for param in own.values()}
     names = by_name(groups)
@@ -84,7 +91,8 @@ def by_param(groups: Groups, given: ByParameter[Any], argument: str, what: str) 
         if not isinstance(key, str):
             if id(key) not in own:
                 raise ValueError(
-                    f"{argument}: a key is not a parameter of this optimizer; expected parameters or their names"
+                    f"{argument}: a key is not a parameter of this optimizer; expected parameters or their names. If "
+                    f"ZeroRedundancyOptimizer gave it some of the parameters only, {FSDP2}"
                 )
             param = own[id(key)]
         elif (found := named(names, key)) is not None:
@@ -104,14 +112,27 @@ def by_param(groups: Groups, given: ByParameter[Any], argument: str, what: str) 
     return resolved
 
 
+def refuse_flattened(groups: Groups, argument: str) -> None:
+    """Raises a RuntimeError if an engine has flattened or emptied parameters; FSDP1 and ZeRO-3 leave marks on them."""
+    for param in parameters_of(groups):
+        engine = "FSDP1" if getattr(param, "_fsdp_flattened", False) else "ZeRO" if hasattr(param, "ds_shape") else ""
+        if engine:
+            raise RuntimeError(
+                f"{argument}: {engine} has flattened the parameters, so that their rows are not what the optimizer "
+                f"steps; {FSDP2}"
+            )
+
+
 def refuse_lost(ruled: Iterable[Tensor], groups: Groups) -> None:
-    """Raises a RuntimeError if a parameter that has a mask or a projection is not among the optimizer's any more."""
+    """Raises a RuntimeError if a parameter that has a mask or projection is no longer the optimizer's, or flattened."""
     own = set(map(id, parameters_of(groups)))
+    ruled = list(ruled)
     lost = next((param for param in ruled if id(param) not in own), None)
     if lost is not None:
         raise RuntimeError(
             "params: the optimizer steps other tensors than it was given: a mask or projection is for a parameter of "
-            f"shape {tuple(lost.shape)}, which is not among its parameters any more (ZeRO, FSDP and fp16 wrappers "
-            "flatten or copy them), and would be ignored. Train without such a wrapper, or make the optimizer from the "
-            "parameters that it has"
+            f"shape {tuple(getattr(lost, 'ds_shape', lost.shape))}, which is not among its parameters any more, and "
+            f"would be ignored. ZeRO, FSDP1 and fp16 wrappers flatten or copy parameters; {FSDP2}"
         )
+    if ruled:
+        refuse_flattened(groups, "params")

@@ -15,7 +15,7 @@ from .elastic_adamw import ROW_STRENGTH, drifts, projection_of, rule_of
 from .leaf import owner_of, weight_of
 from .low_rank import FittedLowRank, LowRankCorrection
 from .memory_adamw import Bases, check_every, known_of, news_of, warn_of_rest
-from .names import name_of, names_of, parameters_of
+from .names import FSDP2, name_of, names_of, parameters_of, refuse_flattened
 from .projection import Layer
 from .sparse_masked_adamw import SparseMaskedAdamW
 from .whole_state import gathered, rows_held, split_rows
@@ -127,9 +127,10 @@ class Protection:
         if lost:
             raise RuntimeError(
                 f"protect: the optimizer steps other tensors than the model's: {lost[0]} is not among its parameters "
-                "any more (ZeRO, FSDP1 and fp16 wrappers flatten or copy them). Nothing is protected then; train "
-                "without such a wrapper, or remove the protection"
+                "any more, and nothing would be protected. ZeRO, FSDP1 and fp16 wrappers flatten or copy parameters; "
+                f"{FSDP2}"
             )
+        refuse_flattened(groups, "protect")
         if self._memory is not None:
             rest = (p for p in parameters_of(groups) if p.grad is not None and p not in self._fitted)
             warn_of_rest(news_of(rest, self._memory, groups), "train", set())

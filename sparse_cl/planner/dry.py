@@ -77,6 +77,10 @@ class DryRun(TorchDispatchMode):
         self.phase = phase
         self.peaks[phase] = max(self.live, self.peaks.get(phase, 0))
 
+    def passes(self, phase: str, after: str) -> None:
+        """From now on peaks are those of ``after``, if they were those of ``phase``; what there is now is not."""
+        self.phase = after if self.phase == phase else self.phase
+
     def bytes_of(self, tensors: Iterable[Tensor]) -> int:
         """Bytes of the distinct storages of tensors that are on the device."""
         parts = [part(x) for x in tensors]
@@ -170,6 +174,8 @@ class DryRun(TorchDispatchMode):
             self.flops += _FLOPS[func.overloadpacket](*args, **kwargs, out_val=out)
         elif given := sent(func, (*tensors, *made)):
             self.sent += given
+            if not self.gpu:
+                self._copied(func, (*tensors, *made))
         elif not (func.is_view or func.namespace == "prim" or func.overloadpacket in _MOVES_NOTHING):
             changes = [a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments]
             changed = [value for value, change in zip(args, changes, strict=False) if change]
@@ -185,6 +191,14 @@ class DryRun(TorchDispatchMode):
                     3 * list(args[3]),
                 )  # two moments, and the update in place of a weight
             self.moved += sum(min(x.nbytes, x.untyped_storage().nbytes()) for x in (*read, *written))
+
+    def _copied(self, func: Any, tensors: Iterable[Tensor]) -> None:
+        """Counts gloo's copy of what is whole, which it receives into or sends from; FSDP2 keeps that of weights."""
+        whole = max(tensors, key=lambda x: x.nbytes)
+        if func._opname in GATHERS:
+            self._resize(_key(whole), 2 * whole.nbytes)
+        else:
+            self.peaks[self.phase] = max(self.live + whole.nbytes, self.peaks[self.phase])
 
     def hold(self, tensor: Tensor, host: bool = False) -> None:
         """Counts a tensor's storage until it is gone; with nothing, if it is on the host."""

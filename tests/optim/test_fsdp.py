@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from cases import fsdp_active, fsdp_adapters, fsdp_checkpoints, fsdp_models, fsdp_steps
+from cases import fsdp_active, fsdp_adapters, fsdp_checkpoints, fsdp_flattened, fsdp_models, fsdp_steps
 from cases.sharded import make_all, outcomes, start
 
 PROCESSES = 4
-PARTS = (fsdp_steps, fsdp_checkpoints, fsdp_models, fsdp_active, fsdp_adapters)
+PARTS = (fsdp_steps, fsdp_checkpoints, fsdp_models, fsdp_active, fsdp_adapters, fsdp_flattened)
 CHECKS = {check.__name__: check for part in PARTS for check in part.CHECKS}
 
 
