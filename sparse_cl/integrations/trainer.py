@@ -61,7 +61,8 @@ class ContinualCallback(transformers.TrainerCallback):
         checkpoint: the folder that training resumes from, where it is not `<output_dir>/checkpoint-<step>`.
         boundaries: "auto": the data are several domains one after another, not shuffled together, and a
             `BoundaryDetector` finds where each ends; the method then remembers it by about `records` records that were
-            kept of it. Or a detector of your own. In one process only.
+            kept of it. Or a detector of your own. In one process only. TRL's packing sorts records by length, which
+            mixes the domains; give it `packing_strategy="wrapped"`.
 
     Raises (in `trainer.train()`):
         ValueError: the method cannot train this model, or needs an optimizer of its own.
