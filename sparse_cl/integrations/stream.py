@@ -23,11 +23,13 @@ class Stream:
 
     Args:
         model: called with `input_ids` by name, in training mode where it learns.
+        detector: begins anew; it may have watched another training.
         records: about how many to keep.
     """
 
     def __init__(self, model: nn.Module, detector: BoundaryDetector, records: int) -> None:
         self.detector, self.records = detector, records
+        detector.begin()
         self._random = random.Random(0)
         self._seen, self._kept = 0, list[tuple[int, dict[str, Tensor]]]()
         self._recent: deque[tuple[int, dict[str, Tensor]]] = deque(maxlen=_RECENT)

@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 import transformers
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from sparse_cl import storage
 from sparse_cl.methods import Method, load_carried, save_carried
 from sparse_cl.methods.carried import FOLDER
+from sparse_cl.methods.memory_method import MemoryMethod
 from sparse_cl.optim.active_gradients import ActiveGradients, active_gradients
 from sparse_cl.probes.boundaries import BoundaryDetector
 
@@ -59,7 +61,8 @@ class ContinualCallback(transformers.TrainerCallback):
         checkpoint: the folder that training resumes from, where it is not `<output_dir>/checkpoint-<step>`.
         boundaries: "auto": the data are several domains one after another, not shuffled together, and a
             `BoundaryDetector` finds where each ends; the method then remembers it by about `records` records that were
-            kept of it. Or a detector of your own. In one process only.
+            kept of it. Or a detector of your own. In one process only. TRL's packing sorts records by length, which
+            mixes the domains; give it `packing_strategy="wrapped"`.
 
     Raises (in `trainer.train()`):
         ValueError: the method cannot train this model, or needs an optimizer of its own.
@@ -97,11 +100,16 @@ class ContinualCallback(transformers.TrainerCallback):
             )
         if self.boundaries is not None:
             _check_stream(args, kwargs["train_dataloader"])
-        folder, memory, resumes = self._folder(args, state), self.memory, None
+        if self._stream is not None:  # of a training that was interrupted
+            self._stream.close()
+            self._stream = None
+        folder, memory, resumes, carried = self._folder(args, state), self.memory, None, None
         if folder is not None:
-            resumes = _read(folder)
+            resumes, carried = _read(folder), load_carried(folder)
+            if self.boundaries is not None and isinstance(self.method, MemoryMethod):
+                # What was found before the checkpoint is in it: `memory` has less, and the method may have more.
+                memory = self.method.memory = None
             if getattr(self.method, "memory", None) is None and memory is None:
-                carried = load_carried(folder)
                 memory = folder if carried is not None and carried.memory is not None else None
         self.domain = Domain(
             self.method,
@@ -112,6 +120,8 @@ class ContinualCallback(transformers.TrainerCallback):
             records=self.records,
             resumes=resumes,
         )
+        if carried is not None:
+            self.domain.domains = carried.domains
         if self.boundaries is not None:
             detector = BoundaryDetector() if isinstance(self.boundaries, str) else self.boundaries
             self._stream, self._began = Stream(self.domain.model, detector, self.records), 0
@@ -203,7 +213,7 @@ def _check_stream(args: Any, loader: Any) -> None:
         )
     batches = getattr(loader, "batch_sampler", None)
     sampler = getattr(batches, "sampler", None) or getattr(loader, "sampler", None)
-    if isinstance(sampler, torch.utils.data.RandomSampler):
+    if isinstance(sampler, torch.utils.data.RandomSampler | LengthGroupedSampler):
         raise RuntimeError(
             "boundaries: the trainer shuffles the data, so there are none to find; give "
             'TrainingArguments(train_sampling_strategy="sequential"), or an IterableDataset'

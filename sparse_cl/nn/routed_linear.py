@@ -72,7 +72,7 @@ class RoutedLinear(nn.Linear):
         dtype = dtype if dtype == torch.float64 else torch.float32
         self.k, self.routing = k, routing
         kept = torch.arange(self.in_features) if open is None else open
-        self.register_buffer("open", kept.to(device), persistent=False)
+        self.register_buffer("open", kept.to(device))
         width = self.out_features if rank is None else rank
         columns = torch.zeros(self.in_features, width, dtype=dtype, device=device)
         if rank is not None:
@@ -120,8 +120,8 @@ def route(
             again = "; call unroute(model) first" if isinstance(layer, RoutedLinear) else ""
             raise TypeError(f"layers: {name!r} is a {type(layer).__name__}, expected an nn.Linear{again}")
         width = layer.in_features
-        if not 1 <= k <= width:
-            raise ValueError(f"k: expected 1 to {width}, the inputs of {name!r}, got {k}")
+        if not isinstance(k, int) or not 1 <= k <= width:
+            raise ValueError(f"k: expected an integer from 1 to {width}, the inputs of {name!r}, got {k}")
         if rank is not None and not 1 <= rank <= width:
             raise ValueError(f"rank: expected None or 1 to {width}, the inputs of {name!r}, got {rank}")
         found[layer] = None if open is None else _checked(open, width, name)
@@ -179,13 +179,19 @@ def load_routed(model: nn.Module, path: str | PathLike) -> None:
             layer = model.get_submodule(name)
         except AttributeError:
             raise ValueError(f"{path}: the model has no module {name!r}, which has a routed branch there") from None
-        if not isinstance(layer, nn.Linear):
+        if type(layer) not in (nn.Linear, RoutedLinear):
             raise TypeError(f"{path}: {name!r} is a {type(layer).__name__}, expected an nn.Linear, as it was")
-        shape = (layer.in_features, layer.out_features if fact["rank"] is None else fact["rank"])
-        columns = tensors.get(f"{name}:columns")
-        if columns is None or tuple(columns.shape) != shape:
-            given = "none" if columns is None else tuple(columns.shape)
-            raise ValueError(f"{path}: {name!r} wants a branch of shape {shape}, got {given}; it is of another model")
+        rank = fact["rank"]
+        shapes = {"columns": (layer.in_features, layer.out_features if rank is None else rank)}
+        if rank is not None:
+            shapes["mix"] = (layer.out_features, rank)
+        for part, shape in shapes.items():
+            tensor = tensors.get(f"{name}:{part}")
+            if tensor is None or tuple(tensor.shape) != shape:
+                given = "none" if tensor is None else tuple(tensor.shape)
+                raise ValueError(
+                    f"{path}: {name!r} wants {part} of shape {shape}, got {given}; the file is of another model"
+                )
         made[name] = fact
     unroute(model)
     for name, fact in made.items():

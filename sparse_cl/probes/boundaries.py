@@ -48,6 +48,9 @@ class Cusum:
         change = score - self._mean
         self._mean += change / self._count
         self._squares += change * (score - self._mean)
+        for side, total in enumerate((self._high, self._low)):
+            if total == 0:
+                self._since[side] = self._count
 
     def update(self, score: float) -> bool:
         """Takes the next score; whether the mean has changed."""
@@ -62,8 +65,6 @@ class Cusum:
             value = 0.0
         for side, sign in enumerate((1, -1)):
             total = max(0.0, (self._high, self._low)[side] + sign * value - _SLACK)
-            if total == 0:
-                self._since[side] = self._count + 1
             if side == 0:
                 self._high = total
             else:
@@ -72,7 +73,7 @@ class Cusum:
         return max(self._high, self._low) > self.threshold
 
     def state_dict(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "threshold"}
+        return {**{name: value for name, value in vars(self).items() if name != "threshold"}, "_since": [*self._since]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         vars(self).update(state)
@@ -105,9 +106,10 @@ class BoundaryDetector:
             raise ValueError(f"warmup: expected at least 16 batches, got {warmup}")
         self.false_alarms, self.warmup = false_alarms, warmup
         self.start = 0
-        self._begin()
+        self.begin()
 
-    def _begin(self) -> None:
+    def begin(self) -> None:
+        """Forgets the domain: the next batch is the first that a new one is known by."""
         self._first: list[Tensor] = []
         self._costs: Tensor | None = None
         self._scores: list[dict[str, float]] = []
@@ -148,7 +150,7 @@ class BoundaryDetector:
         if not alarms:
             return False
         self.start = self._batches - 1 - max(self._charts[name].start for name in alarms)
-        self._begin()
+        self.begin()
         return True
 
     def _calibrate(self) -> None:
@@ -175,7 +177,7 @@ class BoundaryDetector:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on from :meth:`state_dict` of a detector with the same arguments."""
-        self._begin()
+        self.begin()
         self._first, self._costs, self._batches = list(state["first"]), state["costs"], state["batches"]
         self._scores = [dict(found) for found in state["scores"]]
         for name, kept in state["charts"].items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from cases.methods import copy_of, domain, logits, same, weights
 from cases.trainers import records, trainer_of
 
@@ -64,13 +65,20 @@ def test_each_domain_is_remembered_by_its_own_batches(tiny_llama):
     assert watched.state_dict()["seen"] == before
 
 
-def test_training_goes_on_from_a_checkpoint_with_the_same_bits(tiny_llama, tmp_path):
+@pytest.mark.parametrize("begun", ["from a folder", "by a method that learned all of it"])
+def test_training_goes_on_from_a_checkpoint_with_the_same_bits(tiny_llama, tmp_path, begun):
+    memory = tmp_path / "earlier" if begun == "from a folder" else None
+    if memory:
+        trainer_of(tiny_llama, records(2), memory, [ContinualCallback(Elastic())], max_steps=4).train()
     other, options = copy_of(tiny_llama), {**OPTIONS, "save_strategy": "steps", "save_steps": 20}
-    trainer_of(tiny_llama, stream(), tmp_path / "whole", [auto(name="a")], **options).train()
+    method = Elastic()
+    trainer_of(tiny_llama, stream(), tmp_path / "whole", [auto(method, name="a", memory=memory)], **options).train()
+    assert load_carried(tmp_path / "whole").memory.domains == (3 if memory else 2)
     for step in (20, 40):  # before the boundary, and after
         model = copy_of(other)
         checkpoint = tmp_path / "whole" / f"checkpoint-{step}"
-        trainer = trainer_of(model, stream(), tmp_path / str(step), [auto(name="a", checkpoint=checkpoint)], **options)
+        again = auto(method if "method" in begun else None, name="a", memory=memory, checkpoint=checkpoint)
+        trainer = trainer_of(model, stream(), tmp_path / str(step), [again], **options)
         trainer.train(resume_from_checkpoint=str(checkpoint))
         assert same(weights(model), weights(tiny_llama))
         first, second = load_carried(tmp_path / "whole"), load_carried(tmp_path / str(step))
@@ -79,13 +87,31 @@ def test_training_goes_on_from_a_checkpoint_with_the_same_bits(tiny_llama, tmp_p
             assert torch.equal(first.memory.basis(name), second.memory.basis(name))
 
 
+def test_a_detector_begins_anew_with_each_training(tiny_llama, tmp_path):
+    class Interrupts(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            raise KeyboardInterrupt
+
+    callback = auto(name="a")
+    callback.boundaries = BoundaryDetector()
+    with pytest.raises(KeyboardInterrupt):
+        trainer_of(tiny_llama, stream(), tmp_path / "none", [callback, Interrupts()], **OPTIONS).train()
+    for folder, data in (("two", stream()), ("one", records(2, 4 * 50))):
+        trainer_of(tiny_llama, data, tmp_path / folder, [callback], **OPTIONS).train()
+    first, second, third = (entry["steps"] for entry in load_carried(tmp_path / "one").domains)
+    assert 24 <= first <= 28
+    assert (first + second, third) == (50, 50)
+    assert not tiny_llama._forward_pre_hooks
+
+
 def test_what_is_refused(tiny_llama, tmp_path):
     with pytest.raises(ValueError, match="boundaries: expected 'auto', a BoundaryDetector or None, got 'all'"):
         ContinualCallback(Elastic(), boundaries="all")
-    options = {**OPTIONS, "train_sampling_strategy": "random"}
     before = weights(tiny_llama)
-    with pytest.raises(
-        RuntimeError, match="boundaries: the trainer shuffles the data, so there are none to find; give"
-    ):
-        trainer_of(tiny_llama, stream(), tmp_path, [auto()], **options).train()
+    for strategy in ("random", "group_by_length"):
+        options = {**OPTIONS, "train_sampling_strategy": strategy}
+        with pytest.raises(
+            RuntimeError, match="boundaries: the trainer shuffles the data, so there are none to find; give"
+        ):
+            trainer_of(tiny_llama, stream(), tmp_path, [auto()], **options).train()
     assert same(before, weights(tiny_llama))

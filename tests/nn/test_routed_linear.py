@@ -118,17 +118,35 @@ def test_written_and_read(tmp_path):
         assert (other[0].k, other[0].routing) == (3, "top")
     wrong = nn.Sequential(nn.Linear(6, 5))
     for given_, message in (
-        (wrong, r"'0' wants a branch of shape \(6, 2\), got \(7, 2\); it is of another model"),
+        (wrong, r"'0' wants columns of shape \(6, 2\), got \(7, 2\); the file is of another model"),
+        (
+            nn.Sequential(nn.Linear(7, 1)),
+            r"'0' wants mix of shape \(1, 2\), got \(5, 2\); the file is of another model",
+        ),
         (nn.Sequential(), "the model has no module '0', which has a routed branch there"),
     ):
         with pytest.raises(ValueError, match=message):
             load_routed(given_, tmp_path / "branch")
     assert type(wrong[0]) is nn.Linear
-    with pytest.raises(TypeError, match="'0' is a ReLU, expected an nn.Linear"):
-        load_routed(nn.Sequential(nn.ReLU()), tmp_path / "branch")
+    for kind in (nn.ReLU(), nn.modules.linear.NonDynamicallyQuantizableLinear(7, 5)):
+        mixed = nn.Sequential(kind, nn.Linear(2, 2))
+        route(mixed, {"1": None}, 1)
+        with pytest.raises(TypeError, match=f"'0' is a {type(kind).__name__}, expected an nn.Linear"):
+            load_routed(mixed, tmp_path / "branch")
+        assert isinstance(mixed[1], RoutedLinear), "what the model had stays"
     with pytest.raises(ValueError, match="no layer has a routed branch"):
         save_routed(wrong, tmp_path / "none")
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("open", [torch.tensor([1, 2, 4]), torch.tensor([0, 3, 6])])
+def test_a_state_dict_brings_the_inputs_that_are_open(open):
+    model, other = routed(open=open), routed(open=torch.tensor([0, 1, 5]), seed=1)
+    other.load_state_dict(model.state_dict())
+    x = torch.randn(4, 7, dtype=torch.float64)
+    assert torch.equal(other(x), model(x))
+    with pytest.raises(RuntimeError, match="size mismatch for 0.open"):
+        routed().load_state_dict(model.state_dict())
 
 
 @pytest.mark.parametrize(
@@ -137,8 +155,9 @@ def test_written_and_read(tmp_path):
         (({"1": None}, 2), ValueError, "layers: the model has no module '1'"),
         (({}, 2), ValueError, "layers: expected the name of a linear layer at least, got none"),
         (({"": None}, 2), TypeError, "layers: '' is a Sequential, expected an nn.Linear"),
-        (({"0": None}, 0), ValueError, "k: expected 1 to 7, the inputs of '0', got 0"),
-        (({"0": None}, 8), ValueError, "k: expected 1 to 7, the inputs of '0', got 8"),
+        (({"0": None}, 0), ValueError, "k: expected an integer from 1 to 7, the inputs of '0', got 0"),
+        (({"0": None}, 8), ValueError, "k: expected an integer from 1 to 7, the inputs of '0', got 8"),
+        (({"0": None}, 0.5 * 7), ValueError, "k: expected an integer from 1 to 7, the inputs of '0', got 3.5"),
         (({"0": torch.tensor([1, 1])}, 2), ValueError, "'0' has inputs 0 to 6; expected some of these, each once"),
         (({"0": torch.tensor([7])}, 2), ValueError, "'0' has inputs 0 to 6; expected some of these, each once"),
         (({"0": torch.tensor([], dtype=torch.int64)}, 2), ValueError, "'0' has inputs 0 to 6; expected some"),

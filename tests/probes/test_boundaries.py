@@ -85,12 +85,13 @@ def test_a_new_domain_is_noticed_soon():
     assert false <= 3  # 20 streams of 48 batches that can be alarms, at 1 in 1,000
 
 
-def test_start_says_how_far_back_the_new_domain_began():
+@pytest.mark.parametrize("length", [16, 40])  # right after the warm-up, and later
+def test_start_says_how_far_back_the_new_domain_began(length):
     detector = BoundaryDetector(1e-3, 16)
-    stream = batches(0, 40, 2) + batches(1, 9, 2)
+    stream = batches(0, length, 2) + batches(1, 9, 2)
     found = [number for number, batch in enumerate(stream) if detector.update(batch)]
     assert len(found) == 1
-    assert found[0] - detector.start == 40
+    assert found[0] - detector.start == length
 
 
 def test_one_domain_alone_and_a_gradual_change():
@@ -129,8 +130,11 @@ def test_it_goes_on_where_it_was():
         whole, before, after = BoundaryDetector(), BoundaryDetector(), BoundaryDetector()
         expected = [whole.update(batch) for batch in stream]
         found = [before.update(batch) for batch in stream[:stop]]
-        after.load_state_dict(before.state_dict())
-        assert found + [after.update(batch) for batch in stream[stop:]] == expected
+        state = before.state_dict()
+        later = [before.update(batch) for batch in stream[stop:]]
+        after.load_state_dict(state)
+        assert found + [after.update(batch) for batch in stream[stop:]] == found + later == expected
+        assert not any(later) or after.start == before.start == whole.start
     assert any(expected)
 
 
