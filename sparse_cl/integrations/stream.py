@@ -77,8 +77,12 @@ class Stream:
         if not (module.training and torch.is_grad_enabled()):
             return
         batch = {name: part.detach().cpu() for name, part in as_batch(kwargs).items()}
+        mask = batch.get("attention_mask")
+        if mask is not None and not mask.any():
+            return
         self._recent.append((self._seen, batch))
-        if self.detector.update(batch["input_ids"], batch.get("attention_mask")):
+        # Of several boundaries within one step the first one counts.
+        if self.detector.update(batch["input_ids"], mask) and self._start is None:
             self._start = max(self._seen - self.detector.start, self._recent[0][0])
         self._count += 1
         place = self._random.randrange(self._count)

@@ -211,6 +211,11 @@ def _check_stream(args: Any, loader: Any) -> None:
             f"boundaries: expected one process, got {args.world_size}, which see different batches; train one domain "
             "after the other, without boundaries"
         )
+    if args.load_best_model_at_end:
+        raise RuntimeError(
+            "boundaries: load_best_model_at_end would bring back weights of an earlier domain, beside a memory of all; "
+            "leave it out"
+        )
     batches = getattr(loader, "batch_sampler", None)
     sampler = getattr(batches, "sampler", None) or getattr(loader, "sampler", None)
     if isinstance(sampler, torch.utils.data.RandomSampler | LengthGroupedSampler):

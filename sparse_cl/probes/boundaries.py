@@ -155,7 +155,8 @@ class BoundaryDetector:
 
     def _calibrate(self) -> None:
         together = torch.stack(self._first).sum(0)
-        self._costs = _costs(together)
+        # Of as many tokens as those that calibrate, so that smoothing weighs the same.
+        self._costs = _costs(together * (1 - 1 / self.warmup))
         for counts, found in zip(self._first, self._scores, strict=True):
             # A batch is cheap under a distribution that it is a part of.
             found |= _novelty(counts, _costs(together - counts))

@@ -106,6 +106,11 @@ def test_one_domain_alone_and_a_gradual_change():
     assert any(100 <= i <= 200 for i in found), "between all old and all new"
 
 
+def test_a_stream_that_is_always_the_same_has_no_boundary():
+    detector = BoundaryDetector(1e-3)
+    assert not any(detector.update(torch.full((1, 50 + i % 3), 7)) for i in range(300))
+
+
 def test_a_further_score_is_enough():
     generator, detector = torch.Generator().manual_seed(0), BoundaryDetector(1e-3)
     for number, batch in enumerate(batches(0, 60, 2)):
