@@ -55,7 +55,6 @@ class Routed(Method):
             raise ValueError(f"routing: expected {', '.join(map(repr, ROUTINGS))}, got {routing!r}")
         self.routing = routing
         self.rank = check_at_least("rank", rank, 0)
-        self._opened: dict[str, Tensor] = {}
         self._own: dict[str, Tensor] = {}
         self._choices: list[dict[str, Choices]] = []
         self._model: nn.Module | None = None
@@ -77,16 +76,14 @@ class Routed(Method):
 
     def before_domain(self, model: nn.Module, batches: Iterable[Batch]) -> nn.Module:
         self.check(model)
-        mlps = {mlp.name: mlp.out_name for mlp in find_mlps(model)}
-        found = most_active(model, batches, self.open)
-        self._own = {mlps[name]: neurons.cpu() for name, neurons in found.items()}
-        if not routed_layers(model):
-            k = neuron_count(self.share, min(mlp.neurons for mlp in find_mlps(model)))
+        mlps, found = find_mlps(model), most_active(model, batches, self.open)
+        self._own = {mlp.out_name: found[mlp.name].cpu() for mlp in mlps}
+        if layers := routed_layers(model):
+            for name, layer in layers.items():
+                layer.open = torch.cat([layer.open.cpu(), self._own[name]]).unique().to(layer.weight.device)
+        else:
+            k = neuron_count(self.share, min(mlp.neurons for mlp in mlps))
             route(model, {**self._own}, k, rank=self.rank or None, routing=self.routing)
-        for name, layer in routed_layers(model).items():
-            earlier = self._opened.get(name, self._own[name])
-            layer.open = torch.cat([earlier, self._own[name]]).unique().to(layer.weight.device)
-            self._opened[name] = layer.open.cpu()
         self._model, branch = model, set(self._branch(model))
         self._frozen.freeze(parameter for name, parameter in model.named_parameters() if name not in branch)
         return model
@@ -135,7 +132,6 @@ class Routed(Method):
         ]
         load_routed(base, folders[-1] / _FILE)
         self._model = base
-        self._opened = {name: layer.open.cpu() for name, layer in routed_layers(base).items()}
         return base
 
     def _branch(self, model: nn.Module) -> dict[str, nn.Parameter]:

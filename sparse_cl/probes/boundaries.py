@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -63,12 +63,8 @@ class Cusum:
             value = min(max(float(ndtri(min(max(chance, 1e-12), 1 - 1e-12))), -_CLIP), _CLIP)
         else:
             value = 0.0
-        for side, sign in enumerate((1, -1)):
-            total = max(0.0, (self._high, self._low)[side] + sign * value - _SLACK)
-            if side == 0:
-                self._high = total
-            else:
-                self._low = total
+        self._high = max(0.0, self._high + value - _SLACK)
+        self._low = max(0.0, self._low - value - _SLACK)
         self.calibrate(score)
         return max(self._high, self._low) > self.threshold
 
@@ -133,10 +129,9 @@ class BoundaryDetector:
         for name, value in scores.items():
             if not math.isfinite(value):
                 raise ValueError(f"{name}: expected a finite score, got {value}")
-        if self._scores and scores.keys() != self._scores[0].keys() - {"cost", "excess"}:
-            raise ValueError(
-                f"scores: expected {sorted(self._scores[0])} as with the batches before, got {sorted(scores)}"
-            )
+        expected = self._scores[0].keys() - {"cost", "excess"} if self._scores else scores.keys()
+        if scores.keys() != expected:
+            raise ValueError(f"scores: expected {sorted(expected)} as with the batches before, got {sorted(scores)}")
         counts = (kept.flatten().cpu() % _BINS).bincount(minlength=_BINS).double()
         self._batches += 1
         if self._costs is None:
@@ -161,10 +156,13 @@ class BoundaryDetector:
             # A batch is cheap under a distribution that it is a part of.
             found |= _novelty(counts, _costs(together - counts))
         self._first = []
-        for name in self._scores[0]:
-            chart = self._charts[name] = Cusum(_CAUTION * self.false_alarms / len(self._scores[0]))
+        self._charts = self._new_charts(self._scores[0])
+        for name, chart in self._charts.items():
             for found in self._scores:
                 chart.calibrate(found[name])
+
+    def _new_charts(self, names: Collection[str]) -> dict[str, Cusum]:
+        return {name: Cusum(_CAUTION * self.false_alarms / len(names)) for name in names}
 
     def state_dict(self) -> dict[str, Any]:
         """What the domain was like so far: numbers, lists and tensors."""
@@ -181,9 +179,9 @@ class BoundaryDetector:
         self.begin()
         self._first, self._costs, self._batches = list(state["first"]), state["costs"], state["batches"]
         self._scores = [dict(found) for found in state["scores"]]
-        for name, kept in state["charts"].items():
-            self._charts[name] = Cusum(_CAUTION * self.false_alarms / len(state["charts"]))
-            self._charts[name].load_state_dict(kept)
+        self._charts = self._new_charts(state["charts"])
+        for name, chart in self._charts.items():
+            chart.load_state_dict(state["charts"][name])
 
 
 def threshold(false_alarms: float) -> float:
