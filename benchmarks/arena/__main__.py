@@ -2,6 +2,8 @@
 
 python -m benchmarks.arena sweep --order given,reverse --seed 0,1,2 --out DIR   # and the options of sparse-cl run
 python -m benchmarks.arena compare DIR                                          # finished runs
+python -m benchmarks.arena run STUDY --models DIR --data DIR --out DIR          # a study of grids.py; it resumes
+python -m benchmarks.arena table STUDY                                          # from the results that are kept
 python -m benchmarks.arena scale --model A B C --out DIR                        # and the options of sparse-cl probe
 """
 
@@ -50,7 +52,40 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_options(family, ProbeSettings)
     add_options(family, Out)
     family.set_defaults(command=_scale)
+    study = commands.add_parser(
+        "run",
+        help="a study: the runs that are missing, and its file of results",
+        description="Make the runs of a study that are not done, and write all that are into benchmarks/results/arena. "
+        "What was stopped goes on with the same command. Without --out nothing is run.",
+    )
+    study.add_argument("study", metavar="STUDY", help="by its name in grids.py")
+    for name in ("models", "data", "out"):
+        study.add_argument(f"--{name}", required=True, type=Path, metavar="DIR")
+    study.add_argument("--part", default="1/1", metavar="I/N", help="every N-th run from the I-th, for N processes")
+    study.set_defaults(command=_run, resumes=True)
+    table = commands.add_parser("table", help="a study's table, from the results that are kept")
+    table.add_argument("study", metavar="STUDY", help="by its name in grids.py")
+    table.set_defaults(command=_table)
     return run_command(parser, argv)
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    from . import grid
+    from .grids import STUDIES
+
+    part, parts = map(int, arguments.part.split("/"))
+    study = STUDIES[arguments.study](arguments.models, arguments.data)
+    grid.run(study, arguments.out / arguments.study, part - 1, parts)
+    records = grid.gather(study, arguments.out / arguments.study)
+    print(f"{len(records)} of {len(study)} runs are in {grid.keep(arguments.study, records)}")
+
+
+def _table(arguments: argparse.Namespace) -> None:
+    from .compare import gather_runs
+    from .compare_report import to_text
+    from .grid import kept
+
+    print(to_text(gather_runs((arguments.study, run) for run in kept(arguments.study))))
 
 
 def _sweep(arguments: argparse.Namespace) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,35 +141,39 @@ def gather(folders: Sequence[Path]) -> Comparison:
     Raises:
         ValueError: there is none; or two that cannot be compared, with what differs.
     """
+    return gather_runs((folder, run) for folder in find_folders(folders) for run in read_runs(folder))
+
+
+def gather_runs(runs: Iterable[tuple[Path | str, dict[str, Any]]]) -> Comparison:
+    """As `gather`, of records, each with where it is from."""
     rows: dict[str, Row] = {}
     orders: dict[str, None] = {}
     failed: list[str] = []
-    first: tuple[Path, dict[str, Any]] | None = None
-    for folder in find_folders(folders):
-        for run in read_runs(folder):
-            same = {name: run["settings"].get(name) for name in SAME} | {"domains": sorted(run["domains"])}
-            first = first or (folder, same)
-            if differing := differences(first[1], same):
-                raise ValueError(
-                    f"{folder} cannot be compared with {first[0]}; they differ in {differing}. Compare them apart"
-                )
-            order = " → ".join(run["domains"])
-            if "failed" in run:
-                failed.append(f"{run['method']} FAILED in {folder}: {run['failed'].splitlines()[0]}")
-                continue
-            if "kind" not in run:
-                raise ValueError(f"{folder}: an older version wrote it, without what is compared here; run it again")
-            orders[order] = None
-            own = _own_settings(run)
-            key = json.dumps([run["method"], own], sort_keys=True)
-            row = rows.setdefault(key, Row(run["method"], run["method"], run["kind"], own, {}))
-            if (order, run["seed"]) in row.runs:
-                warnings.warn(
-                    f"{folder}: {run['method']} with these settings, order and seed was found before; it is left out",
-                    stacklevel=2,
-                )
-                continue
-            row.runs[order, run["seed"]] = _numbers(run)
+    first: tuple[Path | str, dict[str, Any]] | None = None
+    for folder, run in runs:
+        same = {name: run["settings"].get(name) for name in SAME} | {"domains": sorted(run["domains"])}
+        first = first or (folder, same)
+        if differing := differences(first[1], same):
+            raise ValueError(
+                f"{folder} cannot be compared with {first[0]}; they differ in {differing}. Compare them apart"
+            )
+        order = " → ".join(run["domains"])
+        if "failed" in run:
+            failed.append(f"{run['method']} FAILED in {folder}: {run['failed'].splitlines()[0]}")
+            continue
+        if "kind" not in run:
+            raise ValueError(f"{folder}: an older version wrote it, without what is compared here; run it again")
+        orders[order] = None
+        own = _own_settings(run)
+        key = json.dumps([run["method"], own], sort_keys=True)
+        row = rows.setdefault(key, Row(run["method"], run["method"], run["kind"], own, {}))
+        if (order, run["seed"]) in row.runs:
+            warnings.warn(
+                f"{folder}: {run['method']} with these settings, order and seed was found before; it is left out",
+                stacklevel=2,
+            )
+            continue
+        row.runs[order, run["seed"]] = _numbers(run)
     if not rows:
         raise ValueError("every run failed:\n" + "\n".join(failed))
     ordered = list(rows.values())
