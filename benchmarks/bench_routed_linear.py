@@ -1,8 +1,8 @@
 """RoutedLinear's branch, forward and backward, at several k beside the same branch through all neurons.
 
-Run: ``pytest benchmarks/bench_routed_linear.py``. The layer is that out of an MLP's neurons, of a 5 M and of a 270 M model.
-The branch reads and writes k columns a token, so its cost follows k; a dense product uses the processor better, so at a
-large k it is the faster way to the same numbers.
+Run: ``pytest benchmarks/bench_routed_linear.py``. The layer is that out of an MLP's neurons, of a 5 M and of a 270 M
+model. The branch reads and writes k columns a token, so its cost follows k; a dense product uses the processor better,
+so at a large k it is the faster way to the same numbers.
 """
 
 import pytest

@@ -74,7 +74,7 @@ def _run(arguments: argparse.Namespace) -> None:
     from .grids import STUDIES
 
     part, parts = map(int, arguments.part.split("/"))
-    study = STUDIES[arguments.study](arguments.models, arguments.data)
+    study = STUDIES[arguments.study](arguments.models, arguments.data, arguments.out)
     grid.run(study, arguments.out / arguments.study, part - 1, parts)
     records = grid.gather(study, arguments.out / arguments.study)
     print(f"{len(records)} of {len(study)} runs are in {grid.keep(arguments.study, records)}")

@@ -10,12 +10,14 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from sparse_cl.four_domains import experiment
 from sparse_cl.four_domains.files import RESULTS, write_json
 from sparse_cl.four_domains.results import read_runs
 from sparse_cl.four_domains.settings import Settings
+from sparse_cl.probes.capacity import Layers
 
 KEPT = Path(__file__).parents[1] / "results" / "arena"
 """Where the results of studies are kept, a file each."""
@@ -91,8 +93,19 @@ def _kept(folder: Path) -> Iterator[dict[str, Any]]:
         settings = dict(run["settings"])
         for name in _PATHS:
             settings[name] = None if settings.get(name) is None else Path(settings[name]).name
-        domains = [_slim(record) for record in run.get("domain_records", ())]
+        domains = []
+        for record in run.get("domain_records", ()):
+            room = {"room": _room(record["layers"])} if record.get("layers") else {}
+            domains.append({**_slim(record), **room})
         yield {**_slim(run), "settings": settings, "domain_records": domains}
+
+
+def _room(layers: Layers) -> dict[str, float]:
+    """Means over layers of the free share of directions, after the domain, and of B, the gradient's share before it."""
+    return {
+        "free": fmean(layer["free"] / layer["width"] for layer in layers.values()),
+        "surviving": fmean(layer["surviving"] for layer in layers.values()),
+    }
 
 
 def _slim(record: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,11 +9,12 @@ from typing import Any
 from sparse_cl.four_domains.settings import GIVEN, REVERSE, Settings
 
 from .grid import over
+from .sources import SOURCES, write_sources
 
 ORDERS, SEEDS = (GIVEN, REVERSE), (0, 1, 2)
 
 
-def routed(models: Path, data: Path) -> dict[str, Settings]:
+def routed(models: Path, data: Path, out: Path) -> dict[str, Settings]:
     """Routing by token and its controls, over rates; beside them AdamW of all weights."""
     variants: dict[str, dict[str, Any]] = {
         "top": {},
@@ -29,7 +30,25 @@ def routed(models: Path, data: Path) -> dict[str, Settings]:
     return over(_base_5m(models, data), ORDERS, SEEDS, points)
 
 
-STUDIES: Mapping[str, Callable[[Path, Path], dict[str, Settings]]] = {"routed": routed}
+def ceiling(models: Path, data: Path, out: Path) -> dict[str, Settings]:
+    """Sixteen domains at two widths: what methods that protect learn of each, beside a model of its own for each."""
+    sources = out / "sources"
+    if not sources.is_dir():
+        write_sources(data, sources)
+    points = {
+        "single": {"method": "single", "lr": 1e-3},
+        "adamw": {"method": "adamw", "lr": 1e-3},
+        "orthogonal": {"method": "orthogonal", "lr": 1e-3},
+        "elastic": {"method": "elastic", "lr": 1e-3},
+    }
+    found = {}
+    for model in ("base-5m", "stories260k"):
+        base = _base_5m(models, sources, model=str(models / model), domains=SOURCES, eval_records=16)
+        found |= {f"{model}-{name}": settings for name, settings in over(base, (GIVEN,), (0,), points).items()}
+    return found
+
+
+STUDIES: Mapping[str, Callable[[Path, Path, Path], dict[str, Settings]]] = {"routed": routed, "ceiling": ceiling}
 
 
 def _base_5m(models: Path, data: Path, **others: Any) -> Settings:
