@@ -73,7 +73,16 @@ def _run(arguments: argparse.Namespace) -> None:
     from . import grid
     from .grids import STUDIES
 
-    part, parts = map(int, arguments.part.split("/"))
+    try:
+        part, parts = map(int, arguments.part.split("/"))
+    except ValueError:
+        part = parts = 0
+    if not 1 <= part <= parts:
+        raise ValueError(f"--part: expected I/N with 1 <= I <= N, got {arguments.part}")
+    if arguments.study not in STUDIES:
+        raise ValueError(f"unknown study {arguments.study!r}; there are {', '.join(STUDIES)}")
+    if not arguments.data.is_dir():
+        raise ValueError(f"--data {arguments.data}: no such folder")
     study = STUDIES[arguments.study](arguments.models, arguments.data, arguments.out)
     grid.run(study, arguments.out / arguments.study, part - 1, parts)
     records = grid.gather(study, arguments.out / arguments.study)
@@ -81,11 +90,17 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _table(arguments: argparse.Namespace) -> None:
+    from . import ceiling
     from .compare import gather_runs
     from .compare_report import to_text
-    from .grid import kept
+    from .grid import KEPT, kept
 
-    print(to_text(gather_runs((arguments.study, run) for run in kept(arguments.study))))
+    runs = kept(arguments.study)
+    if arguments.study == "ceiling":
+        ceiling.draw(runs, KEPT / "ceiling.png")
+        print(ceiling.table(runs))
+    else:
+        print(to_text(gather_runs((arguments.study, run) for run in runs)))
 
 
 def _sweep(arguments: argparse.Namespace) -> int:

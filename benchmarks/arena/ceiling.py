@@ -1,0 +1,98 @@
+"""What the account of capacity forecasts of the next domain, beside what is then learned: the study `ceiling`.
+
+For domain j, before it is learned: C, the free share of a layer's directions, B, the share of the domain's gradient
+that lies in it (means over layers), and C·B. What is learned is the fall of the domain's bits per byte, as a share of
+that of a fresh model that learns it alone. A forecast is such a share; its error is in bits per byte.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from scipy.stats import spearmanr
+
+from sparse_cl.four_domains.figures import new_figure
+from sparse_cl.four_domains.report import text_table
+
+METRIC = "bits_per_byte"
+FORECASTS = ("all of it", "as the last", "C", "B", "C·B")
+
+
+def shares(run: Mapping[str, Any], single: Mapping[str, Any]) -> tuple[list[float], list[float]]:
+    """For each domain what was learned of it over what a model of its own learns, and the latter in bits per byte."""
+    R, alone = run["R"][METRIC], single["R"][METRIC]
+    own = [alone[0][j] - alone[j + 1][j] for j in range(len(run["domains"]))]
+    return [(R[0][j] - R[j + 1][j]) / own[j] for j in range(len(own))], own
+
+
+def forecasts(run: Mapping[str, Any], learned: Sequence[float]) -> dict[str, list[float]]:
+    """By `FORECASTS` the forecast of the second domain and those after it; of the first there is none."""
+    rooms = [record.get("room") for record in run["domain_records"]]
+    found = {"all of it": [1.0] * (len(learned) - 1), "as the last": list(learned[:-1])}
+    if len(rooms) == len(learned) and None not in rooms:
+        free = [room["free"] for room in rooms[:-1]]
+        kept = [room["surviving"] for room in rooms[1:]]
+        found |= {"C": free, "B": kept, "C·B": [c * b for c, b in zip(free, kept, strict=True)]}
+    return found
+
+
+def judged(run: Mapping[str, Any], single: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """By forecast its mean absolute error in bits per byte, and its rank correlation with what was learned."""
+    learned, own = shares(run, single)
+    found = {}
+    for name, values in forecasts(run, learned).items():
+        errors = [abs(value - real) * size for value, real, size in zip(values, learned[1:], own[1:], strict=True)]
+        varied = len(set(values)) > 1 and len(set(learned[1:])) > 1
+        ranks = spearmanr(values, learned[1:]).statistic if varied else float("nan")
+        found[name] = {"error": fmean(errors), "rank": float(ranks)}
+    return found
+
+
+def by_model(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Mapping[str, Any]]]:
+    """Model → method → run."""
+    found: dict[str, dict[str, Mapping[str, Any]]] = {}
+    for run in runs:
+        found.setdefault(run["settings"]["model"], {})[run["method"]] = run
+    return found
+
+
+def table(runs: Sequence[Mapping[str, Any]]) -> str:
+    """A row for each model and method: what it learned early and late, and how each forecast did."""
+    rows = []
+    for model, methods in by_model(runs).items():
+        for method, run in methods.items():
+            if method == "single" or "single" not in methods:
+                continue
+            learned, _ = shares(run, methods["single"])
+            cells = [f"{fmean(learned[a:b]):.2f}" for a, b in ((0, 4), (4, 8), (8, 12), (12, 16))]
+            scores = judged(run, methods["single"])
+            errors = [f"{scores[f]['error']:.3f} ({scores[f]['rank']:+.2f})" if f in scores else "-" for f in FORECASTS]
+            rows.append([model, method, *cells, *errors])
+    header = ("model", "method", "1–4", "5–8", "9–12", "13–16", *FORECASTS)
+    note = (
+        "1–4 …: share learned of these domains, of what a fresh model learns of each alone. Then, for the second\n"
+        "domain and those after it, each forecast's mean error in bits per byte, and its rank correlation with what\n"
+        "was learned."
+    )
+    return f"{text_table(header, rows)}\n\n{note}"
+
+
+def draw(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """The share that C·B forecasts against the share that was learned, a panel for each model."""
+    models = by_model(runs)
+    figure, axes = new_figure(1, len(models), 4.5, 4.0)
+    for axis, (model, methods) in zip(axes[0], models.items(), strict=True):
+        for marker, (method, run) in zip("os^v", methods.items(), strict=False):
+            if method == "single":
+                continue
+            learned, _ = shares(run, methods["single"])
+            if "C·B" in (found := forecasts(run, learned)):
+                axis.plot(found["C·B"], learned[1:], marker, label=method, markersize=5, fillstyle="none")
+        axis.plot([0, 1], [0, 1], ":", color="grey", linewidth=1)
+        axis.set(xlabel="C·B before the domain", title=model)
+        axis.legend(fontsize=8)
+    axes[0][0].set_ylabel("learned, of what a fresh model learns")
+    figure.savefig(path, dpi=130)

@@ -1,0 +1,123 @@
+"""Studies: what is run is what the points say, what is done is not run again, a table is made from the file alone."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from benchmarks.arena import ceiling, grid
+from benchmarks.arena.__main__ import main
+from sparse_cl.four_domains.metrics import summarize
+from sparse_cl.four_domains.results import write_runs
+from sparse_cl.four_domains.settings import GIVEN, REVERSE, Settings
+
+BASE = Settings(
+    methods=("adamw",), domains=("a", "b"), model="/somewhere/m", data="/somewhere/d", metrics=("bits_per_byte",)
+)
+POINTS = {"x": {"method": "adamw", "lr": 1e-3}, "y": {"method": "elastic", "lr": 2e-3, "options": {"strength": 3.0}}}
+
+
+def record(settings, R=((4.0, 3.0), (2.0, 3.0), (3.0, 1.0)), layers=None):
+    summary = summarize([list(row) for row in R], lower_is_better=True)
+    (method,) = settings.methods
+    return {
+        "method": method,
+        "kind": "ours",
+        "protects": False,
+        "domains": list(settings.domains),
+        "seed": settings.seed,
+        "settings": {**settings.to_json(), "lr": settings.lr_of(method), "method": {}},
+        "R": {"bits_per_byte": [list(row) for row in R]},
+        "R_reference": [None] * len(R),
+        "drift": [None] * len(R),
+        "summary": {**summary, "by_metric": {"bits_per_byte": summary}},
+        "state_bytes": 1,
+        "losses": [1.0] * 9,
+        "domain_records": [{"domain": name, "layers": layers or {}} for name in settings.domains],
+    }
+
+
+@pytest.fixture
+def made(monkeypatch, tmp_path):
+    """Runs that were made, instead of training; results are kept in tmp_path."""
+    calls = []
+
+    def run(settings, folder):
+        calls.append(folder.name)
+        (folder / settings.methods[0] / "1-a").mkdir(parents=True)
+        write_runs(folder, [record(settings)])
+
+    monkeypatch.setattr(grid.experiment, "run", run)
+    monkeypatch.setattr(grid, "KEPT", tmp_path / "kept")
+    return calls
+
+
+def test_every_point_order_and_seed_is_run_once_in_parts(made, tmp_path):
+    study = grid.over(BASE, (GIVEN, REVERSE), (0, 1), POINTS)
+    assert study["y-reverse-seed1"].domains == ("b", "a") and study["y-reverse-seed1"].seed == 1
+    assert study["y-given-seed0"].make_method("elastic").strength == 3.0 and study["y-given-seed0"].lr == {
+        "elastic": 2e-3
+    }
+    for part in (0, 1):
+        grid.run(study, tmp_path, part, 2)
+    assert sorted(made) == sorted(study)
+    grid.run(study, tmp_path)
+    assert len(made) == len(study) == 8
+    assert not list(tmp_path.glob("*/*/1-a")), "weights of finished runs are deleted"
+
+
+def test_what_is_kept_names_files_and_not_where_they_were(made, tmp_path):
+    study = grid.over(BASE, (GIVEN,), (0,), POINTS)
+    grid.run(study, tmp_path, 0, 2)
+    (run,) = grid.gather(study, tmp_path)
+    path = grid.keep("some", [run])
+    assert grid.kept("some") == json.loads(json.dumps([run]))
+    assert "somewhere" not in path.read_text() and run["settings"]["model"] == "m"
+    assert "losses" not in run and "layers" not in run["domain_records"][0]
+    with pytest.raises(ValueError, match="no results of 'other' are kept"):
+        grid.kept("other")
+
+
+def test_the_table_is_made_from_the_file_alone(made, monkeypatch, tmp_path, capsys):
+    study = grid.over(BASE, (GIVEN, REVERSE), (0, 1), POINTS)
+    grid.run(study, tmp_path)
+    grid.keep("routed", grid.gather(study, tmp_path))
+    assert main(["table", "routed"]) == 0
+    assert "elastic" in (shown := capsys.readouterr().out) and "all orders" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["run", "nothing"], "unknown study 'nothing'; there are routed"),
+        (["run", "routed", "--part", "3/2"], "--part: expected I/N with 1 <= I <= N, got 3/2"),
+        (["run", "routed", "--part", "half"], "got half"),
+        (["run", "routed", "--data", "absent"], "no such folder"),
+        (["table", "nothing"], "no results of 'nothing' are kept"),
+    ],
+)
+def test_what_cannot_be_run_is_said(arguments, said, made, tmp_path, capsys):
+    if arguments[0] == "run":
+        others = {"--models": tmp_path, "--data": tmp_path, "--out": tmp_path / "out"}
+        for name, value in others.items():
+            arguments = arguments if name in arguments else [*arguments, name, str(value)]
+    assert main(arguments) == 2
+    assert said in capsys.readouterr().err and not made
+
+
+def test_forecasts_are_judged_by_what_was_learned():
+    names = ("a", "b", "c")
+    base = Settings(methods=("adamw",), domains=names)
+    alone = ((4.0, 4.0, 4.0), (2.0, 9.0, 9.0), (9.0, 2.0, 9.0), (9.0, 9.0, 3.0))
+    R = ((4.0, 4.0, 4.0), (2.0, 4.0, 4.0), (3.0, 3.0, 4.0), (3.0, 3.0, 3.5))
+    room = {"l": {"width": 10, "free": 5, "used": 5, "surviving": 0.5, "leak": None}}
+    run, single = record(base, R, room), record(base, alone)
+    for entry in run["domain_records"]:
+        entry["room"] = grid._room(entry["layers"])
+    assert ceiling.shares(run, single) == ([1.0, 0.5, 0.5], [2.0, 2.0, 1.0])
+    assert ceiling.forecasts(run, [1.0, 0.5, 0.5]) == {
+        "all of it": [1.0, 1.0], "as the last": [1.0, 0.5], "C": [0.5, 0.5], "B": [0.5, 0.5], "C·B": [0.25, 0.25]
+    }  # fmt: skip
+    found = {name: one["error"] for name, one in ceiling.judged(run, single).items()}
+    assert found == {"all of it": 0.75, "as the last": 0.5, "C": 0.0, "B": 0.0, "C·B": 0.375}
