@@ -1,4 +1,4 @@
-"""A linear layer with a side branch that each token reaches through its own most active inputs alone."""
+"""A linear layer with a side branch that each token reaches through its own most active neurons alone."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch.nn import functional
 from sparse_cl import storage
 
 ROUTINGS = ("top", "random", "none")
+SIDES = ("inputs", "outputs")
 
 
 class RoutedLinear(nn.Linear):
@@ -24,13 +25,20 @@ class RoutedLinear(nn.Linear):
     The branch costs k (not in_features) multiplications a token and output, forward and backward. :func:`route` makes
     layers of a model into these, in place.
 
+    With `side` "outputs", for the layers into neurons: y = z + m(z) ⊙ ΔW x with z = W x + b, where m(z) picks the k
+    largest outputs, or those that a leader picks: an up projection follows its gate. Rows of ΔW then stand for neurons.
+    This costs a dense product.
+
     Attributes:
-        columns: ΔWᵀ, (in_features, out_features), float32 or the weight's float64, at first 0; or with a rank its
-            factor (in_features, rank).
-        mix: the other factor, (out_features, rank), at first 0; None without a rank.
-        open: (k',) int64, ascending: the inputs that a token chooses among.
+        columns: a vector for each neuron, ΔWᵀ, (in_features, out_features), or of the outputs ΔW, (out_features,
+            in_features); float32 or the weight's float64, at first 0; or with a rank its factor (neurons, rank).
+        mix: the other factor, (out_features, rank), or of the outputs (in_features, rank), at first 0; None without a
+            rank.
+        open: (k',) int64, ascending: the neurons that a token chooses among.
         k: how many it chooses, of the open ones; all of these if there are fewer.
         routing: "top"; or, to compare with, "random": any k, drawn anew each time; "none": all that are open.
+        side: which side the neurons are, "inputs" or "outputs".
+        leader: the layer whose choice this one takes, which has to run before it; None: it chooses itself.
     """
 
     columns: nn.Parameter
@@ -38,17 +46,31 @@ class RoutedLinear(nn.Linear):
     open: Tensor
     k: int
     routing: str
+    side: str
+    _leader: tuple[RoutedLinear, ...]
+    _choice: Tensor
 
     def forward(self, input: Tensor) -> Tensor:
         output = super().forward(input)
-        branch = self.branch(input.reshape(-1, input.shape[-1]).to(self.columns.dtype))
+        inputs = input.reshape(-1, input.shape[-1]).to(self.columns.dtype)
+        if self.side == "inputs":
+            branch = self.branch(inputs)
+        else:
+            branch = self._branch_of_outputs(inputs, output.reshape(-1, output.shape[-1]))
         return output + branch.view(output.shape).to(output.dtype)
 
-    def chosen(self, inputs: Tensor) -> Tensor:
-        """Which inputs each token's branch runs through: (tokens, k) int64, of (tokens, in_features) inputs."""
+    @property
+    def leader(self) -> RoutedLinear | None:
+        return self._leader[0] if self._leader else None
+
+    def chosen(self, neurons: Tensor) -> Tensor:
+        """Which neurons each token's branch runs through: (tokens, k) int64, of (tokens, neurons) inputs or outputs."""
         k = min(self.k, len(self.open))
-        seen = inputs.detach().index_select(1, self.open)
-        score = torch.rand_like(seen) if self.routing == "random" else seen.abs()
+        seen = neurons.detach().index_select(1, self.open)
+        # What goes into an activation function opens a neuron by its value; what comes out of one, by its magnitude.
+        score = seen.abs() if self.side == "inputs" else seen
+        if self.routing == "random":
+            score = torch.rand_like(seen)
         return self.open[score.topk(k, sorted=False).indices]
 
     def branch(self, inputs: Tensor) -> Tensor:
@@ -62,27 +84,39 @@ class RoutedLinear(nn.Linear):
                 product = functional.embedding_bag(index, self.columns, mode="sum", per_sample_weights=values)
             return product if self.mix is None else product @ self.mix.mT
 
+    def _branch_of_outputs(self, inputs: Tensor, outputs: Tensor) -> Tensor:
+        with torch.autocast(inputs.device.type, enabled=False):
+            product = (inputs if self.mix is None else inputs @ self.mix) @ self.columns.mT
+            if self.routing == "none":
+                index = self.open.expand(len(product), -1)
+            else:
+                index = self.chosen(outputs) if self.leader is None else self.leader._choice
+            self._choice = index
+            return torch.zeros_like(product).scatter(1, index, product.gather(1, index))
+
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, k={self.k} of {len(self.open)}, routing={self.routing!r}"
+        of = f"k={self.k} of {len(self.open)} {self.side}"
+        return f"{super().extra_repr()}, {of}, routing={self.routing!r}"
 
     # A linear layer becomes one of these, and back, in place, so references to the module stay valid.
 
-    def _begin(self, k: int, rank: int | None, routing: str, open: Tensor | None) -> None:
+    def _begin(self, k: int, rank: int | None, routing: str, side: str, open: Tensor | None) -> None:
         device, dtype = self.weight.device, self.weight.dtype
         dtype = dtype if dtype == torch.float64 else torch.float32
-        self.k, self.routing = k, routing
-        kept = torch.arange(self.in_features) if open is None else open
+        self.k, self.routing, self.side, self._leader = k, routing, side, ()
+        neurons, others = _sizes(self, side)
+        kept = torch.arange(neurons) if open is None else open
         self.register_buffer("open", kept.to(device))
-        width = self.out_features if rank is None else rank
-        columns = torch.zeros(self.in_features, width, dtype=dtype, device=device)
+        columns = torch.zeros(neurons, others if rank is None else rank, dtype=dtype, device=device)
         if rank is not None:
             columns.normal_(std=1 / math.sqrt(k))
         self.columns = nn.Parameter(columns)
-        mix = None if rank is None else nn.Parameter(torch.zeros(self.out_features, rank, dtype=dtype, device=device))
+        mix = None if rank is None else nn.Parameter(torch.zeros(others, rank, dtype=dtype, device=device))
         self.register_parameter("mix", mix)
 
     def _end(self) -> None:
-        del self.columns, self.mix, self.open, self.k, self.routing
+        del self.columns, self.mix, self.open, self.k, self.routing, self.side, self._leader
+        self.__dict__.pop("_choice", None)
         self.__class__ = nn.Linear  # type: ignore[assignment]  # the way back of route()
 
 
@@ -93,21 +127,26 @@ def route(
     *,
     rank: int | None = None,
     routing: str = "top",
+    side: str = "inputs",
+    follow: Mapping[str, str] | None = None,
 ) -> None:
     """Gives ``nn.Linear`` layers of a model a routed branch, in place; what they compute does not change by that.
 
     Args:
-        layers: by name of the module the inputs that are open, (k',) distinct int64; None: all.
-        k: inputs that a token's branch runs through, at least 1.
-        rank: of ΔW; None: any. Low rank shares a factor among all columns.
-        routing: as of :class:`RoutedLinear`.
+        layers: by name of the module the neurons that are open, (k',) distinct int64; None: all.
+        k: neurons that a token's branch runs through, at least 1.
+        rank: of ΔW; None: any. Low rank shares a factor among all neurons.
+        routing, side: as of :class:`RoutedLinear`.
+        follow: with side "outputs", name of a layer → that of its leader, which runs before it.
 
     Raises:
-        TypeError, ValueError: no such layer, one that is no ``nn.Linear`` or routed already, inputs that it does not
-            have, another routing, a k or rank below 1 or above the inputs. The model stays as it was.
+        TypeError, ValueError: no such layer, one that is no ``nn.Linear`` or routed already, neurons that it does not
+            have, another routing or side, a k or rank below 1 or above the neurons; a leader that is not routed by its
+            outputs, or of another width. The model stays as it was.
     """
-    if routing not in ROUTINGS:
-        raise ValueError(f"routing: expected {', '.join(map(repr, ROUTINGS))}, got {routing!r}")
+    for argument, given, known in (("routing", routing, ROUTINGS), ("side", side, SIDES)):
+        if given not in known:
+            raise ValueError(f"{argument}: expected {', '.join(map(repr, known))}, got {given!r}")
     if not layers:
         raise ValueError("layers: expected the name of a linear layer at least, got none")
     found = {}
@@ -119,16 +158,22 @@ def route(
         if type(layer) is not nn.Linear:
             again = "; call unroute(model) first" if isinstance(layer, RoutedLinear) else ""
             raise TypeError(f"layers: {name!r} is a {type(layer).__name__}, expected an nn.Linear{again}")
-        width = layer.in_features
+        width = _sizes(layer, side)[0]
         if not isinstance(k, int) or not 1 <= k <= width:
-            raise ValueError(f"k: expected an integer from 1 to {width}, the inputs of {name!r}, got {k}")
+            raise ValueError(f"k: expected an integer from 1 to {width}, the {side} of {name!r}, got {k}")
         if rank is not None and not 1 <= rank <= width:
-            raise ValueError(f"rank: expected None or 1 to {width}, the inputs of {name!r}, got {rank}")
-        found[layer] = None if open is None else _checked(open, width, name)
+            raise ValueError(f"rank: expected None or 1 to {width}, the {side} of {name!r}, got {rank}")
+        found[layer] = None if open is None else _checked(open, width, name, side)
+    leaders = {name: _leader(model, name, leader, layers, side) for name, leader in (follow or {}).items()}
     for layer, open in found.items():
         layer.__class__ = RoutedLinear
         assert isinstance(layer, RoutedLinear)
-        layer._begin(k, rank, routing, open)
+        layer._begin(k, rank, routing, side, open)
+    for name, leader in leaders.items():
+        layer = model.get_submodule(name)
+        assert isinstance(layer, RoutedLinear) and isinstance(leader, RoutedLinear)
+        # In a tuple: a module that is an attribute would be a child.
+        layer._leader = (leader,)
 
 
 def unroute(model: nn.Module) -> None:
@@ -153,6 +198,7 @@ def save_routed(model: nn.Module, path: str | PathLike) -> None:
         raise ValueError("model: no layer has a routed branch; call route(model, ...) first")
     tensors: dict[str, Tensor] = {}
     facts: dict[str, dict[str, Any]] = {}
+    names = {layer: name for name, layer in layers.items()}
     for name, layer in layers.items():
         tensors |= {f"{name}:columns": layer.columns, f"{name}:open": layer.open}
         if layer.mix is not None:
@@ -161,6 +207,8 @@ def save_routed(model: nn.Module, path: str | PathLike) -> None:
             "k": layer.k,
             "routing": layer.routing,
             "rank": None if layer.mix is None else layer.mix.shape[1],
+            "side": layer.side,
+            "leader": None if layer.leader is None else names[layer.leader],
         }
     storage.write(path, "routed", tensors, layers=facts)
 
@@ -179,12 +227,12 @@ def load_routed(model: nn.Module, path: str | PathLike) -> None:
             layer = model.get_submodule(name)
         except AttributeError:
             raise ValueError(f"{path}: the model has no module {name!r}, which has a routed branch there") from None
-        if type(layer) not in (nn.Linear, RoutedLinear):
+        if not isinstance(layer, nn.Linear) or type(layer) not in (nn.Linear, RoutedLinear):
             raise TypeError(f"{path}: {name!r} is a {type(layer).__name__}, expected an nn.Linear, as it was")
-        rank = fact["rank"]
-        shapes = {"columns": (layer.in_features, layer.out_features if rank is None else rank)}
+        rank, (neurons, others) = fact["rank"], _sizes(layer, fact["side"])
+        shapes = {"columns": (neurons, others if rank is None else rank)}
         if rank is not None:
-            shapes["mix"] = (layer.out_features, rank)
+            shapes["mix"] = (others, rank)
         for part, shape in shapes.items():
             tensor = tensors.get(f"{name}:{part}")
             if tensor is None or tuple(tensor.shape) != shape:
@@ -194,8 +242,11 @@ def load_routed(model: nn.Module, path: str | PathLike) -> None:
                 )
         made[name] = fact
     unroute(model)
-    for name, fact in made.items():
-        route(model, {name: tensors[f"{name}:open"]}, fact["k"], rank=fact["rank"], routing=fact["routing"])
+    # Leaders first: who follows one must find it.
+    for name, fact in sorted(made.items(), key=lambda item: item[1]["leader"] is not None):
+        follow = None if fact["leader"] is None else {name: fact["leader"]}
+        options = {option: fact[option] for option in ("rank", "routing", "side")}
+        route(model, {name: tensors[f"{name}:open"]}, fact["k"], follow=follow, **options)
         layer = model.get_submodule(name)
         assert isinstance(layer, RoutedLinear)
         with torch.no_grad():
@@ -204,8 +255,26 @@ def load_routed(model: nn.Module, path: str | PathLike) -> None:
                 layer.mix.copy_(tensors[f"{name}:mix"])
 
 
-def _checked(open: Tensor, width: int, name: str) -> Tensor:
+def _sizes(layer: nn.Linear, side: str) -> tuple[int, int]:
+    """How many neurons there are, and how many features on the other side."""
+    sizes = layer.in_features, layer.out_features
+    return sizes if side == "inputs" else sizes[::-1]
+
+
+def _leader(model: nn.Module, name: str, leader: str, layers: Mapping[str, Tensor | None], side: str) -> nn.Module:
+    if side != "outputs" or name not in layers:
+        raise ValueError(f"follow: expected layers that are routed here by their outputs, got {name!r}, side={side!r}")
+    found = dict(model.named_modules()).get(leader)
+    routed = leader in layers or (isinstance(found, RoutedLinear) and found.side == "outputs")
+    if leader == name or not routed or not isinstance(found, nn.Linear):
+        raise ValueError(f"follow: {name!r} is to follow {leader!r}, which is not routed by its outputs")
+    if found.out_features != (own := model.get_submodule(name).out_features):
+        raise ValueError(f"follow: {name!r} has {own} outputs, but its leader {leader!r} has {found.out_features}")
+    return found
+
+
+def _checked(open: Tensor, width: int, name: str, side: str) -> Tensor:
     kept = open.to("cpu", torch.int64).unique()
     if not len(kept) or len(kept) != open.numel() or kept[0] < 0 or kept[-1] >= width:
-        raise ValueError(f"layers: {name!r} has inputs 0 to {width - 1}; expected some of these, each once")
+        raise ValueError(f"layers: {name!r} has {side} 0 to {width - 1}; expected some of these, each once")
     return kept

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -37,16 +38,18 @@ class Choices:
         """The share of its k inputs that a token of this text has in common with one of another, on average.
 
         Args:
-            other: None: with another token of the same text, of which there must be two.
+            other: None: with another token of the same text; NaN of a text with one.
         """
         if other is None:
+            if self.tokens < 2:
+                return math.nan
             pairs = self.counts * (self.counts - 1)
             return float(pairs.sum()) / (self.tokens * (self.tokens - 1) * self.k)
         return float(self.counts @ other.counts) / (self.tokens * other.tokens * self.k)
 
 
 def choices(model: nn.Module, batches: Iterable[Batch], *, tokens: str = "all") -> dict[str, Choices]:
-    """What each routed layer's tokens choose, by name of the layer.
+    """What the tokens choose in each layer that is routed by its inputs, by name of the layer.
 
     Args:
         tokens: which count (`passes.TOKENS`).
@@ -54,9 +57,9 @@ def choices(model: nn.Module, batches: Iterable[Batch], *, tokens: str = "all") 
     Raises:
         ValueError: no layer is routed; and those of `passes.stream`.
     """
-    layers = routed_layers(model)
+    layers = {name: layer for name, layer in routed_layers(model).items() if layer.side == "inputs"}
     if not layers:
-        raise ValueError("model: no layer is routed; call sparse_cl.nn.route(model, ...) first")
+        raise ValueError("model: no layer is routed by its inputs; call sparse_cl.nn.route(model, ...) first")
     counts: dict[str, Tensor] = {}
     found = stream(model, [_watch(name, layer, counts) for name, layer in layers.items()], batches, tokens=tokens)
     return {

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from cases.methods import copy_of, domain, learn, logits, same, weights
+from peft import LoraConfig, get_peft_model
+from transformers import Phi3Config, Phi3ForCausalLM
 
 from sparse_cl.methods import Routed
 from sparse_cl.nn import load_routed, routed_layers, unroute
@@ -12,10 +16,13 @@ from sparse_cl.probes.routing import Choices, choices, overlaps
 
 DOWN = [f"model.layers.{i}.mlp.down_proj" for i in range(2)]
 LR = 1e-2
+SIZES = {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"rank": 4}, {"open": 0.5}, {"routing": "none", "open": 0.25}, {"routing": "random"}]
+    "options",
+    [{}, {"rank": 4}, {"open": 0.5}, {"routing": "none", "open": 0.25}, {"routing": "random"}]
+    + [{"layers": "all"}, {"layers": "all", "rank": 4}],
 )
 def test_only_columns_that_a_domain_s_tokens_choose_are_trained(tiny_llama, options):
     before, base = weights(tiny_llama), copy_of(tiny_llama)
@@ -24,7 +31,8 @@ def test_only_columns_that_a_domain_s_tokens_choose_are_trained(tiny_llama, opti
         earlier = {name: layer.columns.detach().clone() for name, layer in routed_layers(model).items()}
         model = learn(method, model, domain(number), lr=LR)
         layers = routed_layers(model)
-        assert list(layers) == DOWN
+        assert [name for name in layers if name.endswith("down_proj")] == DOWN
+        assert len(layers) == (6 if options.get("layers") else 2)
         assert all(torch.equal(value, weights(model)[name]) for name, value in before.items())
         assert all(p.requires_grad for p in model.parameters())
         for name, layer in layers.items():
@@ -34,6 +42,8 @@ def test_only_columns_that_a_domain_s_tokens_choose_are_trained(tiny_llama, opti
             assert moved.any()
             if options.get("open") and not options.get("rank"):
                 assert moved.sum() <= options["open"] * 24
+            if layer.side == "outputs" and name.endswith("up_proj"):
+                assert layer.leader is model.get_submodule(name.replace("up_proj", "gate_proj"))
     assert not torch.equal(logits(model, domain(0)), logits(base, domain(0)))
     unroute(model)
     assert torch.equal(logits(model, domain(0)), logits(base, domain(0)))
@@ -100,11 +110,25 @@ def test_random_choices_overlap_as_chance_says():
     assert texts[0].overlap() == pytest.approx(texts[0].chance, rel=1e-2)
 
 
+def test_one_token_has_no_other_to_share_with():
+    assert math.isnan(Choices(torch.tensor([1.0, 0.0]), 1, 1, 2).overlap())
+
+
+def test_layers_that_cannot_be_routed_are_refused_before_anything_is(tiny_llama):
+    stacked = Phi3ForCausalLM(Phi3Config(**SIZES, pad_token_id=0))
+    with pytest.raises(ValueError, match="gate and up of model.layers.0.mlp are one layer; take 'out'"):
+        Routed(layers="all").check(stacked)
+    Routed().check(stacked)
+    with pytest.raises(ValueError, match="routed: the model has an adapter of PEFT, beside which nothing is routed"):
+        Routed().check(get_peft_model(tiny_llama, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")))
+
+
 def test_bad_options(tiny_llama):
     for options, message in (
         ({"share": 0.0}, "share: expected"),
         ({"open": 2.0}, "open: expected"),
         ({"rank": -1}, "rank: expected"),
+        ({"layers": "in"}, "layers: expected 'out' or 'all', got 'in'"),
         ({"routing": "best"}, "routing: expected 'top', 'random', 'none', got 'best'"),
     ):
         with pytest.raises(ValueError, match=message):

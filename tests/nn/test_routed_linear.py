@@ -67,6 +67,74 @@ def test_a_column_learns_only_from_tokens_that_choose_its_input_and_acts_on_no_o
     assert torch.equal(moved, used[chosen].any(1))
 
 
+def gated(n=5, m=9, k=3, rank=None, routing="top", open=None, seed=0):
+    """gate and up, both routed by their outputs, and what they would be without a branch."""
+    torch.manual_seed(seed)
+    model = nn.ModuleDict({name: nn.Linear(n, m, dtype=torch.float64) for name in ("gate", "up")})
+    route(model, dict.fromkeys(model, open), k, rank=rank, routing=routing, side="outputs", follow={"up": "gate"})
+    with torch.no_grad():
+        for layer in model.values():
+            layer.columns.normal_()
+            if layer.mix is not None:
+                layer.mix.normal_()
+    return model
+
+
+@given(st.integers(1, 6), st.integers(1, 9), st.integers(1, 9), st.sampled_from([None, 1, 3]), st.booleans(), st.data())
+def test_gate_and_up_run_through_the_rows_that_the_gate_opens(n, m, k, rank, plain, data):
+    k, rank = min(k, m), None if rank is None else min(rank, m)
+    open = data.draw(st.none() | st.sets(st.integers(0, m - 1), min_size=1).map(lambda s: torch.tensor(sorted(s))))
+    model = gated(n, m, k, rank, "none" if plain else "top", open, seed=n * m)
+    x = torch.randn(2, 3, n, dtype=torch.float64, requires_grad=True)
+    z = {name: nn.functional.linear(x, layer.weight, layer.bias) for name, layer in model.items()}
+    allowed = list(range(m)) if open is None else open.tolist()
+    mask = torch.zeros(2, 3, m, dtype=torch.float64)
+    for token in ((i, j) for i in range(2) for j in range(3)):
+        order = sorted(allowed, key=lambda unit: -float(z["gate"][token][unit].detach()))
+        mask[token][order if plain else order[:k]] = 1
+    deltas = {name: x_.columns if x_.mix is None else x_.columns @ x_.mix.mT for name, x_ in model.items()}
+    expected = [z[name] + mask * (x @ deltas[name].mT) for name in model]
+    found = [layer(x) for layer in model.values()]
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    wanted = [x, *model.parameters()]
+    weight = torch.randn(2, 3, m, dtype=torch.float64)
+    pairs = (torch.autograd.grad((one[0].sigmoid() * one[1] * weight).sum(), wanted) for one in (found, expected))
+    for one, other in zip(*pairs, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_a_follower_is_written_and_read_with_its_leader(tmp_path):
+    model, other = gated(rank=2), nn.ModuleDict({name: nn.Linear(5, 9, dtype=torch.float64) for name in ("up", "gate")})
+    other.load_state_dict(model.state_dict(), strict=False)
+    save_routed(model, tmp_path / "branch")
+    load_routed(other, tmp_path / "branch")
+    x = torch.randn(4, 5, dtype=torch.float64)
+    assert other["up"].leader is other["gate"] and list(dict(other.named_modules())) == ["", "up", "gate"]
+    for name in ("gate", "up"):
+        assert torch.equal(other[name](x), model[name](x))
+    unroute(other)
+    assert not vars(other["up"]).keys() - vars(nn.Linear(1, 1)).keys()
+
+
+@pytest.mark.parametrize(
+    ("follow", "side", "message"),
+    [
+        ({"up": "gate"}, "inputs", "follow: expected layers that are routed here by their outputs, got 'up', side='in"),
+        ({"down": "gate"}, "outputs", "follow: expected layers that are routed here by their outputs, got 'down'"),
+        ({"up": "down"}, "outputs", "follow: 'up' is to follow 'down', which is not routed by its outputs"),
+        ({"up": "up"}, "outputs", "follow: 'up' is to follow 'up'"),
+        ({"up": "odd"}, "outputs", "follow: 'up' has 9 outputs, but its leader 'odd' has 8"),
+        ({}, "left", "side: expected 'inputs', 'outputs', got 'left'"),
+    ],
+)
+def test_a_leader_that_does_not_lead(follow, side, message):
+    sizes = {"gate": (5, 9), "up": (5, 9), "odd": (5, 8), "down": (9, 5)}
+    model = nn.ModuleDict({name: nn.Linear(*size) for name, size in sizes.items()})
+    with pytest.raises(ValueError, match=message):
+        route(model, {"gate": None, "up": None, "odd": None}, 2, side=side, follow=follow)
+    assert all(type(layer) is nn.Linear for layer in model.values())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_what_a_layer_computes_does_not_change_when_it_is_routed_or_no_more(dtype):
     torch.manual_seed(0)
