@@ -2,16 +2,42 @@
 
 from sparse_cl.methods.registry import register
 
+from .averaging import SFA, LoRAMean
 from .bounds import Joint, Single
 from .ewc import EWC
 from .freeze_lower import FreezeLower
 from .lora_wd import LoRAWeightDecay
 from .migu import MIGU
 from .mofo import MoFO
+from .nulls import ElasticNull
 from .o_lora import OLoRA
 from .osf import OSF
+from .osft import OSFT
+from .self_replay import SelfReplay
+from .soap import SOAPMethod
+from .springs import L2SP, KFACLaplace
 
-for _method in (LoRAWeightDecay, FreezeLower, EWC, MoFO, MIGU, OLoRA, OSF, Single, Joint):
+_BASELINES = (LoRAWeightDecay, FreezeLower, EWC, MoFO, MIGU, OLoRA, OSF)
+_BASELINES += (OSFT, SFA, LoRAMean, L2SP, KFACLaplace, SOAPMethod, SelfReplay, ElasticNull)
+for _method in (*_BASELINES, Single, Joint):
     register(_method)
 
-__all__ = ["EWC", "FreezeLower", "Joint", "LoRAWeightDecay", "MIGU", "MoFO", "OLoRA", "OSF", "Single"]
+__all__ = [
+    "EWC",
+    "MIGU",
+    "OSF",
+    "OSFT",
+    "SFA",
+    "ElasticNull",
+    "FreezeLower",
+    "Joint",
+    "KFACLaplace",
+    "L2SP",
+    "LoRAMean",
+    "LoRAWeightDecay",
+    "MoFO",
+    "OLoRA",
+    "SOAPMethod",
+    "SelfReplay",
+    "Single",
+]

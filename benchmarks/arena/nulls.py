@@ -1,0 +1,74 @@
+"""Nulls of `elastic`: the same pull, without what it knows of the old inputs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparse_cl.methods.elastic import Elastic
+from sparse_cl.methods.memory_method import trained_by_name
+from sparse_cl.optim import ElasticAdamW
+from sparse_cl.optim.low_rank import LowRankProjection
+from sparse_cl.optim.memory_adamw import Known
+from sparse_cl.subspace import Subspace
+
+NULLS = ("directions", "strengths", "one")
+
+
+class ElasticNull(Elastic):
+    """`Elastic` whose pull knows less: what it loses by that is what the knowledge is worth.
+
+    Rows of embeddings are pulled as by `Elastic`.
+
+    Args:
+        null: "directions": as many random ones, with the strengths; "strengths": these in random order; "one": their
+            mean for all.
+    """
+
+    name = "elastic-null"
+    kind = "baseline"
+    options = (*Elastic.options, "null")
+
+    def __init__(self, *arguments: Any, null: str = "directions", **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        if null not in NULLS:
+            raise ValueError(f"null: expected {', '.join(map(repr, NULLS))}, got {null!r}")
+        self.null = null
+
+    def make_optimizer(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
+        if not self._known.domains:
+            return super().make_optimizer(model, lr)
+        return _NullAdamW(
+            self.null,
+            trained_by_name(model),
+            lr=lr,
+            memory=self.memory,
+            second_moment="row",
+            strength=self.strength,
+            row_strength=self.row_strength,
+            every=self.every,
+        )
+
+
+class _NullAdamW(ElasticAdamW):
+    def __init__(self, null: str, *arguments: Any, **options: Any) -> None:
+        self._null, self._draw = null, torch.Generator().manual_seed(torch.initial_seed())
+        super().__init__(*arguments, **options)
+
+    def _projection(self, known: Known) -> LowRankProjection:
+        assert isinstance(known.subspace, Subspace)
+        return super()._projection(replace(known, subspace=self._without(known.subspace)))
+
+    def _without(self, known: Subspace) -> Subspace:
+        basis, values = known.basis, known.values
+        if self._null == "directions":
+            drawn = torch.randn(basis.shape, generator=self._draw, dtype=torch.float64)
+            basis = torch.linalg.qr(drawn)[0].to(basis)
+        elif self._null == "strengths":
+            values = values[torch.randperm(len(values), generator=self._draw).to(values.device)]
+        else:
+            values = torch.full_like(values, float(values.mean())) if len(values) else values
+        return Subspace(basis, values, known.outside, known.mean)
