@@ -48,7 +48,15 @@ def ceiling(models: Path, data: Path, out: Path) -> dict[str, Settings]:
     return found
 
 
-STUDIES: Mapping[str, Callable[[Path, Path, Path], dict[str, Settings]]] = {"routed": routed, "ceiling": ceiling}
+def tracks(models: Path, data: Path, out: Path) -> dict[str, Settings]:
+    """A track a domain, beside AdamW of all weights."""
+    points = {f"two-four-{lr:g}": {"method": "two-four", "lr": lr} for lr in (2e-3, 1e-3)}
+    return over(_base_5m(models, data), ORDERS, SEEDS, {**points, "adamw-0.001": {"method": "adamw", "lr": 1e-3}})
+
+
+STUDIES: Mapping[str, Callable[[Path, Path, Path], dict[str, Settings]]] = {
+    study.__name__: study for study in (routed, ceiling, tracks)
+}
 
 
 def _base_5m(models: Path, data: Path, **others: Any) -> Settings:
