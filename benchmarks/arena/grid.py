@@ -34,7 +34,11 @@ def over(
     Args:
         base: what all have in common.
         points: name → `method`, `lr`, and `options` of the method.
+
+    Returns:
+        By "name-order-seedN", or the name alone where there is one order and one seed.
     """
+    several = len(orders) * len(seeds) > 1
     found = {}
     for seed in seeds:
         for order in orders:
@@ -43,7 +47,7 @@ def over(
                 options = {method: point["options"]} if point.get("options") else {}
                 others = {"methods": (method,), "lr": {method: point["lr"]}, "method_options": options}
                 settings = Settings(**{**_fields(base), **others})
-                found[f"{name}-{order}-seed{seed}"] = settings.arranged(order, seed)
+                found[f"{name}-{order}-seed{seed}" if several else name] = settings.arranged(order, seed)
     return found
 
 
@@ -62,7 +66,8 @@ def run(study: Mapping[str, Settings], out: Path, part: int = 0, parts: int = 1)
 
 def gather(study: Mapping[str, Settings], out: Path) -> list[dict[str, Any]]:
     """The records of the runs that are done, without what is bulky and with names of files for paths."""
-    return [dict(kept) for name in study if (out / name / RESULTS).is_file() for kept in _kept(out / name)]
+    done = [name for name in study if (out / name / RESULTS).is_file()]
+    return [{"name": name, **kept} for name in done for kept in _kept(out / name)]
 
 
 def keep(name: str, records: Sequence[Mapping[str, Any]]) -> Path:

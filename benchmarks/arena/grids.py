@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from sparse_cl.four_domains.settings import GIVEN, REVERSE, Settings
 
-from .grid import over
-from .sources import SOURCES, write_sources
+from . import main_study
+from .grid import kept, over
+from .sources import HELD_OUT, SOURCES, write_sources
 
 ORDERS, SEEDS = (GIVEN, REVERSE), (0, 1, 2)
 
@@ -32,9 +33,7 @@ def routed(models: Path, data: Path, out: Path) -> dict[str, Settings]:
 
 def ceiling(models: Path, data: Path, out: Path) -> dict[str, Settings]:
     """Sixteen domains at two widths: what methods that protect learn of each, beside a model of its own for each."""
-    sources = out / "sources"
-    if not sources.is_dir():
-        write_sources(data, sources)
+    sources = _sources(data, out)
     points = {
         "single": {"method": "single", "lr": 1e-3},
         "adamw": {"method": "adamw", "lr": 1e-3},
@@ -54,9 +53,30 @@ def tracks(models: Path, data: Path, out: Path) -> dict[str, Settings]:
     return over(_base_5m(models, data), ORDERS, SEEDS, {**points, "adamw-0.001": {"method": "adamw", "lr": 1e-3}})
 
 
+def tuning(models: Path, data: Path, out: Path) -> dict[str, Settings]:
+    """Six settings of every method, on domains that none is tested on."""
+    sources = _sources(data, out, *main_study.DATA)
+    base = _base_5m(models, sources, domains=main_study.TUNING, split="validation")
+    return over(base, (GIVEN,), (main_study.TUNING_SEED,), main_study.tuning_points())
+
+
+def main(models: Path, data: Path, out: Path) -> dict[str, Settings]:
+    """What tuning chose, on domains that nobody tuned on; after `tuning`."""
+    sources = _sources(data, out, *main_study.DATA)
+    base = _base_5m(models, sources, domains=main_study.TESTING, eval_records=256)
+    return over(base, (GIVEN,), main_study.SEEDS, main_study.chosen(kept("tuning")))
+
+
 STUDIES: Mapping[str, Callable[[Path, Path, Path], dict[str, Settings]]] = {
-    study.__name__: study for study in (routed, ceiling, tracks)
+    study.__name__: study for study in (routed, ceiling, tracks, tuning, main)
 }
+
+
+def _sources(data: Path, out: Path, names: Sequence[str] = SOURCES, held_out: int = HELD_OUT) -> Path:
+    folder = out / f"sources-{len(names)}-{held_out}"
+    if not folder.is_dir():
+        write_sources(data, folder, names, held_out)
+    return folder
 
 
 def _base_5m(models: Path, data: Path, **others: Any) -> Settings:

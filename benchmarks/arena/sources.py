@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 HELD_OUT = 48
@@ -51,29 +51,31 @@ def split_by_source(files: Iterable[Path]) -> dict[str, list[str]]:
     return found
 
 
-def write_sources(data: Path, out: Path) -> Mapping[str, int]:
+def write_sources(data: Path, out: Path, names: Sequence[str] = SOURCES, held_out: int = HELD_OUT) -> Mapping[str, int]:
     """Write the folder; source → records to train on.
 
     Args:
         data: folder of `*.train.jsonl`, each record with `source`.
         out: folder, made if it is absent.
+        names: which sources.
+        held_out: how many records of each are for testing.
 
     Raises:
-        ValueError: a source of `SOURCES` is absent, or has no more than `HELD_OUT` records; nothing is written then.
+        ValueError: a source is absent, or has no more records than are held out; nothing is written then.
     """
     by_source = split_by_source(sorted(data.glob("*.train.jsonl")))
-    for name in SOURCES:
-        if len(lines := by_source.get(name, [])) <= HELD_OUT:
+    for name in names:
+        if len(lines := by_source.get(name, [])) <= held_out:
             raise ValueError(
-                f"data: {data} has {len(lines)} training records of {name}; expected more than {HELD_OUT}, which are "
+                f"data: {data} has {len(lines)} training records of {name}; expected more than {held_out}, which are "
                 "held out"
             )
     out.mkdir(parents=True, exist_ok=True)
-    for name in SOURCES:
+    for name in names:
         lines = by_source[name]
-        for split, part in (("train", lines[:-HELD_OUT]), ("test", lines[-HELD_OUT:])):
+        for split, part in (("train", lines[:-held_out]), ("test", lines[-held_out:])):
             (out / f"{name}.{split}.jsonl").write_text("".join(f"{line}\n" for line in part), encoding="utf-8")
-    return {name: len(by_source[name]) - HELD_OUT for name in SOURCES}
+    return {name: len(by_source[name]) - held_out for name in names}
 
 
 def main() -> None:

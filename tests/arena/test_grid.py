@@ -6,11 +6,12 @@ import json
 
 import pytest
 
-from benchmarks.arena import ceiling, grid
+from benchmarks.arena import ceiling, grid, main_study
 from benchmarks.arena.__main__ import main
 from sparse_cl.four_domains.metrics import summarize
 from sparse_cl.four_domains.results import write_runs
 from sparse_cl.four_domains.settings import GIVEN, REVERSE, Settings
+from sparse_cl.methods import METHODS
 
 BASE = Settings(
     methods=("adamw",), domains=("a", "b"), model="/somewhere/m", data="/somewhere/d", metrics=("bits_per_byte",)
@@ -121,3 +122,22 @@ def test_forecasts_are_judged_by_what_was_learned():
     }  # fmt: skip
     found = {name: one["error"] for name, one in ceiling.judged(run, single).items()}
     assert found == {"all of it": 0.75, "as the last": 0.5, "C": 0.0, "B": 0.0, "C·B": 0.375}
+
+
+def test_every_method_has_six_settings_to_be_tuned_by_and_the_best_is_tested():
+    names = main_study.tuning_points()
+    assert len(names) == 6 * len(main_study.ENTRIES)
+    assert set(METHODS) == {method for method, *_ in main_study.ENTRIES.values()}
+    assert not set(main_study.TUNING) & set(main_study.TESTING)
+    for point in names.values():
+        METHODS[point["method"]](**point["options"])
+    for entry in main_study.ENTRIES:
+        assert len({(s["lr"], str(s["options"])) for s in main_study.settings_of(entry)}) == 6
+    runs = [{"name": f"{row}.{i}", "summary": {"acc": abs(i - 4)}} for row in ("elastic", "null-one") for i in range(6)]
+    runs += [{"name": f"adamw.{i}", "summary": {"acc": i}} for i in range(5)]
+    assert main_study.chosen(runs) == {
+        "elastic": {"method": "elastic", "lr": 3e-3, "options": {}},
+        "null-one": {"method": "elastic-null", "lr": 3e-3, "options": {"null": "one"}},
+    }, "a row that is not tuned whole is not tested"
+    runs[4] = {"name": "elastic.4", "failed": "it did"}
+    assert main_study.chosen(runs)["elastic"] == {"method": "elastic", "lr": 1e-3, "options": {"strength": 5.0}}
