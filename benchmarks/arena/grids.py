@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from sparse_cl.four_domains.domains import DEFAULT_DOMAINS
 from sparse_cl.four_domains.settings import GIVEN, REVERSE, Settings
 
 from . import main_study
@@ -67,8 +68,36 @@ def main(models: Path, data: Path, out: Path) -> dict[str, Settings]:
     return over(base, (GIVEN,), main_study.SEEDS, main_study.chosen(kept("tuning")))
 
 
+def gemma(models: Path, data: Path, out: Path) -> dict[str, Settings]:
+    """Gemma 3 270M, vocabulary trimmed: four domains, base text protected by those who can, seed by seed."""
+    reference = out / "base.test.txt"
+    if not reference.is_file():
+        out.mkdir(parents=True, exist_ok=True)
+        reference.write_text((data / "base.test.txt").read_text(encoding="utf-8")[:24_576], encoding="utf-8")
+    rates = {"adamw": 5e-5, "elastic": 5e-5, "lora": 5e-4, "elastic-lora": 5e-4}
+    rates |= {"sfa": 5e-5, "l2-sp": 5e-5, "replay-5": 5e-5, "self-replay": 5e-5}
+    first = {f"{name}-{lr:g}": {"method": name, "lr": lr} for name, lr in rates.items()}
+    others = {
+        f"{name}-{lr * factor:g}": {"method": name, "lr": lr * factor}
+        for factor in (2, 0.4)
+        for name, lr in rates.items()
+    }
+    base = Settings(
+        model=str(models / "gemma-trimmed"),
+        data=str(data),
+        protect=str(data / "base.txt"),
+        reference=str(reference),
+        steps=60,
+        batch_size=4,
+        eval_records=16,
+        metrics=("bits_per_byte",),
+        domains=DEFAULT_DOMAINS,
+    )
+    return over(base, (GIVEN,), (0, 1), first) | over(base, ORDERS, (0, 1), {**first, **others})
+
+
 STUDIES: Mapping[str, Callable[[Path, Path, Path], dict[str, Settings]]] = {
-    study.__name__: study for study in (routed, ceiling, tracks, tuning, main)
+    study.__name__: study for study in (routed, ceiling, tracks, tuning, main, gemma)
 }
 
 
