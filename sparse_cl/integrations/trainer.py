@@ -66,9 +66,10 @@ class ContinualCallback(transformers.TrainerCallback):
             mixes the domains; give it `packing_strategy="wrapped"`.
         rewind: with `boundaries`, what was learned of a new domain before it was noticed is undone. Before a batch that
             looks as if a new domain may begin, the trained weights and the optimizer's state are copied into host
-            memory (one copy, kept while it looks so: one in about 20 steps). At a boundary training goes back to
-            them, moments and all, and the ended domain is remembered. The Trainer's counters, the data and the rate's
-            schedule go on: the two or three steps count as taken. So does a false alarm cost no more than them.
+            memory: one copy, kept while it looks so, and made in about one step of 20. At a boundary training goes
+            back to them, moments and all, and the method remembers the domain as it was then. The Trainer's counters,
+            the data and the rate's schedule go on: the few steps count as taken. A false alarm costs these steps, and
+            has the domain remembered in two parts. False: the new domain's first steps are unprotected.
 
     Raises (in `trainer.train()`):
         ValueError: the method cannot train this model, or needs an optimizer of its own.
