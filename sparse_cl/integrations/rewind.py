@@ -36,7 +36,10 @@ class Rewind:
 
     @torch.no_grad()
     def go_back(self) -> int:
-        """Puts the copy in force and returns its step. Rates and other options of the groups stay as they are now."""
+        """Puts the copy in force and returns its step. Rates and other options of the groups stay as they are now.
+
+        For a moment the optimizer's state is on the device twice, as when a checkpoint is loaded.
+        """
         assert self.step is not None, "there is a copy"
         step = self.step
         for weight, kept in zip(self._trained(), self._weights, strict=True):
