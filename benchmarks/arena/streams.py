@@ -5,9 +5,10 @@
     python -m benchmarks.arena.streams train --model MODEL --data DIR [--lr 1e-3] [--seeds 3] [--json FILE]
 
 `detect` reads no model but its tokenizer. Each trial is the domains in a random order, 60 batches of each, drawn with
-replacement; delays are in batches after the first one of a domain. False alarms are counted on one domain alone and in
-the trials, with exact 95 % intervals (Clopper & Pearson 1934). A false alarm in the last batches of a domain has the
-detector learn from two domains; it is one of the two that count, and the boundary counts as missed.
+replacement; delays are in batches after the first one of a domain, and so is where a rewind goes back to (0: to just
+before that one). False alarms are counted on one domain alone and in the trials, with exact 95 % intervals (Clopper &
+Pearson 1934). A false alarm in the last batches of a domain has the detector learn from two domains; it is one of the
+two that count, and the boundary counts as missed.
 
 `gradual`: 40 batches of a domain, then a ramp in which a record is of another one with a chance that rises from 0 to 1,
 then 20 batches of that; each pair of domains in both orders, five times. Found: an alarm in the ramp or after it.
@@ -78,11 +79,24 @@ def detect(domains: Sequence[Domain], tokenizer: Any, size: int, trials: int, al
         return together([encoded[name]] * size, draw)
 
     delays, missed, false, quiet = [], 0, 0, 0
+    back, copies = [], 0
     for trial in range(trials):
         draw, detector = random.Random(trial), BoundaryDetector()
         order = draw.sample(list(encoded), len(encoded))
+        copy: int | None = None
         for number, name in enumerate(order):
-            found = [i for i in range(60) if detector.update(batch(name, draw))]
+            found = []
+            for i in range(60):
+                alarm = detector.update(batch(name, draw))
+                if copy is None and (alarm or detector.warns):
+                    copy, copies = 60 * number + i, copies + 1
+                if alarm and number and not found:
+                    assert copy is not None
+                    back.append(copy - 60 * number)
+                if alarm:
+                    found.append(i)
+                if alarm or not detector.warns:
+                    copy = None
             quiet += 60
             false += len(found) - bool(number and found)
             if number:
@@ -99,6 +113,8 @@ def detect(domains: Sequence[Domain], tokenizer: Any, size: int, trials: int, al
         "boundaries": len(delays) + missed,
         "missed": missed,
         "delays": sorted(delays),
+        "rewound to": sorted(back),
+        "copies per 1,000": round(1000 * copies / (trials * len(encoded) * 60), 1),
         "false alarms": false,
         "batches": quiet,
         "per 1,000": round(1000 * false / quiet, 2),
