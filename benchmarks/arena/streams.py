@@ -1,20 +1,27 @@
 """Domains in a stream: how soon and how surely a boundary is noticed, and what elastic loses where nobody announces it.
 
     python -m benchmarks.arena.streams detect --model MODEL --data DIR [--json FILE]
-    python -m benchmarks.arena.streams train  --model MODEL --data DIR [--lr 1e-3] [--seeds 2] [--json FILE]
+    python -m benchmarks.arena.streams gradual --model MODEL --data DIR [--json FILE]
+    python -m benchmarks.arena.streams train --model MODEL --data DIR [--lr 1e-3] [--seeds 3] [--json FILE]
 
 `detect` reads no model but its tokenizer. Each trial is the domains in a random order, 60 batches of each, drawn with
-replacement; delays are in batches after the first one of a domain. False alarms are counted on one domain alone and in
-the trials, with exact 95 % intervals (Clopper & Pearson 1934). A false alarm in the last batches of a domain has the
-detector learn from two domains; it is one of the two that count, and the boundary counts as missed.
+replacement; delays are in batches after the first one of a domain, and so is where a rewind goes back to (0: to just
+before that one). False alarms are counted on one domain alone and in the trials, with exact 95 % intervals (Clopper &
+Pearson 1934). A false alarm in the last batches of a domain has the detector learn from two domains; it is one of the
+two that count, and the boundary counts as missed.
+
+`gradual`: 40 batches of a domain, then a ramp in which a record is of another one with a chance that rises from 0 to 1,
+then 20 batches of that; each pair of domains in both orders, five times. Found: an alarm in the ramp or after it.
 
 `train`: all domains in one run of HF's Trainer behind torch's AdamW, a constant rate after warm-up. "announced" has a
-detector that is told; "auto" the detector; "none" has no boundary, so nothing is protected. Validation records.
+detector that is told; "auto" the detector; "late" the detector without going back to before the boundary; "none" has no
+boundary, so nothing is protected. Validation records.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import tempfile
@@ -51,22 +58,45 @@ class Announced(BoundaryDetector):
 
 def interval(count: int, total: int) -> list[float]:
     low = beta.ppf(0.025, count, total - count + 1) if count else 0.0
-    return [round(1000 * float(x), 2) for x in (low, beta.ppf(0.975, count + 1, total - count))]
+    high = beta.ppf(0.975, count + 1, total - count) if count < total else 1.0
+    return [round(1000 * float(x), 2) for x in (low, high)]
+
+
+def encode(domains: Sequence[Domain], tokenizer: Any) -> dict[str, EncodedRecords]:
+    return {domain.name: EncodedRecords(domain.train, tokenizer, max_length=LENGTH) for domain in domains}
+
+
+def together(records: Sequence[EncodedRecords], draw: random.Random) -> torch.Tensor:
+    """A batch of one record of each."""
+    items = [own[draw.randrange(len(own))] for own in records]
+    return torch.tensor([[token for item in items for token in item["input_ids"]]])
 
 
 def detect(domains: Sequence[Domain], tokenizer: Any, size: int, trials: int, alone: int) -> dict[str, Any]:
-    encoded = {domain.name: EncodedRecords(domain.train, tokenizer, max_length=LENGTH) for domain in domains}
+    encoded = encode(domains, tokenizer)
 
     def batch(name: str, draw: random.Random) -> torch.Tensor:
-        items = [encoded[name][draw.randrange(len(encoded[name]))] for _ in range(size)]
-        return torch.tensor([[token for item in items for token in item["input_ids"]]])
+        return together([encoded[name]] * size, draw)
 
     delays, missed, false, quiet = [], 0, 0, 0
+    back, copies = [], 0
     for trial in range(trials):
         draw, detector = random.Random(trial), BoundaryDetector()
         order = draw.sample(list(encoded), len(encoded))
+        copy: int | None = None
         for number, name in enumerate(order):
-            found = [i for i in range(60) if detector.update(batch(name, draw))]
+            found = []
+            for i in range(60):
+                alarm = detector.update(batch(name, draw))
+                if copy is None and (alarm or detector.warns):
+                    copy, copies = 60 * number + i, copies + 1
+                if alarm and number and not found:
+                    assert copy is not None
+                    back.append(copy - 60 * number)
+                if alarm:
+                    found.append(i)
+                if alarm or not detector.warns:
+                    copy = None
             quiet += 60
             false += len(found) - bool(number and found)
             if number:
@@ -83,11 +113,38 @@ def detect(domains: Sequence[Domain], tokenizer: Any, size: int, trials: int, al
         "boundaries": len(delays) + missed,
         "missed": missed,
         "delays": sorted(delays),
+        "rewound to": sorted(back),
+        "copies per 1,000": round(1000 * copies / (trials * len(encoded) * 60), 1),
         "false alarms": false,
         "batches": quiet,
         "per 1,000": round(1000 * false / quiet, 2),
         "interval": interval(false, quiet),
         "alone": by_domain,
+    }
+
+
+def gradual(domains: Sequence[Domain], tokenizer: Any, size: int, ramp: int, repeats: int) -> dict[str, Any]:
+    encoded, shares, early, further, count = encode(domains, tokenizer), [], 0, 0, 0
+    for number, (old, new) in enumerate(itertools.permutations(encoded, 2)):
+        for repeat in range(repeats):
+            draw, detector, alarms = random.Random(100 * number + repeat), BoundaryDetector(), []
+            for place in range(-40, ramp + 20):
+                share = min(max(place / ramp, 0), 1)
+                records = [encoded[new if draw.random() < share else old] for _ in range(size)]
+                if detector.update(together(records, draw)):
+                    alarms.append(share)
+            late = [share for share in alarms if share > 0]
+            count, early, further = count + 1, early + len(alarms) - len(late), further + max(0, len(late) - 1)
+            shares += late[:1]
+    return {
+        "batch": size,
+        "ramp": ramp,
+        "streams": count,
+        "found": len(shares),
+        "interval": [round(x / 10, 1) for x in interval(len(shares), count)],
+        "share of the new domain": [round(share, 2) for share in sorted(shares)],
+        "false alarms before": early,
+        "further alarms": further,
     }
 
 
@@ -114,10 +171,10 @@ def train(source: str, domains: Sequence[Domain], how: str, lr: float, steps: in
     for domain in domains:
         rows += random.Random(seed).sample(domain.train, size * steps)
     begins = [steps * number for number in range(1, len(domains))]
-    boundaries = {"announced": Announced(begins), "auto": BoundaryDetector(), "none": None}[how]
+    boundaries = None if how == "none" else Announced(begins) if how == "announced" else BoundaryDetector()
     scores = _Scores(tokenizer, domains, steps)
     scores.score(model)
-    callback = ContinualCallback(Elastic(), boundaries=boundaries, name="d")
+    callback = ContinualCallback(Elastic(), boundaries=boundaries, rewind=how != "late", name="d")
     with tempfile.TemporaryDirectory() as folder:
         args = transformers.TrainingArguments(
             folder,
@@ -156,12 +213,12 @@ def train(source: str, domains: Sequence[Domain], how: str, lr: float, steps: in
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("detect", "train"))
+    parser.add_argument("what", choices=("detect", "gradual", "train"))
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", required=True, help="folder of NAME.train.jsonl of the four domains")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--steps", type=int, default=30, help="of a domain (default: %(default)s)")
-    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--trials", type=int, default=20)
     parser.add_argument("--alone", type=int, default=6000, help="batches of each domain alone (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="results; `train` goes on with those that are there")
@@ -172,10 +229,13 @@ def main() -> None:
     if given.what == "detect":
         tokenizer, _ = load_tokenizer(given.model)
         done["detect"] = [detect(domains, tokenizer, size, given.trials, given.alone) for size in (4, 8)]
+    elif given.what == "gradual":
+        tokenizer, _ = load_tokenizer(given.model)
+        done["gradual"] = [gradual(domains, tokenizer, 4, ramp, 5) for ramp in (25, 100)]
     else:
         runs = done.setdefault("train", [])
         for seed in range(given.seeds):
-            for how in ("announced", "auto", "none"):
+            for how in ("announced", "auto", "late", "none"):
                 if any(run["how"] == how and run["seed"] == seed for run in runs):
                     continue
                 runs.append(train(given.model, domains, how, given.lr, given.steps, seed))
@@ -184,8 +244,8 @@ def main() -> None:
                     given.json.write_text(json.dumps(done, indent=1) + "\n")
     if given.json:
         given.json.write_text(json.dumps(done, indent=1) + "\n")
-    if given.what == "detect":
-        print(json.dumps(done["detect"], indent=1))
+    if given.what != "train":
+        print(json.dumps(done[given.what], indent=1))
 
 
 if __name__ == "__main__":

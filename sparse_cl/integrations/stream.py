@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from sparse_cl.probes.boundaries import BoundaryDetector
 
 from .looking import as_batch
+from .rewind import Rewind
 
 _RECENT = 64
 """Batches that a boundary may be noticed too late by and still be put in the right place."""
@@ -25,10 +26,16 @@ class Stream:
         model: called with `input_ids` by name, in training mode where it learns.
         detector: begins anew; it may have watched another training.
         records: about how many to keep.
+        rewind: is kept at the state before the first batch that looked as if it were of a new domain, while it does.
+
+    Attributes:
+        step: how many steps have been taken; whoever counts them says so.
     """
 
-    def __init__(self, model: nn.Module, detector: BoundaryDetector, records: int) -> None:
-        self.detector, self.records = detector, records
+    def __init__(
+        self, model: nn.Module, detector: BoundaryDetector, records: int, rewind: Rewind | None = None
+    ) -> None:
+        self.detector, self.records, self.rewind, self.step = detector, records, rewind, 0
         detector.begin()
         self._random = random.Random(0)
         self._seen, self._kept = 0, list[tuple[int, dict[str, Tensor]]]()
@@ -63,7 +70,8 @@ class Stream:
         """Numbers, lists and tensors; a boundary is dealt with before a state is asked for."""
         own = {"seen": self._seen, "count": self._count, "kept": self._kept, "recent": list(self._recent)}
         version, numbers, gauss = self._random.getstate()
-        return {**own, "random": [version, list(numbers), gauss], "detector": self.detector.state_dict()}
+        own |= {"random": [version, list(numbers), gauss], "detector": self.detector.state_dict()}
+        return own if self.rewind is None else {**own, "rewind": self.rewind.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._seen, self._count, self._kept = state["seen"], state["count"], list(state["kept"])
@@ -71,6 +79,8 @@ class Stream:
         version, numbers, gauss = state["random"]
         self._random.setstate((version, tuple(numbers), gauss))
         self.detector.load_state_dict(state["detector"])
+        if self.rewind is not None and "rewind" in state:
+            self.rewind.load_state_dict(state["rewind"])
 
     def _see(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
         # Gradient checkpointing recomputes blocks, not the model, so each batch comes once.
@@ -81,9 +91,12 @@ class Stream:
         if mask is not None and not mask.any():
             return
         self._recent.append((self._seen, batch))
+        found = self.detector.update(batch["input_ids"], mask)
         # Of several boundaries within one step the first one counts.
-        if self.detector.update(batch["input_ids"], mask) and self._start is None:
-            self._start = max(self._seen - self.detector.start, self._recent[0][0])
+        if self._start is None:
+            self._keep(found or self.detector.warns)
+            if found:
+                self._start = max(self._seen - self.detector.start, self._recent[0][0])
         self._count += 1
         place = self._random.randrange(self._count)
         if len(self._kept) < self._room(batch):
@@ -91,6 +104,15 @@ class Stream:
         elif place < len(self._kept):
             self._kept[place] = (self._seen, batch)
         self._seen += 1
+
+    def _keep(self, suspects: bool) -> None:
+        """Before the batch that was just looked at is trained on."""
+        if self.rewind is None:
+            return
+        if not suspects:
+            self.rewind.drop()
+        elif self.rewind.step is None:
+            self.rewind.take(self.step)
 
     def _room(self, batch: Mapping[str, Tensor]) -> int:
         return max(1, self.records // len(batch["input_ids"]))

@@ -17,6 +17,7 @@ from sparse_cl.optim.active_gradients import ActiveGradients, active_gradients
 from sparse_cl.probes.boundaries import BoundaryDetector
 
 from .domain import ADVICE, Domain, plain_optimizer
+from .rewind import Rewind
 from .stream import Stream
 
 _STATE = f"{FOLDER}/protection.safetensors"
@@ -63,6 +64,12 @@ class ContinualCallback(transformers.TrainerCallback):
             `BoundaryDetector` finds where each ends; the method then remembers it by about `records` records that were
             kept of it. Or a detector of your own. In one process only. TRL's packing sorts records by length, which
             mixes the domains; give it `packing_strategy="wrapped"`.
+        rewind: with `boundaries`, what was learned of a new domain before it was noticed is undone. Before a batch that
+            looks as if a new domain may begin, the trained weights and the optimizer's state are copied into host
+            memory: one copy, kept while it looks so, and made in about one step of 20. At a boundary training goes
+            back to them, moments and all, and the method remembers the domain as it was then. The Trainer's counters,
+            the data and the rate's schedule go on: the few steps count as taken. A false alarm costs these steps, and
+            has the domain remembered in two parts. False: the new domain's first steps are unprotected.
 
     Raises (in `trainer.train()`):
         ValueError: the method cannot train this model, or needs an optimizer of its own.
@@ -79,13 +86,14 @@ class ContinualCallback(transformers.TrainerCallback):
         records: int = 128,
         checkpoint: str | Path | None = None,
         boundaries: str | BoundaryDetector | None = None,
+        rewind: bool = True,
     ) -> None:
         if not isinstance(method, Method):
             raise TypeError(f"method: expected a method such as Elastic(), got {method!r}")
         if not (boundaries is None or boundaries == "auto" or isinstance(boundaries, BoundaryDetector)):
             raise ValueError(f"boundaries: expected 'auto', a BoundaryDetector or None, got {boundaries!r}")
         self.method, self.memory, self.name, self.records = method, memory, name, records
-        self.checkpoint, self.boundaries = checkpoint, boundaries
+        self.checkpoint, self.boundaries, self.rewind = checkpoint, boundaries, rewind
         self.domain: Domain | None = None
         self._stream: Stream | None = None
         self._began = 0
@@ -124,20 +132,26 @@ class ContinualCallback(transformers.TrainerCallback):
             self.domain.domains = carried.domains
         if self.boundaries is not None:
             detector = BoundaryDetector() if isinstance(self.boundaries, str) else self.boundaries
-            self._stream, self._began = Stream(self.domain.model, detector, self.records), 0
+            rewind = Rewind(self.domain.optimizer) if self.rewind else None
+            self._stream, self._began = Stream(self.domain.model, detector, self.records, rewind), 0
             if folder is not None:
                 kept = torch.load(folder / _STREAM, weights_only=True)
                 self._began = kept["began"]
                 self._stream.load_state_dict(kept["stream"])
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._stream is not None:
+            self._stream.step = state.global_step
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.domain is None or self._stream is None or not self._stream.at_boundary:
             return
-        domain = self.domain
+        domain, rewind = self.domain, self._stream.rewind
+        ended = state.global_step if rewind is None else rewind.go_back()
         old, new = self._stream.split()
         domain.look_at(old, self.records)
-        domain.end(**self._facts(args, state))
-        self._began = state.global_step
+        domain.end(**self._facts(args, ended))
+        self._began = ended
         self.domain = Domain(self.method, domain.model, new, domain.optimizer, records=self.records)
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -181,15 +195,15 @@ class ContinualCallback(transformers.TrainerCallback):
             self._stream.close()
             self.domain.look_at(self._stream.present(), self.records)
             self._stream, found = None, {}
-        self.domain.end(folder, **self._facts(args, state), **found)
+        self.domain.end(folder, **self._facts(args, state.global_step), **found)
         self.domain = None
 
-    def _facts(self, args: Any, state: Any) -> dict[str, Any]:
-        """What the history is to know of the domain."""
+    def _facts(self, args: Any, ended: int) -> dict[str, Any]:
+        """What the history is to know of the domain that ended after so many steps."""
         name = self.name or Path(args.output_dir).name
         if self.boundaries is not None and self.domain is not None:
             name = f"{name}-{len(self.domain.domains) + 1}"
-        return {"name": name, "lr": args.learning_rate, "steps": state.global_step - self._began}
+        return {"name": name, "lr": args.learning_rate, "steps": ended - self._began}
 
     def _folder(self, args: Any, state: Any) -> Path | None:
         """The checkpoint that training goes on from; None: it begins."""

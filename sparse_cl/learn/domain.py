@@ -39,6 +39,7 @@ from .own_texts import write_texts
 from .said import say_moved, say_protected
 from .settings import NONE, SELF, LearnSettings
 from .source import Source, fingerprint
+from .stream import ARGUMENTS, callback_of, check_stream, domains_in, optimizer_of
 from .work import Work
 
 _CHECKPOINTS = 10
@@ -84,6 +85,9 @@ def _learn(settings: LearnSettings, say: Callable[[str], object]) -> Path:
     if settings.show_data:
         say(show(records, tokenizer, settings.max_length))
         return settings.out
+    steps = _steps(settings, len(records))
+    if settings.stream:
+        check_stream(settings, len(records), steps)
     read: dict[str, Any] = {
         "data": records.fingerprint,
         "eval_data": held.fingerprint,
@@ -98,7 +102,7 @@ def _learn(settings: LearnSettings, say: Callable[[str], object]) -> Path:
         say(f"{settings.out} holds this model; nothing is left to do")
         return settings.out
     say(f"Learns {records.describe()}" + ("" if settings.eval is None else f"; scores {held.describe()}"))
-    _Domain(settings, source, tokenizer, records, held, text, work, say).run()
+    _Domain(settings, source, tokenizer, records, held, text, work, say).run(steps)
     return settings.out
 
 
@@ -134,8 +138,8 @@ class _Domain:
         self.data = EncodedRecords(records.records, tokenizer, settings.max_length)
         self.held = EncodedRecords(held.records, tokenizer, settings.max_length)
 
-    def run(self) -> None:
-        settings, method = self.settings, self.method
+    def run(self, steps: int) -> None:
+        settings, method, stream = self.settings, self.method, self.settings.stream
         model, carried = self._begin()
         say_protected(method, carried, self.say)
         batches = DomainBatches(self.data, settings.batch_size, _device(model))
@@ -146,7 +150,6 @@ class _Domain:
         if settings.shard and not any(map(is_sharded, model.parameters())):
             model = split_over_all(model, _device(model))
         lr = settings.rate(adapters=hasattr(model, "peft_config"))
-        steps = self._steps()
         self.work.begin()
         hidden = not processes().is_main_process
         with tqdm(total=steps, desc=f"{method.name}: learning", mininterval=0.5, disable=hidden) as bar:
@@ -154,7 +157,7 @@ class _Domain:
                 model,
                 self.data,
                 transformers.DataCollatorForSeq2Seq(self.tokenizer, label_pad_token_id=-100),
-                lambda m: method.make_optimizer(m, lr),
+                lambda m: optimizer_of(method, m, lr) if stream else method.make_optimizer(m, lr),
                 method.penalty,
                 folder=self.work.checkpoints,
                 steps=steps,
@@ -164,7 +167,8 @@ class _Domain:
                 bar=bar,
                 autocast=settings.autocast,
                 resume=self.work.last_checkpoint(),
-                callbacks=[self.work.marker()],
+                # A checkpoint is whole when what is protected is in it, too.
+                callbacks=[callback_of(settings, method)] * stream + [self.work.marker()],
                 **self._arguments(steps),
             )
         after = mean_loss(model, scored)
@@ -172,22 +176,20 @@ class _Domain:
             raise ValueError(
                 f"lr: with {lr:g} training diverged, the loss is {after}. Delete {settings.out}, give a lower --lr"
             )
-        method.after_domain(model, batches)
-        entry = {
-            "name": settings.out.name,
-            "method": method.name,
-            "options": method.settings(),
-            "lr": lr,
-            "steps": steps,
-            "records": len(self.data),
-            "loss": {"before": before, "after": after},
-            "settings": self.work.settings,
-            "base_files": fingerprint(self.source.base),
-        }
-        self._write(model, carried, entry)
+        found = {"records": len(self.data), "loss": {"before": before, "after": after}}
+        entry = {"name": settings.out.name, "method": method.name, "options": method.settings(), "lr": lr}
+        entries = [{**entry, "steps": steps, **found}]
+        if stream:
+            entries = domains_in(self.work.checkpoints, self.say)
+            entries[-1] |= {"stream": found}
+        else:
+            method.after_domain(model, batches)
+        entries[-1] |= {"settings": self.work.settings, "base_files": fingerprint(self.source.base)}
+        self._write(model, carried, entries)
         scored_on = "that were held out" if settings.eval is None else "of --eval"
         self.say(f"Learned: {before:.3f} → {after:.3f} nats a token on {len(self.held)} records {scored_on}")
-        say_moved(method, carried, self.say)
+        if not stream:  # there it is known of the last domain alone
+            say_moved(method, carried, self.say)
         self.say(f"Written to {settings.out}: a model, and what the next call must not forget")
 
     def _begin(self) -> tuple[nn.Module, Carried]:
@@ -224,13 +226,6 @@ class _Domain:
         transformers.set_seed(settings.seed)
         self.method.protect(model, DomainBatches(texts, settings.batch_size, _device(model), len(texts)))
 
-    def _steps(self) -> int:
-        if self.settings.steps is not None:
-            return self.settings.steps
-        records = self.settings.batch_size * self.settings.gradient_accumulation * processes().num_processes
-        per_epoch = math.ceil(len(self.data) / records)
-        return max(1, math.ceil(per_epoch * self.settings.epochs))
-
     def _arguments(self, steps: int) -> dict[str, Any]:
         settings = self.settings
         return {
@@ -240,13 +235,14 @@ class _Domain:
             "save_strategy": "steps",
             "save_steps": max(1, math.ceil(steps / _CHECKPOINTS)),
             "save_total_limit": 2,
+            **(ARGUMENTS if settings.stream else {}),
             **settings.training_arguments(),
         }
 
-    def _write(self, model: Any, carried: Carried, entry: dict[str, Any]) -> None:
+    def _write(self, model: Any, carried: Carried, entries: list[dict[str, Any]]) -> None:
         given = {"state_dict": whole_weights(model)} if self.settings.shard else {}
         memory = getattr(self.method, "memory", None)
-        kept = Carried(memory if memory is not None else carried.memory, [*carried.domains, entry])
+        kept = Carried(memory if memory is not None else carried.memory, [*carried.domains, *entries])
 
         def write(folder: Path) -> None:
             plain: Any = merged(model) if self.settings.merge else model
@@ -257,6 +253,14 @@ class _Domain:
             save_carried(folder, kept)
 
         self.work.finish(write)
+
+
+def _steps(settings: LearnSettings, count: int) -> int:
+    """Optimizer steps on so many records."""
+    if settings.steps is not None:
+        return settings.steps
+    records = settings.batch_size * settings.gradient_accumulation * processes().num_processes
+    return max(1, math.ceil(math.ceil(count / records) * settings.epochs))
 
 
 def _device(model: nn.Module) -> torch.device:

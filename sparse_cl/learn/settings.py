@@ -24,6 +24,7 @@ OWN = "settings of the method"
 SELF, NONE = "self", "none"
 _REMEMBERING = tuple(name for name, known in METHODS.items() if issubclass(known, MemoryMethod))
 _METHODS = (*_REMEMBERING, AdamW.name, LoRA.name)
+_STREAMED = (Elastic.name, Orthogonal.name)
 _SHARDED_ADAPTERS = (ElasticLoRA.name, OrthogonalLoRA.name, LoRA.name)
 _SHARDED = (Elastic.name, Orthogonal.name, AdamW.name, *_SHARDED_ADAPTERS)
 
@@ -59,6 +60,9 @@ class LearnSettings:
         "float32", "of the weights; in bfloat16 the optimizer keeps float32 copies of those that it trains"
     )
     autocast: Literal["bf16"] | None = option(None, "train under autocast, for float32 weights on a GPU")
+    stream: bool = option(
+        False, "the records are several domains, one after the other: find where one ends, and remember each"
+    )
     columns: tuple[str, ...] = option(
         (), "what the records call their fields, as prompt=question,response=answer", metavar="FIELD=COLUMN,…"
     )
@@ -99,7 +103,25 @@ class LearnSettings:
                 "merge: no process holds the whole model that an adapter would be merged into; leave --merge out, and "
                 "merge the adapter afterwards (merge_and_unload)"
             )
-        self.training_arguments()
+        given = self.training_arguments()
+        if self.stream:
+            self._check_stream(given)
+
+    def _check_stream(self, given: dict[str, Any]) -> None:
+        if self.method not in _STREAMED:
+            raise ValueError(
+                f"stream: {self.method} cannot begin a domain while it trains; take --method {' or '.join(_STREAMED)}, "
+                "or give each domain a call of its own"
+            )
+        if self.shard:
+            raise ValueError("stream: processes would see different batches; leave --shard out")
+        if self.epochs > 1:
+            raise ValueError(
+                f"epochs: expected at most one pass over a stream, got {self.epochs}; a second one would count as "
+                "further domains"
+            )
+        if "train_sampling_strategy" in given:
+            raise ValueError("trainer: train_sampling_strategy would mix the domains of --stream; leave it out")
 
     def make_method(self) -> Method:
         """A fresh instance of the method.
@@ -155,8 +177,9 @@ class LearnSettings:
         """As JSON would give it back, without where the result goes."""
         found = dataclasses.asdict(self)
         del found["out"], found["show_data"]
-        if not self.shard:  # as folders have it that were written before there was this option
-            del found["shard"]
+        for name in ("shard", "stream"):  # folders have neither that were written before there was this option
+            if not found[name]:
+                del found[name]
         return {name: list(value) if isinstance(value, tuple) else value for name, value in found.items()}
 
 

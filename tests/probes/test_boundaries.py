@@ -85,6 +85,22 @@ def test_a_new_domain_is_noticed_soon():
     assert false <= 3  # 20 streams of 48 batches that can be alarms, at 1 in 1,000
 
 
+def test_it_warns_of_the_first_batch_of_a_new_domain_and_seldom_else():
+    warned, quiet, missed = 0, 0, 0
+    for seed in range(20):
+        detector, before = BoundaryDetector(), False
+        for number, batch in enumerate(batches(seed, 40, 2) + batches(100 + seed, 1, 2)):
+            found = detector.update(batch)
+            warns = found or detector.warns
+            if number == 40:
+                missed += not warns
+            elif number >= detector.warmup:
+                quiet, warned = quiet + 1, warned + (warns and not before)
+            before = warns
+    assert missed <= 1
+    assert 0 < warned / quiet < 0.1
+
+
 @pytest.mark.parametrize("length", [16, 40])  # right after the warm-up, and later
 def test_start_says_how_far_back_the_new_domain_began(length):
     detector = BoundaryDetector(1e-3, 16)
