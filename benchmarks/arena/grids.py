@@ -29,7 +29,35 @@ def routed(models: Path, data: Path) -> dict[str, Settings]:
     return over(_base_5m(models, data), ORDERS, SEEDS, points)
 
 
-STUDIES: Mapping[str, Callable[[Path, Path], dict[str, Settings]]] = {"routed": routed}
+_WAKING: Mapping[str, Mapping[str, Any]] = {
+    "plain": {},
+    "renew": {"wake": 0.1},
+    "renew-more": {"wake": 0.3},
+    "renew-boost": {"wake": 0.1, "boost": 3.0},
+    "boost": {"wake": 0.1, "boost": 3.0, "renew": False},
+}
+
+
+def waking_choice(models: Path, data: Path) -> dict[str, Settings]:
+    """Which way of waking neurons: selective write on validation records."""
+    points = {name: {"method": "selective-write", "lr": 1e-3, "options": options} for name, options in _WAKING.items()}
+    return over(_base_5m(models, data, split="validation"), (GIVEN,), (0,), points)
+
+
+def waking(models: Path, data: Path) -> dict[str, Settings]:
+    """Selective write with and without waking, and elastic, on test records."""
+    points = {
+        f"selective-{name}": {"method": "selective-write", "lr": 1e-3, "options": _WAKING[name]}
+        for name in ("plain", "renew", "boost")
+    } | {"elastic": {"method": "elastic", "lr": 1e-3, "options": {"strength": 50.0}}}
+    return over(_base_5m(models, data), ORDERS, SEEDS[:2], points)
+
+
+STUDIES: Mapping[str, Callable[[Path, Path], dict[str, Settings]]] = {
+    "routed": routed,
+    "waking-choice": waking_choice,
+    "waking": waking,
+}
 
 
 def _base_5m(models: Path, data: Path, **others: Any) -> Settings:
