@@ -39,9 +39,9 @@ _WAKING: Mapping[str, Mapping[str, Any]] = {
 
 
 def waking_choice(models: Path, data: Path) -> dict[str, Settings]:
-    """Which way of waking neurons: selective write on validation records."""
+    """Which way of waking neurons: selective write on validation records, 15 steps a domain."""
     points = {name: {"method": "selective-write", "lr": 1e-3, "options": options} for name, options in _WAKING.items()}
-    return over(_base_5m(models, data, split="validation"), (GIVEN,), (0,), points)
+    return over(_base_5m(models, data, split="validation", steps=15), (GIVEN,), (0,), points)
 
 
 def waking(models: Path, data: Path) -> dict[str, Settings]:

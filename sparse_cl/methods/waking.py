@@ -134,7 +134,7 @@ class Waking:
         out = matrix_of(mlp.out, mlp.out_name)[:, chosen.to(mlp.out.weight.device)].double()
         norms, mean, square = out.norm(dim=0).cpu(), mean[chosen], square[chosen]
         if bias is not None:
-            bias += (out @ mean.to(out.device)).to(bias.dtype)
+            bias.add_((out @ mean.to(out.device)).to(bias.dtype))
             square = (square - mean.square()).clamp(min=0)
         energy = float(output)
         each = norms * square.sqrt()
