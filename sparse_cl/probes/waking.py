@@ -79,8 +79,8 @@ def waking(
 
     Args:
         before, after: the weights before and after the domain was learned.
-        earlier: of the earlier domains' records, by domain or one for all, on the model before; where neurons were drawn
-            anew after that domain, on the model as it was then.
+        earlier: of the earlier domains' records, by domain or one for all, on the model before. Where neurons were then
+            drawn anew for the domain: on the model before that.
         learned: of the new domain's records, on the model after.
         taus: thresholds of Sokar et al. 2023.
         lowest: share of each layer's neurons, in (0, 1]; rounded.
