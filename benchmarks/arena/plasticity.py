@@ -215,7 +215,7 @@ def wakes(
 
 
 def table(results: dict[str, Any]) -> str:
-    """Two tables in Markdown, a row per run."""
+    """Two tables in Markdown, a row per run; "loss" is the probing task's after 20 steps, after all domains."""
 
     def steps(one: dict[str, Any]) -> str:
         low, high = one["range"]
@@ -226,7 +226,7 @@ def table(results: dict[str, Any]) -> str:
         return f"{one['share']:.1%} ({low:.1%} to {high:.1%})"
 
     first = [f"after {n}" for n in STAGES]
-    rows = [["way", *first, "learned", "lost", f"bits per byte of the last {ALONE}", "alone"]]
+    rows = [["way", *first, "loss", "learned", "lost", "ACC", f"bits per byte of the last {ALONE}", "alone"]]
     waking = [["way", "update", "activation"]]
     for run in results["runs"]:
         entries = run["learned"]
@@ -234,14 +234,15 @@ def table(results: dict[str, Any]) -> str:
         lost = sum(entry["last"] - entry["after"] for entry in entries[:-1]) / sum(learned[:-1])
         ends = [sum(entry[key] for entry in entries[-ALONE:]) / ALONE for key in ("after", "alone")]
         fits = [steps(run["fits"][str(n)]) for n in STAGES]
-        rows.append(
-            [run["name"], *fits, f"{sum(learned) / len(learned):.2f}", f"{lost:.0%}", *(f"{x:.2f}" for x in ends)]
-        )
+        acc = sum(entry["last"] for entry in entries) / len(entries)
+        scores = [f"{sum(learned) / len(learned):.2f}", f"{lost:.0%}", f"{acc:.2f}", *(f"{x:.2f}" for x in ends)]
+        rows.append([run["name"], *fits, f"{run['fits'][str(STAGES[-1])]['loss']:.2f}", *scores])
         waking.append([run["name"], *(landed(run["woken"]["lowest"][key]) for key in ("update", "activation"))])
     tables = []
     for head, *body in (rows, waking):
         tables.append("\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *body)))
-    return f"Before any domain: {steps(results['before'])} steps.\n\n" + "\n\n".join(tables)
+    loss = results["before"]["loss"]
+    return f"Before any domain: {steps(results['before'])} steps, loss {loss:.2f}.\n\n" + "\n\n".join(tables)
 
 
 def main() -> None:
