@@ -96,8 +96,33 @@ def gemma(models: Path, data: Path, out: Path) -> dict[str, Settings]:
     return over(base, (GIVEN,), (0, 1), first) | over(base, ORDERS, (0, 1), {**first, **others})
 
 
+_WAKING: Mapping[str, Mapping[str, Any]] = {
+    "plain": {},
+    "renew": {"wake": 0.1},
+    "renew-more": {"wake": 0.3},
+    "renew-boost": {"wake": 0.1, "boost": 3.0},
+    "boost": {"wake": 0.1, "boost": 3.0, "renew": False},
+}
+
+
+def waking_choice(models: Path, data: Path, out: Path) -> dict[str, Settings]:
+    """Which way of waking neurons: selective write on validation records, 15 steps a domain."""
+    points = {name: {"method": "selective-write", "lr": 1e-3, "options": options} for name, options in _WAKING.items()}
+    return over(_base_5m(models, data, split="validation", steps=15), (GIVEN,), (0,), points)
+
+
+def waking(models: Path, data: Path, out: Path) -> dict[str, Settings]:
+    """Selective write with and without waking, and elastic, on test records."""
+    points = {
+        f"selective-{name}": {"method": "selective-write", "lr": 1e-3, "options": _WAKING[name]}
+        for name in ("plain", "renew", "boost")
+    } | {"elastic": {"method": "elastic", "lr": 1e-3}}
+    return over(_base_5m(models, data), ORDERS, SEEDS[:2], points)
+
+
 STUDIES: Mapping[str, Callable[[Path, Path, Path], dict[str, Settings]]] = {
-    study.__name__: study for study in (routed, ceiling, tracks, tuning, main, gemma)
+    study.__name__.replace("_", "-"): study
+    for study in (routed, ceiling, tracks, waking_choice, waking, tuning, main, gemma)
 }
 
 

@@ -20,6 +20,8 @@ from .base import Batch, Method, check_first
 from .frozen import Frozen
 from .neuron_account import NeuronAccount
 from .neurons import masks_of
+from .options import check_above_zero
+from .waking import Waking
 
 _FILE = "usage.safetensors"
 
@@ -52,18 +54,35 @@ class SelectiveWrite(Method):
     The account (`NeuronAccount`) counts as used the neurons that hold 90 % of a learned domain's mean |activation|
     (`capacity.neurons_holding`).
 
+    With `wake` the neurons that all earlier texts use least are drawn anew before a domain begins (`Waking`, which says
+    by how much the function changes; in `record`), and count as unused from then on. The optimizer is made after that
+    and has no moments of them.
+
     Args:
         closed: share of the neurons that are hubs, in [0, 1).
         sharpness: exponent, at least 0.
         rest: gain of attention, embeddings, norms, head, in [0, 1]; 0: they are frozen.
+        wake: share of the neurons that are woken, in [0, 1 - closed]; 0: none.
+        tau: only neurons of at most this score are woken, 0.1 for those that Sokar et al. call dormant; None: all.
+        boost: factor on the gain of woken neurons, which may make it more than 1.
+        renew: False: woken neurons keep their weights, and have the factor alone.
     """
 
     name = "selective-write"
     default_lr = 2e-3
     protects = True
-    options = ("closed", "sharpness", "rest")
+    options = ("closed", "sharpness", "rest", "wake", "tau", "boost", "renew")
 
-    def __init__(self, closed: float = 0.3, sharpness: float = 3.0, rest: float = 0.1) -> None:
+    def __init__(
+        self,
+        closed: float = 0.3,
+        sharpness: float = 3.0,
+        rest: float = 0.1,
+        wake: float = 0.0,
+        tau: float | None = None,
+        boost: float = 1.0,
+        renew: bool = True,
+    ) -> None:
         if not 0 <= closed < 1:
             raise ValueError(
                 f"closed: expected a share of the neurons in [0, 1), got {closed}"
@@ -73,7 +92,11 @@ class SelectiveWrite(Method):
             raise ValueError(f"sharpness: expected a number of at least 0, got {sharpness}")
         if not 0 <= rest <= 1:
             raise ValueError(f"rest: expected a gain in [0, 1], got {rest}")
+        if wake + closed > 1:
+            raise ValueError(f"wake: {wake} of the neurons and closed {closed} are more than all; give smaller shares")
         self.closed, self.sharpness, self.rest = closed, sharpness, rest
+        self.wake, self.tau, self.boost, self.renew = wake, tau, check_above_zero("boost", boost), renew
+        self._waking = Waking(wake, tau)
         self.masks: dict[str, RowMask | ColumnMask] = {}
         self.account = NeuronAccount()
         self._scores: dict[str, Tensor] = {}
@@ -81,7 +104,7 @@ class SelectiveWrite(Method):
         self._frozen = Frozen()
 
     def settings(self) -> dict[str, Any]:
-        return {"closed": self.closed, "sharpness": self.sharpness, "rest": self.rest}
+        return {option: getattr(self, option) for option in self.options}
 
     def check(self, model: nn.Module) -> None:
         self.account.check(model, self.name)
@@ -106,7 +129,11 @@ class SelectiveWrite(Method):
         usage = self.usage
         gains = {layer: gains_of(used, self.closed, self.sharpness) for layer, used in usage.items()}
         everything = {mlp.name: torch.ones(mlp.neurons) for mlp in find_mlps(model)}
-        self.account.begin(self.name, model, batches, gains or everything)
+        if gains and self.wake:
+            self._wake(model, gains)
+        self.account.begin(self.name, model, batches, {n: g.clamp(max=1) for n, g in gains.items()} or everything)
+        for layer, woken in self._waking.layers.items():
+            self.account.layers[layer] |= woken
         self.masks = masks_of(model, gains) if gains else {}
         frozen = bool(gains) and self.rest == 0
         self._frozen.freeze(p for name, p in model.named_parameters() if frozen and name not in self.masks)
@@ -130,12 +157,27 @@ class SelectiveWrite(Method):
     def save(self, folder: Path) -> None:
         self.account.save(folder)
         storage.write(folder / _FILE, "usage", self._scores, texts=self._texts)
+        if self.wake:
+            self._waking.save(folder)
 
     def restore(self, base: nn.Module, folders: Sequence[Path]) -> nn.Module:
         self.account.load(folders[-1])
         self._scores, facts = storage.read(folders[-1] / _FILE, "usage", "the method's save", "texts")
         self._texts = facts["texts"]
+        if self.wake:
+            self._waking.load(folders[-1])
         return super().restore(base, folders)
+
+    def _wake(self, model: nn.Module, gains: dict[str, Tensor]) -> None:
+        """Wake neurons, and raise their gains in place."""
+        chosen = self._waking.choose(model, {layer: gain == 0 for layer, gain in gains.items()})
+        if self.renew:
+            self._waking.renew(model, chosen, fold=self.rest > 0)
+        for layer, woken in chosen.items():
+            if self.renew:
+                self._scores[layer][woken] = 0
+                gains[layer][woken] = 1
+            gains[layer][woken] *= self.boost
 
     def _observe(self, model: nn.Module, batches: Iterable[Batch]) -> dict[str, Tensor]:
         """Count one more text; MLP → (neurons,) bool, the neurons that it uses."""
@@ -144,4 +186,6 @@ class SelectiveWrite(Method):
             score = mean / mean.mean() if mean.any() else mean
             self._scores[layer] = self._scores.get(layer, 0) + score
         self._texts += 1
+        if self.wake:
+            self._waking.observe(model, batches)
         return {layer: neurons_holding(mean) for layer, mean in means.items()}

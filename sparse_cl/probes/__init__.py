@@ -26,6 +26,7 @@ from .rank import effective_rank, stable_rank, update_rank
 from .scaling import fit_exponent
 from .scores import ActivationScores
 from .smearing import smearing
+from .waking import waking
 
 __all__ = [
     "ActivationProbe",
@@ -55,6 +56,7 @@ __all__ = [
     "stable_rank",
     "steps_to_fit",
     "update_rank",
+    "waking",
     "weight_hubs",
 ]
 
