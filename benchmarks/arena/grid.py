@@ -60,8 +60,9 @@ def run(study: Mapping[str, Settings], out: Path, part: int = 0, parts: int = 1)
         folder = out / name
         if not (folder / RESULTS).is_file():
             experiment.run(settings, folder)
-        for weights in folder.glob("*/*/"):
-            shutil.rmtree(weights)
+        for weights in folder.glob("*/*"):
+            if weights.is_dir():
+                shutil.rmtree(weights)
 
 
 def gather(study: Mapping[str, Settings], out: Path) -> list[dict[str, Any]]:

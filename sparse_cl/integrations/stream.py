@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -41,6 +41,7 @@ class Stream:
         self._seen, self._kept = 0, list[tuple[int, dict[str, Tensor]]]()
         self._recent: deque[tuple[int, dict[str, Tensor]]] = deque(maxlen=_RECENT)
         self._start: int | None = None
+        self._old = list[dict[str, Tensor]]()
         self._count = 0
         self._handle = model.register_forward_pre_hook(self._see, with_kwargs=True)
 
@@ -52,8 +53,7 @@ class Stream:
     def split(self) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
         """Batches of the domain that ended, and those seen of the new one; from now on that is the present one."""
         assert self._start is not None, "there is a boundary"
-        old = [batch for number, batch in self._kept if number < self._start]
-        old = old or [batch for number, batch in self._recent if number < self._start]
+        old, self._old = self._old, []
         new = [(number, batch) for number, batch in self._recent if number >= self._start]
         self._kept, self._count, self._start = new[: self._room(new[0][1])], len(new), None
         return old, [batch for _, batch in new]
@@ -96,7 +96,10 @@ class Stream:
         if self._start is None:
             self._keep(found or self.detector.warns)
             if found:
-                self._start = max(self._seen - self.detector.start, self._recent[0][0])
+                # However late, the earliest of the recent batches is left to the old domain.
+                self._start = max(self._seen - self.detector.start, self._recent[min(1, len(self._recent) - 1)][0])
+                # Now: further batches of the step may take the places of these.
+                self._old = self._before(self._kept) or self._before(self._recent)
         self._count += 1
         place = self._random.randrange(self._count)
         if len(self._kept) < self._room(batch):
@@ -113,6 +116,10 @@ class Stream:
             self.rewind.drop()
         elif self.rewind.step is None:
             self.rewind.take(self.step)
+
+    def _before(self, batches: Iterable[tuple[int, dict[str, Tensor]]]) -> list[dict[str, Tensor]]:
+        assert self._start is not None
+        return [batch for number, batch in batches if number < self._start]
 
     def _room(self, batch: Mapping[str, Tensor]) -> int:
         return max(1, self.records // len(batch["input_ids"]))

@@ -147,7 +147,10 @@ class ContinualCallback(transformers.TrainerCallback):
         if self.domain is None or self._stream is None or not self._stream.at_boundary:
             return
         domain, rewind = self.domain, self._stream.rewind
-        ended = state.global_step if rewind is None else rewind.go_back()
+        # Not to before the first step, where nothing is learned yet and an adapter is zero.
+        ended = rewind.go_back() if rewind is not None and rewind.step != self._began else state.global_step
+        if rewind is not None:
+            rewind.drop()
         old, new = self._stream.split()
         domain.look_at(old, self.records)
         domain.end(**self._facts(args, ended))

@@ -29,10 +29,12 @@ def check_stream(settings: LearnSettings, records: int, steps: int) -> None:
     """
     batches = -(-records // settings.batch_size)
     a_pass, warmup = -(-batches // settings.gradient_accumulation), BoundaryDetector().warmup
-    if batches <= warmup:
+    seen = min(batches, steps * settings.gradient_accumulation)
+    if seen <= warmup:
+        given = f"stream: {records} records" if seen == batches else f"steps: {steps} of a stream"
         raise ValueError(
-            f"stream: {records} records are {batches} batches of {settings.batch_size}; the first {warmup} are what a "
-            "domain is known by, so no boundary could be found; take a smaller --batch-size, or leave --stream out"
+            f"{given} are {seen} batches of {settings.batch_size}; the first {warmup} are what a domain is known by, "
+            "so no boundary could be found; take a smaller --batch-size or more --steps, or leave --stream out"
         )
     if steps > a_pass:
         raise ValueError(

@@ -90,9 +90,19 @@ class RoutedLinear(nn.Linear):
             if self.routing == "none":
                 index = self.open.expand(len(product), -1)
             else:
-                index = self.chosen(outputs) if self.leader is None else self.leader._choice
+                index = self.chosen(outputs) if self.leader is None else self._followed(self.leader)
             self._choice = index
             return torch.zeros_like(product).scatter(1, index, product.gather(1, index))
+
+    def _followed(self, leader: RoutedLinear) -> Tensor:
+        """The choice that the leader has made since this layer took one."""
+        index = getattr(leader, "_choice", None)
+        if index is None or index is getattr(self, "_choice", None):
+            raise RuntimeError(
+                "follow: a layer ran before its leader, whose choice would be of other tokens; make the one that runs "
+                "first the leader, or route both without follow"
+            )
+        return index
 
     def extra_repr(self) -> str:
         of = f"k={self.k} of {len(self.open)} {self.side}"
@@ -170,10 +180,7 @@ def route(
         assert isinstance(layer, RoutedLinear)
         layer._begin(k, rank, routing, side, open)
     for name, leader in leaders.items():
-        layer = model.get_submodule(name)
-        assert isinstance(layer, RoutedLinear) and isinstance(leader, RoutedLinear)
-        # In a tuple: a module that is an attribute would be a child.
-        layer._leader = (leader,)
+        _follow(model, name, leader)
 
 
 def unroute(model: nn.Module) -> None:
@@ -242,17 +249,19 @@ def load_routed(model: nn.Module, path: str | PathLike) -> None:
                 )
         made[name] = fact
     unroute(model)
-    # Leaders first: who follows one must find it.
-    for name, fact in sorted(made.items(), key=lambda item: item[1]["leader"] is not None):
-        follow = None if fact["leader"] is None else {name: fact["leader"]}
+    for name, fact in made.items():
         options = {option: fact[option] for option in ("rank", "routing", "side")}
-        route(model, {name: tensors[f"{name}:open"]}, fact["k"], follow=follow, **options)
+        route(model, {name: tensors[f"{name}:open"]}, fact["k"], **options)
         layer = model.get_submodule(name)
         assert isinstance(layer, RoutedLinear)
         with torch.no_grad():
             layer.columns.copy_(tensors[f"{name}:columns"])
             if layer.mix is not None:
                 layer.mix.copy_(tensors[f"{name}:mix"])
+    # Only now: who is followed may follow another.
+    for name, fact in made.items():
+        if fact["leader"] is not None:
+            _follow(model, name, _leader(model, name, fact["leader"], made, fact["side"]))
 
 
 def _sizes(layer: nn.Linear, side: str) -> tuple[int, int]:
@@ -261,7 +270,14 @@ def _sizes(layer: nn.Linear, side: str) -> tuple[int, int]:
     return sizes if side == "inputs" else sizes[::-1]
 
 
-def _leader(model: nn.Module, name: str, leader: str, layers: Mapping[str, Tensor | None], side: str) -> nn.Module:
+def _follow(model: nn.Module, name: str, leader: nn.Module) -> None:
+    layer = model.get_submodule(name)
+    assert isinstance(layer, RoutedLinear) and isinstance(leader, RoutedLinear)
+    # In a tuple: a module that is an attribute would be a child.
+    layer._leader = (leader,)
+
+
+def _leader(model: nn.Module, name: str, leader: str, layers: Mapping[str, Any], side: str) -> nn.Module:
     if side != "outputs" or name not in layers:
         raise ValueError(f"follow: expected layers that are routed here by their outputs, got {name!r}, side={side!r}")
     found = dict(model.named_modules()).get(leader)

@@ -47,6 +47,7 @@ def made(monkeypatch, tmp_path):
     def run(settings, folder):
         calls.append(folder.name)
         (folder / settings.methods[0] / "1-a").mkdir(parents=True)
+        (folder / settings.methods[0] / "a-file").touch()
         write_runs(folder, [record(settings)])
 
     monkeypatch.setattr(grid.experiment, "run", run)

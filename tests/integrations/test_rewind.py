@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import peft
 import pytest
 import torch
 import transformers
@@ -110,6 +111,16 @@ def test_a_checkpoint_between_warning_and_alarm_holds_the_way_back(tiny_llama, t
     assert kept["rewind"]["step"] == 18
     assert same(ends[0][0], ends[1][0])
     assert ends[0][1] == ends[1][1]
+
+
+def test_an_alarm_in_the_first_step_does_not_undo_all_that_was_learned(tiny_llama, tmp_path):
+    model = peft.get_peft_model(tiny_llama, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    options = {**OPTIONS, "max_steps": 2, "gradient_accumulation_steps": 5}
+    trainer_of(
+        model, records(0, 4 * 10), tmp_path, [ContinualCallback(Elastic(), boundaries=Cries(2, 4))], **options
+    ).train()
+    assert [entry["steps"] for entry in load_carried(tmp_path).domains] == [1, 1]
+    assert all(weight.any() for name, weight in model.named_parameters() if "lora_B" in name)
 
 
 def test_it_may_be_left_out(tiny_llama, tmp_path):

@@ -65,6 +65,30 @@ def test_each_domain_is_remembered_by_its_own_batches(tiny_llama):
     assert watched.state_dict()["seen"] == before
 
 
+class Late(BoundaryDetector):
+    """Cries at the 80th batch that the domain began 70 batches before."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = 0
+
+    def update(self, tokens, mask=None, **scores):
+        self.seen, self.start = self.seen + 1, 70
+        return self.seen == 80
+
+
+@pytest.mark.parametrize("more", [0, 70])
+def test_a_boundary_that_is_noticed_very_late_leaves_the_old_domain_a_batch(tiny_llama, more):
+    watched = Stream(tiny_llama, Late(), 1)  # one batch is kept, drawn evenly: likely one of the new domain
+    tiny_llama.train()
+    for i in range(80 + more):  # in one step
+        tiny_llama(input_ids=torch.tensor([[i]]))
+    old, new = watched.split()
+    watched.close()
+    assert len(old) == 1 and int(old[0]["input_ids"]) <= 16
+    assert int(new[-1]["input_ids"]) == 79 + more
+
+
 @pytest.mark.parametrize("begun", ["from a folder", "by a method that learned all of it"])
 def test_training_goes_on_from_a_checkpoint_with_the_same_bits(tiny_llama, tmp_path, begun):
     memory = tmp_path / "earlier" if begun == "from a folder" else None

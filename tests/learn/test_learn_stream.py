@@ -102,6 +102,7 @@ def test_a_checkpoint_without_what_was_protected_is_not_gone_on_from(world, monk
         ({"steps": 41}, "steps: expected at most the 40 of one pass over a stream, got 41"),
         ({"trainer": ("train_sampling_strategy=random",)}, "trainer: train_sampling_strategy would mix the domains"),
         ({"batch_size": 16}, "stream: 160 records are 10 batches of 16; the first 16 are what a domain is known by"),
+        ({"steps": 16}, "steps: 16 of a stream are 16 batches of 4; the first 16 are what a domain is known by"),
     ],
 )
 def test_what_cannot_work_is_refused_before_anything_is_written(world, others, message):

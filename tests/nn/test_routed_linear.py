@@ -116,6 +116,27 @@ def test_a_follower_is_written_and_read_with_its_leader(tmp_path):
     assert not vars(other["up"]).keys() - vars(nn.Linear(1, 1)).keys()
 
 
+def test_a_leader_may_follow_another_and_is_read_again(tmp_path):
+    models = [nn.ModuleDict({name: nn.Linear(5, 9) for name in "abc"}) for _ in range(2)]
+    route(models[0], dict.fromkeys("abc"), 3, side="outputs", follow={"a": "b", "b": "c"})
+    save_routed(models[0], tmp_path / "branch")
+    load_routed(models[1], tmp_path / "branch")
+    found = [models[1][name].leader for name in "abc"]
+    assert found == [models[1]["b"], models[1]["c"], None]
+
+
+@pytest.mark.parametrize("tokens", [2, 4])
+def test_a_follower_that_runs_first_is_refused_and_takes_no_choice_of_other_tokens(tokens):
+    model, x = gated(), torch.randn(4, 5, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="follow: a layer ran before its leader"):
+        model["up"](x)
+    for batch in (x, x[:1]):
+        model["gate"](batch), model["up"](batch)
+    model["gate"](x[:tokens]), model["up"](x[:tokens])
+    with pytest.raises(RuntimeError, match="follow: a layer ran before its leader"):
+        model["up"](x)
+
+
 @pytest.mark.parametrize(
     ("follow", "side", "message"),
     [
