@@ -66,8 +66,9 @@ def table(runs: Sequence[Mapping[str, Any]]) -> str:
         for method, run in methods.items():
             if method == "single" or "single" not in methods:
                 continue
-            learned, _ = shares(run, methods["single"])
-            cells = [f"{fmean(learned[a:b]):.2f}" for a, b in ((0, 4), (4, 8), (8, 12), (12, 16))]
+            learned, own = shares(run, methods["single"])
+            bits = [share * size for share, size in zip(learned, own, strict=True)]
+            cells = [f"{sum(bits[a : a + 4]) / sum(own[a : a + 4]):.2f}" for a in (0, 4, 8, 12)]
             scores = judged(run, methods["single"])
             errors = [f"{scores[f]['error']:.3f} ({scores[f]['rank']:+.2f})" if f in scores else "-" for f in FORECASTS]
             rows.append([model, method, *cells, *errors])
