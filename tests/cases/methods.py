@@ -8,7 +8,11 @@ import itertools
 import torch
 import transformers
 
+from sparse_cl.methods import METHODS
+
 CLIP = 1.0
+SHIPPED = [name for name, method in METHODS.items() if method.__module__.startswith("sparse_cl.")]
+"""Methods of the package, without those that the arena adds to compare with; these have tests of their own."""
 
 
 def domain(seed, count=5):
