@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -45,8 +46,7 @@ def over(
             for name, point in points.items():
                 method = point["method"]
                 options = {method: point["options"]} if point.get("options") else {}
-                others = {"methods": (method,), "lr": {method: point["lr"]}, "method_options": options}
-                settings = Settings(**{**_fields(base), **others})
+                settings = replace(base, methods=(method,), lr={method: point["lr"]}, method_options=options)
                 found[f"{name}-{order}-seed{seed}" if several else name] = settings.arranged(order, seed)
     return found
 
@@ -88,10 +88,6 @@ def kept(name: str) -> list[dict[str, Any]]:
     if not path.is_file():
         raise ValueError(f"study: no results of {name!r} are kept in {KEPT}; run it first")
     return json.loads(path.read_text(encoding="utf-8"))["runs"]
-
-
-def _fields(settings: Settings) -> dict[str, Any]:
-    return {name: getattr(settings, name) for name in settings.__dataclass_fields__}
 
 
 def _kept(folder: Path) -> Iterator[dict[str, Any]]:

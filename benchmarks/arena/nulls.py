@@ -6,10 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
 
 from sparse_cl.methods.elastic import Elastic
-from sparse_cl.methods.memory_method import trained_by_name
 from sparse_cl.optim import ElasticAdamW
 from sparse_cl.optim.low_rank import LowRankProjection
 from sparse_cl.optim.memory_adamw import Known
@@ -38,19 +36,8 @@ class ElasticNull(Elastic):
             raise ValueError(f"null: expected {', '.join(map(repr, NULLS))}, got {null!r}")
         self.null = null
 
-    def make_optimizer(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
-        if not self._known.domains:
-            return super().make_optimizer(model, lr)
-        return _NullAdamW(
-            self.null,
-            trained_by_name(model),
-            lr=lr,
-            memory=self.memory,
-            second_moment="row",
-            strength=self.strength,
-            row_strength=self.row_strength,
-            every=self.every,
-        )
+    def _adamw(self, *arguments: Any, **options: Any) -> ElasticAdamW:
+        return _NullAdamW(self.null, *arguments, **options)
 
 
 class _NullAdamW(ElasticAdamW):

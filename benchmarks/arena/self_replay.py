@@ -33,31 +33,19 @@ class SelfReplay(Replay):
     def __init__(self, share: float = 0.05, texts: int = 64, length: int = 128) -> None:
         super().__init__(share)
         self.texts, self.length = check_at_least("texts", texts, 1), check_at_least("length", length, 2)
-        self._own: Dataset[Any] | None = None
+        self._own: Any = []  # a list is a dataset
 
     def settings(self) -> dict[str, Any]:
         return {"share": self.share, "texts": self.texts, "length": self.length}
 
     def before_domain(self, model: nn.Module, batches: Iterable[Batch]) -> nn.Module:
         super().before_domain(model, batches)
-        self._own = _Texts(_written(model, self.texts, self.length))
+        written = _written(model, self.texts, self.length)
+        self._own = [{"input_ids": ids, "attention_mask": [1] * len(ids), "labels": ids} for ids in written]
         return model
 
     def training_data(self, number: int, datasets: Sequence[Dataset], seed: int) -> Dataset:
-        assert self._own is not None
         return super().training_data(1, [self._own, datasets[number]], seed)
-
-
-class _Texts(Dataset):
-    def __init__(self, texts: Sequence[Sequence[int]]) -> None:
-        self.texts = texts
-
-    def __len__(self) -> int:
-        return len(self.texts)
-
-    def __getitem__(self, index: int) -> dict[str, list[int]]:
-        ids = list(self.texts[index])
-        return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": ids}
 
 
 @torch.no_grad()

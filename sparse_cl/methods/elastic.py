@@ -70,7 +70,7 @@ class Elastic(MemoryMethod):
     def make_optimizer(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
         self._check_begun("make_optimizer")
         memory = self.memory if self._known.domains else None
-        return ElasticAdamW(
+        return self._adamw(
             trained_by_name(model),
             lr=lr,
             memory=memory,
@@ -80,6 +80,9 @@ class Elastic(MemoryMethod):
             row_strength=self.row_strength,
             every=self.every,
         )
+
+    def _adamw(self, *arguments: Any, **options: Any) -> ElasticAdamW:
+        return ElasticAdamW(*arguments, **options)
 
     def guard(self, optimizer: torch.optim.Optimizer) -> Protection | None:
         self._check_begun("guard")

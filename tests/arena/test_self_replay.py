@@ -30,8 +30,8 @@ def test_a_share_of_the_examples_is_the_model_s_own(tiny_llama):
 
 
 def test_texts_are_drawn_from_the_model_by_the_seed(tiny_llama):
-    first, again = (written(copy_of(tiny_llama))[0]._own.texts for _ in range(2))
-    assert first == again != written(copy_of(tiny_llama), seed=1)[0]._own.texts
+    first, again = (written(copy_of(tiny_llama))[0]._own for _ in range(2))
+    assert first == again != written(copy_of(tiny_llama), seed=1)[0]._own
     with torch.no_grad():
         tiny_llama.model.embed_tokens.weight.mul_(5)
-    assert first != written(tiny_llama)[0]._own.texts
+    assert first != written(tiny_llama)[0]._own
