@@ -12,6 +12,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .compare_methods import OPTIONS
+
 RATES = (3e-4, 1e-3, 3e-3)
 SIX_RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 4e-3)
 TUNING = ("sql-create-context", "aqua-rat", "medmcqa", "creak")
@@ -21,38 +23,22 @@ DATA = (TUNING + TESTING, 256)
 """Their sources, and how many records of each are held out for testing."""
 TUNING_SEED, SEEDS = 100, (0, 1, 2, 3, 4)
 
+_OTHERS: dict[str, dict[str, Any]] = {
+    "lora-mean": {"rank": 8},
+    "kfac-laplace": {"ewc_lambda": 1000.0},
+    "l2-sp": {"alpha": 1.0},
+    "sfa": {"mean": "running"},
+    "osft": {"effective_rank": 0.7},
+    "self-replay": {"share": 0.2},
+    "elastic": {"strength": 5.0},
+    "elastic-lora": {"strength": 2.0},
+    "routed": {"share": 0.3},
+}
+"""Beside those of `compare_methods.OPTIONS`; of the two pulls what their present unit of strength wants."""
+
 ENTRIES: Mapping[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     **{name: (name, {}, {}) for name in ("adamw", "replay-1", "replay-5", "soap", "joint", "single")},
-    **{
-        name: (name, {}, other)
-        for name, other in {
-            "lora": {"rank": 4},
-            "lora-wd": {"weight_decay": 1.0},
-            "lora-mean": {"rank": 4},
-            "o-lora": {"lambda_1": 5.0},
-            "freeze-lower": {"frozen_share": 0.75},
-            "ewc": {"ewc_lambda": 1000.0},
-            "kfac-laplace": {"ewc_lambda": 1000.0},
-            "l2-sp": {"alpha": 1.0},
-            "sfa": {"mean": "running"},
-            "mofo": {"fraction": 0.05},
-            "migu": {"quantile": 0.9},
-            "osf": {"effective_rank": 0.8},
-            "osft": {"effective_rank": 0.8},
-            "self-replay": {"share": 0.2},
-            "sparse-masked": {"fraction": 0.05},
-            "sparse-masked-lora": {"fraction": 0.05},
-            "selective-write": {"closed": 0.5},
-            "orthogonal": {"energy": 0.9},
-            "orthogonal-lora": {"energy": 0.9},
-            "orthogonal-masked": {"energy": 0.9},
-            "elastic": {"strength": 5.0},
-            "elastic-lora": {"strength": 2.0},
-            "curvature": {"mode": "hard"},
-            "two-four": {"score": "fisher"},
-            "routed": {"share": 0.3},
-        }.items()
-    },
+    **{name: (name, {}, other) for name, other in (OPTIONS | _OTHERS).items()},
     **{
         f"null-{null}": ("elastic-null", {"null": null}, {"strength": 5.0})
         for null in ("directions", "strengths", "one")
