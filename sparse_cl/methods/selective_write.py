@@ -181,11 +181,12 @@ class SelectiveWrite(Method):
 
     def _observe(self, model: nn.Module, batches: Iterable[Batch]) -> dict[str, Tensor]:
         """Count one more text; MLP → (neurons,) bool, the neurons that it uses."""
-        means = ActivationProbe(model, tokens="all").run(batches).mean()
+        if self.wake:
+            means = self._waking.observe(model, batches)
+        else:
+            means = ActivationProbe(model, tokens="all").run(batches).mean()
         for layer, mean in means.items():
             score = mean / mean.mean() if mean.any() else mean
             self._scores[layer] = self._scores.get(layer, 0) + score
         self._texts += 1
-        if self.wake:
-            self._waking.observe(model, batches)
         return {layer: neurons_holding(mean) for layer, mean in means.items()}

@@ -54,8 +54,8 @@ class Waking:
         self._texts = 0
         self._known: dict[str, Tensor] = {}
 
-    def observe(self, model: nn.Module, batches: Iterable[Batch]) -> None:
-        """Count one more text. Errors as `stream`."""
+    def observe(self, model: nn.Module, batches: Iterable[Batch]) -> dict[str, Tensor]:
+        """Count one more text; MLP → (neurons,) float64, its mean |activation|. Errors as `stream`."""
         mlps = find_mlps(model)
         moments = {mlp.name: _Moments() for mlp in mlps}
         watches = [
@@ -64,9 +64,10 @@ class Waking:
             for side in ("input", "output")
         ]
         stream(model, watches, batches, tokens="all")
+        sizes = {}
         for layer, found in moments.items():
             known = found.means()
-            score = known.pop("size")
+            sizes[layer] = score = known.pop("size")
             score = score / score.mean() if score.any() else score
             peak = self._known.get(f"{layer}|peak")
             self._known[f"{layer}|peak"] = score if peak is None else torch.maximum(peak, score)
@@ -74,6 +75,7 @@ class Waking:
                 before = self._known.get(f"{layer}|{name}")
                 self._known[f"{layer}|{name}"] = mean if before is None else before + mean
         self._texts += 1
+        return sizes
 
     @property
     def scores(self) -> dict[str, Tensor]:
