@@ -55,8 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     study = commands.add_parser(
         "run",
         help="a study: the runs that are missing, and its file of results",
-        description="Make the runs of a study that are not done, and write all that are into benchmarks/results/arena. "
-        "What was stopped goes on with the same command. Without --out nothing is run.",
+        description="Make the runs of a study that are not done, and write each into benchmarks/results/arena. What was "
+        "stopped goes on with the same command, a run that is in that file on any machine.",
     )
     study.add_argument("study", metavar="STUDY", help="by its name in grids.py")
     for name in ("models", "data", "out"):
@@ -84,9 +84,8 @@ def _run(arguments: argparse.Namespace) -> None:
     if not arguments.data.is_dir():
         raise ValueError(f"--data {arguments.data}: no such folder")
     study = STUDIES[arguments.study](arguments.models, arguments.data, arguments.out)
-    grid.run(study, arguments.out / arguments.study, part - 1, parts)
-    records = grid.gather(study, arguments.out / arguments.study)
-    print(f"{len(records)} of {len(study)} runs are in {grid.keep(arguments.study, records)}")
+    found = grid.run(arguments.study, study, arguments.out / arguments.study, part - 1, parts)
+    print(f"{len(found)} of {len(study)} runs are in {grid.KEPT}")
 
 
 def _table(arguments: argparse.Namespace) -> None:

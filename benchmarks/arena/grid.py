@@ -1,7 +1,8 @@
 """Studies: many runs, each in a folder of its own that resumes, and one file of results that is kept.
 
-A study is a list of `Settings` with one method each, by the name of its folder. `run` makes those that are not done and
-gathers all that are into one JSON file; a table is made from that file alone.
+A study is a list of `Settings` with one method each, by the name of its folder. `run` makes those that are not done,
+and after each writes all that are into one JSON file. That file is enough to go on from, on another machine too, and a
+table is made from it alone.
 """
 
 from __future__ import annotations
@@ -51,31 +52,43 @@ def over(
     return found
 
 
-def run(study: Mapping[str, Settings], out: Path, part: int = 0, parts: int = 1) -> None:
-    """Make the runs that are not done, every `parts`-th from the `part`-th on.
+def run(name: str, study: Mapping[str, Settings], out: Path, part: int = 0, parts: int = 1) -> list[dict[str, Any]]:
+    """Make the runs that are not done, every `parts`-th from the `part`-th on, and return the results of all that are.
 
     Of a finished run the weights are deleted.
+
+    Args:
+        name: of the study, and of its file in `KEPT`.
+        out: of the runs, a folder each.
     """
-    for name, settings in list(study.items())[part::parts]:
-        folder = out / name
-        if not (folder / RESULTS).is_file():
-            experiment.run(settings, folder)
-        for weights in folder.glob("*/*"):
+    found = keep(name, study, out)
+    for run_name, settings in list(study.items())[part::parts]:
+        if any(run["name"] == run_name for run in found):
+            continue
+        experiment.run(settings, out / run_name)
+        for weights in (out / run_name).glob("*/*"):
             if weights.is_dir():
                 shutil.rmtree(weights)
+        found = keep(name, study, out)
+    return found
 
 
-def gather(study: Mapping[str, Settings], out: Path) -> list[dict[str, Any]]:
-    """The records of the runs that are done, without what is bulky and with names of files for paths."""
-    done = [name for name in study if (out / name / RESULTS).is_file()]
-    return [{"name": name, **kept} for name in done for kept in _kept(out / name)]
+def keep(name: str, study: Mapping[str, Settings], out: Path) -> list[dict[str, Any]]:
+    """Write a study's results where they are kept, those that were kept with them; returns them in the study's order.
 
-
-def keep(name: str, records: Sequence[Mapping[str, Any]]) -> Path:
-    """Write a study's results where they are kept."""
-    KEPT.mkdir(exist_ok=True)
-    write_json(KEPT / f"{name}.json", {"runs": list(records)})
-    return KEPT / f"{name}.json"
+    Left out is what is bulky; a path is its last name. What was kept of other settings is dropped.
+    """
+    before = {run["name"]: run for run in (kept(name) if _file(name).is_file() else ())}
+    found: list[dict[str, Any]] = []
+    for run_name, settings in study.items():
+        if (out / run_name / RESULTS).is_file():
+            found += ({"name": run_name, **run} for run in _kept(out / run_name))
+        elif run_name in before and _same(before[run_name]["settings"], settings):
+            found.append(before[run_name])
+    if found:
+        KEPT.mkdir(exist_ok=True)
+        write_json(_file(name), {"runs": found})
+    return found
 
 
 def kept(name: str) -> list[dict[str, Any]]:
@@ -84,22 +97,34 @@ def kept(name: str) -> list[dict[str, Any]]:
     Raises:
         ValueError: none are kept.
     """
-    path = KEPT / f"{name}.json"
-    if not path.is_file():
+    if not _file(name).is_file():
         raise ValueError(f"study: no results of {name!r} are kept in {KEPT}; run it first")
-    return json.loads(path.read_text(encoding="utf-8"))["runs"]
+    return json.loads(_file(name).read_text(encoding="utf-8"))["runs"]
+
+
+def _file(name: str) -> Path:
+    return KEPT / f"{name}.json"
+
+
+def _same(recorded: Mapping[str, Any], settings: Settings) -> bool:
+    """Whether a run was made with these settings, as far as its record knows them."""
+    (method,) = settings.methods
+    now = json.loads(json.dumps({**_named(settings.to_json()), "lr": settings.lr_of(method)}))
+    return all(now.get(key) == value for key, value in recorded.items() if key != "method")
+
+
+def _named(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with the names of files for paths."""
+    return {key: Path(value).name if value and key in _PATHS else value for key, value in settings.items()}
 
 
 def _kept(folder: Path) -> Iterator[dict[str, Any]]:
     for run in read_runs(folder):
-        settings = dict(run["settings"])
-        for name in _PATHS:
-            settings[name] = None if settings.get(name) is None else Path(settings[name]).name
         domains = []
         for record in run.get("domain_records", ()):
             room = {"room": _room(record["layers"])} if record.get("layers") else {}
             domains.append({**_slim(record), **room})
-        yield {**_slim(run), "settings": settings, "domain_records": domains}
+        yield {**_slim(run), "settings": _named(run["settings"]), "domain_records": domains}
 
 
 def _room(layers: Layers) -> dict[str, float]:

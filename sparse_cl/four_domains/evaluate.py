@@ -12,6 +12,7 @@ from torch import nn
 
 from sparse_cl.data.encoding import Example, encode, encode_prompt, encode_record, pad, tokenized
 from sparse_cl.models.generating import generating_by
+from sparse_cl.models.head import logits_only_at
 from sparse_cl.models.passes import evaluation
 
 from .domains import Domain
@@ -34,14 +35,19 @@ def response_nats(model: nn.Module, examples: Sequence[Example], batch_size: int
     nats = [0.0] * len(examples)
     for indices in _batches(order, batch_size):
         ids, mask = pad([examples[i].input_ids for i in indices], 0, device)
-        logits = model(input_ids=ids, attention_mask=mask).logits
+        scored = torch.zeros_like(ids, dtype=torch.bool)
         for row, i in enumerate(indices):
             for start, end in examples[i].spans:
                 # The first id of all has no prediction: without a prompt or a BOS it goes unscored.
-                first = max(start, 1)
-                predictions = logits[row, first - 1 : end - 1].float()
-                losses = nn.functional.cross_entropy(predictions, ids[row, first:end], reduction="none")
-                nats[i] += losses.double().sum().item()
+                scored[row, max(start, 1) : end] = True
+        before = scored.roll(-1, 1)
+        with logits_only_at(model, before):
+            logits = model(input_ids=ids, attention_mask=mask).logits
+        losses = torch.zeros_like(ids, dtype=torch.float64)
+        predictions = logits[before] if logits.shape[:2] == ids.shape else logits.flatten(0, 1)
+        losses[scored] = nn.functional.cross_entropy(predictions.float(), ids[scored], reduction="none").double()
+        for row, i in enumerate(indices):
+            nats[i] = losses[row].sum().item()
     return nats
 
 

@@ -24,6 +24,7 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from sparse_cl.layout import is_sharded, whole
+from sparse_cl.models.head import logits_at_labels
 
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 Penalty = Callable[[nn.Module], torch.Tensor | None]
@@ -60,9 +61,11 @@ class OwnOptimizerTrainer(transformers.Trainer):
         return self.optimizer
 
     def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
-        with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.autocast == "bf16"):
-            result = super().compute_loss(model, inputs, return_outputs=return_outputs, **kwargs)
-        penalty = self.penalty(self.accelerator.unwrap_model(model))
+        own = self.accelerator.unwrap_model(model)
+        autocast = torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.autocast == "bf16")
+        with autocast, logits_at_labels(own, inputs) as counted:
+            result = super().compute_loss(model, counted, return_outputs=return_outputs, **kwargs)
+        penalty = self.penalty(own)
         if penalty is None:
             return result
         # The Trainer adds up the losses of the batches that are accumulated, each divided already.

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from sparse_cl.layout import like, part, whole
+from sparse_cl.models.head import logits_only_at, no_logits
 from sparse_cl.models.parts import has_adapters, refuse_mixtures, refuse_shared
 from sparse_cl.models.passes import answer_tokens, evaluation, reshard
 from sparse_cl.optim.shards import piece_of
@@ -235,7 +236,9 @@ class MemoryMethod(Method):
                         model.zero_grad(set_to_none=True)
                 return
             for batch in batches:
-                with torch.no_grad(), self._known.watch(tokens=answer_tokens(batch, "all")):
+                # The memory's hooks were there before: of the head they see all inputs.
+                seen = self._known.watch(tokens=answer_tokens(batch, "all"))
+                with torch.no_grad(), seen, logits_only_at(model, no_logits(batch)):
                     model(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"))
                 self._known.observe()
 

@@ -54,7 +54,7 @@ def stream(model: nn.Module, watches: Sequence[Watch], batches: Iterable[Batch],
         raise ValueError(f"tokens: expected one of {', '.join(TOKENS)}, got {tokens!r}")
     kept = number = sequences = 0
     rows = _Rows()
-    head = getattr(model, "get_output_embeddings", lambda: None)()
+    head = head_of(model)
     logits = any(watch.module is head for watch in watches)
     with ExitStack() as stack:
         stack.enter_context(evaluation(model))
@@ -72,6 +72,11 @@ def stream(model: nn.Module, watches: Sequence[Watch], batches: Iterable[Batch],
             + (f"{number} without any (tokens={tokens!r})" if number else "no batch; is the domain empty?")
         )
     return kept
+
+
+def head_of(model: Any) -> nn.Module | None:
+    """The module that computes logits, where the model names it."""
+    return getattr(model, "get_output_embeddings", lambda: None)()
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -62,29 +63,37 @@ def test_every_point_order_and_seed_is_run_once_in_parts(made, tmp_path):
         "elastic": 2e-3
     }
     for part in (0, 1):
-        grid.run(study, tmp_path, part, 2)
+        grid.run("some", study, tmp_path, part, 2)
     assert sorted(made) == sorted(study)
-    grid.run(study, tmp_path)
+    assert [run["name"] for run in grid.run("some", study, tmp_path)] == list(study)
     assert len(made) == len(study) == 8
     assert not list(tmp_path.glob("*/*/1-a")), "weights of finished runs are deleted"
 
 
 def test_what_is_kept_names_files_and_not_where_they_were(made, tmp_path):
     study = grid.over(BASE, (GIVEN,), (0,), POINTS)
-    grid.run(study, tmp_path, 0, 2)
-    (run,) = grid.gather(study, tmp_path)
-    path = grid.keep("some", [run])
+    (run,) = grid.run("some", study, tmp_path, 0, 2)
     assert grid.kept("some") == json.loads(json.dumps([run]))
-    assert "somewhere" not in path.read_text() and run["settings"]["model"] == "m"
+    assert "somewhere" not in (tmp_path / "kept" / "some.json").read_text() and run["settings"]["model"] == "m"
     assert "losses" not in run and "layers" not in run["domain_records"][0]
     with pytest.raises(ValueError, match="no results of 'other' are kept"):
         grid.kept("other")
 
 
+def test_what_is_kept_is_not_run_again_on_another_machine_but_with_other_settings(made, tmp_path):
+    study = grid.over(BASE, (GIVEN,), (0,), POINTS)
+    grid.run("some", study, tmp_path / "here", 0, 2)
+    moved = {name: replace(settings, model="/elsewhere/m") for name, settings in study.items()}
+    found = grid.run("some", moved, tmp_path / "there")
+    assert made == ["x", "y"] and [run["name"] for run in found] == ["x", "y"]
+    longer = {name: replace(settings, steps=settings.steps + 1) for name, settings in study.items()}
+    grid.run("some", longer, tmp_path / "longer", 1, 2)
+    assert made == ["x", "y", "y"] and [run["name"] for run in grid.kept("some")] == ["y"]
+
+
 def test_the_table_is_made_from_the_file_alone(made, monkeypatch, tmp_path, capsys):
     study = grid.over(BASE, (GIVEN, REVERSE), (0, 1), POINTS)
-    grid.run(study, tmp_path)
-    grid.keep("routed", grid.gather(study, tmp_path))
+    grid.run("routed", study, tmp_path)
     assert main(["table", "routed"]) == 0
     assert "elastic" in (shown := capsys.readouterr().out) and "all orders" in shown
 

@@ -1,0 +1,76 @@
+"""A language model's output head, which computes logits of those tokens alone that are asked for.
+
+With a vocabulary of 100,000 and more the head is half of a small model's time and most of its activations; prompts and
+padding, which no loss counts, are often the greater part of a batch.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .passes import IGNORED, head_of
+
+
+@contextmanager
+def logits_only_at(model: nn.Module, tokens: Tensor) -> Iterator[None]:
+    """While it lasts, a model's logits are (1, n, vocabulary): those of n tokens in the order of the batch.
+
+    What watches the head's input sees all of it, if it was there before. A model without `get_output_embeddings()` is
+    left as it is.
+
+    Args:
+        tokens: (batch, length) bool, of the batches that pass.
+    """
+    head = head_of(model)
+    if head is None:
+        yield
+        return
+    kept = tokens.flatten().nonzero().flatten()
+    hook = head.register_forward_pre_hook(
+        lambda _, args: (args[0].flatten(0, -2)[kept.to(args[0].device)].unsqueeze(0), *args[1:])
+    )
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def logits_at_labels(model: Any, inputs: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """What a causal language model is called with for the same loss from the logits of labelled tokens alone.
+
+    Only of models of transformers whose loss is `loss_function`'s; the others get what was given.
+
+    Args:
+        inputs: with `labels` (batch, length), int64, as in transformers: not shifted, −100 where the loss leaves out.
+    """
+    labels = inputs.get("labels")
+    if labels is None or head_of(model) is None or not _hands_on_labels(model):
+        yield inputs
+        return
+    shifted = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED)
+    counted = shifted != IGNORED
+    counted[0, 0] |= ~counted.any()
+    with logits_only_at(model, counted):
+        yield {**inputs, "shift_labels": shifted[counted].unsqueeze(0)}
+
+
+def no_logits(batch: Mapping[str, Tensor]) -> Tensor:
+    """For `logits_only_at`, where the pass is made for what stands before the logits: the first token."""
+    tokens = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
+    tokens[0, 0] = True
+    return tokens
+
+
+def _hands_on_labels(model: Any) -> bool:
+    own = getattr(model, "get_base_model", lambda: model)()  # PEFT's wrapper has the base model's arguments
+    forward = inspect.unwrap(type(own).forward)
+    passes_on = any(each.kind is each.VAR_KEYWORD for each in inspect.signature(forward).parameters.values())
+    # Some compute the loss by themselves, from as many logits as there are labels.
+    return passes_on and "loss_function" in forward.__code__.co_names
