@@ -55,8 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     study = commands.add_parser(
         "run",
         help="a study: the runs that are missing, and its file of results",
-        description="Make the runs of a study that are not done, and write each into benchmarks/results/arena. What was "
-        "stopped goes on with the same command, a run that is in that file on any machine.",
+        description="Make the runs of a study that are not done, and write each into benchmarks/results/arena. What "
+        "was stopped goes on with the same command; what is in that file is not run again on another machine either.",
     )
     study.add_argument("study", metavar="STUDY", help="by its name in grids.py")
     for name in ("models", "data", "out"):
