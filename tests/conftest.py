@@ -1,5 +1,6 @@
 """Settings that all tests share."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -28,6 +29,27 @@ def _seeded() -> None:
     import torch
 
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _imports_are_never_garbage():
+    """The Trainer collects garbage before it trains: with transformers to look at, that is half of a tiny run."""
+    from sparse_cl.four_domains import experiment  # noqa: F401
+
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Nothing is drawn: it takes longer than training a tiny model, and is tested where pictures are looked at."""
+    from sparse_cl.four_domains import experiment
+    from sparse_cl.report import html
+
+    monkeypatch.setattr(experiment, "draw_all", lambda runs, out: None)
+    monkeypatch.setattr(html, "_picture", lambda figure: {"source": "", "percent": 1.0, "inches": 1.0})
 
 
 @pytest.fixture(params=["native", "reference"])
