@@ -389,6 +389,7 @@ def test_the_real_data_and_a_real_model(shared_folder, tmp_path):
     settings = Settings(
         model=str(shared_folder / "models" / "stories260k"),
         data=str(shared_folder / "data"),
+        domains=("code", "general"),
         reference=str(reference),
         methods=("lora", "sparse-masked"),
         steps=2,

@@ -23,7 +23,8 @@ def data(tmp_path_factory):
     return folder
 
 
-def test_reports_around_a_run_which_go_on_where_they_stopped(tiny_llama, tokenizer, data, tmp_path, capsys, no_pictures):
+@pytest.mark.usefixtures("no_pictures")
+def test_reports_around_a_run_which_go_on_where_they_stopped(tiny_llama, tokenizer, data, tmp_path, capsys):
     base, out = tmp_path / "model", tmp_path / "out"
     tiny_llama.save_pretrained(base)
     tokenizer.save_pretrained(base)
