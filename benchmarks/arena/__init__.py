@@ -4,6 +4,7 @@ from sparse_cl.methods.registry import register
 
 from .averaging import SFA, LoRAMean
 from .bounds import Joint, Single
+from .early_stopping import EarlyStopping
 from .ewc import EWC
 from .freeze_lower import FreezeLower
 from .lora_wd import LoRAWeightDecay
@@ -17,7 +18,7 @@ from .self_replay import SelfReplay
 from .soap import SOAPMethod
 from .springs import L2SP, KFACLaplace
 
-_BASELINES = (LoRAWeightDecay, FreezeLower, EWC, MoFO, MIGU, OLoRA, OSF)
+_BASELINES = (LoRAWeightDecay, FreezeLower, EarlyStopping, EWC, MoFO, MIGU, OLoRA, OSF)
 _BASELINES += (OSFT, SFA, LoRAMean, L2SP, KFACLaplace, SOAPMethod, SelfReplay, ElasticNull)
 for _method in (*_BASELINES, Single, Joint):
     register(_method)
@@ -28,6 +29,7 @@ __all__ = [
     "OSF",
     "OSFT",
     "SFA",
+    "EarlyStopping",
     "ElasticNull",
     "FreezeLower",
     "Joint",

@@ -24,6 +24,7 @@ DATA = (TUNING + TESTING, 256)
 TUNING_SEED, SEEDS = 100, (0, 1, 2, 3, 4)
 
 _OTHERS: dict[str, dict[str, Any]] = {
+    "early-stopping": {"share": 0.25},
     "lora-mean": {"rank": 8},
     "kfac-laplace": {"ewc_lambda": 1000.0},
     "l2-sp": {"alpha": 1.0},

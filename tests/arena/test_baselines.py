@@ -57,6 +57,11 @@ def test_the_options_are_the_constructor_s_and_are_recorded(name):
     assert method(**made.settings()).settings() == made.settings()
 
 
+@pytest.mark.parametrize(("share", "steps", "taken"), [(0.5, 30, 15), (0.25, 30, 8), (1.0, 30, 30), (0.1, 1, 1)])
+def test_early_stopping_takes_a_share_of_the_steps(share, steps, taken):
+    assert METHODS["early-stopping"](share=share).steps(steps, 1, 4) == taken
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
@@ -66,6 +71,7 @@ def test_the_options_are_the_constructor_s_and_are_recorded(name):
         ("ewc", {"ewc_lambda": float("inf")}, "ewc_lambda: expected a number of at least 0, got inf"),
         ("ewc", {"gamma": 1.1}, r"gamma: expected a number in \[0, 1\], got 1.1"),
         ("freeze-lower", {"frozen_share": 1.0}, r"frozen_share: expected a share in \(0, 1\), got 1.0"),
+        ("early-stopping", {"share": 1.5}, r"share: expected a share in \(0, 1\], got 1.5"),
         ("replay-5", {"share": 0}, r"share: expected a share in \(0, 1\), got 0"),
         ("mofo", {"fraction": 1.5}, r"fraction: expected a share in \(0, 1\], got 1.5"),
         ("migu", {"quantile": 1}, r"quantile: expected a share in \(0, 1\), got 1"),
