@@ -10,6 +10,7 @@ python -m benchmarks.arena scale --model A B C --out DIR                        
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -89,7 +90,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _table(arguments: argparse.Namespace) -> None:
-    from . import ceiling
+    from . import ceiling, size
     from .compare import gather_runs
     from .compare_report import to_text
     from .grid import KEPT, kept
@@ -98,6 +99,11 @@ def _table(arguments: argparse.Namespace) -> None:
     if arguments.study == "ceiling":
         ceiling.draw(runs, KEPT / "ceiling.png")
         print(ceiling.table(runs))
+    elif arguments.study == "size":
+        scales = json.loads((KEPT.parent / "scale-study.json").read_text(encoding="utf-8"))
+        found = size.points([*runs, *kept("gemma")], {model["model"]: model["parameters"] for model in scales})
+        size.draw(found, KEPT / "size.png")
+        print(size.table(found))
     else:
         print(to_text(gather_runs((arguments.study, run) for run in runs)))
 

@@ -11,6 +11,8 @@ from sparse_cl.four_domains.settings import GIVEN, REVERSE, Settings
 
 from . import main_study
 from .grid import kept, over
+from .scale_study import WIDTHS
+from .size import FAMILY
 from .sources import HELD_OUT, SOURCES, write_sources
 
 ORDERS, SEEDS = (GIVEN, REVERSE), (0, 1, 2)
@@ -102,6 +104,16 @@ def gemma(models: Path, data: Path, out: Path) -> dict[str, Settings]:
     )
 
 
+def size(models: Path, data: Path, out: Path) -> dict[str, Settings]:
+    """AdamW over rates on the scale study's models and on base-5m, as long as in `gemma`."""
+    found = {}
+    for model in (*(f"{FAMILY}-{width}-{seed}" for width in WIDTHS for seed in SEEDS), "base-5m"):
+        seeds = SEEDS if model == "base-5m" else (int(model.rpartition("-")[2]),)
+        points = {f"{model}-{lr:g}": {"method": "adamw", "lr": lr} for lr in (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)}
+        found |= over(_base_5m(models, data, model=str(models / model), steps=60), (GIVEN,), seeds, points)
+    return found
+
+
 _WAKING: Mapping[str, Mapping[str, Any]] = {
     "plain": {},
     "renew": {"wake": 0.1},
@@ -128,7 +140,7 @@ def waking(models: Path, data: Path, out: Path) -> dict[str, Settings]:
 
 STUDIES: Mapping[str, Callable[[Path, Path, Path], dict[str, Settings]]] = {
     study.__name__.replace("_", "-"): study
-    for study in (routed, ceiling, tracks, waking_choice, waking, tuning, main, gemma)
+    for study in (routed, ceiling, tracks, waking_choice, waking, tuning, main, gemma, size)
 }
 
 

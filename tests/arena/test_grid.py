@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from benchmarks.arena import ceiling, grid, main_study
+from benchmarks.arena import ceiling, grid, main_study, size
 from benchmarks.arena.__main__ import main
 from sparse_cl.four_domains.metrics import summarize
 from sparse_cl.four_domains.results import write_runs
@@ -151,3 +151,29 @@ def test_every_method_has_six_settings_to_be_tuned_by_and_the_best_is_tested():
     }, "a row that is not tuned whole is not tested"
     runs[4] = {"name": "elastic.4", "failed": "it did"}
     assert main_study.chosen(runs)["elastic"] == {"method": "elastic", "lr": 1e-3, "options": {"strength": 5.0}}
+
+
+def test_models_are_compared_where_they_learned_the_same_share_of_their_best():
+    def run(model, seed, lr, learned, lost):
+        settings = {"model": model, "lr": lr}
+        summary = {"learned": learned, "gain_lost": lost}
+        return {"method": "adamw", "domains": ["a"], "seed": seed, "settings": settings, "summary": summary}
+
+    runs, sizes = [], {"base-5m": 5_000_000}
+    for width in (1, 2, 4):
+        for seed in (0, 1):
+            model = f"pretrained-{width}-{seed}"
+            sizes[model] = 1_000_000 * width**2
+            # At 1e-3 it has learned .8 and at 1e-2 all: .9 lies half way; at 1e-1 it learns less.
+            loses = 0.4 * sizes[model] ** -0.25
+            runs += [run(model, seed, 1e-3, 0.8, loses), run(model, seed, 1e-2, 1.0, 3 * loses)]
+            runs += [run(model, seed, 1e-1, 0.9, 9.0), run(model, seed, 1e-4, 0.1, 0.0)]
+    runs += [run("base-5m", 0, 1e-3, 1.0, 0.5), run("base-5m", 0, 1e-2, 0.8, 0.6), run("other", 0, 1e-3, 1.0, 0.5)]
+    found = size.points(runs, sizes)
+    assert len(found) == 6, "no rate of base-5m's learns less than nine tenths of its best, before that"
+    for point in found:
+        assert point.rate == pytest.approx(10**-2.5) and point.learned == pytest.approx(0.9)
+        assert point.lost == pytest.approx(0.8 * point.parameters**-0.25)
+    slope, error = size.exponent(found)
+    assert slope == pytest.approx(-0.25) and error == pytest.approx(0, abs=1e-6)
+    assert "parameters^-0.25 ± 0.00" in size.table(found)

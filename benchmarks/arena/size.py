@@ -1,0 +1,127 @@
+"""Forgetting at matched learning against the size of the model: the study `size`, with AdamW's runs of `gemma`.
+
+A model learns more and forgets more at higher rates, and where its optimum lies depends on its size. So models are
+compared where each has learned the share `MATCHED` of what it learns at its best rate: on the rising part of the curve,
+interpolated over the logarithm of the rate.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from sparse_cl.four_domains.figures import new_figure
+from sparse_cl.four_domains.report import text_table
+from sparse_cl.probes.scaling import fit_exponent
+
+MATCHED = 0.9
+FAMILY = "pretrained"
+"""Of the scale study: models that differ in width alone."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """What one model, with one seed of the run, loses of its gains where it has learned `MATCHED` of its best.
+
+    Attributes:
+        learned: there, in bits per byte.
+        lost: share of the gains that is gone after the last domain.
+        rate: of AdamW, interpolated.
+    """
+
+    model: str
+    parameters: int
+    learned: float
+    lost: float
+    rate: float
+
+
+def matched(runs: Sequence[Mapping[str, Any]]) -> tuple[float, float, float] | None:
+    """Rate, learned and share lost where `MATCHED` of the best is learned.
+
+    Args:
+        runs: of one model and seed, at several rates; one that failed is left out.
+
+    Returns:
+        None where the lowest rate that was tried learns more already.
+    """
+    curve = sorted(
+        (run["settings"]["lr"], run["summary"]["learned"], run["summary"]["gain_lost"])
+        for run in runs
+        if "failed" not in run
+    )
+    best = max(range(len(curve)), key=lambda i: curve[i][1])
+    rising, wanted = curve[: best + 1], MATCHED * curve[best][1]
+    below = [i for i, (_, learned, _) in enumerate(rising) if learned <= wanted]
+    if not below:
+        return None
+    (low, less, lost), (high, more, lost_more) = rising[below[-1]], rising[below[-1] + 1]
+    part = (wanted - less) / (more - less)
+    rate = math.exp((1 - part) * math.log(low) + part * math.log(high))
+    return rate, wanted, (1 - part) * lost + part * lost_more
+
+
+def points(runs: Sequence[Mapping[str, Any]], parameters: Mapping[str, int]) -> list[Point]:
+    """A point for each model, seed and order of the domains, by size.
+
+    Args:
+        runs: those of other methods than AdamW are left out.
+        parameters: of each model by its name; models that are not among them are left out.
+    """
+    curves: dict[tuple[str, int, tuple[str, ...]], list[Mapping[str, Any]]] = {}
+    for run in runs:
+        if run["method"] == "adamw" and run["settings"]["model"] in parameters:
+            curves.setdefault((run["settings"]["model"], run["seed"], tuple(run["domains"])), []).append(run)
+    found = [(model, at) for (model, *_), curve in curves.items() if (at := matched(curve)) is not None]
+    every = [Point(model, parameters[model], learned, lost, rate) for model, (rate, learned, lost) in found]
+    return sorted(every, key=lambda point: (point.parameters, point.model))
+
+
+def exponent(found: Sequence[Point]) -> tuple[float, float]:
+    """b and its standard error in lost = c · parameters^b, of the family alone."""
+    family = [point for point in found if point.model.startswith(FAMILY)]
+    return fit_exponent([point.parameters for point in family], [point.lost for point in family])
+
+
+def table(found: Sequence[Point]) -> str:
+    """A row for each size, means over seeds, and the exponent."""
+    rows = []
+    for size in dict.fromkeys(point.parameters for point in found):
+        own = [point for point in found if point.parameters == size]
+        lost = [point.lost for point in own]
+        name = own[0].model.rsplit("-", 1)[0] if own[0].model.startswith(FAMILY) else own[0].model
+        spread = f"{fmean(lost):.0%}" + (f" ({min(lost):.0%} to {max(lost):.0%})" if len(lost) > 1 else "")
+        learned, rate = fmean(p.learned for p in own), math.exp(fmean(math.log(p.rate) for p in own))
+        rows.append([name, f"{size / 1e6:.2f} M", str(len(own)), f"{rate:.1e}", f"{learned:.3f}", spread])
+    shown = text_table(("model", "parameters", "seeds", "rate", "learned", "lost of it"), rows)
+    slope, error = exponent(found)
+    return (
+        f"{shown}\n\n{FAMILY}: the share lost goes as parameters^{slope:+.2f} ± {2 * error:.2f} (two standard errors)"
+    )
+
+
+def draw(found: Sequence[Point], path: Path) -> None:
+    """The share lost against the number of parameters, both logarithmic, with the family's line."""
+    figure, axes = new_figure(1, 1, 6.0, 4.0)
+    axis = axes[0][0]
+    for family, marker in ((True, "o"), (False, "s")):
+        own = [point for point in found if point.model.startswith(FAMILY) == family]
+        label = "Llamas that differ in width alone" if family else "other models"
+        axis.plot([p.parameters for p in own], [p.lost for p in own], marker, label=label, fillstyle="none")
+    sizes = np.array([point.parameters for point in found if point.model.startswith(FAMILY)], dtype=float)
+    slope, _ = exponent(found)
+    middle = fmean(
+        math.log(point.lost) - slope * math.log(point.parameters) for point in found if point.model.startswith(FAMILY)
+    )
+    axis.plot(sizes, math.exp(middle) * sizes**slope, "-", color="grey", linewidth=1)
+    axis.set(
+        xscale="log", yscale="log", xlabel="parameters", ylabel=f"lost, where {MATCHED:.0%} of the best is learned"
+    )
+    axis.legend(fontsize=8)
+    figure.savefig(path, dpi=130)
