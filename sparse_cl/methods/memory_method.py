@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from sparse_cl.layout import like, part, whole
-from sparse_cl.models.head import logits_only_at, no_logits
+from sparse_cl.models.head import logits_only_at
 from sparse_cl.models.parts import has_adapters, refuse_mixtures, refuse_shared
 from sparse_cl.models.passes import answer_tokens, evaluation, reshard
 from sparse_cl.optim.shards import piece_of
@@ -238,7 +238,7 @@ class MemoryMethod(Method):
             for batch in batches:
                 # The memory's hooks were there before: of the head they see all inputs.
                 seen = self._known.watch(tokens=answer_tokens(batch, "all"))
-                with torch.no_grad(), seen, logits_only_at(model, no_logits(batch)):
+                with torch.no_grad(), seen, logits_only_at(model, None):
                     model(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"))
                 self._known.observe()
 

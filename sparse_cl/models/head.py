@@ -18,23 +18,22 @@ from .passes import IGNORED, head_of
 
 
 @contextmanager
-def logits_only_at(model: nn.Module, tokens: Tensor) -> Iterator[None]:
+def logits_only_at(model: nn.Module, tokens: Tensor | None) -> Iterator[None]:
     """While it lasts, a model's logits are (1, n, vocabulary): those of n tokens in the order of the batch.
 
     What watches the head's input sees all of it, if it was there before. A model without `get_output_embeddings()` is
     left as it is.
 
     Args:
-        tokens: (batch, length) bool, of the batches that pass.
+        tokens: (batch, length) bool, of the batches that pass. None: the first token alone, where a pass is made for
+            what stands before the logits.
     """
     head = head_of(model)
     if head is None:
         yield
         return
-    kept = tokens.flatten().nonzero().flatten()
-    hook = head.register_forward_pre_hook(
-        lambda _, args: (args[0].flatten(0, -2)[kept.to(args[0].device)].unsqueeze(0), *args[1:])
-    )
+    kept: Any = slice(1) if tokens is None else tokens.flatten().nonzero().flatten()
+    hook = head.register_forward_pre_hook(lambda _, args: (args[0].flatten(0, -2)[kept].unsqueeze(0), *args[1:]))
     try:
         yield
     finally:
@@ -59,13 +58,6 @@ def logits_at_labels(model: Any, inputs: Mapping[str, Any]) -> Iterator[Mapping[
     counted[0, 0] |= ~counted.any()
     with logits_only_at(model, counted):
         yield {**inputs, "shift_labels": shifted[counted].unsqueeze(0)}
-
-
-def no_logits(batch: Mapping[str, Tensor]) -> Tensor:
-    """For `logits_only_at`, where the pass is made for what stands before the logits: the first token."""
-    tokens = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
-    tokens[0, 0] = True
-    return tokens
 
 
 def _hands_on_labels(model: Any) -> bool:

@@ -8,7 +8,7 @@ from cases.families import FAMILIES, make
 
 from sparse_cl.data.encoding import Example
 from sparse_cl.four_domains.evaluate import response_nats
-from sparse_cl.models.head import logits_at_labels, logits_only_at, no_logits
+from sparse_cl.models.head import logits_at_labels, logits_only_at
 
 
 def batch():
@@ -57,8 +57,19 @@ def test_a_model_that_names_no_head_is_called_as_before():
     given = batch()
     with logits_at_labels(Bare(), given) as inputs:
         assert inputs is given
-    with logits_only_at(Bare(), no_logits(given)):
+    with logits_only_at(Bare(), None):
         assert Bare()(**given).shape == (3, 7)
+
+
+def test_of_a_pass_for_what_stands_before_there_is_one_token_s_logits():
+    model = make("Llama", FAMILIES["Llama"])
+    seen = []
+    watching = model.get_output_embeddings().register_forward_pre_hook(lambda _, args: seen.append(args[0].shape))
+    whole = model(**batch()).logits
+    with logits_only_at(model, None):
+        torch.testing.assert_close(model(input_ids=batch()["input_ids"]).logits, whole[:1, :1])
+    watching.remove()
+    assert seen == [(3, 7, 16)] * 2, "what watched before sees all"
 
 
 def test_scores_are_those_of_all_logits():
