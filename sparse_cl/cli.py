@@ -55,7 +55,17 @@ def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> 
     except (ValueError, OSError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
+    except Exception as error:
+        # torch.save and safetensors have errors of their own for a disk that is full.
+        if not any(words in str(error) for words in ("No space left", "inline_container.cc")):
+            raise
+        said = f"a file could not be written ({error}); is the disk full?{_goes_on(arguments)}"
+        print(f"{parser.prog}: {said}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
-        goes_on = "; the same command goes on where it stopped" * getattr(arguments, "resumes", False)
-        print(f"{parser.prog}: interrupted{goes_on}", file=sys.stderr)
+        print(f"{parser.prog}: interrupted{_goes_on(arguments)}", file=sys.stderr)
         return 130
+
+
+def _goes_on(arguments: argparse.Namespace) -> str:
+    return "; the same command goes on where it stopped" * getattr(arguments, "resumes", False)

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import sparse_cl
 from sparse_cl.cli import main, run_command
@@ -186,3 +187,17 @@ def test_an_interrupted_command_promises_to_go_on_only_where_it_does(resumes, ca
     parser.set_defaults(command=interrupted, resumes=resumes)
     assert run_command(parser, []) == 130
     assert ("goes on" in capsys.readouterr().err) == resumes
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="needs /dev/full")
+def test_a_full_disk_is_said(capsys):
+    def saves(_):
+        torch.save(torch.zeros(100_000), "/dev/full")
+
+    parser = argparse.ArgumentParser(prog="sparse-cl")
+    parser.set_defaults(command=saves, resumes=True)
+    assert run_command(parser, []) == 2
+    assert "is the disk full?; the same command goes on" in capsys.readouterr().err
+    parser.set_defaults(command=lambda _: [].pop())
+    with pytest.raises(IndexError):
+        run_command(parser, [])
