@@ -56,6 +56,15 @@ def tracks(models: Path, data: Path, out: Path) -> dict[str, Settings]:
     return over(_base_5m(models, data), ORDERS, SEEDS, {**points, "adamw-0.001": {"method": "adamw", "lr": 1e-3}})
 
 
+def strength(models: Path, data: Path, out: Path) -> dict[str, Settings]:
+    """`elastic` as it is now, at its default strength and at a quarter of it, by the protocol of comparison/."""
+    points = {
+        f"elastic-{strength:g}": {"method": "elastic", "lr": 1e-3, "options": {"strength": strength}}
+        for strength in (20.0, 5.0)
+    }
+    return over(_base_5m(models, data, reference=_base_text(data, out)), ORDERS, SEEDS, points)
+
+
 def tuning(models: Path, data: Path, out: Path) -> dict[str, Settings]:
     """Six settings of every method, on domains that none is tested on."""
     sources = _sources(data, out, *main_study.DATA)
@@ -72,10 +81,6 @@ def main(models: Path, data: Path, out: Path) -> dict[str, Settings]:
 
 def gemma(models: Path, data: Path, out: Path) -> dict[str, Settings]:
     """Gemma 3 270M, vocabulary trimmed: four domains, base text protected by those who can."""
-    reference = out / "base.test.txt"
-    if not reference.is_file():
-        out.mkdir(parents=True, exist_ok=True)
-        reference.write_text((data / "base.test.txt").read_text(encoding="utf-8")[:24_576], encoding="utf-8")
     rates = {"adamw": 5e-5, "elastic": 5e-5, "lora": 5e-4, "elastic-lora": 5e-4}
     rates |= {"sfa": 5e-5, "l2-sp": 5e-5, "replay-5": 5e-5, "self-replay": 5e-5}
     points = {
@@ -87,7 +92,7 @@ def gemma(models: Path, data: Path, out: Path) -> dict[str, Settings]:
         model=str(models / "gemma-trimmed"),
         data=str(data),
         protect=str(data / "base.txt"),
-        reference=str(reference),
+        reference=_base_text(data, out),
         steps=60,
         batch_size=4,
         eval_records=16,
@@ -136,8 +141,17 @@ def waking(models: Path, data: Path, out: Path) -> dict[str, Settings]:
 
 STUDIES: Mapping[str, Callable[[Path, Path, Path], dict[str, Settings]]] = {
     study.__name__.replace("_", "-"): study
-    for study in (routed, ceiling, tracks, waking_choice, waking, tuning, main, gemma, size)
+    for study in (strength, routed, ceiling, tracks, waking_choice, waking, tuning, main, gemma, size)
 }
+
+
+def _base_text(data: Path, out: Path) -> str:
+    """A file with the beginning of the held-out base text."""
+    path = out / "base.test.txt"
+    if not path.is_file():
+        out.mkdir(parents=True, exist_ok=True)
+        path.write_text((data / "base.test.txt").read_text(encoding="utf-8")[:24_576], encoding="utf-8")
+    return str(path)
 
 
 def _sources(data: Path, out: Path, names: Sequence[str] = SOURCES, held_out: int = HELD_OUT) -> Path:

@@ -1,11 +1,10 @@
 """Whether a model can still learn after many domains, and what keeps it able to.
 
     python -m benchmarks.arena.sources --data DIR --out SOURCES
-    python -m benchmarks.arena.plasticity run   --model MODEL --data SOURCES --json FILE [--steps 15] [--only NAME;…]
-    python -m benchmarks.arena.plasticity table --json FILE
+    python -m benchmarks.arena.plasticity --model MODEL --data SOURCES --json FILE [--steps 15] [--only NAME;…]
 
-`run`: sixteen domains one after another by each way of `WAYS`; what was stopped goes on with the same command, way by
-way. Measured are
+Sixteen domains one after another by each way of `WAYS`; what was stopped goes on with the same command, way by way.
+Measured are
 
 - steps to fit new random tasks (`steps_to_fit`) before any domain and after 4, 8 and 16;
 - bits per byte of each domain's held-out records before and after it was learned, and after all; and beside the last
@@ -214,63 +213,28 @@ def wakes(
     return model, waking(start, after, earlier, learned).to_json()
 
 
-def table(results: dict[str, Any]) -> str:
-    """Two tables in Markdown, a row per run; "loss" is the probing task's after 20 steps, after all domains."""
-
-    def steps(one: dict[str, Any]) -> str:
-        low, high = one["range"]
-        return f"{one['median']:.0f} ({low} to {high or 'over 100'})" if one["median"] else f"over 100 ({low})"
-
-    def landed(one: dict[str, Any]) -> str:
-        low, high = one["null_interval"]
-        return f"{one['share']:.1%} ({low:.1%} to {high:.1%})"
-
-    first = [f"after {n}" for n in STAGES]
-    rows = [["way", *first, "loss", "learned", "lost", "ACC", f"bits per byte of the last {ALONE}", "alone"]]
-    waking = [["way", "update", "activation"]]
-    for run in results["runs"]:
-        entries = run["learned"]
-        learned = [entry["before"] - entry["after"] for entry in entries]
-        lost = sum(entry["last"] - entry["after"] for entry in entries[:-1]) / sum(learned[:-1])
-        ends = [sum(entry[key] for entry in entries[-ALONE:]) / ALONE for key in ("after", "alone")]
-        fits = [steps(run["fits"][str(n)]) for n in STAGES]
-        acc = sum(entry["last"] for entry in entries) / len(entries)
-        scores = [f"{sum(learned) / len(learned):.2f}", f"{lost:.0%}", f"{acc:.2f}", *(f"{x:.2f}" for x in ends)]
-        rows.append([run["name"], *fits, f"{run['fits'][str(STAGES[-1])]['loss']:.2f}", *scores])
-        waking.append([run["name"], *(landed(run["woken"]["lowest"][key]) for key in ("update", "activation"))])
-    tables = []
-    for head, *body in (rows, waking):
-        tables.append("\n".join("| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *body)))
-    loss = results["before"]["loss"]
-    return f"Before any domain: {steps(results['before'])} steps, loss {loss:.2f}.\n\n" + "\n\n".join(tables)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "table"))
-    parser.add_argument("--model")
-    parser.add_argument("--data", help="folder that benchmarks.arena.sources wrote")
-    parser.add_argument("--json", type=Path, required=True, help="results; `run` goes on with those that are there")
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data", required=True, help="folder that benchmarks.arena.sources wrote")
+    parser.add_argument("--json", type=Path, required=True, help="results; those that are there are gone on from")
     parser.add_argument("--steps", type=int, default=15, help="of a domain (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="ways, with semicolons between them (default: all)")
     given = parser.parse_args()
     results = json.loads(given.json.read_text(encoding="utf-8")) if given.json.exists() else {"runs": []}
-    if given.what != "table":
-        transformers.logging.set_verbosity_error()
-        transformers.utils.logging.disable_progress_bar()
-        base, tokenizer = load_model(given.model)
-        domains = load_domains(SOURCES, given.data, 0)
-        learner = Learner(tokenizer, given.steps, given.seed)
-        results["before"] = results.get("before") or fit(base)
-        for name in given.only.split(";") if given.only else WAYS:
-            key = {"name": name, "steps": given.steps, "seed": given.seed}
-            if not any(key.items() <= run.items() for run in results["runs"]):
-                results["runs"].append(sequence(base, learner, domains, name))
-                write_json(given.json, results)
-                print(json.dumps(results["runs"][-1]), flush=True)
-    if results["runs"]:
-        print(table(results))
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    base, tokenizer = load_model(given.model)
+    domains = load_domains(SOURCES, given.data, 0)
+    learner = Learner(tokenizer, given.steps, given.seed)
+    results["before"] = results.get("before") or fit(base)
+    for name in given.only.split(";") if given.only else WAYS:
+        key = {"name": name, "steps": given.steps, "seed": given.seed}
+        if not any(key.items() <= run.items() for run in results["runs"]):
+            results["runs"].append(sequence(base, learner, domains, name))
+            write_json(given.json, results)
+            print(json.dumps(results["runs"][-1]), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,52 @@
+"""Tables of README and docs, made of the results that are kept; each stands between marks that name it.
+
+`python -m benchmarks.tables` writes all of them anew.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from . import methods, models
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "results" / "README.md")
+TABLES: Mapping[str, Callable[[], str]] = {
+    "comparison": methods.comparison,
+    "comparison-short": methods.comparison_short,
+    "cosines": models.cosines,
+    "elastic-step": methods.elastic_step,
+    "gemma": lambda: methods.study("gemma", ".3f"),
+    "landed": methods.landed,
+    "learn-first": methods.learn_first,
+    "learn-second": methods.learn_second,
+    "overlap": models.overlap,
+    "permuted-digits": methods.permuted_digits,
+    "plasticity": methods.plasticity,
+    "shared-features": methods.shared_features,
+    "streams": methods.streams,
+    "tracks": lambda: methods.study("tracks"),
+    "widths": models.widths,
+}
+"""Name → its Markdown, with a line's end."""
+_MARKED = re.compile(r"(<!-- table: (\S+) -->\n)(.*?)(<!-- end -->\n)", re.DOTALL)
+_MEASURED = re.compile(r"\d\.\d|\.\d\d|\d %")
+
+
+def written(text: str) -> str:
+    """A document with each of its marked tables as the results have it.
+
+    Raises:
+        KeyError: a mark names no table.
+    """
+    return _MARKED.sub(lambda found: found[1] + TABLES[found[2]]() + found[4], text)
+
+
+def unmarked(text: str) -> list[str]:
+    """Headers of a document's tables that hold measured numbers and stand between no marks."""
+    lines = _MARKED.sub("", text).splitlines()
+    begins = [i - 1 for i, line in enumerate(lines) if re.fullmatch(r"\|[-| :]+\|", line)]
+    ends = [next((k for k in range(i, len(lines)) if not lines[k].startswith("|")), len(lines)) for i in begins]
+    return [lines[i] for i, end in zip(begins, ends, strict=True) if _MEASURED.search(" ".join(lines[i + 2 : end]))]

@@ -1,0 +1,42 @@
+"""How numbers and tables of the docs are written, and where their results lie."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+RESULTS = Path(__file__).parents[1] / "results"
+
+
+def results(name: str) -> Any:
+    """What a file of results holds."""
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def number(value: float, form: str) -> str:
+    """By a format of Python's; "%" in it: a percentage, with the space that units have."""
+    shown = f"{value:{form}}".replace("%", " %")
+    if not shown.strip("-+0. %"):
+        shown = shown.lstrip("-+")
+    return shown.replace("-", "−")
+
+
+def several(values: Sequence[float], form: str) -> str:
+    """The mean, and of more than one value the least and the most."""
+    mean = number(fmean(values), form)
+    return mean if len(values) == 1 else f"{mean} ({number(min(values), form)} to {number(max(values), form)})"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """In Markdown, with a line's end."""
+    lines = [f"| {' | '.join(cells)} |" for cells in (header, *rows)]
+    lines.insert(1, "|" + "---|" * len(header))
+    return "".join(line.replace("|  |", "| |").replace("|  |", "| |") + "\n" for line in lines)
+
+
+def bold(cells: Sequence[str]) -> list[str]:
+    """A row that is to be seen first."""
+    return [f"**{cell}**" if cell else cell for cell in cells]

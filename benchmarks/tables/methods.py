@@ -1,0 +1,243 @@
+"""Tables of what methods learned and forgot."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from statistics import fmean
+from typing import Any
+
+from sparse_cl.methods import Elastic
+
+from .cells import bold, number, results, several, table
+
+_COMPARED = {
+    "single": "a model for each domain (bound)",
+    "elastic text_weight=1 protect=base.txt": "`elastic` of 0.1, base text protected",
+    "joint": "all four domains at once (bound)",
+    "elastic text_weight=0.2 protect=none": "`elastic` of 0.1",
+    "curvature": "`curvature`",
+    "replay-5": "replay of 5 % of the old data",
+    "ewc": "online EWC",
+    "elastic-lora": "`elastic-lora` of 0.1",
+    "migu": "MIGU",
+    "replay-1": "replay of 1 %",
+    "two-four": "`two-four` of 0.1 (two tracks)",
+    "selective-write": "`selective-write`",
+    "adamw lr=0.0003": "sequential AdamW, tuned to learn",
+    "mofo": "MoFO",
+    "osf": "OSF",
+    "adamw lr=0.0001": "sequential AdamW, tuned for ACC",
+    "o-lora": "O-LoRA",
+    "freeze-lower": "lower half frozen",
+    "orthogonal-lora": "`orthogonal-lora` of 0.1",
+    "lora lr=0.001": "LoRA, tuned for ACC",
+    "lora-wd": "LoRA, weight decay 0.3",
+    "sparse-masked": "`sparse-masked`",
+    "lora lr=0.003": "LoRA, tuned to learn",
+    "orthogonal": "`orthogonal`",
+    "sparse-masked-lora": "`sparse-masked-lora`",
+    "orthogonal-masked": "`orthogonal-masked`",
+}
+"""A row of comparison/compare.json by its name → what the docs call it."""
+_SHORT = ("adamw lr=0.0003", "lora lr=0.003", "replay-5", "joint", "elastic text_weight=1 protect=base.txt")
+
+
+def comparison() -> str:
+    """All methods of 0.1, by what they end at."""
+    header = ("by ACC", "learned", "part of it lost", "ACC (lower is better)", "change of base text")
+    rows = [*map(_compared, _COMPARED), *_strengths()]
+    return table(header, sorted(rows, key=lambda row: row[3].strip("*")))
+
+
+def comparison_short() -> str:
+    """The rows that README shows."""
+    end = ("at the end (lower is better)", "change of the base model's text")
+    rows = [*map(_compared, _SHORT), *_strengths()]
+    return table(("bits per byte", "learned", "part of it lost", *end), rows)
+
+
+def _compared(name: str) -> list[str]:
+    (row,) = (row for row in results("comparison/compare")["rows"] if row["name"] == name)
+    found = row["scores"]["all orders"]["bits_per_byte"]
+    mean = {key: score["mean"] for key, score in found.items() if score is not None}
+    lost = "" if row["kind"] == "bound" else number(mean["gain_lost"], ".0%")
+    moved = "" if row["method"] == "single" else number(mean["reference_change"], "+.2f")
+    cells = [_COMPARED[name], number(mean["learned"], ".2f"), lost, number(mean["acc"], ".2f"), moved]
+    return bold(cells) if name == _SHORT[-1] else cells
+
+
+def _strengths() -> list[list[str]]:
+    """This version's `elastic`, by its strength: means over seeds and orders."""
+    rows = []
+    runs = results("arena/strength")["runs"]
+    for strength in sorted({run["settings"]["method"]["strength"] for run in runs}, reverse=True):
+        own = [run for run in runs if run["settings"]["method"]["strength"] == strength]
+        mean = {key: fmean(run["summary"][key] for run in own) for key in ("learned", "gain_lost", "acc")}
+        moved = fmean(run["R_reference"][-1] - run["R_reference"][0] for run in own)
+        name = f"`elastic` of 0.2, strength {strength:g}" + ", the default" * (strength == Elastic().strength)
+        cells = [number(mean["learned"], ".2f"), number(mean["gain_lost"], ".0%"), number(mean["acc"], ".2f")]
+        rows.append([name, *cells, number(moved, "+.2f")])
+    return rows
+
+
+def study(name: str, form: str = ".2f") -> str:
+    """A row for each point and order of a study: means over seeds, and of several seeds the least and the most."""
+    points: dict[str, list[Mapping[str, Any]]] = {}
+    for run in results(f"arena/{name}")["runs"]:
+        if "failed" not in run:
+            points.setdefault(run["name"].rsplit("-seed", 1)[0], []).append(run)
+    rows = []
+    for runs in points.values():
+        first, summaries = runs[0], [run["summary"] for run in runs]
+        moved = [run["R_reference"][-1] - run["R_reference"][0] for run in runs if run["R_reference"][0] is not None]
+        columns = ((key, ".0%" if key == "gain_lost" else form) for key in ("learned", "gain_lost", "acc"))
+        cells = [several([summary[key] for summary in summaries], shown) for key, shown in columns]
+        base = several(moved, "+" + form) if moved else ""
+        at = [f"`{first['method']}`", f"{first['settings']['lr']:g}", f"{first['domains'][0]} first", str(len(runs))]
+        rows.append([*at, *cells, base])
+    header = ["", "rate", "order", "seeds", "learned", "lost", "ACC", "change of base text"]
+    if not any(row[-1] for row in rows):
+        header, rows = header[:-1], [row[:-1] for row in rows]
+    return table(header, rows)
+
+
+def streams() -> str:
+    """What is lost where nobody announces the domains."""
+    ways = {
+        "announced": "announced",
+        "auto": "found, with [rewind](trainers.md#when-nobody-says-where-a-domain-ends)",
+        "late": "found, without",
+        "none": "neither: plain AdamW",
+    }
+    rows = []
+    for run in results("streams")["train"]:
+        seed = str(run["seed"]) if run["how"] == "announced" else ""
+        scores = [number(run["learned"], ".2f"), number(run["lost"], ".0%"), number(run["acc"], ".2f")]
+        rows.append([seed, ways[run["how"]], *scores])
+    return table(("seed", "how", "learned", "lost", "ACC"), rows)
+
+
+def plasticity() -> str:
+    """Steps to fit random tasks after domains, and what was learned."""
+    rows = []
+    for run in results("plasticity")["runs"]:
+        entries, fits = run["learned"], [run["fits"][after] for after in ("4", "8", "16")]
+        learned = [entry["before"] - entry["after"] for entry in entries]
+        lost = sum(entry["last"] - entry["after"] for entry in entries[:-1]) / sum(learned[:-1])
+        last, alone = (fmean(entry[key] for entry in entries[-2:]) for key in ("after", "alone"))
+        steps = [f"{fit['median']:.0f} ({fit['range'][0]} to {fit['range'][1]})" for fit in fits]
+        scores = [number(fits[-1]["loss"], ".2f"), number(fmean(learned), ".2f"), number(lost, ".0%")]
+        ends = [number(value, ".2f") for value in (fmean(entry["last"] for entry in entries), last, alone)]
+        rows.append([_way(run), *steps, *scores, *ends])
+    end = ("learned", "lost", "ACC", "bits per byte of the last 2", "alone")
+    return table(("way", "after 4", "after 8", "after 16", "loss", *end), rows)
+
+
+def landed() -> str:
+    """Where updates and activation land among the least used neurons, and the interval of random ones."""
+    rows = []
+    for run in results("plasticity")["runs"]:
+        found = [run["woken"]["lowest"][key] for key in ("update", "activation")]
+        shares = [(number(one["share"], ".1%"), *(number(end, ".1%") for end in one["null_interval"])) for one in found]
+        rows.append([_way(run), *(f"{share} ({low} to {high})" for share, low, high in shares)])
+    return table(("way", "update", "activation"), rows)
+
+
+def _way(run: Mapping[str, Any]) -> str:
+    return {"elastic": "elastic, strength 50"}.get(run["name"], run["name"])
+
+
+def shared_features() -> str:
+    """How much of what moved in old outputs lies on directions that the next domain uses."""
+    rows = []
+    for run in results("shared-features")["runs"]:
+        pairs = run["pairs"]
+        if run["method"] == "adamw":
+            for pair in pairs:
+                name = f"{'AdamW, ' * (pair is pairs[0])}{pair['first']} → {pair['second']}"
+                shared, null = number(pair["shared"], ".1%"), number(pair["null"], ".0%")
+                rows.append([name, number(pair["moved"], ".1%"), f"**{shared}**", null])
+            continue
+        low, high = (
+            {key: pick(pair[key] for pair in pairs) for key in ("moved", "shared", "null")} for pick in (min, max)
+        )
+        cells = [
+            f"{number(low[key], form)[:-2]} to {number(high[key], form)}"
+            for key, form in (("moved", ".2%"), ("shared", ".0%"), ("null", ".0%"))
+        ]
+        rows.append([f"`{run['method']}`", *cells])
+    through = "of it through directions that the next domain uses"
+    return table(("", "old outputs moved, of their energy", through, "a change in random directions"), rows)
+
+
+def permuted_digits() -> str:
+    """Ten permuted tasks: means of three seeds, the leak of the worst."""
+    names = {
+        "adamw": "AdamW, tuned to learn",
+        "adamw-best-acc": "AdamW, tuned for accuracy at the end",
+        "projected-gradient": "AdamW on projected gradients",
+        "gpm": "GPM (SGD)",
+        "orthogonal": "`SubspaceProjectedAdamW`",
+    }
+    runs, rows = results("permuted-digits"), []
+    for method, name in names.items():
+        own = [run for run in runs if run["method"] == method]
+        means = [
+            number(fmean(run[key] for run in own), ".3f").replace("0.", ".")
+            for key in ("acc", "bwt", "learning_accuracy")
+        ]
+        leaks = [max(run["leak"].values()) for run in own if run["leak"]]
+        leak = max(leaks, default=None)
+        shown = (
+            ""
+            if leak is None
+            else number(leak, ".2f").replace("0.", ".")
+            if leak > 0.01
+            else f"{leak:.0e}".replace("e-0", "e-")
+        )
+        rows.append([name, *means, shown])
+    return table(("", "accuracy at the end", "BWT", "learning accuracy", "leak, worst layer"), rows)
+
+
+def learn_first() -> str:
+    """A first domain by `sparse-cl learn`: how the base text fares by what protects it."""
+    ways = {
+        "1-self": "256 texts that it wrote itself (`--protect self`, the default)",
+        "1-file": "a text of its pretraining (`--protect FILE.txt`)",
+        "1-nothing": "nothing (`--protect none`), which is AdamW",
+    }
+    found = results("learn-base-5m")
+    base, rows = found["base"], []
+    for key, name in ways.items():
+        moved, learned = found[key]["base text"] - base["base text"], base["math"] - found[key]["math"]
+        rows.append([name, number(moved, "+.3f"), number(learned, ".2f")])
+    return table(("first domain, the base model protected by", "base text", "learned"), rows)
+
+
+def learn_second() -> str:
+    """A second domain after the first that its own texts protected."""
+    found = results("learn-base-5m")
+    first, base, rows = found["1-self"], found["base"], []
+    for method in ("elastic", "adamw"):
+        then = found[f"2-{method}"]
+        lost, gained = then["math"] - first["math"], base["math"] - first["math"]
+        cells = [number(first["medical"] - then["medical"], ".2f"), f"{lost:.3f} ({number(lost / gained, '.1%')})"]
+        rows.append([f"`{method}`", *cells, number(then["base text"] - first["base text"], "+.3f")])
+    header = ("second domain, after the first of these", "learned", "of the first lost", "base text since the first")
+    return table(header, rows)
+
+
+def elastic_step() -> str:
+    """A whole step with ElasticAdamW over one with AdamW."""
+    names = {
+        "llama-110m": "Llama of 110 M parameters",
+        "gemma3-270m": "Gemma 3 270M (268 M)",
+        "gemma-trimmed": "the same, vocabulary cut to 93,261 (160 M)",
+    }
+    found, rows = results("elastic-step"), []
+    for model, name in names.items():
+        run = found[model]
+        ratios = run["quartiles of the ratio of whole steps"]
+        medians = [ratios[f"{key} / AdamW"][1] for key in ("ElasticAdamW", "ElasticAdamW every=4")]
+        rows.append([name, run["rank"].replace("auto", "n / 8"), *(number(median, ".2f") for median in medians)])
+    return table(("", "r", "ElasticAdamW / AdamW", "with `every=4`"), rows)

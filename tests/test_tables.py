@@ -1,0 +1,66 @@
+"""Tables of README and docs are what the results in the repository say."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from benchmarks.tables import DOCUMENTS, ROOT, TABLES, cells, unmarked, written
+
+#: Tables with measured numbers that no file of results makes, or that are written by hand. This list may shrink.
+BY_HAND = {
+    "README.md": 1,
+    "docs/command-line.md": 1,
+    "docs/distributed.md": 2,
+    "docs/ideas.md": 3,
+    "docs/memory.md": 1,
+    "docs/methods.md": 4,
+    "docs/probes.md": 1,
+    "docs/results.md": 8,
+    "docs/speed.md": 4,
+    "benchmarks/results/README.md": 10,
+}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_tables_are_what_the_results_say(document):
+    text = document.read_text(encoding="utf-8")
+    assert written(text) == text, "python -m benchmarks.tables writes it"
+    found = unmarked(text)
+    assert len(found) <= BY_HAND.get(str(document.relative_to(ROOT)), 0), found
+
+
+def test_every_table_is_in_a_document():
+    text = "".join(document.read_text(encoding="utf-8") for document in DOCUMENTS)
+    assert sorted(re.findall(r"<!-- table: (\S+) -->", text)) == sorted(TABLES)
+
+
+def test_a_marked_table_is_written_anew_and_the_rest_is_left():
+    old = "before\n\n<!-- table: cosines -->\n| old |\n<!-- end -->\n\n| a | b |\n|---|---|\n| x | 0.5 |\n| y | |\n"
+    new = written(old)
+    assert TABLES["cosines"]() in new and "| old |" not in new
+    assert new.startswith("before\n\n<!-- table: cosines -->\n| |") and new.endswith("| y | |\n")
+    assert unmarked(new) == ["| a | b |"] and written(new) == new
+    with pytest.raises(KeyError, match="nothing"):
+        written("<!-- table: nothing -->\n<!-- end -->\n")
+
+
+@pytest.mark.parametrize(
+    ("value", "form", "shown"),
+    [
+        (0.128, ".0%", "13 %"),
+        (-0.004, ".0%", "0 %"),
+        (-0.016, ".0%", "−2 %"),
+        (0.05, "+.2f", "+0.05"),
+        (-2.0, ".1f", "−2.0"),
+    ],
+)
+def test_numbers(value, form, shown):
+    assert cells.number(value, form) == shown
+
+
+def test_several_values_are_a_mean_the_least_and_the_most():
+    assert cells.several([0.5], ".1f") == "0.5"
+    assert cells.several([0.1, 0.3], ".0%") == "20 % (10 % to 30 %)"
+    assert cells.table(("", "a"), [["x", ""], ["", "y"]]) == "| | a |\n|---|---|\n| x | |\n| | y |\n"
