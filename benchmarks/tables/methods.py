@@ -93,7 +93,8 @@ def study(name: str, form: str = ".2f") -> str:
         columns = ((key, ".0%" if key == "gain_lost" else form) for key in ("learned", "gain_lost", "acc"))
         cells = [several([summary[key] for summary in summaries], shown) for key, shown in columns]
         base = several(moved, "+" + form) if moved else ""
-        at = [f"`{first['method']}`", f"{first['settings']['lr']:g}", f"{first['domains'][0]} first", str(len(runs))]
+        rate = f"{first['settings']['lr']:g}"
+        at = [f"`{first['name'].split(f'-{rate}')[0]}`", rate, f"{first['domains'][0]} first", str(len(runs))]
         rows.append([*at, *cells, base])
     header = ["", "rate", "order", "seeds", "learned", "lost", "ACC", "change of base text"]
     if not any(row[-1] for row in rows):
