@@ -56,8 +56,9 @@ def run_command(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> 
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
     except Exception as error:
-        # torch.save and safetensors have errors of their own for a disk that is full.
-        if not any(words in str(error) for words in ("No space left", "inline_container.cc")):
+        from .four_domains.files import is_disk_full
+
+        if not is_disk_full(error):
             raise
         said = f"a file could not be written ({error}); is the disk full?{_goes_on(arguments)}"
         print(f"{parser.prog}: {said}", file=sys.stderr)

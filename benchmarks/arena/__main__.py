@@ -101,7 +101,8 @@ def _table(arguments: argparse.Namespace) -> None:
         print(ceiling.table(runs))
     elif arguments.study == "size":
         scales = json.loads((KEPT.parent / "scale-study.json").read_text(encoding="utf-8"))
-        found = size.points([*runs, *kept("gemma")], {model["model"]: model["parameters"] for model in scales})
+        parameters = size.OTHERS | {model["model"]: model["parameters"] for model in scales}
+        found = size.points([*runs, *kept("gemma")], parameters)
         size.draw(found, KEPT / "size.png")
         print(size.table(found))
     else:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -55,15 +56,19 @@ def over(
 def run(name: str, study: Mapping[str, Settings], out: Path, part: int = 0, parts: int = 1) -> list[dict[str, Any]]:
     """Make the runs that are not done, every `parts`-th from the `part`-th on, and return the results of all that are.
 
-    Of a finished run the weights are deleted.
+    Of a finished run the weights are deleted. A warning names what was kept of other settings, and is dropped.
 
     Args:
         name: of the study, and of its file in `KEPT`.
         out: of the runs, a folder each.
     """
+    before = {run["name"] for run in kept(name)} if _file(name).is_file() else set()
     found = keep(name, study, out)
+    if dropped := sorted(before - {run["name"] for run in found}):
+        warnings.warn(f"{_file(name)}: {', '.join(dropped)} had other settings, or are not in the study", stacklevel=2)
     for run_name, settings in list(study.items())[part::parts]:
-        if any(run["name"] == run_name for run in found):
+        # One that failed is tried again: another machine may have the memory that it wants.
+        if any(run["name"] == run_name and "failed" not in run for run in found):
             continue
         experiment.run(settings, out / run_name)
         for weights in (out / run_name).glob("*/*"):
@@ -107,10 +112,11 @@ def _file(name: str) -> Path:
 
 
 def _same(recorded: Mapping[str, Any], settings: Settings) -> bool:
-    """Whether a run was made with these settings, as far as its record knows them."""
+    """Whether a run was made with these settings, as far as its record knows them; wherever the data lay."""
     (method,) = settings.methods
-    now = json.loads(json.dumps({**_named(settings.to_json()), "lr": settings.lr_of(method)}))
-    return all(now.get(key) == value for key, value in recorded.items() if key != "method")
+    own = {"lr": settings.lr_of(method), "method": settings.make_method(method).settings()}
+    now = json.loads(json.dumps({**_named(settings.to_json()), **own}))
+    return all(now.get(key) == value for key, value in recorded.items() if key != "data")
 
 
 def _named(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,8 @@ from sparse_cl.probes.scaling import fit_exponent
 MATCHED = 0.9
 FAMILY = "pretrained"
 """Of the scale study: models that differ in width alone."""
+OTHERS = {"gemma-trimmed": 160_013_056, "qwen-coder-0.5b": 630_000_000}
+"""Parameters of models that the scale study does not have."""
 
 
 @dataclass(frozen=True)
@@ -49,14 +51,16 @@ def matched(runs: Sequence[Mapping[str, Any]]) -> tuple[float, float, float] | N
         runs: of one model and seed, at several rates; one that failed is left out.
 
     Returns:
-        None where the lowest rate that was tried learns more already.
+        None where nothing was learned, or the lowest rate that was tried learns more already.
     """
     curve = sorted(
         (run["settings"]["lr"], run["summary"]["learned"], run["summary"]["gain_lost"])
         for run in runs
         if "failed" not in run
     )
-    best = max(range(len(curve)), key=lambda i: curve[i][1])
+    best = max(range(len(curve)), key=lambda i: curve[i][1], default=None)
+    if best is None or curve[best][1] <= 0:
+        return None
     rising, wanted = curve[: best + 1], MATCHED * curve[best][1]
     below = [i for i, (_, learned, _) in enumerate(rising) if learned <= wanted]
     if not below:

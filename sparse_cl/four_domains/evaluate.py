@@ -43,11 +43,12 @@ def response_nats(model: nn.Module, examples: Sequence[Example], batch_size: int
         before = scored.roll(-1, 1)
         with logits_only_at(model, before):
             logits = model(input_ids=ids, attention_mask=mask).logits
-        losses = torch.zeros_like(ids, dtype=torch.float64)
         predictions = logits[before] if logits.shape[:2] == ids.shape else logits.flatten(0, 1)
-        losses[scored] = nn.functional.cross_entropy(predictions.float(), ids[scored], reduction="none").double()
-        for row, i in enumerate(indices):
-            nats[i] = losses[row].sum().item()
+        counts = scored.sum(1).tolist()
+        # A record at a time: float32 of all logits at once would double the memory of a large vocabulary.
+        for i, own, answers in zip(indices, predictions.split(counts), ids[scored].split(counts), strict=True):
+            losses = nn.functional.cross_entropy(own.float(), answers, reduction="none")
+            nats[i] = losses.double().sum().item()
     return nats
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,10 @@ class OwnOptimizerTrainer(transformers.Trainer):
     def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
         own = self.accelerator.unwrap_model(model)
         autocast = torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.autocast == "bf16")
-        with autocast, logits_at_labels(own, inputs) as counted:
+        # Whoever asks for outputs wants those of all tokens, and another loss or a patched model takes them all.
+        others = return_outputs or self.label_smoother or self.compute_loss_func or self.args.use_liger_kernel
+        fewer = nullcontext(inputs) if others or self.args.torch_compile else logits_at_labels(own, inputs)
+        with autocast, fewer as counted:
             result = super().compute_loss(model, counted, return_outputs=return_outputs, **kwargs)
         penalty = self.penalty(own)
         if penalty is None:

@@ -29,7 +29,11 @@ def record(settings, R=((4.0, 3.0), (2.0, 3.0), (3.0, 1.0)), layers=None):
         "protects": False,
         "domains": list(settings.domains),
         "seed": settings.seed,
-        "settings": {**settings.to_json(), "lr": settings.lr_of(method), "method": {}},
+        "settings": {
+            **settings.to_json(),
+            "lr": settings.lr_of(method),
+            "method": settings.make_method(method).settings(),
+        },
         "R": {"bits_per_byte": [list(row) for row in R]},
         "R_reference": [None] * len(R),
         "drift": [None] * len(R),
@@ -87,8 +91,21 @@ def test_what_is_kept_is_not_run_again_on_another_machine_but_with_other_setting
     found = grid.run("some", moved, tmp_path / "there")
     assert made == ["x", "y"] and [run["name"] for run in found] == ["x", "y"]
     longer = {name: replace(settings, steps=settings.steps + 1) for name, settings in study.items()}
-    grid.run("some", longer, tmp_path / "longer", 1, 2)
+    with pytest.warns(UserWarning, match=r"some.json: x, y had other settings"):
+        grid.run("some", longer, tmp_path / "longer", 1, 2)
     assert made == ["x", "y", "y"] and [run["name"] for run in grid.kept("some")] == ["y"]
+
+
+def test_what_failed_is_run_again_and_another_default_is_another_setting(made, monkeypatch, tmp_path):
+    study = grid.over(BASE, (GIVEN,), (0,), POINTS)
+    grid.run("some", study, tmp_path / "here")
+    runs = grid.kept("some")
+    runs[0]["failed"] = "OutOfMemoryError"
+    runs[1]["settings"]["method"]["row_strength"] = 7.0
+    (tmp_path / "kept" / "some.json").write_text(json.dumps({"runs": runs}))
+    with pytest.warns(UserWarning, match=r"some.json: y had other settings"):
+        grid.run("some", study, tmp_path / "there")
+    assert made == ["x", "y", "x", "y"]
 
 
 def test_the_table_is_made_from_the_file_alone(made, monkeypatch, tmp_path, capsys):
@@ -101,7 +118,7 @@ def test_the_table_is_made_from_the_file_alone(made, monkeypatch, tmp_path, caps
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["run", "nothing"], "unknown study 'nothing'; there are routed"),
+        (["run", "nothing"], "unknown study 'nothing'; there are strength"),
         (["run", "routed", "--part", "3/2"], "--part: expected I/N with 1 <= I <= N, got 3/2"),
         (["run", "routed", "--part", "half"], "got half"),
         (["run", "routed", "--data", "absent"], "no such folder"),
@@ -174,6 +191,7 @@ def test_models_are_compared_where_they_learned_the_same_share_of_their_best():
     for point in found:
         assert point.rate == pytest.approx(10**-2.5) and point.learned == pytest.approx(0.9)
         assert point.lost == pytest.approx(0.8 * point.parameters**-0.25)
+    assert size.matched([]) is None and size.matched([run("m", 0, 1e-3, -0.1, 0.0), run("m", 0, 1e-2, -0.2, 0)]) is None
     slope, error = size.exponent(found)
     assert slope == pytest.approx(-0.25) and error == pytest.approx(0, abs=1e-6)
     assert "parameters^-0.25 ± 0.00" in size.table(found)

@@ -37,6 +37,24 @@ def test_every_a_and_b_is_held_in_the_second_domain(tiny_llama, make, options):
     assert set(method.make_optimizer(model, 1e-3).projections) == trained
 
 
+def test_a_trained_head_is_held_by_what_all_tokens_put_into_it(tiny_llama):
+    method = Elastic()
+    model = learn(method, wrapped(tiny_llama, modules_to_save=["lm_head"]), domain(0)).eval()
+    rows = []
+    inner = model.base_model.model.lm_head.modules_to_save["default"]
+    hook = inner.register_forward_pre_hook(
+        lambda _, args: rows.append(args[0][batch["attention_mask"].bool()].double())
+    )
+    for batch in domain(0):
+        model(**batch)
+    hook.remove()
+    x = torch.cat(rows)
+    (head,) = (name for name in method.memory.names if "lm_head" in name)
+    found = method.memory.subspace(head)
+    expected = torch.linalg.eigvalsh(x.mT @ x / len(x)).flip(0)[: len(found.values)]
+    torch.testing.assert_close(found.values.double(), expected, rtol=0.02, atol=0)
+
+
 def moved(method, base):
     """How far outputs on the first domain move while the second is learned, and how much that lowers its loss."""
     model = learn(method, wrapped(base), domain(0), lr=1e-2, steps=20)
