@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from statistics import fmean
 from typing import Any
 
-from sparse_cl.methods import Elastic
-
 from .cells import bold, number, results, several, table
 
 _COMPARED = {
@@ -45,15 +43,14 @@ _SHORT = ("adamw lr=0.0003", "lora lr=0.003", "replay-5", "joint", "elastic text
 def comparison() -> str:
     """All methods of 0.1, by what they end at."""
     header = ("by ACC", "learned", "part of it lost", "ACC (lower is better)", "change of base text")
-    rows = [*map(_compared, _COMPARED), *_strengths()]
+    rows = [_compared(name) for name in _COMPARED]
     return table(header, sorted(rows, key=lambda row: row[3].strip("*")))
 
 
 def comparison_short() -> str:
     """The rows that README shows."""
     end = ("at the end (lower is better)", "change of the base model's text")
-    rows = [*map(_compared, _SHORT), *_strengths()]
-    return table(("bits per byte", "learned", "part of it lost", *end), rows)
+    return table(("bits per byte", "learned", "part of it lost", *end), [_compared(name) for name in _SHORT])
 
 
 def _compared(name: str) -> list[str]:
@@ -64,20 +61,6 @@ def _compared(name: str) -> list[str]:
     moved = "" if row["method"] == "single" else number(mean["reference_change"], "+.2f")
     cells = [_COMPARED[name], number(mean["learned"], ".2f"), lost, number(mean["acc"], ".2f"), moved]
     return bold(cells) if name == _SHORT[-1] else cells
-
-
-def _strengths() -> list[list[str]]:
-    """This version's `elastic`, by its strength: means over seeds and orders."""
-    rows = []
-    runs = results("arena/strength")["runs"]
-    for strength in sorted({run["settings"]["method"]["strength"] for run in runs}, reverse=True):
-        own = [run for run in runs if run["settings"]["method"]["strength"] == strength]
-        mean = {key: fmean(run["summary"][key] for run in own) for key in ("learned", "gain_lost", "acc")}
-        moved = fmean(run["R_reference"][-1] - run["R_reference"][0] for run in own)
-        name = f"`elastic` of 0.2, strength {strength:g}" + ", the default" * (strength == Elastic().strength)
-        cells = [number(mean["learned"], ".2f"), number(mean["gain_lost"], ".0%"), number(mean["acc"], ".2f")]
-        rows.append([name, *cells, number(moved, "+.2f")])
-    return rows
 
 
 def study(name: str, form: str = ".2f") -> str:
