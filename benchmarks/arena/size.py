@@ -43,6 +43,10 @@ class Point:
     lost: float
     rate: float
 
+    @property
+    def of_family(self) -> bool:
+        return self.model.startswith(FAMILY)
+
 
 def matched(runs: Sequence[Mapping[str, Any]]) -> tuple[float, float, float] | None:
     """Rate, learned and share lost where `MATCHED` of the best is learned.
@@ -89,7 +93,7 @@ def points(runs: Sequence[Mapping[str, Any]], parameters: Mapping[str, int]) -> 
 
 def exponent(found: Sequence[Point]) -> tuple[float, float]:
     """b and its standard error in lost = c · parameters^b, of the family alone."""
-    family = [point for point in found if point.model.startswith(FAMILY)]
+    family = [point for point in found if point.of_family]
     return fit_exponent([point.parameters for point in family], [point.lost for point in family])
 
 
@@ -99,7 +103,7 @@ def table(found: Sequence[Point]) -> str:
     for size in dict.fromkeys(point.parameters for point in found):
         own = [point for point in found if point.parameters == size]
         lost = [point.lost for point in own]
-        name = own[0].model.rsplit("-", 1)[0] if own[0].model.startswith(FAMILY) else own[0].model
+        name = own[0].model.rsplit("-", 1)[0] if own[0].of_family else own[0].model
         spread = f"{fmean(lost):.0%}" + (f" ({min(lost):.0%} to {max(lost):.0%})" if len(lost) > 1 else "")
         learned, rate = fmean(p.learned for p in own), math.exp(fmean(math.log(p.rate) for p in own))
         rows.append([name, f"{size / 1e6:.2f} M", str(len(own)), f"{rate:.1e}", f"{learned:.3f}", spread])
@@ -114,15 +118,14 @@ def draw(found: Sequence[Point], path: Path) -> None:
     """The share lost against the number of parameters, both logarithmic, with the family's line."""
     figure, axes = new_figure(1, 1, 6.0, 4.0)
     axis = axes[0][0]
-    for family, marker in ((True, "o"), (False, "s")):
-        own = [point for point in found if point.model.startswith(FAMILY) == family]
-        label = "Llamas that differ in width alone" if family else "other models"
+    for alike, marker in ((True, "o"), (False, "s")):
+        own = [point for point in found if point.of_family == alike]
+        label = "Llamas that differ in width alone" if alike else "other models"
         axis.plot([p.parameters for p in own], [p.lost for p in own], marker, label=label, fillstyle="none")
-    sizes = np.array([point.parameters for point in found if point.model.startswith(FAMILY)], dtype=float)
+    family = [point for point in found if point.of_family]
+    sizes = np.array([point.parameters for point in family], dtype=float)
     slope, _ = exponent(found)
-    middle = fmean(
-        math.log(point.lost) - slope * math.log(point.parameters) for point in found if point.model.startswith(FAMILY)
-    )
+    middle = fmean(math.log(point.lost) - slope * math.log(point.parameters) for point in family)
     axis.plot(sizes, math.exp(middle) * sizes**slope, "-", color="grey", linewidth=1)
     axis.set(
         xscale="log", yscale="log", xlabel="parameters", ylabel=f"lost, where {MATCHED:.0%} of the best is learned"

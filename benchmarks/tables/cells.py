@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 RESULTS = Path(__file__).parents[1] / "results"
 
 
+@functools.cache
 def results(name: str) -> Any:
     """What a file of results holds."""
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
@@ -32,9 +34,9 @@ def several(values: Sequence[float], form: str) -> str:
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """In Markdown, with a line's end."""
-    lines = [f"| {' | '.join(cells)} |" for cells in (header, *rows)]
-    lines.insert(1, "|" + "---|" * len(header))
-    return "".join(line.replace("|  |", "| |").replace("|  |", "| |") + "\n" for line in lines)
+    lines = ["|" + "|".join(f" {cell} " if cell else " " for cell in cells) + "|\n" for cells in (header, *rows)]
+    lines.insert(1, "|" + "---|" * len(header) + "\n")
+    return "".join(lines)
 
 
 def bold(cells: Sequence[str]) -> list[str]:

@@ -170,15 +170,9 @@ def permuted_digits() -> str:
             number(fmean(run[key] for run in own), ".3f").replace("0.", ".")
             for key in ("acc", "bwt", "learning_accuracy")
         ]
-        leaks = [max(run["leak"].values()) for run in own if run["leak"]]
-        leak = max(leaks, default=None)
-        shown = (
-            ""
-            if leak is None
-            else number(leak, ".2f").replace("0.", ".")
-            if leak > 0.01
-            else f"{leak:.0e}".replace("e-0", "e-")
-        )
+        leak = max((max(run["leak"].values()) for run in own if run["leak"]), default=0.0)
+        small = f"{leak:.0e}".replace("e-0", "e-") if leak else ""
+        shown = number(leak, ".2f").replace("0.", ".") if leak > 0.01 else small
         rows.append([name, *means, shown])
     return table(("", "accuracy at the end", "BWT", "learning accuracy", "leak, worst layer"), rows)
 

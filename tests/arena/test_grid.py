@@ -170,7 +170,7 @@ def test_every_method_has_six_settings_to_be_tuned_by_and_the_best_is_tested():
     assert main_study.chosen(runs)["elastic"] == {"method": "elastic", "lr": 1e-3, "options": {"strength": 5.0}}
 
 
-def test_models_are_compared_where_they_learned_the_same_share_of_their_best():
+def test_models_are_compared_where_they_learned_the_same_share_of_their_best(tmp_path):
     def run(model, seed, lr, learned, lost):
         settings = {"model": model, "lr": lr}
         summary = {"learned": learned, "gain_lost": lost}
@@ -195,3 +195,5 @@ def test_models_are_compared_where_they_learned_the_same_share_of_their_best():
     slope, error = size.exponent(found)
     assert slope == pytest.approx(-0.25) and error == pytest.approx(0, abs=1e-6)
     assert "parameters^-0.25 ± 0.00" in size.table(found)
+    size.draw(found, tmp_path / "size.png")
+    assert (tmp_path / "size.png").read_bytes().startswith(b"\x89PNG")
