@@ -12,8 +12,9 @@ from sparse_cl.four_domains.report import IN_MEGABYTES, IN_MILLISECONDS, UNITS, 
 from sparse_cl.four_domains.verdict import COSTS, Outcome, verdict
 
 from .compare import SCORES, Comparison, gather
+from .curves import at_equal_learning, lines_over_rates
 from .intervals import Interval
-from .pareto import draw_pareto
+from .pareto import draw_pareto, name_of
 
 DECIMALS_AND_SCALE = {
     "step_seconds": (1, IN_MILLISECONDS),
@@ -73,12 +74,32 @@ def to_text(compared: Comparison) -> str:
             if rows:
                 header = ("method", "kind", "seeds", *(HEADS.get(column, column) for column in columns))
                 parts.append(f"{metric} ({UNITS[metric]}); {section}\n" + text_table(header, rows))
+    parts.append(_at_equal_learning(compared))
     parts.append(
         "Means over seeds, ± half of a 95 % interval (Student's t). Over all orders a seed counts with its mean over\n"
         "the orders. Reference text: change in bits per byte. Intransigence is against the setting of `single` that\n"
         "learned most.\n" + legend([name for name in SCORES if name in shown])
     )
     return "\n\n".join(part for part in parts if part)
+
+
+def _at_equal_learning(compared: Comparison) -> str:
+    """What each line over rates loses more than the first one where both have learned the same; "": there is none."""
+    rows = []
+    for found in at_equal_learning(compared):
+        more = found.more and Interval(100 * found.more.mean, found.more.half_width and 100 * found.more.half_width, 0)
+        ends = [f"{end:.2f}" for end in found.learned] if found.learned else ["-", "-"]
+        cell = "-" if more is None else f"{more.mean:.1f}" + (f" ±{more.half_width:.1f}" if more.half_width else "")
+        rows.append([found.name, cell, *ends, f"{found.most:.2f}"])
+    if not rows:
+        return ""
+    first = name_of(lines_over_rates(compared)[0])
+    header = ("method", "points lost more", "from", "to", "most")
+    return (
+        f"At equal learning, beside {first}: how much more of the gain is lost, in percentage points, mean over the\n"
+        "learning that both reach (from … to) over their rates; most: learned at the best rate\n"
+        + text_table(header, rows)
+    )
 
 
 def to_json(compared: Comparison) -> dict[str, Any]:

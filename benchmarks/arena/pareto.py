@@ -27,6 +27,11 @@ def lines_of(rows: Sequence[Row]) -> list[list[Row]]:
     return [sorted(group, key=lambda row: row.settings["lr"]) for group in groups.values()]
 
 
+def name_of(line: Sequence[Row]) -> str:
+    """The method and its settings, without a rate."""
+    return " ".join(word for word in line[0].name.split() if not word.startswith("lr="))
+
+
 def draw_pareto(compared: Comparison, path: Path) -> None:
     """A column an order, and one for all together; bars are 95 % intervals over seeds."""
     sections = compared.sections()
@@ -65,7 +70,6 @@ def _draw(axis: Axes, compared: Comparison, section: str) -> None:
             continue
         rows, learned, forgotten = zip(*points, strict=True)
         marker, line, fill = STYLES[kind]
-        label = " ".join(word for word in rows[0].name.split() if not word.startswith("lr="))
         axis.errorbar(
             [x.mean for x in learned],
             [y.mean for y in forgotten],
@@ -75,7 +79,7 @@ def _draw(axis: Axes, compared: Comparison, section: str) -> None:
             linestyle=line,
             fillstyle=fill,
             color=colour,
-            label=f"{label} ({kind})",
+            label=f"{name_of(rows)} ({kind})",
             markersize=6,
             linewidth=1,
             elinewidth=0.7,

@@ -1,0 +1,87 @@
+"""What methods lose at equal learning, by their curves over the learning rate.
+
+At a higher rate a method learns more and forgets more. Two methods are compared over the learning that both reach: the
+area between their curves, share lost over bits per byte learned, divided by its width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+import numpy as np
+
+from sparse_cl.four_domains.evaluate import METRICS
+
+from .compare import Comparison, Row
+from .intervals import Interval, interval
+from .pareto import lines_of, name_of
+
+Curve = tuple[Sequence[float], Sequence[float]]
+"""Learned, rising, and the share of it that was lost."""
+
+
+@dataclass(frozen=True)
+class Beside:
+    """A curve beside another one.
+
+    Attributes:
+        more: share of the gain that it loses more, mean over the learning that both reach; over seeds, each with its
+            mean over the orders. None: there is no such learning in any seed.
+        learned: the least and the most that both reach, means over seeds and orders.
+        most: learned at its best rate, mean over seeds and orders.
+    """
+
+    name: str
+    more: Interval | None
+    learned: tuple[float, float] | None
+    most: float
+
+
+def lines_over_rates(compared: Comparison) -> list[list[Row]]:
+    """Rows that differ in the learning rate alone, by rising rate; those with several rates."""
+    return [line for line in lines_of(compared.rows) if len(line) > 1]
+
+
+def curve(line: Sequence[Row], order: str, seed: int) -> Curve:
+    """Of the runs of one order and seed, up to the rate that learns most; a rate that learns less than a lower one is
+    left out."""
+    learned: list[float] = []
+    lost: list[float] = []
+    for row in line:
+        found = row.runs.get((order, seed), {}).get(METRICS[0])
+        if found and (not learned or found["learned"] > learned[-1]):
+            learned.append(found["learned"])
+            lost.append(found["gain_lost"])
+    return learned, lost
+
+
+def gap(one: Curve, other: Curve) -> tuple[float, float, float] | None:
+    """Mean difference of what is lost over the learning that both reach, and the ends of that; None: there is none."""
+    if not one[0] or not other[0]:
+        return None
+    low, high = max(one[0][0], other[0][0]), min(one[0][-1], other[0][-1])
+    if low >= high:
+        return None
+    at = np.unique([low, high, *one[0], *other[0]])
+    at = at[(at >= low) & (at <= high)]
+    return float(np.trapezoid(np.interp(at, *one) - np.interp(at, *other), at) / (high - low)), low, high
+
+
+def beside(line: Sequence[Row], other: Sequence[Row], orders: Sequence[str]) -> Beside:
+    """A line beside another one, paired by order and seed."""
+    differences, ends, most = [], [], []
+    for seed in line[0].seeds(orders[0]):
+        gaps = [gap(curve(line, order, seed), curve(other, order, seed)) for order in orders]
+        most += [max(learned) for order in orders if (learned := curve(line, order, seed)[0])]
+        ends += [found[1:] for found in gaps if found]
+        differences.append(fmean(found[0] for found in gaps if found) if all(gaps) else None)
+    learned = (fmean(low for low, _ in ends), fmean(high for _, high in ends)) if ends else None
+    return Beside(name_of(line), interval(differences), learned, fmean(most))
+
+
+def at_equal_learning(compared: Comparison) -> list[Beside]:
+    """Each line over rates beside the first one."""
+    first, *others = lines_over_rates(compared) or [[]]
+    return [beside(line, first, compared.orders) for line in others]
