@@ -4,6 +4,7 @@ python -m benchmarks.arena sweep --order given,reverse --seed 0,1,2 --out DIR   
 python -m benchmarks.arena compare DIR                                          # finished runs
 python -m benchmarks.arena run STUDY --models DIR --data DIR --out DIR          # a study of grids.py; it resumes
 python -m benchmarks.arena table STUDY                                          # from the results that are kept
+python -m benchmarks.arena trace --model MODEL --data DIR --out DIR             # TRACE's eight tasks; docs/trace.md
 python -m benchmarks.arena scale --model A B C --out DIR                        # and the options of sparse-cl probe
 """
 
@@ -19,6 +20,8 @@ from sparse_cl.arguments import add_options
 from sparse_cl.cli import run_command
 from sparse_cl.four_domains.command import add_run_options
 from sparse_cl.report.settings import Out, ProbeSettings
+
+from . import trace
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         study.add_argument(f"--{name}", required=True, type=Path, metavar="DIR")
     study.add_argument("--part", default="1/1", metavar="I/N", help="every N-th run from the I-th, for N processes")
     study.set_defaults(command=_run, resumes=True)
+    trace.add_parser(commands)
     table = commands.add_parser("table", help="a study's table, from the results that are kept")
     table.add_argument("study", metavar="STUDY", help="by its name in grids.py")
     table.set_defaults(command=_table)

@@ -7,6 +7,7 @@ table is made from it alone.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import warnings
@@ -17,7 +18,8 @@ from statistics import fmean
 from typing import Any
 
 from sparse_cl.four_domains import experiment
-from sparse_cl.four_domains.files import RESULTS, write_json
+from sparse_cl.four_domains.files import BASE, RESULTS, read_json, write_json
+from sparse_cl.four_domains.folder import SETTINGS
 from sparse_cl.four_domains.results import read_runs
 from sparse_cl.four_domains.settings import Settings
 from sparse_cl.probes.capacity import Layers
@@ -70,7 +72,9 @@ def run(name: str, study: Mapping[str, Settings], out: Path, part: int = 0, part
         # One that failed is tried again: another machine may have the memory that it wants.
         if any(run["name"] == run_name and "failed" not in run for run in found):
             continue
+        _share_base(settings, out, out / run_name)
         experiment.run(settings, out / run_name)
+        _share_base(settings, out, out / run_name)
         for weights in (out / run_name).glob("*/*"):
             if weights.is_dir():
                 shutil.rmtree(weights)
@@ -109,6 +113,19 @@ def kept(name: str) -> list[dict[str, Any]]:
 
 def _file(name: str) -> Path:
     return KEPT / f"{name}.json"
+
+
+def _share_base(settings: Settings, out: Path, folder: Path) -> None:
+    """Give a run the base model's scores that another run of the study has, or keep its own for the others."""
+    own = ("methods", "lr", "options", "method_options", "seed", "protect", "autocast", "steps", "batch_size")
+    scored = {key: value for key, value in settings.to_json().items() if key not in own}
+    shared = out / f"base-{hashlib.sha256(json.dumps(scored, sort_keys=True).encode()).hexdigest()[:12]}.json"
+    if shared.is_file() and not folder.exists():
+        folder.mkdir(parents=True)
+        write_json(folder / SETTINGS, settings.to_json())
+        write_json(folder / BASE, read_json(shared))
+    elif (folder / BASE).is_file():
+        write_json(shared, read_json(folder / BASE))
 
 
 def _same(recorded: Mapping[str, Any], settings: Settings) -> bool:

@@ -9,15 +9,18 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from . import methods, models
+from . import costs, methods, models
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "results" / "README.md")
 TABLES: Mapping[str, Callable[[], str]] = {
+    "active-linear": costs.active_linear,
     "comparison": methods.comparison,
     "comparison-short": methods.comparison_short,
     "cosines": models.cosines,
-    "elastic-step": methods.elastic_step,
+    "drift-of-methods": models.drift_of_methods,
+    "drift-short": models.drift_short,
+    "elastic-step": costs.elastic_step,
     "gemma": lambda: methods.study("gemma", ".3f"),
     "landed": methods.landed,
     "learn-first": methods.learn_first,
@@ -26,6 +29,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "permuted-digits": methods.permuted_digits,
     "plasticity": methods.plasticity,
     "shared-features": methods.shared_features,
+    "sharded-memory": costs.sharded_memory,
     "streams": methods.streams,
     "tracks": lambda: methods.study("tracks"),
     "widths": models.widths,

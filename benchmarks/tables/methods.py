@@ -203,19 +203,3 @@ def learn_second() -> str:
         rows.append([f"`{method}`", *cells, number(then["base text"] - first["base text"], "+.3f")])
     header = ("second domain, after the first of these", "learned", "of the first lost", "base text since the first")
     return table(header, rows)
-
-
-def elastic_step() -> str:
-    """A whole step with ElasticAdamW over one with AdamW."""
-    names = {
-        "llama-110m": "Llama of 110 M parameters",
-        "gemma3-270m": "Gemma 3 270M (268 M)",
-        "gemma-trimmed": "the same, vocabulary cut to 93,261 (160 M)",
-    }
-    found, rows = results("elastic-step"), []
-    for model, name in names.items():
-        run = found[model]
-        ratios = run["quartiles of the ratio of whole steps"]
-        medians = [ratios[f"{key} / AdamW"][1] for key in ("ElasticAdamW", "ElasticAdamW every=4")]
-        rows.append([name, run["rank"].replace("auto", "n / 8"), *(number(median, ".2f") for median in medians)])
-    return table(("", "r", "ElasticAdamW / AdamW", "with `every=4`"), rows)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from statistics import fmean
+from typing import Any
+
+from benchmarks.arena.drift_of_methods import HEADER, steps, summary
 
 from .cells import number, results, table
 
@@ -55,3 +60,78 @@ def widths() -> str:
             rows.append([name, *shown, *[""] * (len(_WIDTHS) + len(others) - len(shown))])
     named = [f"{m['model']}, {m['width']}" for m in models if m["family"] not in ("random", "pretrained")]
     return table(("width", *map(str, _WIDTHS), *named), rows)
+
+
+def real_models() -> str:
+    """What models that were really pretrained have, beside what chance gives."""
+    rows = []
+    for model in results("real-models")["models"]:
+        overlap, cosine, sparsity, capacity, shared = (
+            model[kind] for kind in ("overlap", "cosine", "sparsity", "capacity", "superposition")
+        )
+        corrected = cosine["corrected"]
+        rows.append(
+            [
+                f"{model['model']}, {model['width']}",
+                f"{_bare(overlap['iou'], '.2f')} ({_bare(overlap['null'], '.3f')})",
+                f"{_bare(cosine['absolute'], '.3f')} ({_bare(cosine['null'], '.3f')})",
+                "" if corrected is None else _bare(corrected, ".2f"),
+                f"{_bare(sparsity['needed'], '.2f')} ({_bare(sparsity['null'], '.2f')})",
+                f"{number(capacity['used'], '.0%')} ({number(capacity['null'], '.0%')})",
+                f"{_bare(shared['mean'], '.3f')} ({_bare(shared['null'], '.3f')})",
+            ]
+        )
+    header = (
+        *("model, width (in brackets: by chance)", "overlap of the top 5 %", "\\|cosine\\|", "corrected for noise"),
+        *("neurons for 99 % of a token", "directions in use", "dimensions of a neuron"),
+    )
+    return table(header, rows)
+
+
+def drift_short() -> str:
+    """What methods did to the base model."""
+    found = results("drift-of-methods")
+    rows = []
+    for method, row in found["methods"].items():
+        said = _summary(method, row)
+        share = f"{100 * float(said['90 % in']):.0f} %" + (" of the neurons" if method == "adamw" else "")
+        rank = number(float(said["feature rank"].replace("−", "-")), ".0f")
+        fit = said["steps to fit"].split()[0]
+        rows.append([f"`{method}`", said["forgetting"], said["1 − CKA, text (halves)"].split()[0], rank, fit, share])
+    fit = f"steps to fit a random task ({steps(found['base']['plasticity']).split()[0]} before)"
+    return table(("", "forgetting", "1 − CKA", _rank_before(found), fit, "90 % of the update in"), rows)
+
+
+def drift_of_methods() -> str:
+    """The same with halves of the text, directions, hubs and ranks of updates."""
+    found = results("drift-of-methods")
+    shown = {
+        "1 − CKA, text (halves)": "1 − CKA (halves of the text)",
+        "span kept": "16 leading directions kept",
+        "90 % in": "90 % of ‖ΔW‖² in",
+        "hubs ×": "hubs' share of it over their share of neurons",
+        "update rank": "effective rank of updates, over random ones'",
+        "feature rank": _rank_before(found),
+        "steps to fit": "steps to fit (range)",
+    }
+    rows = [["base", "0", "1", "", "", "", "", steps(found["base"]["plasticity"])]]
+    for method, row in found["methods"].items():
+        said = _summary(method, row)
+        rows.append([method, *(said[name] for name in shown)])
+    return table(("", *shown.values()), rows)
+
+
+def _bare(value: float, form: str) -> str:
+    """Without a zero before the point."""
+    return number(value, form).replace("0.", ".")
+
+
+def _summary(method: str, row: Mapping[str, Any]) -> dict[str, str]:
+    """Column of `drift_of_methods` → its text as the docs write numbers."""
+    texts = (re.sub(r"\b0\.(?=\d\d)", ".", text).replace("-", "−") for text in summary(method, row)[1:])
+    return dict(zip(HEADER[1:], texts, strict=True))
+
+
+def _rank_before(found: Mapping[str, Any]) -> str:
+    layers = next(iter(found["methods"].values()))["drift"]["before"]["layers"].values()
+    return f"rank of hidden states ({fmean(layer['effective_rank'] for layer in layers):.0f} before)"

@@ -162,28 +162,36 @@ def extract_answer(text: str) -> str:
 
 
 @torch.no_grad()
-def exact_match(model: Any, tokenizer: Any, records: Sequence[dict], max_length: int, batch_size: int = 32) -> float:
-    """Part of the records where the greedy continuation gives the answer (`extract_answer` of both).
+def continuations(model: Any, tokenizer: Any, prompts: Sequence[str], new_tokens: int, max_prompt: int) -> list[str]:
+    """The greedy continuation of each prompt, in one batch; of too long a prompt the beginning is left out.
 
     Whatever generation_config the checkpoint brings does not count.
 
-    The continuation may be a quarter longer than the longest reference response of the batch, and 8 tokens.
+    Args:
+        new_tokens, max_prompt: at most, in tokens.
     """
-    device = next(model.parameters()).device
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     # A model may have more rows than its tokenizer has tokens, and not every tokenizer decodes what it does not know.
     known = set(tokenizer.get_vocab().values())
+    encoded = [encode_prompt(tokenizer, prompt)[-max_prompt:] for prompt in prompts]
+    ids, mask = pad(encoded, pad_id, next(model.parameters()).device, left=True)
+    settings = {"max_new_tokens": new_tokens, "pad_token_id": pad_id, "eos_token_id": tokenizer.eos_token_id}
+    with generating_by(model, do_sample=False, **settings):
+        generated = model.generate(input_ids=ids, attention_mask=mask)
+    written = [[token for token in row if token in known] for row in generated[:, ids.shape[1] :].tolist()]
+    return tokenizer.batch_decode(written, skip_special_tokens=True)
+
+
+def exact_match(model: Any, tokenizer: Any, records: Sequence[dict], max_length: int, batch_size: int = 32) -> float:
+    """Part of the records where the greedy continuation gives the answer (`extract_answer` of both).
+
+    The continuation may be a quarter longer than the longest reference response of the batch, and 8 tokens.
+    """
     right = 0
     for batch in _batches(records, batch_size):
         lengths = [len(tokenizer(r["response"], add_special_tokens=False)["input_ids"]) for r in batch]
         new_tokens = min(max(lengths) * 5 // 4 + 8, max_length // 2)
-        prompts = [encode_prompt(tokenizer, r["prompt"])[-(max_length - new_tokens) :] for r in batch]
-        ids, mask = pad(prompts, pad_id, device, left=True)
-        settings = {"max_new_tokens": new_tokens, "pad_token_id": pad_id, "eos_token_id": tokenizer.eos_token_id}
-        with generating_by(model, do_sample=False, **settings):
-            generated = model.generate(input_ids=ids, attention_mask=mask)
-        written = [[token for token in row if token in known] for row in generated[:, ids.shape[1] :].tolist()]
-        texts = tokenizer.batch_decode(written, skip_special_tokens=True)
+        texts = continuations(model, tokenizer, [r["prompt"] for r in batch], new_tokens, max_length - new_tokens)
         right += sum(
             extract_answer(text) == extract_answer(str(record["answer"]))
             for text, record in zip(texts, batch, strict=True)

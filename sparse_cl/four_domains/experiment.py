@@ -24,7 +24,7 @@ from sparse_cl.models.processes import check_processes, processes
 from . import embedded, figures
 from .domains import Domain, check_domains, load_domains
 from .embedded_model import embedded_model_folder
-from .files import RESULTS, is_disk_full, read_json, write_json
+from .files import BASE, RESULTS, is_disk_full, read_json, write_json
 from .folder import SETTINGS, FolderError, check_folder
 from .prepared import Prepared
 from .protection import text_to_protect
@@ -212,7 +212,7 @@ def _reference_text(settings: Settings) -> str | None:
 
 
 def _base_scores(model: nn.Module, prepared: Prepared, out: Path) -> Scores:
-    path = out / "base.json"
+    path = out / BASE
     if path.is_file():
         return Scores(**read_json(path))
     with tqdm(total=prepared.scores_in_all(), desc="scoring the base model", mininterval=0.5) as bar:

@@ -11,6 +11,8 @@ from typing import Any
 
 RESULTS = "results.json"
 """Of a run that reached its end."""
+BASE = "base.json"
+"""The base model's scores."""
 MARK = "complete.json"
 """Of a folder that was written whole: the size of each of its other files."""
 

