@@ -75,7 +75,7 @@ def tuning(models: Path, data: Path, out: Path) -> dict[str, Settings]:
 def main(models: Path, data: Path, out: Path) -> dict[str, Settings]:
     """What tuning chose, on domains that nobody tuned on; after `tuning`."""
     sources = _sources(data, out, *main_study.DATA)
-    base = _base_5m(models, sources, domains=main_study.TESTING, eval_records=256)
+    base = _base_5m(models, sources, domains=main_study.TESTING, eval_records=256, score="learned")
     return over(base, (GIVEN,), main_study.SEEDS, main_study.chosen(kept("tuning")))
 
 

@@ -112,6 +112,8 @@ class Trace:
             ValueError: a task that is not TRACE's, a file or a package that is missing, or other settings than those
                 with which the run in `out` was begun.
         """
+        if not self.data.is_dir():
+            raise ValueError(f"--data {self.data}: no such folder")
         for task in self.tasks:
             if task not in TASKS:
                 raise ValueError(f"--tasks: {task} is none of TRACE; there are {', '.join(TASKS)}")

@@ -215,8 +215,8 @@ def _base_scores(model: nn.Module, prepared: Prepared, out: Path) -> Scores:
     path = out / BASE
     if path.is_file():
         return Scores(**read_json(path))
-    with tqdm(total=prepared.scores_in_all(), desc="scoring the base model", mininterval=0.5) as bar:
-        scores = score_all(model, prepared, drift=False, tick=bar.update)
+    with tqdm(total=prepared.scores(0), desc="scoring the base model", mininterval=0.5) as bar:
+        scores = score_all(model, prepared, 0, bar.update)
     if prepared.reference is not None:
         scores = replace(scores, drift=0.0)
     if is_main_process():

@@ -82,11 +82,12 @@ def draw_curves(runs: Sequence[dict[str, Any]], path: Path) -> None:
                 run["method"]: run["R_reference"] if is_reference else [line[column] for line in run["R"][metric]]
                 for run in runs
             }
-            if (is_reference and metric != "bits_per_byte") or any(None in values for values in series.values()):
+            if (is_reference and metric != "bits_per_byte") or any(values[0] is None for values in series.values()):
                 axis.set_axis_off()
                 continue
             for name, values in series.items():
-                axis.plot(stages, values, marker="o", markersize=3, label=name)
+                known = [float("nan") if value is None else value for value in values]
+                axis.plot(stages, known, marker="o", markersize=3, label=name)
             if not is_reference:
                 axis.axvline(column + 1, color="grey", linestyle=":", linewidth=1)
             axis.set_title(title, fontsize=9)

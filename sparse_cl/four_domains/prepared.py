@@ -37,6 +37,10 @@ class Prepared:
         """A fresh base model."""
         return load_model(self.source)[0]
 
-    def scores_in_all(self) -> int:
-        """How many scores a stage has; a progress bar ticks for each."""
-        return len(self.domains) * len(self.settings.metrics) + 2 * (self.reference is not None)
+    def scored(self, learned: int) -> int:
+        """How many domains, from the first, are scored when so many are learned; before any all are."""
+        return learned if learned and self.settings.score == "learned" else len(self.domains)
+
+    def scores(self, learned: int) -> int:
+        """How many scores that stage has; a progress bar ticks for each."""
+        return self.scored(learned) * len(self.settings.metrics) + 2 * (self.reference is not None)

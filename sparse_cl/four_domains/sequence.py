@@ -20,7 +20,7 @@ from sparse_cl.methods import Method
 from sparse_cl.models.passes import evaluation
 from sparse_cl.models.processes import processes
 
-from .evaluate import drift_nats, evaluate_domain, text_bits_per_byte
+from .evaluate import METRICS, drift_nats, evaluate_domain, text_bits_per_byte
 from .files import check_complete, complete
 from .memory import peak_memory_bytes, reset_peak_memory
 from .prepared import Prepared
@@ -69,15 +69,14 @@ class Scores:
     drift: float | None = None
 
 
-def score_all(
-    model: nn.Module, prepared: Prepared, *, drift: bool = True, tick: Callable[[], object] = lambda: None
-) -> Scores:
-    """Scores of the model on every domain and on the reference text.
+def score_all(model: nn.Module, prepared: Prepared, learned: int, tick: Callable[[], object] = lambda: None) -> Scores:
+    """Scores of the model on the domains and on the reference text.
 
     Args:
-        drift: whether to measure the drift. The base model is loaded when it is needed and let go: kept beside the
-            model it would count in every method's memory.
-        tick: called `prepared.scores_in_all()` times, to move a progress bar.
+        learned: how many domains it has learned. Before any there is no drift, and all are scored; afterwards those
+            that are not have None where `Settings.score` says so. For the drift the base model is loaded
+            and let go: kept beside the model it would count in every method's memory.
+        tick: called `prepared.scores(learned)` times, to move a progress bar.
     """
     settings, tokenizer, reference = prepared.settings, prepared.tokenizer, prepared.reference
     domains = [
@@ -91,14 +90,15 @@ def score_all(
             metrics=settings.metrics,
             tick=tick,
         )
-        for domain in prepared.domains
+        for domain in prepared.domains[: prepared.scored(learned)]
     ]
+    domains += [dict.fromkeys(METRICS) for _ in prepared.domains[len(domains) :]]
     if reference is None:
         return Scores(domains, None)
     with evaluation(model):
         text, nats = text_bits_per_byte(model, tokenizer, reference, settings.max_length), None
         tick()
-        if drift:
+        if learned:
             windows = Windows(tokenizer, reference, settings.max_length, DRIFT_WINDOWS)
             nats = drift_nats(prepared.load_base().eval(), model, windows.windows)
         tick()
@@ -269,7 +269,11 @@ def run_sequence(
             transformers.set_seed(settings.seed)
             windows = Windows(prepared.tokenizer, prepared.protected, settings.max_length)
             method.protect(model, DomainBatches(windows, settings.batch_size, next(model.parameters()).device))
-    ticks = sum(count + prepared.scores_in_all() for count in steps[done:] if count)
+    # A domain of no steps counts as learned with the one before it.
+    learned = [next((i for i in range(n + 1, len(steps)) if steps[i]), len(steps)) for n in range(len(steps))]
+    ticks = sum(
+        count + prepared.scores(known) for count, known in zip(steps[done:], learned[done:], strict=True) if count
+    )
     with tqdm(total=ticks, mininterval=0.5) as bar:
         for number, domain in enumerate(domains[done:], done + 1):
             if not steps[number - 1]:
@@ -283,6 +287,6 @@ def run_sequence(
             progress.seconds += time.perf_counter() - start
             progress.peak_memory_bytes = max(progress.peak_memory_bytes, peak_memory_bytes())
             bar.set_description(f"{method.name}: scoring after {domain.name}")
-            progress.stages.append(score_all(model, prepared, tick=bar.update))
+            progress.stages.append(score_all(model, prepared, learned[number - 1], bar.update))
             on_stage(progress)
     return model

@@ -87,6 +87,9 @@ class Settings:
         "without it, and the report says so",
         metavar="FILE.txt|embedded",
     )
+    score: Literal["all", "learned"] = option(
+        "all", "after each domain: all of them, or only those learned so far, in half the time and without fwt"
+    )
     metrics: tuple[str, ...] = option(METRICS, "to leave out slow ones; bits_per_byte always", metavar="NAME[,NAME…]")
 
     def __post_init__(self) -> None:
@@ -149,8 +152,11 @@ class Settings:
     def to_json(self) -> dict[str, Any]:
         """As JSON would give it back."""
         known = asdict(self)
-        if not self.columns:  # as settings were before there were columns
+        # As settings were before there were these.
+        if not self.columns:
             del known["columns"]
+        if self.score == "all":
+            del known["score"]
         return {
             **known,
             "domains": list(self.domains),

@@ -112,6 +112,17 @@ def test_forgetting_is_never_less_than_the_loss_since_learning(matrix):
     assert all(value is None or math.isfinite(value) for value in (summary[name] for name in FORMULAS))
 
 
+@given(matrices)
+def test_domains_that_are_scored_once_they_are_learned_have_the_same_numbers_but_fwt(matrix):
+    below = [matrix[0], *([v if j < i else None for j, v in enumerate(row)] for i, row in enumerate(matrix[1:], 1))]
+    whole, found = summarize(matrix), summarize(below)
+    assert found["fwt"] is None
+    for name in ("acc", "learning_accuracy", "learned", "bwt", "gain_lost"):
+        assert found[name] == whole[name]
+    # What was best before it was learned, but for the base, is not known.
+    assert found["forgetting"] is None or found["forgetting"] <= whole["forgetting"]
+
+
 def test_separate_models_forget_nothing():
     R = [[0.1, 0.2], [0.9, 0.0], [0.3, 0.8]]
     summary = of_separate_models(summarize(R))

@@ -121,7 +121,7 @@ def test_only_what_is_asked_for_is_scored(tiny_llama, tokenizer):
     def scores(**other):
         chosen = Settings(max_length=32, **other)
         prepared = Prepared(chosen, "", tokenizer, [domain])
-        return score_all(tiny_llama, prepared, tick=lambda: ticks.append(1)).domains[0]
+        return score_all(tiny_llama, prepared, 1, lambda: ticks.append(1)).domains[0]
 
     everything = scores()
     assert None not in everything.values() and len(ticks) == 3
