@@ -95,7 +95,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
 def _table(arguments: argparse.Namespace) -> None:
     from . import ceiling, size
-    from .compare import gather_runs
+    from .compare import comparable, gather_runs
     from .compare_report import to_text
     from .grid import KEPT, kept
 
@@ -110,7 +110,10 @@ def _table(arguments: argparse.Namespace) -> None:
         size.draw(found, KEPT / "size.png")
         print(size.table(found))
     else:
-        print(to_text(gather_runs((arguments.study, run) for run in runs)))
+        for alike in comparable(runs):
+            settings = alike[0]["settings"]
+            print(f"{len(alike[0]['domains'])} domains, {settings['steps']} steps each, {settings['model']}\n")
+            print(to_text(gather_runs((arguments.study, run) for run in alike)), end="\n\n")
 
 
 def _sweep(arguments: argparse.Namespace) -> int:

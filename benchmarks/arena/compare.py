@@ -144,6 +144,19 @@ def gather(folders: Sequence[Path]) -> Comparison:
     return gather_runs((folder, run) for folder in find_folders(folders) for run in read_runs(folder))
 
 
+def same_settings(run: Mapping[str, Any]) -> dict[str, Any]:
+    """What must be equal of runs that are compared."""
+    return {name: run["settings"].get(name) for name in SAME} | {"domains": sorted(run["domains"])}
+
+
+def comparable(runs: Iterable[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
+    """Runs in groups that can be compared, in the order in which they were found."""
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for run in runs:
+        groups.setdefault(json.dumps(same_settings(run)), []).append(run)
+    return list(groups.values())
+
+
 def gather_runs(runs: Iterable[tuple[Path | str, dict[str, Any]]]) -> Comparison:
     """As `gather`, of records, each with where it is from."""
     rows: dict[str, Row] = {}
@@ -151,7 +164,7 @@ def gather_runs(runs: Iterable[tuple[Path | str, dict[str, Any]]]) -> Comparison
     failed: list[str] = []
     first: tuple[Path | str, dict[str, Any]] | None = None
     for folder, run in runs:
-        same = {name: run["settings"].get(name) for name in SAME} | {"domains": sorted(run["domains"])}
+        same = same_settings(run)
         first = first or (folder, same)
         if differing := differences(first[1], same):
             raise ValueError(

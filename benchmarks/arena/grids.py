@@ -79,6 +79,19 @@ def main(models: Path, data: Path, out: Path) -> dict[str, Settings]:
     return over(base, (GIVEN,), main_study.SEEDS, main_study.chosen(kept("tuning")))
 
 
+def long(models: Path, data: Path, out: Path) -> dict[str, Settings]:
+    """What tuning chose, frozen, over more steps and over more domains; after `tuning`."""
+    chosen = main_study.chosen(kept("tuning"))
+    points = {name: chosen[name] for name in ("adamw", "elastic", "sfa", "l2-sp", "lora", "replay-5") if name in chosen}
+    found = {}
+    four, sixteen = (_sources(data, out, *main_study.DATA), main_study.TESTING), (_sources(data, out), SOURCES)
+    for steps, (folder, domains) in ((30, four), (100, four), (300, four), (30, sixteen), (100, sixteen)):
+        settings = {"domains": domains, "steps": steps, "eval_records": 64, "score": "learned"}
+        runs = over(_base_5m(models, folder, **settings), (GIVEN,), (0,), points)
+        found |= {f"{len(domains)}x{steps}-{name}": run for name, run in runs.items()}
+    return found
+
+
 def gemma(models: Path, data: Path, out: Path) -> dict[str, Settings]:
     """Gemma 3 270M, vocabulary trimmed: eight methods, first the pair that matters most, then both forms of LoRA."""
     rates = {"adamw": 5e-5, "elastic": 5e-5, "lora": 5e-4, "elastic-lora": 5e-4}
@@ -138,7 +151,7 @@ def waking(models: Path, data: Path, out: Path) -> dict[str, Settings]:
 
 STUDIES: Mapping[str, Callable[[Path, Path, Path], dict[str, Settings]]] = {
     study.__name__.replace("_", "-"): study
-    for study in (strength, routed, ceiling, tracks, waking_choice, waking, tuning, main, gemma, qwen, size)
+    for study in (strength, routed, ceiling, tracks, waking_choice, waking, tuning, main, long, gemma, qwen, size)
 }
 
 

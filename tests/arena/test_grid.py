@@ -124,9 +124,11 @@ def test_what_failed_is_run_again_and_another_default_is_another_setting(made, m
 
 def test_the_table_is_made_from_the_file_alone(made, monkeypatch, tmp_path, capsys):
     study = grid.over(BASE, (GIVEN, REVERSE), (0, 1), POINTS)
+    study |= {f"long-{name}": replace(settings, steps=99) for name, settings in study.items()}
     grid.run("routed", study, tmp_path)
     assert main(["table", "routed"]) == 0
     assert "elastic" in (shown := capsys.readouterr().out) and "all orders" in shown
+    assert shown.index("2 domains, 150 steps each, m") < shown.index("2 domains, 99 steps each, m")
 
 
 @pytest.mark.parametrize(
