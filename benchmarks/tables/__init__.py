@@ -21,6 +21,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "drift-of-methods": models.drift_of_methods,
     "drift-short": models.drift_short,
     "elastic-step": costs.elastic_step,
+    "exponents": models.exponents,
     "gemma": lambda: methods.study("gemma", ".3f"),
     "landed": methods.landed,
     "learn-first": methods.learn_first,

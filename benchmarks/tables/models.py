@@ -8,6 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.arena.drift_of_methods import HEADER, steps, summary
+from sparse_cl.probes.scaling import fit_exponent
 
 from .cells import number, results, table
 
@@ -60,6 +61,26 @@ def widths() -> str:
             rows.append([name, *shown, *[""] * (len(_WIDTHS) + len(others) - len(shown))])
     named = [f"{m['model']}, {m['width']}" for m in models if m["family"] not in ("random", "pretrained")]
     return table(("width", *map(str, _WIDTHS), *named), rows)
+
+
+def exponents() -> str:
+    """Exponents of the width, ± two standard errors."""
+    models = results("scale-study")
+    measures = {
+        "mean \\|cosine\\| of domains' gradients": lambda model: model["cosine"]["absolute"],
+        "the same, corrected for noise": lambda model: model["cosine"]["corrected"],
+        "\\|cosine\\| of the whole model's gradients": lambda model: fmean(map(abs, model["whole_model"]["cosine"])),
+        "overlap of the top 5 % of the neurons": lambda model: model["overlap"]["iou"],
+    }
+    rows = []
+    for name, value in measures.items():
+        cells = []
+        for family in ("random", "pretrained"):
+            own = [(model["width"], value(model)) for model in models if model["family"] == family]
+            slope, error = fit_exponent(*zip(*own, strict=True))
+            cells.append(f"{number(slope, '.2f')} ± {2 * error:.2f}")
+        rows.append([name, *cells, "< 0" if name.startswith("overlap") else "−0.5"])
+    return table(("", "random", "pretrained", "conjecture"), rows)
 
 
 def real_models() -> str:
