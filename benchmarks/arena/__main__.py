@@ -95,7 +95,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
 def _table(arguments: argparse.Namespace) -> None:
     from . import ceiling, size
-    from .compare import comparable, gather_runs
+    from .compare import EveryRunFailed, comparable, gather_runs
     from .compare_report import to_text
     from .grid import KEPT, kept
 
@@ -113,7 +113,10 @@ def _table(arguments: argparse.Namespace) -> None:
         for alike in comparable(runs):
             settings = alike[0]["settings"]
             print(f"{len(alike[0]['domains'])} domains, {settings['steps']} steps each, {settings['model']}\n")
-            print(to_text(gather_runs((arguments.study, run) for run in alike)), end="\n\n")
+            try:
+                print(to_text(gather_runs((arguments.study, run) for run in alike)), end="\n\n")
+            except EveryRunFailed as error:
+                print(error, end="\n\n")
 
 
 def _sweep(arguments: argparse.Namespace) -> int:

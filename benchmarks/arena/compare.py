@@ -20,11 +20,15 @@ from .intervals import Interval, interval
 
 SAME = (
     *("model", "data", "reference", "steps", "batch_size", "max_length", "eval_records", "split", "metrics"),
-    "domains",
+    *("score", "domains"),
 )
 """Settings that must be equal for runs to be compared; of `domains` the order may differ."""
 SCORES = ("acc", "learning_accuracy", "learned", "forgetting", "gain_lost", "bwt", "intransigence")
 TOGETHER = "all orders"
+
+
+class EveryRunFailed(ValueError):
+    """There is nothing to compare; the message has a line for each run."""
 
 
 @dataclass
@@ -188,7 +192,7 @@ def gather_runs(runs: Iterable[tuple[Path | str, dict[str, Any]]]) -> Comparison
             continue
         row.runs[order, run["seed"]] = _numbers(run)
     if not rows:
-        raise ValueError("every run failed:\n" + "\n".join(failed))
+        raise EveryRunFailed("every run failed:\n" + "\n".join(failed))
     ordered = list(rows.values())
     _name(ordered)
     _add_intransigence(ordered)

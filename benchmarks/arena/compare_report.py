@@ -20,6 +20,7 @@ DECIMALS_AND_SCALE = {
     "step_seconds": (1, IN_MILLISECONDS),
     "peak_memory_bytes": (0, IN_MEGABYTES),
     "state_bytes": (2, IN_MEGABYTES),
+    "more": (1, 100.0),
 }
 HEADS = {
     "learning_accuracy": "learning acc.",
@@ -87,10 +88,8 @@ def _at_equal_learning(compared: Comparison) -> str:
     """What each line over rates loses more than the first one where both have learned the same; "": there is none."""
     rows = []
     for found in at_equal_learning(compared):
-        more = found.more and Interval(100 * found.more.mean, found.more.half_width and 100 * found.more.half_width, 0)
-        ends = [f"{end:.2f}" for end in found.learned] if found.learned else ["-", "-"]
-        cell = "-" if more is None else f"{more.mean:.1f}" + (f" ±{more.half_width:.1f}" if more.half_width else "")
-        rows.append([found.name, cell, *ends, f"{found.most:.2f}"])
+        ends = found.learned or (None, None)
+        rows.append([found.name, _cell(found.more, "more"), *(number(end, 2) for end in (*ends, found.most))])
     if not rows:
         return ""
     first = name_of(lines_over_rates(compared)[0])

@@ -30,28 +30,29 @@ class Beside:
         more: share of the gain that it loses more, mean over the learning that both reach; over seeds, each with its
             mean over the orders. None: there is no such learning in any seed.
         learned: the least and the most that both reach, means over seeds and orders.
-        most: learned at its best rate, mean over seeds and orders.
+        most: learned at its best rate, mean over seeds and orders; None: every run failed or learned nothing.
     """
 
     name: str
     more: Interval | None
     learned: tuple[float, float] | None
-    most: float
+    most: float | None
 
 
 def lines_over_rates(compared: Comparison) -> list[list[Row]]:
-    """Rows that differ in the learning rate alone, by rising rate; those with several rates."""
-    return [line for line in lines_of(compared.rows) if len(line) > 1]
+    """Rows that differ in the learning rate alone, by rising rate; of methods with several rates, and no bounds, which
+    forget nothing or all at once."""
+    return [line for line in lines_of(compared.rows) if len(line) > 1 and line[0].kind != "bound"]
 
 
 def curve(line: Sequence[Row], order: str, seed: int) -> Curve:
-    """Of the runs of one order and seed, up to the rate that learns most; a rate that learns less than a lower one is
-    left out."""
+    """Of the runs of one order and seed, up to the rate that learns most; a rate that learns less than a lower one, or
+    nothing, is left out."""
     learned: list[float] = []
     lost: list[float] = []
     for row in line:
         found = row.runs.get((order, seed), {}).get(METRICS[0])
-        if found and (not learned or found["learned"] > learned[-1]):
+        if found and found["gain_lost"] is not None and (not learned or found["learned"] > learned[-1]):
             learned.append(found["learned"])
             lost.append(found["gain_lost"])
     return learned, lost
@@ -72,13 +73,14 @@ def gap(one: Curve, other: Curve) -> tuple[float, float, float] | None:
 def beside(line: Sequence[Row], other: Sequence[Row], orders: Sequence[str]) -> Beside:
     """A line beside another one, paired by order and seed."""
     differences, ends, most = [], [], []
-    for seed in line[0].seeds(orders[0]):
+    for seed in sorted({seed for row in line for _, seed in row.runs}):
         gaps = [gap(curve(line, order, seed), curve(other, order, seed)) for order in orders]
         most += [max(learned) for order in orders if (learned := curve(line, order, seed)[0])]
-        ends += [found[1:] for found in gaps if found]
-        differences.append(fmean(found[0] for found in gaps if found) if all(gaps) else None)
+        if None not in gaps:
+            differences.append(fmean(found[0] for found in gaps if found))
+            ends += [found[1:] for found in gaps if found]
     learned = (fmean(low for low, _ in ends), fmean(high for _, high in ends)) if ends else None
-    return Beside(name_of(line), interval(differences), learned, fmean(most))
+    return Beside(name_of(line), interval(differences), learned, fmean(most) if most else None)
 
 
 def at_equal_learning(compared: Comparison) -> list[Beside]:

@@ -7,21 +7,25 @@ table is made from it alone.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 from sparse_cl.four_domains import experiment
+from sparse_cl.four_domains.experiment import INPUTS
 from sparse_cl.four_domains.files import BASE, RESULTS, read_json, write_json
 from sparse_cl.four_domains.folder import SETTINGS
 from sparse_cl.four_domains.results import read_runs
 from sparse_cl.four_domains.settings import Settings
+from sparse_cl.learn.source import fingerprint
 from sparse_cl.probes.capacity import Layers
 
 KEPT = Path(__file__).parents[1] / "results" / "arena"
@@ -72,9 +76,11 @@ def run(name: str, study: Mapping[str, Settings], out: Path, part: int = 0, part
         # One that failed is tried again: another machine may have the memory that it wants.
         if any(run["name"] == run_name and "failed" not in run for run in found):
             continue
-        _share_base(settings, out, out / run_name)
+        with _alone(out):
+            _share_base(settings, out, out / run_name)
         experiment.run(settings, out / run_name)
-        _share_base(settings, out, out / run_name)
+        with _alone(out):
+            _share_base(settings, out, out / run_name)
         for weights in (out / run_name).glob("*/*"):
             if weights.is_dir():
                 shutil.rmtree(weights)
@@ -87,11 +93,17 @@ def keep(name: str, study: Mapping[str, Settings], out: Path) -> list[dict[str, 
 
     Left out is what is bulky; a path is its last name. What was kept of other settings is dropped.
     """
+    with _alone(out):
+        return _keep(name, study, out)
+
+
+def _keep(name: str, study: Mapping[str, Settings], out: Path) -> list[dict[str, Any]]:
     before = {run["name"]: run for run in (kept(name) if _file(name).is_file() else ())}
     found: list[dict[str, Any]] = []
     for run_name, settings in study.items():
-        if (out / run_name / RESULTS).is_file():
-            found += ({"name": run_name, **run} for run in _kept(out / run_name))
+        made = _kept(out / run_name) if (out / run_name / RESULTS).is_file() else ()
+        if own := [{"name": run_name, **run} for run in made if _same(run["settings"], settings)]:
+            found += own
         elif run_name in before and _same(before[run_name]["settings"], settings):
             found.append(before[run_name])
     if found:
@@ -115,25 +127,42 @@ def _file(name: str) -> Path:
     return KEPT / f"{name}.json"
 
 
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """One process at a time of those that run parts of a study."""
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def _share_base(settings: Settings, out: Path, folder: Path) -> None:
     """Give a run the base model's scores that another run of the study has, or keep its own for the others."""
-    own = ("methods", "lr", "options", "method_options", "seed", "protect", "autocast", "steps", "batch_size")
+    own = ("methods", "lr", "options", "method_options", "seed", "autocast", "steps", "batch_size", "score")
     scored = {key: value for key, value in settings.to_json().items() if key not in own}
+    scored["model_files"] = fingerprint(str(settings.model))
     shared = out / f"base-{hashlib.sha256(json.dumps(scored, sort_keys=True).encode()).hexdigest()[:12]}.json"
+    # With the digests of what was read: the run refuses a base that was scored on other data.
+    names = (BASE, INPUTS)
     if shared.is_file() and not folder.exists():
         folder.mkdir(parents=True)
         write_json(folder / SETTINGS, settings.to_json())
-        write_json(folder / BASE, read_json(shared))
-    elif (folder / BASE).is_file():
-        write_json(shared, read_json(folder / BASE))
+        for name, content in read_json(shared).items():
+            write_json(folder / name, content)
+    elif not shared.is_file() and all((folder / name).is_file() for name in names):
+        write_json(shared, {name: read_json(folder / name) for name in names})
 
 
 def _same(recorded: Mapping[str, Any], settings: Settings) -> bool:
-    """Whether a run was made with these settings, as far as its record knows them; wherever the data lay."""
+    """Whether a run was made with these settings, as far as its record knows them; wherever the data lay.
+
+    An older record does not know each of today's options; what it would say of `score` is known.
+    """
     (method,) = settings.methods
     own = {"lr": settings.lr_of(method), "method": settings.make_method(method).settings()}
     now = json.loads(json.dumps({**_named(settings.to_json()), **own}))
-    return all(now.get(key) == value for key, value in recorded.items() if key != "data")
+    known = {key: value for key, value in recorded.items() if key != "data"}
+    return all(now.get(key) == value for key, value in {"score": None, **known}.items())
 
 
 def _named(settings: Mapping[str, Any]) -> dict[str, Any]:

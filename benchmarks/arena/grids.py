@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -174,7 +176,12 @@ def _base_text(data: Path, out: Path) -> str:
 def _sources(data: Path, out: Path, names: Sequence[str] = SOURCES, held_out: int = HELD_OUT) -> Path:
     folder = out / f"sources-{len(names)}-{held_out}"
     if not folder.is_dir():
-        write_sources(data, folder, names, held_out)
+        building = Path(tempfile.mkdtemp(dir=out))
+        write_sources(data, building, names, held_out)
+        try:
+            building.rename(folder)
+        except OSError:  # another process was faster
+            shutil.rmtree(building)
     return folder
 
 

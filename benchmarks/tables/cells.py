@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -24,6 +25,11 @@ def number(value: float, form: str) -> str:
     if not shown.strip("-+0. %"):
         shown = shown.lstrip("-+")
     return shown.replace("-", "−")
+
+
+def bare(value: float, form: str) -> str:
+    """`number` without a zero before the point."""
+    return re.sub(r"\b0\.", ".", number(value, form))
 
 
 def several(values: Sequence[float], form: str) -> str:

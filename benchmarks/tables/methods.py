@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from statistics import fmean
 from typing import Any
 
-from .cells import bold, number, results, several, table
+from .cells import bare, bold, number, results, several, table
 
 _COMPARED = {
     "single": "a model for each domain (bound)",
@@ -166,13 +166,10 @@ def permuted_digits() -> str:
     runs, rows = results("permuted-digits"), []
     for method, name in names.items():
         own = [run for run in runs if run["method"] == method]
-        means = [
-            number(fmean(run[key] for run in own), ".3f").replace("0.", ".")
-            for key in ("acc", "bwt", "learning_accuracy")
-        ]
+        means = [bare(fmean(run[key] for run in own), ".3f") for key in ("acc", "bwt", "learning_accuracy")]
         leak = max((max(run["leak"].values()) for run in own if run["leak"]), default=0.0)
         small = f"{leak:.0e}".replace("e-0", "e-") if leak else ""
-        shown = number(leak, ".2f").replace("0.", ".") if leak > 0.01 else small
+        shown = bare(leak, ".2f") if leak > 0.01 else small
         rows.append([name, *means, shown])
     return table(("", "accuracy at the end", "BWT", "learning accuracy", "leak, worst layer"), rows)
 

@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.arena.drift_of_methods import HEADER, steps, summary
 from sparse_cl.probes.scaling import fit_exponent
 
-from .cells import number, results, table
+from .cells import bare, number, results, table
 
 _WIDTHS = (32, 64, 128, 256, 512)
 
@@ -51,13 +51,13 @@ def widths() -> str:
         form = ".3f" if measure == "cosine" else ".2f"
         for family in ("random", "pretrained"):
             name = f"\\|cosine\\|, {family}" if measure == "cosine" else f"overlap, {family}"
-            name += f" (chance {number(chance, '.3f')})".replace("0.", ".") if name == "overlap, random" else ""
+            name += f" (chance {bare(chance, '.3f')})" if name == "overlap, random" else ""
             own = [
                 [m[measure][key] for m in models if (m["family"], m["width"]) == (family, width)] for width in _WIDTHS
             ]
             others = [m[measure][key] for m in models if m["family"] not in ("random", "pretrained")]
             cells = [fmean(values) for values in own] + (others if family == "pretrained" else [])
-            shown = [number(value, form).replace("0.", ".") for value in cells]
+            shown = [bare(value, form) for value in cells]
             rows.append([name, *shown, *[""] * (len(_WIDTHS) + len(others) - len(shown))])
     named = [f"{m['model']}, {m['width']}" for m in models if m["family"] not in ("random", "pretrained")]
     return table(("width", *map(str, _WIDTHS), *named), rows)
@@ -94,12 +94,12 @@ def real_models() -> str:
         rows.append(
             [
                 f"{model['model']}, {model['width']}",
-                f"{_bare(overlap['iou'], '.2f')} ({_bare(overlap['null'], '.3f')})",
-                f"{_bare(cosine['absolute'], '.3f')} ({_bare(cosine['null'], '.3f')})",
-                "" if corrected is None else _bare(corrected, ".2f"),
-                f"{_bare(sparsity['needed'], '.2f')} ({_bare(sparsity['null'], '.2f')})",
+                f"{bare(overlap['iou'], '.2f')} ({bare(overlap['null'], '.3f')})",
+                f"{bare(cosine['absolute'], '.3f')} ({bare(cosine['null'], '.3f')})",
+                "" if corrected is None else bare(corrected, ".2f"),
+                f"{bare(sparsity['needed'], '.2f')} ({bare(sparsity['null'], '.2f')})",
                 f"{number(capacity['used'], '.0%')} ({number(capacity['null'], '.0%')})",
-                f"{_bare(shared['mean'], '.3f')} ({_bare(shared['null'], '.3f')})",
+                f"{bare(shared['mean'], '.3f')} ({bare(shared['null'], '.3f')})",
             ]
         )
     header = (
@@ -140,11 +140,6 @@ def drift_of_methods() -> str:
         said = _summary(method, row)
         rows.append([method, *(said[name] for name in shown)])
     return table(("", *shown.values()), rows)
-
-
-def _bare(value: float, form: str) -> str:
-    """Without a zero before the point."""
-    return number(value, form).replace("0.", ".")
 
 
 def _summary(method: str, row: Mapping[str, Any]) -> dict[str, str]:

@@ -36,9 +36,17 @@ class Example:
     scored_bytes: int
 
 
-def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
-    """Ids of the prompt and the line break after it, with what the tokenizer puts before a text (BOS)."""
-    return _with_bos(tokenizer, prompt + "\n")
+def encode_prompt(tokenizer: Any, prompt: str, max_length: int | None = None) -> list[int]:
+    """Ids of the prompt and the line break after it, with what the tokenizer puts before a text (BOS).
+
+    Args:
+        max_length: in tokens; too long a prompt loses its beginning, as in `encode`. None: any.
+    """
+    ids = _with_bos(tokenizer, prompt + "\n")
+    if max_length is None or len(ids) <= max_length:
+        return ids
+    head = _head(tokenizer, ids)
+    return ids[:head] + ids[len(ids) - max_length + head :]
 
 
 def encode(tokenizer: Any, prompt: str, response: str, max_length: int, separator: str = "") -> Example:
@@ -192,6 +200,11 @@ def _end(tokenizer: Any) -> list[int]:
     return [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
 
 
+def _head(tokenizer: Any, ids: Sequence[int]) -> int:
+    """How many ids stand before a text: a BOS, which a truncation keeps."""
+    return int(tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id)
+
+
 def _kept(tokenizer: Any, ids: Sequence[int], start: int, max_length: int) -> list[int]:
     """Positions of the ids that a truncation keeps, where what is learned begins at `start`; see `encode`."""
     if max_length < 4:
@@ -200,7 +213,7 @@ def _kept(tokenizer: Any, ids: Sequence[int], start: int, max_length: int) -> li
     room = max_length - rest
     if start <= room:
         return list(range(start + rest))
-    head = int(tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id)
+    head = _head(tokenizer, ids)
     return [*range(head), *range(start - room + head, start + rest)]
 
 

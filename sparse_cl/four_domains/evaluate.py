@@ -173,7 +173,7 @@ def continuations(model: Any, tokenizer: Any, prompts: Sequence[str], new_tokens
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     # A model may have more rows than its tokenizer has tokens, and not every tokenizer decodes what it does not know.
     known = set(tokenizer.get_vocab().values())
-    encoded = [encode_prompt(tokenizer, prompt)[-max_prompt:] for prompt in prompts]
+    encoded = [encode_prompt(tokenizer, prompt, max_prompt) for prompt in prompts]
     ids, mask = pad(encoded, pad_id, next(model.parameters()).device, left=True)
     settings = {"max_new_tokens": new_tokens, "pad_token_id": pad_id, "eos_token_id": tokenizer.eos_token_id}
     with generating_by(model, do_sample=False, **settings):

@@ -3,7 +3,7 @@
 R is a (T+1) × T matrix, a list of rows. R[i][j] is the score on domain j (1 … T) after training domain i; row 0 is
 the untouched base model. An entry is None where a domain has no such score (no records with choices, say); such a
 domain is left out of that metric's means. Where a domain is scored only once it is learned, entries before that are
-None but for the base's, and there is no fwt.
+None but for the base's: there is no fwt, and forgetting is from the best of the scores that are known.
 
 Scores may be of either sense. `acc` and `learning_accuracy` are in the score's own units. The differences (`bwt`,
 `forgetting`, `fwt`, `learned`, `intransigence`) are turned so that their sign reads alike for both: positive
@@ -99,7 +99,7 @@ def summarize(R: Matrix, *, lower_is_better: bool = False, single: Matrix | None
     gained = {j: sign * (after[j] - R[0][j]) for j in scored}
     lost = {j: sign * (after[j] - last[j]) for j in earlier}
     forgotten = {j: max(sign * row[j] for row in R[:-1] if row[j] is not None) - sign * last[j] for j in earlier}
-    forward = [j for j in scored if j > 0 and R[j][j] is not None]
+    forward = [None if R[j][j] is None else sign * (R[j][j] - R[0][j]) for j in scored if j > 0]
     gain = sum(gained[j] for j in earlier)
     return {
         "acc": _mean([last[j] for j in scored]),
@@ -107,7 +107,7 @@ def summarize(R: Matrix, *, lower_is_better: bool = False, single: Matrix | None
         "learned": _mean([gained[j] for j in scored]),
         "forgetting": _mean([forgotten[j] for j in earlier]),
         "bwt": _mean([-lost[j] for j in earlier]),
-        "fwt": _mean([sign * (R[j][j] - R[0][j]) for j in forward]),
+        "fwt": None if None in forward else _mean(forward),
         "gain_lost": sum(lost.values()) / gain if gain > 0 else None,
         "intransigence": None if single is None else intransigence(R, single, lower_is_better=lower_is_better),
         "forgetting_by_domain": [forgotten.get(j) for j in range(domains)],

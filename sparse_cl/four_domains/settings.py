@@ -88,7 +88,9 @@ class Settings:
         metavar="FILE.txt|embedded",
     )
     score: Literal["all", "learned"] = option(
-        "all", "after each domain: all of them, or only those learned so far, in half the time and without fwt"
+        "all",
+        "after each domain: all of them, or only those learned so far, in half the time; then there is no fwt, and "
+        "forgetting is from the best of what was scored",
     )
     metrics: tuple[str, ...] = option(METRICS, "to leave out slow ones; bits_per_byte always", metavar="NAME[,NAME…]")
 

@@ -68,3 +68,26 @@ def test_methods_are_compared_seed_by_seed():
     assert found.learned == pytest.approx((1.0, 1.5)) and found.most == pytest.approx(2.0)
     assert "20.0 ±24.8" in to_text(compared)
     assert at_equal_learning(gather_runs([("here", runs[0])])) == []
+
+
+def test_bounds_and_what_learns_nothing_are_left_out():
+    forgets_all = ((4.0, 4.0), (2.0, 4.0), (4.0, 2.0))
+    runs = [run(method="single", lr=lr, R=forgets_all) for lr in (1e-3, 1e-2)]
+    runs += [rate(1e-3, -0.5, 0.0), rate(1e-2, 1.0, 0.5), rate(1e-3, 0.5, 0.1, method="lora")]
+    runs += [
+        rate(1e-2, 1.0, 0.2, method="lora"),
+        rate(1e-3, -1.0, 0.0, method="ewc"),
+        rate(1e-2, -1.0, 0.0, method="ewc"),
+    ]
+    lora, ewc = at_equal_learning(gather_runs(("here", run) for run in runs))
+    assert (lora.name, lora.more, lora.most) == ("lora", None, pytest.approx(1.0)), "adamw has but one point"
+    assert (ewc.more, ewc.learned, ewc.most) == (None, None, None)
+
+
+def test_a_rate_that_one_seed_lacks_takes_no_other_seed_away():
+    runs = [
+        rate(lr, learned, learned, seed) for seed in (0, 1) for lr, learned in ((1e-3, 0.5), (3e-3, 1.0), (1e-2, 1.5))
+    ]
+    runs += [{**one, "method": "lora", "kind": "baseline"} for one in runs[1:]]
+    (found,) = at_equal_learning(gather_runs(("here", run) for run in runs))
+    assert found.more.count == 2 and found.more.mean == pytest.approx(0.0)

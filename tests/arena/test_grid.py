@@ -57,6 +57,7 @@ def made(monkeypatch, tmp_path):
         (folder / settings.methods[0] / "a-file").touch()
         if not (folder / "base.json").exists():
             (folder / "base.json").write_text(json.dumps(folder.name))
+            (folder / "inputs.json").write_text("{}")
         write_runs(folder, [record(settings)])
 
     monkeypatch.setattr(grid.experiment, "run", run)

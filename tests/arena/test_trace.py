@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from subprocess import CompletedProcess
 
 import pytest
 from cases.world import write_world
@@ -11,6 +12,7 @@ from cases.world import write_world
 from benchmarks.arena import trace
 from benchmarks.arena.trace import Trace, accuracy, choice, plain_code, rouge_l, similarity, table
 from sparse_cl import cli
+from sparse_cl.data.records import DataError
 
 SHORT = ("--steps", "2", "--batch-size", "2", "--protect", "none")
 
@@ -25,10 +27,9 @@ def world(tmp_path, tokenizer, monkeypatch):
             records = [{"prompt": f"{task} {split} {i}?", "answer": "AB"[i % 2]} for i in range(6)]
             (world / "trace" / task / f"{split}.json").write_text(json.dumps(records))
 
-    def run(command, check):
-        assert cli.main(command[3:]) == 0
-
-    monkeypatch.setattr(trace.subprocess, "run", run)
+    monkeypatch.setattr(
+        trace.subprocess, "run", lambda command, check: CompletedProcess(command, cli.main(command[3:]))
+    )
     monkeypatch.setattr(trace, "ANSWER", 4)
     monkeypatch.setattr(trace, "PROMPT", 28)
     return world
@@ -40,7 +41,7 @@ def made(world, **others):
 
 
 def test_a_choice_is_the_first_character_and_may_be_explained():
-    answers, wanted = ["A\nBecause.", " B", "", "C"], ["A\nSince.", "B", "A", "D"]
+    answers, wanted = ["A\nBecause.", "B", "", "C"], ["A\nSince.", "B", "A", "D"]
     assert choice([], answers, wanted) == 50.0
     assert accuracy([], answers, wanted) == 25.0
 
@@ -50,12 +51,15 @@ def test_marks_of_literals_are_what_they_stand_for():
     assert plain_code(code) == "x = 0 + 12 ; print ( a b ,  )"
 
 
-def test_texts_are_scored_by_words_and_code_by_edits():
-    for package in ("rouge", "rapidfuzz"):
-        pytest.importorskip(package)
-    assert rouge_l([], ["a cat sat there", "", "..."], ["a cat lay there", "x", "y"]) == pytest.approx(75 / 3, abs=1e-3)
+def test_code_is_scored_by_characters_that_match():
     assert similarity([], ["x = 1"], ["x = <NUM_LIT:1>"]) == 100
-    assert 0 < similarity([], ["x = 1"], ["x = 2 + y"]) < 100
+    # "x = " matches: 2 · 4 of 5 + 9 characters, in whole percents.
+    assert similarity([], ["x = 1", ""], ["x = 2 + y", "<STR_LIT>"]) == 57 / 2
+
+
+def test_texts_are_scored_by_words():
+    pytest.importorskip("rouge")
+    assert rouge_l([], ["a cat sat there", "", "..."], ["a cat lay there", "x", "y"]) == pytest.approx(75 / 3, abs=1e-3)
 
 
 def test_the_summaries_are_those_of_the_paper():
@@ -67,11 +71,11 @@ def test_the_summaries_are_those_of_the_paper():
 def test_two_tasks_are_learned_and_scored_and_the_last_model_is_kept(world, monkeypatch):
     calls = []
     with monkeypatch.context() as patch:
-        patch.setattr(Trace, "_score", lambda self, folder, last: calls.append(folder.name) or 1 / 0)
+        patch.setattr(Trace, "_score", lambda self, last, records: calls.append(last) or 1 / 0)
         with pytest.raises(ZeroDivisionError):
             made(world).run()
     R = made(world).run()
-    assert calls == ["1-FOMC"]
+    assert calls == [0]
     assert [len(row) for row in R] == [1, 2] and all(0 <= score <= 100 for row in R for score in row)
     out = world / "out"
     assert sorted(path.name for path in out.iterdir()) == [
@@ -87,7 +91,7 @@ def test_two_tasks_are_learned_and_scored_and_the_last_model_is_kept(world, monk
     assert json.loads((out / "results.json").read_text())["R"] == R
     monkeypatch.setattr(Trace, "_learn", None)
     assert made(world).run() == R, "nothing was left to do"
-    with pytest.raises(ValueError, match="other settings"):
+    with pytest.raises(ValueError, match="differs in records: 5 there, 4 now"):
         made(world, records=4).run()
 
 
@@ -96,8 +100,15 @@ def test_what_is_missing_is_said_before_anything_is_learned(world, monkeypatch):
         made(world, tasks=("FOMX",)).run()
     with pytest.raises(ValueError, match=r"Py150/train\.json"):
         made(world, tasks=("FOMC", "Py150")).run()
-    (world / "trace" / "FOMC").rename(world / "trace" / "Py150")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="pip install rapidfuzz"):
-        made(world, tasks=("Py150",)).run()
+    with pytest.raises(ValueError, match="--epochs=3 is set for each task"):
+        made(world, options=("--epochs=3",)).run()
+    (world / "trace" / "ScienceQA" / "test.json").write_text('[{"prompt": "p"}]')
+    with pytest.raises(DataError, match=r"ScienceQA/test\.json"):
+        made(world).run()
+    (world / "trace" / "ScienceQA").rename(world / "trace" / "MeetingBank")
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="pip install rouge"):
+        patch.setattr(importlib.util, "find_spec", lambda name: None)
+        made(world, tasks=("MeetingBank",)).run()
     assert not (world / "out").exists()
+    with pytest.raises(ValueError, match="FOMC was not learned; sparse-cl learn says above why"):
+        made(world, tasks=("FOMC",), options=("--method", "nothing")).run()

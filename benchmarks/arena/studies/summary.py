@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from sparse_cl.models.parts import find_mlps
 from sparse_cl.probes.superposition import superposition
 from sparse_cl.report.section import mean_of_known, nearest
 
@@ -87,7 +88,8 @@ def _capacity(record: Mapping[str, Any]) -> dict[str, Any]:
 
 def _superposition(model: nn.Module) -> dict[str, Any] | None:
     try:
-        found = superposition(model).values()
-    except ValueError:  # no MLPs, or none of plain matrices
+        find_mlps(model)
+    except ValueError:  # of no architecture with MLPs
         return None
+    found = superposition(model).values()
     return {"mean": mean(mlp.mean for mlp in found), "null": mean(mlp.null for mlp in found)}
