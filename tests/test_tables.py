@@ -13,7 +13,7 @@ BY_HAND = {
     "README.md": 1,
     "docs/command-line.md": 1,
     "docs/distributed.md": 1,
-    "docs/ideas.md": 3,
+    "docs/ideas.md": 2,
     "docs/memory.md": 1,
     "docs/methods.md": 4,
     "docs/probes.md": 1,

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from . import costs, methods, models
+from . import costs, methods, models, routing
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "results" / "README.md")
@@ -29,6 +29,9 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "overlap": models.overlap,
     "permuted-digits": methods.permuted_digits,
     "plasticity": methods.plasticity,
+    "routing": routing.routing,
+    "routing-equal": routing.routing_equal,
+    "routing-shared": routing.routing_shared,
     "shared-features": methods.shared_features,
     "sharded-memory": costs.sharded_memory,
     "streams": methods.streams,

@@ -67,4 +67,12 @@ def routing_shared() -> str:
 
 
 def _runs(way: str) -> list[Mapping[str, Any]]:
-    return [run for run in results("arena/routed")["runs"] if "failed" not in run and run["name"].startswith(f"{way}-")]
+    """Of the seeds that have every point of the study."""
+    runs = [run for run in results("arena/routed")["runs"] if "failed" not in run]
+    points = {seed: {_point(run) for run in runs if run["seed"] == seed} for seed in {run["seed"] for run in runs}}
+    every = set().union(*points.values())
+    return [run for run in runs if run["name"].startswith(f"{way}-") and points[run["seed"]] == every]
+
+
+def _point(run: Mapping[str, Any]) -> str:
+    return run["name"].rpartition("-seed")[0]
