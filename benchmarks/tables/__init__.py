@@ -29,6 +29,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "overlap": models.overlap,
     "permuted-digits": methods.permuted_digits,
     "plasticity": methods.plasticity,
+    "routed-linear": costs.routed_linear,
     "routing": routing.routing,
     "routing-equal": routing.routing_equal,
     "routing-shared": routing.routing_shared,

@@ -40,6 +40,23 @@ def active_linear() -> str:
     return table(header, rows)
 
 
+def routed_linear() -> str:
+    """Forward and backward of a branch through all neurons over that through k of them."""
+    shapes: dict[str, dict[str, float]] = {}
+    for row in results("routed-linear")["rows"]:
+        shapes.setdefault(row["case"], {})[row["contender"]] = row["median_ms"]
+    header = ("neurons → outputs, 1,024 tokens", "all neurons", *(f"k = n / {part}" for part in (4, 10, 40)))
+    rows = [
+        [
+            shape.replace("->", "→"),
+            f"{own['all neurons']:.1f} ms",
+            *(number(own["all neurons"] / own[f"1/{part}"], ".2f") for part in (4, 10, 40)),
+        ]
+        for shape, own in shapes.items()
+    ]
+    return table(header, rows)
+
+
 def sharded_memory() -> str:
     """Of a model that is split over processes: what was measured, and what the planner predicts."""
     rows = []
