@@ -59,16 +59,9 @@ def by_model(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Mapping[s
     return found
 
 
-HEADER = ("model", "method", "1–4", "5–8", "9–12", "13–16", *FORECASTS)
-NOTE = (
-    "1–4 …: share learned of these domains, of what a fresh model learns of each alone. Then, for the second domain\n"
-    "and those after it, each forecast's mean error in bits per byte, and its rank correlation with what was learned."
-)
-
-
-def rows(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """Below `HEADER`, for each model and method: what it learned early and late, and how each forecast did."""
-    found = []
+def table(runs: Sequence[Mapping[str, Any]]) -> str:
+    """A row for each model and method: what it learned early and late, and how each forecast did."""
+    rows = []
     for model, methods in by_model(runs).items():
         for method, run in methods.items():
             if method == "single" or "single" not in methods:
@@ -77,14 +70,15 @@ def rows(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
             bits = [share * size for share, size in zip(learned, own, strict=True)]
             cells = [f"{sum(bits[a : a + 4]) / sum(own[a : a + 4]):.2f}" for a in (0, 4, 8, 12)]
             scores = judged(run, methods["single"])
-            errors = [f"{scores[f]['error']:.3f} ({scores[f]['rank']:+.2f})" if f in scores else "" for f in FORECASTS]
-            found.append([model, method, *cells, *errors])
-    return found
-
-
-def table(runs: Sequence[Mapping[str, Any]]) -> str:
-    """`rows` as text, and what they say."""
-    return f"{text_table(HEADER, rows(runs))}\n\n{NOTE}"
+            errors = [f"{scores[f]['error']:.3f} ({scores[f]['rank']:+.2f})" if f in scores else "-" for f in FORECASTS]
+            rows.append([model, method, *cells, *errors])
+    header = ("model", "method", "1–4", "5–8", "9–12", "13–16", *FORECASTS)
+    note = (
+        "1–4 …: share learned of these domains, of what a fresh model learns of each alone. Then, for the second\n"
+        "domain and those after it, each forecast's mean error in bits per byte, and its rank correlation with what\n"
+        "was learned."
+    )
+    return f"{text_table(header, rows)}\n\n{note}"
 
 
 def draw(runs: Sequence[Mapping[str, Any]], path: Path) -> None:

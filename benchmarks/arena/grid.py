@@ -76,11 +76,9 @@ def run(name: str, study: Mapping[str, Settings], out: Path, part: int = 0, part
         # One that failed is tried again: another machine may have the memory that it wants.
         if any(run["name"] == run_name and "failed" not in run for run in found):
             continue
-        with _alone(out):
-            _share_base(settings, out, out / run_name)
+        _share_base(settings, out, out / run_name)
         experiment.run(settings, out / run_name)
-        with _alone(out):
-            _share_base(settings, out, out / run_name)
+        _share_base(settings, out, out / run_name)
         for weights in (out / run_name).glob("*/*"):
             if weights.is_dir():
                 shutil.rmtree(weights)
@@ -94,22 +92,18 @@ def keep(name: str, study: Mapping[str, Settings], out: Path) -> list[dict[str, 
     Left out is what is bulky; a path is its last name. What was kept of other settings is dropped.
     """
     with _alone(out):
-        return _keep(name, study, out)
-
-
-def _keep(name: str, study: Mapping[str, Settings], out: Path) -> list[dict[str, Any]]:
-    before = {run["name"]: run for run in (kept(name) if _file(name).is_file() else ())}
-    found: list[dict[str, Any]] = []
-    for run_name, settings in study.items():
-        made = _kept(out / run_name) if (out / run_name / RESULTS).is_file() else ()
-        if own := [{"name": run_name, **run} for run in made if _same(run["settings"], settings)]:
-            found += own
-        elif run_name in before and _same(before[run_name]["settings"], settings):
-            found.append(before[run_name])
-    if found:
-        KEPT.mkdir(exist_ok=True)
-        write_json(_file(name), {"runs": found})
-    return found
+        before = {run["name"]: run for run in (kept(name) if _file(name).is_file() else ())}
+        found: list[dict[str, Any]] = []
+        for run_name, settings in study.items():
+            made = _kept(out / run_name) if (out / run_name / RESULTS).is_file() else ()
+            if own := [{"name": run_name, **run} for run in made if _same(run["settings"], settings)]:
+                found += own
+            elif run_name in before and _same(before[run_name]["settings"], settings):
+                found.append(before[run_name])
+        if found:
+            KEPT.mkdir(exist_ok=True)
+            write_json(_file(name), {"runs": found})
+        return found
 
 
 def kept(name: str) -> list[dict[str, Any]]:
@@ -144,13 +138,14 @@ def _share_base(settings: Settings, out: Path, folder: Path) -> None:
     shared = out / f"base-{hashlib.sha256(json.dumps(scored, sort_keys=True).encode()).hexdigest()[:12]}.json"
     # With the digests of what was read: the run refuses a base that was scored on other data.
     names = (BASE, INPUTS)
-    if shared.is_file() and not folder.exists():
-        folder.mkdir(parents=True)
-        write_json(folder / SETTINGS, settings.to_json())
-        for name, content in read_json(shared).items():
-            write_json(folder / name, content)
-    elif not shared.is_file() and all((folder / name).is_file() for name in names):
-        write_json(shared, {name: read_json(folder / name) for name in names})
+    with _alone(out):
+        if shared.is_file() and not folder.exists():
+            folder.mkdir(parents=True)
+            write_json(folder / SETTINGS, settings.to_json())
+            for name, content in read_json(shared).items():
+                write_json(folder / name, content)
+        elif not shared.is_file() and all((folder / name).is_file() for name in names):
+            write_json(shared, {name: read_json(folder / name) for name in names})
 
 
 def _same(recorded: Mapping[str, Any], settings: Settings) -> bool:

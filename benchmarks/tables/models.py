@@ -83,32 +83,6 @@ def exponents() -> str:
     return table(("", "random", "pretrained", "conjecture"), rows)
 
 
-def real_models() -> str:
-    """What models that were really pretrained have, beside what chance gives."""
-    rows = []
-    for model in results("real-models")["models"]:
-        overlap, cosine, sparsity, capacity, shared = (
-            model[kind] for kind in ("overlap", "cosine", "sparsity", "capacity", "superposition")
-        )
-        corrected = cosine["corrected"]
-        rows.append(
-            [
-                f"{model['model']}, {model['width']}",
-                f"{bare(overlap['iou'], '.2f')} ({bare(overlap['null'], '.3f')})",
-                f"{bare(cosine['absolute'], '.3f')} ({bare(cosine['null'], '.3f')})",
-                "" if corrected is None else bare(corrected, ".2f"),
-                f"{bare(sparsity['needed'], '.2f')} ({bare(sparsity['null'], '.2f')})",
-                f"{number(capacity['used'], '.0%')} ({number(capacity['null'], '.0%')})",
-                f"{bare(shared['mean'], '.3f')} ({bare(shared['null'], '.3f')})",
-            ]
-        )
-    header = (
-        *("model, width (in brackets: by chance)", "overlap of the top 5 %", "\\|cosine\\|", "corrected for noise"),
-        *("neurons for 99 % of a token", "directions in use", "dimensions of a neuron"),
-    )
-    return table(header, rows)
-
-
 def drift_short() -> str:
     """What methods did to the base model."""
     found = results("drift-of-methods")
