@@ -176,6 +176,7 @@ def _base_text(data: Path, out: Path) -> str:
 def _sources(data: Path, out: Path, names: Sequence[str] = SOURCES, held_out: int = HELD_OUT) -> Path:
     folder = out / f"sources-{len(names)}-{held_out}"
     if not folder.is_dir():
+        out.mkdir(parents=True, exist_ok=True)
         building = Path(tempfile.mkdtemp(dir=out))
         write_sources(data, building, names, held_out)
         try:
