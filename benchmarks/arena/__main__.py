@@ -94,7 +94,7 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _table(arguments: argparse.Namespace) -> None:
-    from . import ceiling, size
+    from . import ceiling, main_table, size
     from .compare import EveryRunFailed, comparable, gather_runs
     from .compare_report import to_text
     from .grid import KEPT, kept
@@ -109,6 +109,8 @@ def _table(arguments: argparse.Namespace) -> None:
         found = size.points([*runs, *kept("gemma")], parameters)
         size.draw(found, KEPT / "size.png")
         print(size.table(found))
+    elif arguments.study == "main":
+        print(main_table.table(runs))
     else:
         for alike in comparable(runs):
             settings = alike[0]["settings"]

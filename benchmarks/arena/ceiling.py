@@ -7,7 +7,8 @@ that of a fresh model that learns it alone. A forecast is such a share; its erro
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -19,6 +20,8 @@ from sparse_cl.four_domains.report import text_table
 
 METRIC = "bits_per_byte"
 FORECASTS = ("all of it", "as the last", "C", "B", "C·B")
+LEARNED = ("model", "method", "1–4", "5–8", "9–12", "13–16", "free at the end")
+FORECAST = ("model", "method", *FORECASTS)
 
 
 def shares(run: Mapping[str, Any], single: Mapping[str, Any]) -> tuple[list[float], list[float]]:
@@ -59,26 +62,49 @@ def by_model(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Mapping[s
     return found
 
 
-def table(runs: Sequence[Mapping[str, Any]]) -> str:
-    """A row for each model and method: what it learned early and late, and how each forecast did."""
-    rows = []
-    for model, methods in by_model(runs).items():
+def pairs(runs: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+    """Each run that learned the domains one after another, and the one of its model that learned each alone."""
+    for methods in by_model(runs).values():
         for method, run in methods.items():
-            if method == "single" or "single" not in methods:
-                continue
-            learned, own = shares(run, methods["single"])
-            bits = [share * size for share, size in zip(learned, own, strict=True)]
-            cells = [f"{sum(bits[a : a + 4]) / sum(own[a : a + 4]):.2f}" for a in (0, 4, 8, 12)]
-            scores = judged(run, methods["single"])
-            errors = [f"{scores[f]['error']:.3f} ({scores[f]['rank']:+.2f})" if f in scores else "-" for f in FORECASTS]
-            rows.append([model, method, *cells, *errors])
-    header = ("model", "method", "1–4", "5–8", "9–12", "13–16", *FORECASTS)
+            if method != "single" and "single" in methods:
+                yield run, methods["single"]
+
+
+def learned_rows(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """By `LEARNED`: what was learned early and late, of what a fresh model learns of each domain alone."""
+    rows = []
+    for run, single in pairs(runs):
+        learned, own = shares(run, single)
+        bits = [share * size for share, size in zip(learned, own, strict=True)]
+        cells = [f"{sum(bits[a : a + 4]) / sum(own[a : a + 4]):.2f}" for a in (0, 4, 8, 12)]
+        last = run["domain_records"][-1].get("room")
+        rows.append([run["settings"]["model"], run["method"], *cells, f"{last['free']:.2f}" if last else ""])
+    return rows
+
+
+def forecast_rows(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """By `FORECAST`: each forecast's mean error in bits per byte, and its rank correlation with what was learned."""
+    rows = []
+    for run, single in pairs(runs):
+        scores = judged(run, single)
+        cells = [_error(scores[name]) if name in scores else "" for name in FORECASTS]
+        rows.append([run["settings"]["model"], run["method"], *cells])
+    return rows
+
+
+def _error(found: Mapping[str, float]) -> str:
+    rank = "" if math.isnan(found["rank"]) else f" ({found['rank']:+.2f})".replace("-", "−")
+    return f"{found['error']:.3f}{rank}"
+
+
+def table(runs: Sequence[Mapping[str, Any]]) -> str:
+    """Both tables, with what they say."""
     note = (
-        "1–4 …: share learned of these domains, of what a fresh model learns of each alone. Then, for the second\n"
-        "domain and those after it, each forecast's mean error in bits per byte, and its rank correlation with what\n"
-        "was learned."
+        f"{LEARNED[2]} …: share learned of these domains, of what a fresh model learns of each alone; free: C after\n"
+        "the last. Then, for the second domain and those after it, each forecast's mean error in bits per byte, and\n"
+        "its rank correlation with what was learned."
     )
-    return f"{text_table(header, rows)}\n\n{note}"
+    return "\n\n".join((text_table(LEARNED, learned_rows(runs)), text_table(FORECAST, forecast_rows(runs)), note))
 
 
 def draw(runs: Sequence[Mapping[str, Any]], path: Path) -> None:

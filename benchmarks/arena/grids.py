@@ -75,10 +75,13 @@ def tuning(models: Path, data: Path, out: Path) -> dict[str, Settings]:
 
 
 def main(models: Path, data: Path, out: Path) -> dict[str, Settings]:
-    """What tuning chose, on domains that nobody tuned on; after `tuning`."""
+    """What tuning chose, on domains that nobody tuned on, and at half and twice its rate; after `tuning`."""
     sources = _sources(data, out, *main_study.DATA)
     base = _base_5m(models, sources, domains=main_study.TESTING, eval_records=256, score="learned")
-    return over(base, (GIVEN,), main_study.SEEDS, main_study.chosen(kept("tuning")))
+    points = main_study.chosen(kept("tuning"))
+    first = over(base, (GIVEN,), main_study.OF_CURVES, points)
+    first |= over(base, (GIVEN,), main_study.OF_CURVES, main_study.curves(points))
+    return first | over(base, (GIVEN,), main_study.SEEDS, points)
 
 
 def long(models: Path, data: Path, out: Path) -> dict[str, Settings]:

@@ -2,7 +2,8 @@
 
 Tuning: six settings each, three rates by two values of the method's main option, or six rates where it has none; one
 seed, validation records of `TUNING` domains, chosen by the lowest mean bits per byte after the last domain. Testing:
-what was chosen, on the test records of `TESTING` domains, on which nobody tuned, five seeds.
+what was chosen, on the test records of `TESTING` domains, on which nobody tuned, five seeds; and three seeds at half
+and at twice the rate, for curves of what is lost at equal learning.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ TESTING = ("mbpp", "gsm8k", "medquad", "ecqa")
 """Code, mathematics, medicine and general text, each by another source."""
 DATA = (TUNING + TESTING, 256)
 """Their sources, and how many records of each are held out for testing."""
-TUNING_SEED, SEEDS = 100, (0, 1, 2, 3, 4)
+TUNING_SEED, SEEDS, OF_CURVES = 100, (0, 1, 2, 3, 4), (0, 1, 2)
+BOUNDS = ("joint", "single")
+"""Rows that have no curve: they forget nothing."""
 
 _OTHERS: dict[str, dict[str, Any]] = {
     "early-stopping": {"share": 0.25},
@@ -75,3 +78,13 @@ def chosen(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
         if len(known) == 6 and min(known) < math.inf:
             found[entry] = settings_of(entry)[known.index(min(known))]
     return found
+
+
+def curves(points: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The points of `chosen` at half and at twice the rate, by "row@factor"; `BOUNDS` are left out."""
+    return {
+        f"{entry}@{factor:g}": {**point, "lr": point["lr"] * factor}
+        for factor in (0.5, 2)
+        for entry, point in points.items()
+        if entry not in BOUNDS
+    }

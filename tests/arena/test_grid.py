@@ -179,10 +179,13 @@ def test_every_method_has_six_settings_to_be_tuned_by_and_the_best_is_tested():
         assert len({(s["lr"], str(s["options"])) for s in main_study.settings_of(entry)}) == 6
     runs = [{"name": f"{row}.{i}", "summary": {"acc": abs(i - 4)}} for row in ("elastic", "null-one") for i in range(6)]
     runs += [{"name": f"adamw.{i}", "summary": {"acc": i}} for i in range(5)]
-    assert main_study.chosen(runs) == {
+    chosen = main_study.chosen(runs)
+    assert chosen == {
         "elastic": {"method": "elastic", "lr": 3e-3, "options": {}},
         "null-one": {"method": "elastic-null", "lr": 3e-3, "options": {"null": "one"}},
     }, "a row that is not tuned whole is not tested"
+    rates = {name: point["lr"] for name, point in main_study.curves({**chosen, "joint": chosen["elastic"]}).items()}
+    assert rates == {"elastic@0.5": 1.5e-3, "elastic@2": 6e-3, "null-one@0.5": 1.5e-3, "null-one@2": 6e-3}
     runs[4] = {"name": "elastic.4", "failed": "it did"}
     assert main_study.chosen(runs)["elastic"] == {"method": "elastic", "lr": 1e-3, "options": {"strength": 5.0}}
 

@@ -1,0 +1,118 @@
+"""The main table: what each row of `main_study` learned and lost, and what it loses more than `elastic` does.
+
+Two rows are compared where they have learned the same: by their curves over three rates (`curves`), seed by seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sparse_cl.four_domains.report import text_table
+
+from .compare import Row, gather_runs
+from .curves import Beside, beside
+from .intervals import Interval, interval
+from .main_study import BOUNDS
+from .pareto import lines_of
+
+OURS = "elastic"
+NULLS = {
+    "null-directions": "in random directions",
+    "null-strengths": "with shuffled strengths",
+    "null-one": "with one strength for all",
+}
+HEADER = ("by ACC", "chosen", "seeds", "learned", "lost", "ACC", "points lost more", "where both have learned")
+SHOWN = {"learned": (".2f", 1.0), "gain_lost": (".0f", 100.0), "acc": (".2f", 1.0)}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row of the main table.
+
+    Attributes:
+        chosen: what tuning chose, in words.
+        scores: of `SHOWN`, over seeds, at the rate that was chosen.
+        beside: what it loses more than `OURS`; None: it is a bound, `OURS`, or has no curve yet.
+    """
+
+    name: str
+    chosen: str
+    scores: Mapping[str, Interval]
+    beside: Beside | None
+
+
+def entries(runs: Sequence[Mapping[str, Any]]) -> list[Entry]:
+    """The rows that have results, by what they end at."""
+    points: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
+    for run in runs:
+        if "failed" not in run:
+            entry, _, factor = run["name"].rpartition("-given-seed")[0].partition("@")
+            points.setdefault(entry, {}).setdefault(factor, []).append(run)
+    points = {entry: own for entry, own in points.items() if "" in own}
+    lines = {entry: _line(own) for entry, own in points.items() if entry not in BOUNDS}
+    found = []
+    for entry, own in points.items():
+        known = {key: interval([run["summary"][key] for run in own[""]]) for key in SHOWN}
+        scores = {key: value for key, value in known.items() if value is not None}
+        compared = entry != OURS and entry in lines and OURS in lines
+        gap = beside(lines[entry], lines[OURS], [_order(own[""][0])]) if compared else None
+        found.append(Entry(entry, _chosen(own[""][0]), scores, gap))
+    return sorted(found, key=lambda entry: entry.scores["acc"].mean)
+
+
+def _line(own: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Row]:
+    """A row's rates, rising."""
+    (line,) = lines_of(gather_runs((run["name"], dict(run)) for runs in own.values() for run in runs).rows)
+    return line
+
+
+def _order(run: Mapping[str, Any]) -> str:
+    return " → ".join(run["domains"])
+
+
+def _chosen(run: Mapping[str, Any]) -> str:
+    options = run["settings"]["method_options"].get(run["method"], {})
+    return ", ".join([f"{run['settings']['lr']:g}", *(f"{name} {value}" for name, value in options.items())])
+
+
+def shown(found: Interval | None, form: str, scale: float) -> str:
+    """mean ± half of the interval."""
+    if found is None:
+        return ""
+    half = f" ± {found.half_width * scale:{form.lstrip('+')}}" if found.half_width is not None else ""
+    return f"{found.mean * scale:{form}}{half}".replace("-", "−")
+
+
+def rows(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """By `HEADER`; lost in percent of the gain."""
+    found = []
+    for entry in entries(runs):
+        cells = [shown(entry.scores.get(key), *form) for key, form in SHOWN.items()]
+        more, learned = (entry.beside.more, entry.beside.learned) if entry.beside else (None, None)
+        reach = f"{learned[0]:.2f} to {learned[1]:.2f}" if learned else ""
+        count = str(entry.scores["acc"].count)
+        found.append([entry.name, entry.chosen, count, *cells, shown(more, "+.1f", 100.0), reach])
+    return found
+
+
+def sentence(runs: Sequence[Mapping[str, Any]]) -> str:
+    """Who loses least at equal learning, by how much, and what the pull has over its nulls."""
+    gaps = {e.name: e.beside.more for e in entries(runs) if e.beside is not None and e.beside.more is not None}
+    others = {name: more for name, more in gaps.items() if name not in NULLS}
+    if not others:
+        return "No two rows have curves yet that can be compared."
+    best = min(others, key=lambda name: others[name].mean)
+    by = shown(others[best], ".1f", 100.0)
+    if others[best].mean > 0:
+        text = f"`{OURS}` loses least at equal learning; next is `{best}`, which loses {by} points of the gain more."
+    else:
+        text = f"`{best}` loses least at equal learning: {by.lstrip('−')} points of the gain less than `{OURS}`."
+    nulls = [f"{words} {shown(gaps[name], '+.1f', 100.0)}" for name, words in NULLS.items() if name in gaps]
+    return f"{text} Beside its own, points lost by the pull {', '.join(nulls)}." if nulls else text
+
+
+def table(runs: Sequence[Mapping[str, Any]]) -> str:
+    """The sentence and the rows."""
+    return f"{sentence(runs)}\n\n{text_table(HEADER, rows(runs))}"

@@ -1,0 +1,53 @@
+"""The main table, of runs whose losses at equal learning are known."""
+
+from __future__ import annotations
+
+import pytest
+from cases.runs import run
+
+from benchmarks.arena import main_table
+
+
+def runs_of(entry, method, more, rates=(1, 0.5, 2), seeds=(0, 1, 2), **options):
+    """Runs that lose `more` of their gain than a tenth of what they learn."""
+    found = []
+    for factor in rates:
+        for seed in seeds:
+            learned = factor**0.5 * (1 + 0.01 * seed)
+            lost = 0.1 * learned + more * (1 + 0.1 * (seed - 1))
+            R = ((4.0, 4.0), (4.0 - learned, 4.0), (4.0 - learned + lost * learned, 4.0 - learned))
+            made = run(method, seed, 1e-3 * factor, R, method_options={method: options} if options else {})
+            found.append({**made, "name": f"{entry}{'' if factor == 1 else f'@{factor:g}'}-given-seed{seed}"})
+    return found
+
+
+ELASTIC = runs_of("elastic", "elastic", 0.0, strength=5.0)
+NULL = runs_of("null-one", "elastic-null", 0.2, null="one")
+
+
+@pytest.mark.parametrize(
+    ("replay", "said"),
+    [
+        (0.1, "`elastic` loses least at equal learning; next is `replay-5`, which loses 10.0 ± 2.5 points of the gain"),
+        (-0.1, "`replay-5` loses least at equal learning: 10.0 ± 2.5 points of the gain less than `elastic`."),
+    ],
+)
+def test_it_says_who_loses_least_and_what_the_pull_has_over_its_nulls(replay, said):
+    runs = [*ELASTIC, *NULL, *runs_of("replay-5", "replay-5", replay), *runs_of("joint", "joint", 0.0, rates=(1,))]
+    text = main_table.table(runs)
+    assert text.startswith(said) and "points lost by the pull with one strength for all +20.0 ± 5.0." in text
+    rows = {row[0]: row for row in main_table.rows(runs)}
+    assert rows["elastic"][1:4] == ["0.001, strength 5.0", "3", "1.01 ± 0.02"] and rows["elastic"][-2:] == ["", ""]
+    assert rows["joint"][-2:] == ["", ""], "a bound forgets nothing"
+    assert rows["null-one"][-2:] == ["+20.0 ± 5.0", "0.71 to 1.43"]
+
+
+def test_a_row_without_curves_or_of_failed_runs_is_not_compared():
+    failed = [{**one, "failed": "OutOfMemoryError"} for one in runs_of("lora", "lora", 0.1)]
+    ahead = runs_of("sfa", "sfa", 0.1, rates=(2,))  # its curve was run before its chosen rate
+    runs = [*ELASTIC, *failed, *ahead, *runs_of("ewc", "ewc", 0.1, rates=(1,), seeds=(0,))]
+    assert main_table.sentence(runs).startswith("No two rows have curves yet")
+    rows = main_table.rows(runs)
+    assert sorted(row[0] for row in rows) == ["elastic", "ewc"]
+    (ewc,) = (row for row in rows if row[0] == "ewc")
+    assert ewc[2:4] == ["1", "1.00"] and ewc[-2:] == ["", ""]
