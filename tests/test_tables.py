@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from benchmarks.tables import DOCUMENTS, ROOT, TABLES, cells, unmarked, written
+from benchmarks.tables import DOCUMENTS, ROOT, TABLES, cells, claims, unmarked, written
 
 #: Tables with measured numbers that no file of results makes, or that are written by hand. This list may shrink.
 BY_HAND = {
@@ -21,6 +21,45 @@ BY_HAND = {
     "docs/speed.md": 3,
     "benchmarks/results/README.md": 8,
 }
+
+#: Numbers outside marked tables that look measured and that no claim makes of the results: settings and versions too.
+#: This list may shrink.
+UNCLAIMED = {
+    "README.md": 15,
+    "docs/command-line.md": 6,
+    "docs/distributed.md": 27,
+    "docs/how-it-works.md": 3,
+    "docs/ideas.md": 66,
+    "docs/install.md": 4,
+    "docs/learn.md": 3,
+    "docs/memory.md": 1,
+    "docs/methods.md": 30,
+    "docs/optimizers.md": 18,
+    "docs/probes.md": 6,
+    "docs/results.md": 210,
+    "docs/speed.md": 71,
+    "docs/trace.md": 6,
+    "docs/trainers.md": 1,
+    "benchmarks/results/README.md": 345,
+}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_prose_has_the_numbers_that_the_results_say(document):
+    name, text = str(document.relative_to(ROOT)), document.read_text(encoding="utf-8")
+    for where, sentence in claims.claims():
+        assert where != name or claims.on_one_line(sentence) in claims.on_one_line(text)
+    assert len(found := claims.unclaimed(name, text)) <= UNCLAIMED.get(name, 0), found
+
+
+def test_numbers_of_prose_are_found_but_for_those_of_claims_and_marked_tables(monkeypatch):
+    text = (
+        "Loses 3 %, `not 4.5` of torch 3.11.2, at 1e-3\nor −.25.\n\n<!-- table: x -->\n| 7.5 |\n<!-- end -->\n\n"
+        "| 0.6 | [a](b-2.5.md) |\n```\n9.9\n```\n"
+    )
+    assert claims.unclaimed("a.md", text) == ["3", "1e-3", "−.25", "0.6"]
+    monkeypatch.setattr(claims, "claims", lambda: [("a.md", "at 1e-3 or −.25."), ("b.md", "Loses 3 %")])
+    assert claims.unclaimed("a.md", text) == ["3", "0.6"]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))

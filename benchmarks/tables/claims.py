@@ -1,0 +1,166 @@
+"""Sentences of README and docs that hold measured numbers, with the numbers as the results have them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from statistics import fmean, median
+from typing import Any
+
+from benchmarks.arena.streams import interval
+
+from .cells import bare, number, results
+
+_NO_PROSE = re.compile(r"<!-- table: .*?<!-- end -->|```.*?```|`[^`\n]*`|(?<=\])\([^)]*\)", re.DOTALL)
+_NUMBER = re.compile(r"(?<![\w.,−+-])[−+-]?(?:\d*\.\d+(?!\.?\d|e-)|\d+(?= %)|[\d.]+e-\d+)")
+
+
+def claims() -> list[tuple[str, str]]:
+    """Document and sentence; a line may end at any space of it."""
+    ideas = (_streams(), _gradual(), _late(), _energy(), _shared(), _plasticity(), _woken())
+    return [("README.md", _gemma()), *(("docs/ideas.md", sentence) for sentence in ideas)]
+
+
+def on_one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def unclaimed(name: str, text: str) -> list[str]:
+    """Numbers of a document's prose and of its tables by hand that look measured and stand in no claim.
+
+    Args:
+        name: of the document, as in `claims`.
+    """
+    left = on_one_line(_NO_PROSE.sub(" ", text))
+    for document, sentence in claims():
+        if document == name:
+            left = left.replace(on_one_line(_NO_PROSE.sub(" ", sentence)), " ")
+    return _NUMBER.findall(left)
+
+
+def _study(name: str, point: str, key: str, form: str) -> str:
+    """Mean over the runs of a point, orders and seeds together."""
+    runs = [run for run in results(f"arena/{name}")["runs"] if run["name"].startswith(point) and "failed" not in run]
+    return number(fmean(run["summary"][key] for run in runs), form)
+
+
+def _between(values: Iterable[float], form: str) -> str:
+    """The least and the most; a percent sign stands once."""
+    ends = sorted(values)
+    low, high = number(ends[0], form), number(ends[-1], form)
+    return f"{low.removesuffix(' %')} to {high}"
+
+
+def _gemma() -> str:
+    points = ("adamw-5e-05", "elastic-5e-05", "lora-0.0005", "elastic-lora-0.0005")
+    learned, lost = (
+        [_study("gemma", point, key, form) for point in points]
+        for key, form in (("learned", ".3f"), ("gain_lost", ".0%"))
+    )
+    return (
+        f"AdamW learned {learned[0]} bits per byte and lost {lost[0]} of it, `elastic` {learned[1]} and {lost[1]}; "
+        f"LoRA {learned[2]} and {lost[2]}, `elastic-lora` {learned[3]} and {lost[3]}."
+    )
+
+
+def _streams() -> str:
+    found, gradual, ways = results("streams")["detect"], results("streams")["gradual"], _trained_streams()
+    alarms, batches = (sum(one[key] for one in found) for key in ("false alarms", "batches"))
+    boundaries, missed = (sum(one[key] for one in found) for key in ("boundaries", "missed"))
+    low, high = interval(alarms, batches)
+    less = _between(((told["lost"] - auto["lost"]) * 100 for told, auto in ways("announced", "auto")), ".1f")
+    more = _between(((late["lost"] - told["lost"]) * 100 for told, late in ways("announced", "late")), ".0f")
+    return (
+        f"{boundaries - missed} of {boundaries} boundaries noticed at most "
+        f"{max(max(one['delays']) for one in found)} batches late; {1000 * alarms / batches:.2f} false alarms in 1,000 "
+        f"batches ({alarms} in {batches:,}; 95 %: {low:.2f} to {high:.2f}) where 1 was allowed; "
+        f"{sum(one['found'] for one in gradual)} of {sum(one['streams'] for one in gradual)} gradual mixtures noticed. "
+        f"`elastic` that finds its boundaries loses no more than one that is told them (three seeds, {less} "
+        f"points less), and {more} points more if it does not go back to before them; plain AdamW loses "
+        f"{_between((one['lost'] for (one,) in ways('none')), '.0%')}"
+    )
+
+
+def _trained_streams() -> Any:
+    """A function of ways: for each seed, its runs by these ways."""
+    runs: dict[int, dict[str, Mapping[str, Any]]] = {}
+    for run in results("streams")["train"]:
+        runs.setdefault(run["seed"], {})[run["how"]] = run
+    return lambda *hows: [tuple(by[how] for how in hows) for by in runs.values()]
+
+
+def _gradual() -> str:
+    short, long = results("streams")["gradual"]
+    low, high = (f"{end:.0f}" for end in short["interval"])
+
+    def shares(one: Mapping[str, Any], after: int) -> list[str]:
+        found = sorted(one["share of the new domain"])
+        return [f"{100 * value:.0f}" for value in (median(found), found[0], found[-1 - after])]
+
+    (middle, least, most), (late, from_, to) = shares(short, after=1), shares(long, after=0)
+    return (
+        f"in a ramp of {short['ramp']} batches, in which a record is of the new one with a rising chance, "
+        f"{short['found']} of {short['streams']} streams (95 %: {low} to {high} %) had an alarm, when {middle} % of "
+        f"the records were new (median; {least} to {most} %, once after the ramp); in one of {long['ramp']} "
+        f"batches {long['found']} of {long['streams']}, at {late} % ({from_} to {to} %)."
+    )
+
+
+def _late() -> str:
+    ways = _trained_streams()
+    pairs = ways("announced", "auto")
+    less = _between((1 - auto["learned"] / told["learned"] for told, auto in pairs), ".0%")
+    above = _between((auto["acc"] - told["acc"] for told, auto in pairs), ".2f")
+    without = _between((late["acc"] - told["acc"] for told, late in ways("announced", "late")), ".2f")
+    return (
+        f"{less} less is learned than where the boundary is announced. These runs end {above} above the announced ones "
+        f"in ACC, those without rewind {without}."
+    )
+
+
+def _energy() -> str:
+    tokens, energy, both = results("streams")["energy"]
+    late = [f"{fmean(one['delays']):.1f}" for one in (energy, tokens, both)]
+    return (
+        f"by it alone {energy['missed']} were missed, the others noticed {late[0]} batches late on average; tokens "
+        f"alone missed one and were {late[1]} late; both together, which share the false alarms, missed one and were "
+        f"{late[2]} late."
+    )
+
+
+def _shared() -> str:
+    found = results("shared-features")
+    after = {run["method"]: bare(run["after"]["domains"], ".2f") for run in found["runs"]}
+    before, null = (bare(found["base"][key], ".2f") for key in ("domains", "domains_null"))
+    return (
+        f"The mean inputs of the four domains have {before} of a dimension each, where random directions have {null}; "
+        f"after four domains {after['adamw']} with AdamW, {after['elastic']} with `elastic`, "
+        f"{after['orthogonal']} with `orthogonal`."
+    )
+
+
+def _plasticity() -> str:
+    fits = {run["name"]: run["fits"]["16"] for run in results("plasticity")["runs"]}
+    loss = {name: f"{fit['loss']:.2f}" for name, fit in fits.items()}
+    reset = "AdamW, spectral reset"
+    return (
+        f"loses two, has the lowest loss ({loss['AdamW, L2 to init']}, AdamW {loss['AdamW']}), and forgets more than "
+        f"AdamW. Putting each matrix's singular values back after a domain costs nothing and changes hardly more "
+        f"({fits[reset]['median']:.0f} steps, {loss[reset]}). Neither a tenth of the neurons drawn anew before each "
+        f"domain (recycled, as ReDo does) nor the pull helps: the two that draw neurons anew have the "
+        f"highest loss ({loss['selective-write, waking']}, {loss['AdamW, neurons recycled']})."
+    )
+
+
+def _woken() -> str:
+    found = {run["name"]: run["woken"]["lowest"] for run in results("plasticity")["runs"]}
+    plain, waking = found["selective-write"], found["selective-write, waking"]
+    nulls = [[f"{100 * end:.0f}" for end in one["update"]["null_interval"]] for one in (plain, waking)]
+    random = [f"{100 * end:.1f}" for end in plain["activation"]["null_interval"]]
+    updates = [number(one["update"]["share"], ".0%") for one in (plain, waking)]
+    activations = [number(one["activation"]["share"], ".1%") for one in (plain, waking)]
+    return (
+        f"Of a domain's update {updates[0]} lands on the tenth of the neurons that earlier domains use least (random "
+        f"neurons: {nulls[0][0]} to {nulls[0][1]} %), {updates[1]} ({nulls[1][0]} to {nulls[1][1]} %) where they are "
+        f"drawn anew; of its activation {activations[0]} and {activations[1]} (random: {random[0]} to {random[1]} %)"
+    )
