@@ -17,7 +17,7 @@ _NUMBER = re.compile(r"(?<![\w.,−+-])[−+-]?(?:\d*\.\d+(?!\.?\d|e-)|\d+(?= %)
 
 def claims() -> list[tuple[str, str]]:
     """Document and sentence; a line may end at any space of it."""
-    ideas = (_streams(), _gradual(), _late(), _energy(), _shared(), _plasticity(), _woken())
+    ideas = (_streams(), _woken(), _tracks(), _gradual(), _late(), _energy(), _shared(), _plasticity())
     return [("README.md", _gemma()), *(("docs/ideas.md", sentence) for sentence in ideas)]
 
 
@@ -60,6 +60,17 @@ def _gemma() -> str:
     return (
         f"AdamW learned {learned[0]} bits per byte and lost {lost[0]} of it, `elastic` {learned[1]} and {lost[1]}; "
         f"LoRA {learned[2]} and {lost[2]}, `elastic-lora` {learned[3]} and {lost[3]}."
+    )
+
+
+def _tracks() -> str:
+    columns = (("learned", ".2f"), ("gain_lost", ".0%"), ("acc", ".2f"))
+    points = [f"{way}-0.001-{order}" for way in ("two-four", "adamw") for order in ("given", "reverse")]
+    own, reverse, adamw, last = ([_study("tracks", point, *column) for column in columns] for point in points)
+    return (
+        f"test records, three seeds: learned {own[0]} and lost {own[1]} (ACC {own[2]}; reverse order "
+        f"{', '.join(reverse)}), where AdamW learned {adamw[0]} and lost {adamw[1]} ({adamw[2]}; reverse order "
+        f"{', '.join(last)})"
     )
 
 
