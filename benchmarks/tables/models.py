@@ -83,6 +83,40 @@ def exponents() -> str:
     return table(("", "random", "pretrained", "conjecture"), rows)
 
 
+def real_models() -> str:
+    """What domains share and use, of the scale study's widths and of models that are really pretrained; nulls in
+    brackets."""
+    models = [model for model in results("scale-study") if model["family"] == "pretrained"]
+    rows = [
+        _probed(f"Llama of width {width}, three seeds", [m for m in models if m["width"] == width]) for width in _WIDTHS
+    ]
+    rows += [_probed(_REAL.get(model["model"], model["model"]), [model]) for model in results("real-models")]
+    header = ("", "parameters", "overlap of the top 5 % (chance)", "of one domain with itself")
+    gradients = ("\\|cosine\\| of gradients, corrected for noise", "neurons for 99 % of a token's mass (Gaussians)")
+    room = ("directions that four domains use (unrelated ones)", "dimensions of a neuron (random ones)")
+    return table((*header, *gradients, *room), rows)
+
+
+_REAL = {"base-5m": "the Llama of 5.5 M", "gemma-trimmed": "Gemma 3 270M", "qwen-coder-0.5b": "Qwen2.5-Coder 0.5B"}
+
+
+def _probed(name: str, models: list[Mapping[str, Any]]) -> list[str]:
+    """A row, means over models; what none has is left free."""
+
+    def cell(measure: str, key: str, form: str, null: str = "") -> str:
+        found = [model[measure] for model in models if model.get(measure)]
+        if not found:
+            return ""
+        value = number(fmean(one[key] for one in found), form)
+        return f"{value} ({number(fmean(one[null] for one in found), form)})" if null else value
+
+    millions = fmean(model["parameters"] for model in models) / 1e6
+    cells = [cell("overlap", "iou", ".2f", "null"), cell("overlap", "ceiling", ".2f")]
+    cells += [cell("cosine", "corrected", ".2f"), cell("sparsity", "needed", ".0%", "null")]
+    cells += [cell("capacity", "used", ".0%", "null"), cell("superposition", "mean", ".2f", "null")]
+    return [name, f"{millions:.3g} M", *cells]
+
+
 def drift_short() -> str:
     """What methods did to the base model."""
     found = results("drift-of-methods")
