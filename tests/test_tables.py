@@ -36,7 +36,7 @@ UNCLAIMED = {
     "docs/methods.md": 30,
     "docs/optimizers.md": 18,
     "docs/probes.md": 6,
-    "docs/results.md": 210,
+    "docs/results.md": 207,
     "docs/speed.md": 71,
     "docs/trace.md": 6,
     "docs/trainers.md": 1,

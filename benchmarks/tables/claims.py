@@ -18,7 +18,8 @@ _NUMBER = re.compile(r"(?<![\w.,−+-])[−+-]?(?:\d*\.\d+(?!\.?\d|e-)|\d+(?= %)
 def claims() -> list[tuple[str, str]]:
     """Document and sentence; a line may end at any space of it."""
     ideas = (_streams(), _woken(), _tracks(), _gradual(), _late(), _energy(), _shared(), _plasticity())
-    return [("README.md", _gemma()), *(("docs/ideas.md", sentence) for sentence in ideas)]
+    found = [("README.md", _gemma()), ("docs/results.md", _gemma_kept())]
+    return found + [("docs/ideas.md", sentence) for sentence in ideas]
 
 
 def on_one_line(text: str) -> str:
@@ -38,10 +39,10 @@ def unclaimed(name: str, text: str) -> list[str]:
     return _NUMBER.findall(left)
 
 
-def _study(name: str, point: str, key: str, form: str) -> str:
-    """Mean over the runs of a point, orders and seeds together."""
-    runs = [run for run in results(f"arena/{name}")["runs"] if run["name"].startswith(point) and "failed" not in run]
-    return number(fmean(run["summary"][key] for run in runs), form)
+def _of(study: str, point: str, key: str) -> float:
+    """Mean over the runs whose name begins so."""
+    runs = [run for run in results(f"arena/{study}")["runs"] if run["name"].startswith(point) and "failed" not in run]
+    return fmean(run["summary"][key] for run in runs)
 
 
 def _between(values: Iterable[float], form: str) -> str:
@@ -54,7 +55,7 @@ def _between(values: Iterable[float], form: str) -> str:
 def _gemma() -> str:
     points = ("adamw-5e-05", "elastic-5e-05", "lora-0.0005", "elastic-lora-0.0005")
     learned, lost = (
-        [_study("gemma", point, key, form) for point in points]
+        [number(_of("gemma", point, key), form) for point in points]
         for key, form in (("learned", ".3f"), ("gain_lost", ".0%"))
     )
     return (
@@ -63,10 +64,23 @@ def _gemma() -> str:
     )
 
 
+def _gemma_kept() -> str:
+    learned, lost = (
+        [_of("gemma", point, key) for point in ("adamw-5e-05", "elastic-5e-05", "elastic-lora-0.0005")]
+        for key in ("learned", "gain_lost")
+    )
+    more, kept = number(learned[1] / learned[0] - 1, ".0%"), [number(1 - share, ".0%") for share in lost]
+    return (
+        f"At the same rate `elastic` learns {more} more than AdamW and keeps {kept[1]} of it, where AdamW keeps "
+        f"nothing: a domain that comes later finds the model better than AdamW leaves it. `elastic-lora` learns what "
+        f"LoRA does and keeps {kept[2]} of it"
+    )
+
+
 def _tracks() -> str:
     columns = (("learned", ".2f"), ("gain_lost", ".0%"), ("acc", ".2f"))
     points = [f"{way}-0.001-{order}" for way in ("two-four", "adamw") for order in ("given", "reverse")]
-    own, reverse, adamw, last = ([_study("tracks", point, *column) for column in columns] for point in points)
+    own, reverse, adamw, last = ([number(_of("tracks", point, key), form) for key, form in columns] for point in points)
     return (
         f"test records, three seeds: learned {own[0]} and lost {own[1]} (ACC {own[2]}; reverse order "
         f"{', '.join(reverse)}), where AdamW learned {adamw[0]} and lost {adamw[1]} ({adamw[2]}; reverse order "
