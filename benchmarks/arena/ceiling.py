@@ -19,8 +19,8 @@ from sparse_cl.four_domains.figures import new_figure
 from sparse_cl.four_domains.report import text_table
 
 METRIC = "bits_per_byte"
-FORECASTS = ("all of it", "as the last", "C", "B", "C·B")
-LEARNED = ("model", "method", "1–4", "5–8", "9–12", "13–16", "free at the end")
+FORECASTS = ("all of it", "as the last", "as those before", "C", "B", "C·B")
+LEARNED = ("model", "method", "learned", "lost", "ACC", "1–4", "5–8", "9–12", "13–16", "free at the end")
 FORECAST = ("model", "method", *FORECASTS)
 
 
@@ -31,10 +31,16 @@ def shares(run: Mapping[str, Any], single: Mapping[str, Any]) -> tuple[list[floa
     return [(R[0][j] - R[j + 1][j]) / own[j] for j in range(len(own))], own
 
 
-def forecasts(run: Mapping[str, Any], learned: Sequence[float]) -> dict[str, list[float]]:
-    """By `FORECASTS` the forecast of the second domain and those after it; of the first there is none."""
+def forecasts(run: Mapping[str, Any], learned: Sequence[float], own: Sequence[float]) -> dict[str, list[float]]:
+    """By `FORECASTS` the forecast of the second domain and those after it; of the first there is none.
+
+    Args:
+        learned, own: as `shares` returns them. "as those before" is the share of what all earlier ones have together.
+    """
     rooms = [record.get("room") for record in run["domain_records"]]
     found = {"all of it": [1.0] * (len(learned) - 1), "as the last": list(learned[:-1])}
+    bits = [share * size for share, size in zip(learned, own, strict=True)]
+    found["as those before"] = [sum(bits[:j]) / sum(own[:j]) for j in range(1, len(own))]
     if len(rooms) == len(learned) and None not in rooms:
         free = [room["free"] for room in rooms[:-1]]
         kept = [room["surviving"] for room in rooms[1:]]
@@ -46,7 +52,7 @@ def judged(run: Mapping[str, Any], single: Mapping[str, Any]) -> dict[str, dict[
     """By forecast its mean absolute error in bits per byte, and its rank correlation with what was learned."""
     learned, own = shares(run, single)
     found = {}
-    for name, values in forecasts(run, learned).items():
+    for name, values in forecasts(run, learned, own).items():
         errors = [abs(value - real) * size for value, real, size in zip(values, learned[1:], own[1:], strict=True)]
         varied = len(set(values)) > 1 and len(set(learned[1:])) > 1
         ranks = spearmanr(values, learned[1:]).statistic if varied else float("nan")
@@ -73,13 +79,27 @@ def pairs(runs: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Mapping[str, Any]
 def learned_rows(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """By `LEARNED`: what was learned early and late, of what a fresh model learns of each domain alone."""
     rows = []
-    for run, single in pairs(runs):
-        learned, own = shares(run, single)
-        bits = [share * size for share, size in zip(learned, own, strict=True)]
-        cells = [f"{sum(bits[a : a + 4]) / sum(own[a : a + 4]):.2f}" for a in (0, 4, 8, 12)]
-        last = run["domain_records"][-1].get("room")
-        rows.append([run["settings"]["model"], run["method"], *cells, f"{last['free']:.2f}" if last else ""])
+    for methods in by_model(runs).values():
+        if single := methods.get("single"):
+            rows.append([*_ends(single), *[""] * 5])
+        for run, alone in pairs(list(methods.values())):
+            rows.append([*_ends(run), *early_and_late(run, alone)])
     return rows
+
+
+def _ends(run: Mapping[str, Any]) -> list[str]:
+    summary = run["summary"]
+    lost = "" if summary["gain_lost"] is None else f"{summary['gain_lost']:.0%}".replace("%", " %").replace("-", "−")
+    return [run["settings"]["model"], run["method"], f"{summary['learned']:.2f}", lost, f"{summary['acc']:.2f}"]
+
+
+def early_and_late(run: Mapping[str, Any], single: Mapping[str, Any]) -> list[str]:
+    """Shares learned of four domains each, and C after the last."""
+    learned, own = shares(run, single)
+    bits = [share * size for share, size in zip(learned, own, strict=True)]
+    last = run["domain_records"][-1].get("room")
+    cells = [f"{sum(bits[a : a + 4]) / sum(own[a : a + 4]):.2f}" for a in (0, 4, 8, 12)]
+    return [*cells, f"{last['free']:.2f}" if last else ""]
 
 
 def forecast_rows(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
@@ -100,7 +120,7 @@ def _error(found: Mapping[str, float]) -> str:
 def table(runs: Sequence[Mapping[str, Any]]) -> str:
     """Both tables, with what they say."""
     note = (
-        f"{LEARNED[2]} …: share learned of these domains, of what a fresh model learns of each alone; free: C after\n"
+        f"{LEARNED[5]} …: share learned of these domains, of what a fresh model learns of each alone; free: C after\n"
         "the last. Then, for the second domain and those after it, each forecast's mean error in bits per byte, and\n"
         "its rank correlation with what was learned."
     )
@@ -115,11 +135,12 @@ def draw(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
         for marker, (method, run) in zip("os^v", methods.items(), strict=False):
             if method == "single":
                 continue
-            learned, _ = shares(run, methods["single"])
-            if "C·B" in (found := forecasts(run, learned)):
+            learned, own = shares(run, methods["single"])
+            if "C·B" in (found := forecasts(run, learned, own)):
                 axis.plot(found["C·B"], learned[1:], marker, label=method, markersize=5, fillstyle="none")
         axis.plot([0, 1], [0, 1], ":", color="grey", linewidth=1)
-        axis.set(xlabel="C·B before the domain", title=model)
+        # Of one domain a fresh model learns next to nothing, so its share is anything.
+        axis.set(xlabel="C·B before the domain", title=model, ylim=(-0.5, 1.5))
         axis.legend(fontsize=8)
     axes[0][0].set_ylabel("learned, of what a fresh model learns")
     figure.savefig(path, dpi=130)

@@ -15,6 +15,8 @@ ROOT = Path(__file__).parents[2]
 DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "results" / "README.md")
 TABLES: Mapping[str, Callable[[], str]] = {
     "active-linear": costs.active_linear,
+    "ceiling": methods.ceiling_learned,
+    "ceiling-forecasts": methods.ceiling_forecasts,
     "comparison": methods.comparison,
     "comparison-short": methods.comparison_short,
     "cosines": models.cosines,

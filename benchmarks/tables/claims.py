@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from statistics import fmean, median
 from typing import Any
 
+from benchmarks.arena import ceiling
 from benchmarks.arena.streams import interval
 
 from .cells import bare, number, results
@@ -17,9 +18,10 @@ _NUMBER = re.compile(r"(?<![\w.,−+-])[−+-]?(?:\d*\.\d+(?!\.?\d|e-)|\d+(?= %)
 
 def claims() -> list[tuple[str, str]]:
     """Document and sentence; a line may end at any space of it."""
-    ideas = (_streams(), _woken(), _tracks(), _gradual(), _late(), _energy(), _shared(), _plasticity())
+    ideas = [_streams, _woken, _tracks, _gradual, _late, _energy, _shared, _plasticity]
+    ideas += [_ceiling, _no_ceiling, _survives]
     found = [("README.md", _gemma()), ("docs/results.md", _gemma_kept())]
-    return found + [("docs/ideas.md", sentence) for sentence in ideas]
+    return found + [("docs/ideas.md", sentence()) for sentence in ideas]
 
 
 def on_one_line(text: str) -> str:
@@ -189,3 +191,58 @@ def _woken() -> str:
         f"neurons: {nulls[0][0]} to {nulls[0][1]} %), {updates[1]} ({nulls[1][0]} to {nulls[1][1]} %) where they are "
         f"drawn anew; of its activation {activations[0]} and {activations[1]} (random: {random[0]} to {random[1]} %)"
     )
+
+
+def _sixteen() -> dict[tuple[str, str], Mapping[str, Any]]:
+    """Model and method → run over sixteen domains."""
+    return {(run["settings"]["model"], run["method"]): run for run in results("arena/ceiling")["runs"]}
+
+
+_WIDTHS = ("base-5m", "stories260k")
+
+
+def _ceiling() -> str:
+    runs, found = _sixteen(), []
+    for method in ("orthogonal", "elastic"):
+        for model in _WIDTHS:
+            pair = runs[model, method], runs[model, "single"]
+            found.append((ceiling.early_and_late(*pair), ceiling.judged(*pair)))
+    (hard, own), (hard_small, own_small), (pull, of_pull), (pull_small, of_pull_small) = found
+
+    def errors(name: str, *judged: Mapping[str, Any]) -> list[str]:
+        return [f"{one[name]['error']:.2f}" for one in judged]
+
+    account = errors("C·B", own, own_small, of_pull, of_pull_small)
+    last = errors("as the last", own, own_small, of_pull, of_pull_small)
+    return (
+        f"of the last four `orthogonal` learns {hard[3]} and {hard_small[3]} of what a fresh model learns of each (of "
+        f"the first four {hard[0]} and {hard_small[0]}), `elastic` {pull[3]} and {pull_small[3]}. As a forecast of what "
+        f"is learned C·B is off by {account[0]} and {account[1]} bits per byte for `orthogonal`, by {account[2]} and "
+        f'{account[3]} for `elastic`; "as the last one" by {", ".join(last[:3])} and {last[3]}'
+    )
+
+
+def _no_ceiling() -> str:
+    runs = _sixteen()
+    learned, lost = (
+        [[runs[model, method]["summary"][key] for method in ("adamw", "elastic")] for model in _WIDTHS]
+        for key in ("learned", "gain_lost")
+    )
+    shown = [[number(share, ".0%") for share in shares] for shares in lost]
+    late = []
+    for model in _WIDTHS:
+        shares, own = ceiling.shares(runs[model, "orthogonal"], runs[model, "single"])
+        late.append(sum(share * size for share, size in zip(shares[4:], own[4:], strict=True)) / sum(own[4:]))
+    return (
+        f"On base-5m `elastic` learns {learned[0][1]:.2f} bits per byte, as AdamW does ({learned[0][0]:.2f}), and "
+        f"loses {shown[0][1]} of it where AdamW loses {shown[0][0]}; on the smaller model it learns "
+        f"{number(1 - learned[1][1] / learned[1][0], '.0%')} less than AdamW and loses {shown[1][1]} where AdamW loses "
+        f"{shown[1][0]}. The last domains it learns as well as a fresh model does: a ceiling is not in sight. "
+        f"`orthogonal` meets one: of domains 5 to 16 it learns {late[0]:.2f} and {late[1]:.2f}."
+    )
+
+
+def _survives() -> str:
+    runs = [run for (_, method), run in _sixteen().items() if method == "orthogonal"]
+    shares = [record["room"]["surviving"] for run in runs for record in run["domain_records"][1:]]
+    return f"Behind `orthogonal` {_between(shares, '.0%')} of a gradient survives"

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from statistics import fmean
 from typing import Any
 
+from benchmarks.arena import ceiling
+
 from .cells import bare, bold, number, results, several, table
 
 _COMPARED = {
@@ -83,6 +85,16 @@ def study(name: str, form: str = ".2f") -> str:
     if not any(row[-1] for row in rows):
         header, rows = header[:-1], [row[:-1] for row in rows]
     return table(header, rows)
+
+
+def ceiling_learned() -> str:
+    """What was learned of sixteen domains, early and late."""
+    return table(ceiling.LEARNED, ceiling.learned_rows(results("arena/ceiling")["runs"]))
+
+
+def ceiling_forecasts() -> str:
+    """How far forecasts of what is learned were off."""
+    return table(ceiling.FORECAST, ceiling.forecast_rows(results("arena/ceiling")["runs"]))
 
 
 def streams() -> str:

@@ -161,11 +161,13 @@ def test_forecasts_are_judged_by_what_was_learned():
     for entry in run["domain_records"]:
         entry["room"] = grid._room(entry["layers"])
     assert ceiling.shares(run, single) == ([1.0, 0.5, 0.5], [2.0, 2.0, 1.0])
-    assert ceiling.forecasts(run, [1.0, 0.5, 0.5]) == {
-        "all of it": [1.0, 1.0], "as the last": [1.0, 0.5], "C": [0.5, 0.5], "B": [0.5, 0.5], "C·B": [0.25, 0.25]
+    assert ceiling.forecasts(run, [1.0, 0.5, 0.5], [2.0, 2.0, 1.0]) == {
+        "all of it": [1.0, 1.0], "as the last": [1.0, 0.5], "as those before": [1.0, 0.75],
+        "C": [0.5, 0.5], "B": [0.5, 0.5], "C·B": [0.25, 0.25],
     }  # fmt: skip
     found = {name: one["error"] for name, one in ceiling.judged(run, single).items()}
-    assert found == {"all of it": 0.75, "as the last": 0.5, "C": 0.0, "B": 0.0, "C·B": 0.375}
+    before = {"all of it": 0.75, "as the last": 0.5, "as those before": 0.625}
+    assert found == {**before, "C": 0.0, "B": 0.0, "C·B": 0.375}
 
 
 def test_every_method_has_six_settings_to_be_tuned_by_and_the_best_is_tested():
