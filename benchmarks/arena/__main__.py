@@ -98,6 +98,7 @@ def _table(arguments: argparse.Namespace) -> None:
     from .compare import EveryRunFailed, comparable, gather_runs
     from .compare_report import to_text
     from .grid import KEPT, kept
+    from .pareto import draw_pareto
 
     runs = kept(arguments.study)
     if arguments.study == "ceiling":
@@ -112,11 +113,15 @@ def _table(arguments: argparse.Namespace) -> None:
     elif arguments.study == "main":
         print(main_table.table(runs))
     else:
-        for alike in comparable(runs):
+        groups = comparable(runs)
+        for alike in groups:
             settings = alike[0]["settings"]
             print(f"{len(alike[0]['domains'])} domains, {settings['steps']} steps each, {settings['model']}\n")
             try:
-                print(to_text(gather_runs((arguments.study, run) for run in alike)), end="\n\n")
+                compared = gather_runs((arguments.study, run) for run in alike)
+                print(to_text(compared), end="\n\n")
+                if len(groups) == 1:
+                    draw_pareto(compared, KEPT / f"{arguments.study}.png")
             except EveryRunFailed as error:
                 print(error, end="\n\n")
 

@@ -7,7 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.arena.compare import gather_runs
-from benchmarks.arena.curves import beside
+from benchmarks.arena.curves import Beside, beside
 from benchmarks.arena.pareto import lines_of
 
 from .cells import number, results, several, table
@@ -36,13 +36,18 @@ def routing() -> str:
     return table(("a token runs through", "rate", "runs", "learned", "lost", "ACC"), rows)
 
 
+def beside_top() -> dict[str, Beside]:
+    """By way, what it loses more than routing by token where both have learned the same."""
+    compared = {way: gather_runs((run["name"], run) for run in _runs(way)) for way in _THROUGH}
+    lines = {way: lines_of(found.rows)[0] for way, found in compared.items()}
+    top = lines.pop("top")
+    return {way: beside(line, top, compared["top"].orders) for way, line in lines.items()}
+
+
 def routing_equal() -> str:
     """What the others lose more than routing by token where both have learned the same."""
-    compared = {way: gather_runs((run["name"], run) for run in _runs(way)) for way in _THROUGH}
-    first, *others = ((way, lines_of(found.rows)[0]) for way, found in compared.items())
     rows = []
-    for way, line in others:
-        found = beside(line, first[1], compared[first[0]].orders)
+    for way, found in beside_top().items():
         if found.more is None or found.learned is None:
             rows.append([_THROUGH[way], "", ""])
             continue
@@ -52,17 +57,21 @@ def routing_equal() -> str:
     return table(("a token runs through", "points lost more", "where both have learned"), rows)
 
 
+def shared_neurons(way: str) -> tuple[float, float, float]:
+    """How many of a token's neurons a token of its domain has too, one of an earlier domain, and one by chance."""
+    layers = [layer for run in _runs(way) for layer in run["domain_records"][-1]["routing"].values()]
+    return (
+        fmean(layer["itself"] for layer in layers),
+        fmean(share for layer in layers for share in layer["earlier"]),
+        fmean(layer["chance"] for layer in layers),
+    )
+
+
 def routing_shared() -> str:
     """How many of a token's neurons another token has too, after the last domain."""
-    rows = []
-    for way in ("top", "mask", "random"):
-        layers = [layer for run in _runs(way) for layer in run["domain_records"][-1]["routing"].values()]
-        shares = (
-            fmean(layer["itself"] for layer in layers),
-            fmean(share for layer in layers for share in layer["earlier"]),
-            fmean(layer["chance"] for layer in layers),
-        )
-        rows.append([_THROUGH[way], *(number(share, ".1%") for share in shares)])
+    rows = [
+        [_THROUGH[way], *(number(share, ".1%") for share in shared_neurons(way))] for way in ("top", "mask", "random")
+    ]
     return table(("a token runs through", "of its domain", "of an earlier domain", "by chance"), rows)
 
 
