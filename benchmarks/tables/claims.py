@@ -97,8 +97,8 @@ def _routed() -> str:
 def _shared_neurons() -> str:
     own, earlier, _ = (number(share, ".1%") for share in routing.shared_neurons("top"))
     return (
-        f"a token shares {earlier} of its k neurons with a token of an earlier domain, hardly fewer than with one of its "
-        f"own ({own})"
+        f"a token shares {earlier} of its k neurons with a token of an earlier domain, hardly fewer than with one of "
+        f"its own ({own})"
     )
 
 
