@@ -39,6 +39,8 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "sharded-memory": costs.sharded_memory,
     "streams": methods.streams,
     "tracks": lambda: methods.study("tracks"),
+    "waking": lambda: methods.study("waking"),
+    "waking-choice": lambda: methods.study("waking-choice"),
     "widths": models.widths,
 }
 """Name → its Markdown, with a line's end."""

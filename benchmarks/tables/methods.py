@@ -79,7 +79,8 @@ def study(name: str, form: str = ".2f") -> str:
         cells = [several([summary[key] for summary in summaries], shown) for key, shown in columns]
         base = several(moved, "+" + form) if moved else ""
         rate = f"{first['settings']['lr']:g}"
-        at = [f"`{first['name'].split(f'-{rate}')[0]}`", rate, f"{first['domains'][0]} first", str(len(runs))]
+        name = first["name"].rsplit("-seed", 1)[0].removesuffix("-given").removesuffix("-reverse")
+        at = [f"`{name.removesuffix(f'-{rate}')}`", rate, f"{first['domains'][0]} first", str(len(runs))]
         rows.append([*at, *cells, base])
     header = ["", "rate", "order", "seeds", "learned", "lost", "ACC", "change of base text"]
     if not any(row[-1] for row in rows):
