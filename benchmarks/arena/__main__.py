@@ -113,14 +113,13 @@ def _table(arguments: argparse.Namespace) -> None:
     elif arguments.study == "main":
         print(main_table.table(runs))
     else:
-        groups = comparable(runs)
-        for alike in groups:
+        for alike in comparable(runs):
             settings = alike[0]["settings"]
             print(f"{len(alike[0]['domains'])} domains, {settings['steps']} steps each, {settings['model']}\n")
             try:
                 compared = gather_runs((arguments.study, run) for run in alike)
                 print(to_text(compared), end="\n\n")
-                if len(groups) == 1:
+                if arguments.study == "routed":
                     draw_pareto(compared, KEPT / f"{arguments.study}.png")
             except EveryRunFailed as error:
                 print(error, end="\n\n")

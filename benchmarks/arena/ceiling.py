@@ -61,10 +61,11 @@ def judged(run: Mapping[str, Any], single: Mapping[str, Any]) -> dict[str, dict[
 
 
 def by_model(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Mapping[str, Any]]]:
-    """Model → method → run."""
+    """Model → method → run; one that failed is left out."""
     found: dict[str, dict[str, Mapping[str, Any]]] = {}
     for run in runs:
-        found.setdefault(run["settings"]["model"], {})[run["method"]] = run
+        if "failed" not in run:
+            found.setdefault(run["settings"]["model"], {})[run["method"]] = run
     return found
 
 
@@ -89,7 +90,7 @@ def learned_rows(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 def _ends(run: Mapping[str, Any]) -> list[str]:
     summary = run["summary"]
-    lost = "" if summary["gain_lost"] is None else f"{summary['gain_lost']:.0%}".replace("%", " %").replace("-", "−")
+    lost = "" if summary["gain_lost"] is None else f"{100 * summary['gain_lost']:.0f} %".replace("-", "−")
     return [run["settings"]["model"], run["method"], f"{summary['learned']:.2f}", lost, f"{summary['acc']:.2f}"]
 
 
@@ -132,12 +133,10 @@ def draw(runs: Sequence[Mapping[str, Any]], path: Path) -> None:
     models = by_model(runs)
     figure, axes = new_figure(1, len(models), 4.5, 4.0)
     for axis, (model, methods) in zip(axes[0], models.items(), strict=True):
-        for marker, (method, run) in zip("os^v", methods.items(), strict=False):
-            if method == "single":
-                continue
-            learned, own = shares(run, methods["single"])
+        for marker, (run, single) in zip("os^v", pairs(list(methods.values())), strict=False):
+            learned, own = shares(run, single)
             if "C·B" in (found := forecasts(run, learned, own)):
-                axis.plot(found["C·B"], learned[1:], marker, label=method, markersize=5, fillstyle="none")
+                axis.plot(found["C·B"], learned[1:], marker, label=run["method"], markersize=5, fillstyle="none")
         axis.plot([0, 1], [0, 1], ":", color="grey", linewidth=1)
         # Of one domain a fresh model learns next to nothing, so its share is anything.
         axis.set(xlabel="C·B before the domain", title=model, ylim=(-0.5, 1.5))

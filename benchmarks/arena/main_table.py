@@ -34,7 +34,7 @@ class Entry:
     Attributes:
         chosen: what tuning chose, in words.
         scores: of `SHOWN`, over seeds, at the rate that was chosen.
-        beside: what it loses more than `OURS`; None: it is a bound, `OURS`, or has no curve yet.
+        beside: what it loses more than `OURS`, if there is learning that both reach; None: it is `OURS` or a bound.
     """
 
     name: str
@@ -98,19 +98,24 @@ def rows(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 
 def sentence(runs: Sequence[Mapping[str, Any]]) -> str:
-    """Who loses least at equal learning, by how much, and what the pull has over its nulls."""
-    gaps = {e.name: e.beside.more for e in entries(runs) if e.beside is not None and e.beside.more is not None}
+    """Who loses least at equal learning, by how much, whether that is sure, and what the pull has over its nulls."""
+    found = [entry for entry in entries(runs) if entry.beside is not None]
+    gaps = {entry.name: entry.beside.more for entry in found if entry.beside and entry.beside.more}
     others = {name: more for name, more in gaps.items() if name not in NULLS}
     if not others:
         return "No two rows have curves yet that can be compared."
     best = min(others, key=lambda name: others[name].mean)
-    by = shown(others[best], ".1f", 100.0)
-    if others[best].mean > 0:
-        text = f"`{OURS}` loses least at equal learning; next is `{best}`, which loses {by} points of the gain more."
+    more = others[best]
+    by = shown(more, ".1f", 100.0).removeprefix("−")
+    if more.half_width is None or abs(more.mean) <= more.half_width:
+        text = f"`{OURS}` and `{best}` lose least at equal learning, and are not told apart ({by} points of the gain)."
     else:
-        text = f"`{best}` loses least at equal learning: {by.lstrip('−')} points of the gain less than `{OURS}`."
+        first, second = (OURS, best) if more.mean > 0 else (best, OURS)
+        text = f"`{first}` loses least at equal learning, {by} points of the gain less than `{second}`."
+    if apart := [entry.name for entry in found if entry.name not in gaps]:
+        text += f" Not compared, as they learn less or more at all rates: {', '.join(f'`{name}`' for name in apart)}."
     nulls = [f"{words} {shown(gaps[name], '+.1f', 100.0)}" for name, words in NULLS.items() if name in gaps]
-    return f"{text} Beside its own, points lost by the pull {', '.join(nulls)}." if nulls else text
+    return f"{text} Points that the pull loses more {', '.join(nulls)}." if nulls else text
 
 
 def table(runs: Sequence[Mapping[str, Any]]) -> str:

@@ -1,32 +1,23 @@
-"""Sentences of README and docs that hold measured numbers, with the numbers as the results have them."""
+"""Sentences of README and docs that hold measured numbers, beside the numbers as the results have them."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from statistics import fmean, median
-from typing import Any
 
-from benchmarks.arena import ceiling
-from benchmarks.arena.streams import interval
+from .sentences import SENTENCES
 
-from . import routing
-from .cells import bare, number, results
-
-_NO_PROSE = re.compile(r"<!-- table: .*?<!-- end -->|```.*?```|`[^`\n]*`|(?<=\])\([^)]*\)", re.DOTALL)
+_NO_PROSE = re.compile(r"<!-- table: .*?<!-- end -->|```.*?```|`[^`]*`|(?<=\])\([^)]*\)", re.DOTALL)
 _NUMBER = re.compile(r"(?<![\w.,−+-])[−+-]?(?:\d*\.\d+(?!\.?\d|e-)|\d+(?= %)|[\d.]+e-\d+)")
 
 
 def claims() -> list[tuple[str, str]]:
     """Document and sentence; a line may end at any space of it."""
-    ideas = [_routed, _shared_neurons, _streams, _woken, _tracks, _gradual, _late, _energy, _shared, _plasticity]
-    ideas += [_ceiling, _no_ceiling, _survives]
-    found = [("README.md", _gemma()), ("docs/results.md", _gemma_kept())]
-    return found + [("docs/ideas.md", sentence()) for sentence in ideas]
+    return [(document, sentence()) for document, sentences in SENTENCES.items() for sentence in sentences]
 
 
-def on_one_line(text: str) -> str:
-    return " ".join(text.split())
+def stands_in(sentence: str, text: str) -> bool:
+    """Whether a document has the sentence, and no number goes on at its ends."""
+    return re.search(rf"(?<![\d.]){re.escape(_on_one_line(sentence))}(?!\.?\d)", _on_one_line(text)) is not None
 
 
 def unclaimed(name: str, text: str) -> list[str]:
@@ -35,237 +26,12 @@ def unclaimed(name: str, text: str) -> list[str]:
     Args:
         name: of the document, as in `claims`.
     """
-    left = on_one_line(_NO_PROSE.sub(" ", text))
+    left = _on_one_line(_NO_PROSE.sub(" ", text))
     for document, sentence in claims():
         if document == name:
-            left = left.replace(on_one_line(_NO_PROSE.sub(" ", sentence)), " ")
+            left = left.replace(_on_one_line(_NO_PROSE.sub(" ", sentence)), " ")
     return _NUMBER.findall(left)
 
 
-def _of(study: str, point: str, key: str) -> float:
-    """Mean over the runs whose name begins so."""
-    runs = [run for run in results(f"arena/{study}")["runs"] if run["name"].startswith(point) and "failed" not in run]
-    return fmean(run["summary"][key] for run in runs)
-
-
-def _between(values: Iterable[float], form: str) -> str:
-    """The least and the most; a percent sign stands once."""
-    ends = sorted(values)
-    low, high = number(ends[0], form), number(ends[-1], form)
-    return f"{low.removesuffix(' %')} to {high}"
-
-
-def _gemma() -> str:
-    points = ("adamw-5e-05", "elastic-5e-05", "lora-0.0005", "elastic-lora-0.0005")
-    learned, lost = (
-        [number(_of("gemma", point, key), form) for point in points]
-        for key, form in (("learned", ".3f"), ("gain_lost", ".0%"))
-    )
-    return (
-        f"AdamW learned {learned[0]} bits per byte and lost {lost[0]} of it, `elastic` {learned[1]} and {lost[1]}; "
-        f"LoRA {learned[2]} and {lost[2]}, `elastic-lora` {learned[3]} and {lost[3]}."
-    )
-
-
-def _gemma_kept() -> str:
-    learned, lost = (
-        [_of("gemma", point, key) for point in ("adamw-5e-05", "elastic-5e-05", "elastic-lora-0.0005")]
-        for key in ("learned", "gain_lost")
-    )
-    more, kept = number(learned[1] / learned[0] - 1, ".0%"), [number(1 - share, ".0%") for share in lost]
-    return (
-        f"At the same rate `elastic` learns {more} more than AdamW and keeps {kept[1]} of it, where AdamW keeps "
-        f"nothing: a domain that comes later finds the model better than AdamW leaves it. `elastic-lora` learns what "
-        f"LoRA does and keeps {kept[2]} of it"
-    )
-
-
-def _routed() -> str:
-    more = [routing.beside_top()[way].more for way in ("mask", "none", "adamw")]
-    mask, none, adamw = (f"{abs(100 * of.mean):.1f} ± {100 * (of.half_width or 0):.1f}" for of in more if of)
-    adamw_best, best = (
-        min(_of("routed", f"{way}-{rate}-", "acc") for rate in rates)
-        for way, rates in (("adamw", ("0.0004", "0.0002", "0.0001")), ("top", ("0.004", "0.0015", "0.0005")))
-    )
-    return (
-        f"at equal learning it loses {mask} points less of the gain than one mask a domain (both orders, three seeds), "
-        f"and {none} less than the same branch without routing; AdamW of all weights loses {adamw} less than routing, "
-        f"and ends lower (ACC {adamw_best:.2f}, routed {best:.2f} at best)"
-    )
-
-
-def _shared_neurons() -> str:
-    own, earlier, _ = (number(share, ".1%") for share in routing.shared_neurons("top"))
-    return (
-        f"a token shares {earlier} of its k neurons with a token of an earlier domain, hardly fewer than with one of "
-        f"its own ({own})"
-    )
-
-
-def _tracks() -> str:
-    columns = (("learned", ".2f"), ("gain_lost", ".0%"), ("acc", ".2f"))
-    points = [f"{way}-0.001-{order}" for way in ("two-four", "adamw") for order in ("given", "reverse")]
-    own, reverse, adamw, last = ([number(_of("tracks", point, key), form) for key, form in columns] for point in points)
-    return (
-        f"test records, three seeds: learned {own[0]} and lost {own[1]} (ACC {own[2]}; reverse order "
-        f"{', '.join(reverse)}), where AdamW learned {adamw[0]} and lost {adamw[1]} ({adamw[2]}; reverse order "
-        f"{', '.join(last)})"
-    )
-
-
-def _streams() -> str:
-    found, gradual, ways = results("streams")["detect"], results("streams")["gradual"], _trained_streams()
-    alarms, batches = (sum(one[key] for one in found) for key in ("false alarms", "batches"))
-    boundaries, missed = (sum(one[key] for one in found) for key in ("boundaries", "missed"))
-    low, high = interval(alarms, batches)
-    less = _between(((told["lost"] - auto["lost"]) * 100 for told, auto in ways("announced", "auto")), ".1f")
-    more = _between(((late["lost"] - told["lost"]) * 100 for told, late in ways("announced", "late")), ".0f")
-    return (
-        f"{boundaries - missed} of {boundaries} boundaries noticed at most "
-        f"{max(max(one['delays']) for one in found)} batches late; {1000 * alarms / batches:.2f} false alarms in 1,000 "
-        f"batches ({alarms} in {batches:,}; 95 %: {low:.2f} to {high:.2f}) where 1 was allowed; "
-        f"{sum(one['found'] for one in gradual)} of {sum(one['streams'] for one in gradual)} gradual mixtures noticed. "
-        f"`elastic` that finds its boundaries loses no more than one that is told them (three seeds, {less} "
-        f"points less), and {more} points more if it does not go back to before them; plain AdamW loses "
-        f"{_between((one['lost'] for (one,) in ways('none')), '.0%')}"
-    )
-
-
-def _trained_streams() -> Any:
-    """A function of ways: for each seed, its runs by these ways."""
-    runs: dict[int, dict[str, Mapping[str, Any]]] = {}
-    for run in results("streams")["train"]:
-        runs.setdefault(run["seed"], {})[run["how"]] = run
-    return lambda *hows: [tuple(by[how] for how in hows) for by in runs.values()]
-
-
-def _gradual() -> str:
-    short, long = results("streams")["gradual"]
-    low, high = (f"{end:.0f}" for end in short["interval"])
-
-    def shares(one: Mapping[str, Any], after: int) -> list[str]:
-        found = sorted(one["share of the new domain"])
-        return [f"{100 * value:.0f}" for value in (median(found), found[0], found[-1 - after])]
-
-    (middle, least, most), (late, from_, to) = shares(short, after=1), shares(long, after=0)
-    return (
-        f"in a ramp of {short['ramp']} batches, in which a record is of the new one with a rising chance, "
-        f"{short['found']} of {short['streams']} streams (95 %: {low} to {high} %) had an alarm, when {middle} % of "
-        f"the records were new (median; {least} to {most} %, once after the ramp); in one of {long['ramp']} "
-        f"batches {long['found']} of {long['streams']}, at {late} % ({from_} to {to} %)."
-    )
-
-
-def _late() -> str:
-    ways = _trained_streams()
-    pairs = ways("announced", "auto")
-    less = _between((1 - auto["learned"] / told["learned"] for told, auto in pairs), ".0%")
-    above = _between((auto["acc"] - told["acc"] for told, auto in pairs), ".2f")
-    without = _between((late["acc"] - told["acc"] for told, late in ways("announced", "late")), ".2f")
-    return (
-        f"{less} less is learned than where the boundary is announced. These runs end {above} above the announced ones "
-        f"in ACC, those without rewind {without}."
-    )
-
-
-def _energy() -> str:
-    tokens, energy, both = results("streams")["energy"]
-    late = [f"{fmean(one['delays']):.1f}" for one in (energy, tokens, both)]
-    return (
-        f"by it alone {energy['missed']} were missed, the others noticed {late[0]} batches late on average; tokens "
-        f"alone missed one and were {late[1]} late; both together, which share the false alarms, missed one and were "
-        f"{late[2]} late."
-    )
-
-
-def _shared() -> str:
-    found = results("shared-features")
-    after = {run["method"]: bare(run["after"]["domains"], ".2f") for run in found["runs"]}
-    before, null = (bare(found["base"][key], ".2f") for key in ("domains", "domains_null"))
-    return (
-        f"The mean inputs of the four domains have {before} of a dimension each, where random directions have {null}; "
-        f"after four domains {after['adamw']} with AdamW, {after['elastic']} with `elastic`, "
-        f"{after['orthogonal']} with `orthogonal`."
-    )
-
-
-def _plasticity() -> str:
-    fits = {run["name"]: run["fits"]["16"] for run in results("plasticity")["runs"]}
-    loss = {name: f"{fit['loss']:.2f}" for name, fit in fits.items()}
-    reset = "AdamW, spectral reset"
-    return (
-        f"loses two, has the lowest loss ({loss['AdamW, L2 to init']}, AdamW {loss['AdamW']}), and forgets more than "
-        f"AdamW. Putting each matrix's singular values back after a domain costs nothing and changes hardly more "
-        f"({fits[reset]['median']:.0f} steps, {loss[reset]}). Neither a tenth of the neurons drawn anew before each "
-        f"domain (recycled, as ReDo does) nor the pull helps: the two that draw neurons anew have the "
-        f"highest loss ({loss['selective-write, waking']}, {loss['AdamW, neurons recycled']})."
-    )
-
-
-def _woken() -> str:
-    found = {run["name"]: run["woken"]["lowest"] for run in results("plasticity")["runs"]}
-    plain, waking = found["selective-write"], found["selective-write, waking"]
-    nulls = [[f"{100 * end:.0f}" for end in one["update"]["null_interval"]] for one in (plain, waking)]
-    random = [f"{100 * end:.1f}" for end in plain["activation"]["null_interval"]]
-    updates = [number(one["update"]["share"], ".0%") for one in (plain, waking)]
-    activations = [number(one["activation"]["share"], ".1%") for one in (plain, waking)]
-    return (
-        f"Of a domain's update {updates[0]} lands on the tenth of the neurons that earlier domains use least (random "
-        f"neurons: {nulls[0][0]} to {nulls[0][1]} %), {updates[1]} ({nulls[1][0]} to {nulls[1][1]} %) where they are "
-        f"drawn anew; of its activation {activations[0]} and {activations[1]} (random: {random[0]} to {random[1]} %)"
-    )
-
-
-def _sixteen() -> dict[tuple[str, str], Mapping[str, Any]]:
-    """Model and method → run over sixteen domains."""
-    return {(run["settings"]["model"], run["method"]): run for run in results("arena/ceiling")["runs"]}
-
-
-_WIDTHS = ("base-5m", "stories260k")
-
-
-def _ceiling() -> str:
-    runs, found = _sixteen(), []
-    for method in ("orthogonal", "elastic"):
-        for model in _WIDTHS:
-            pair = runs[model, method], runs[model, "single"]
-            found.append((ceiling.early_and_late(*pair), ceiling.judged(*pair)))
-    (hard, own), (hard_small, own_small), (pull, of_pull), (pull_small, of_pull_small) = found
-
-    def errors(name: str, *judged: Mapping[str, Any]) -> list[str]:
-        return [f"{one[name]['error']:.2f}" for one in judged]
-
-    account = errors("C·B", own, own_small, of_pull, of_pull_small)
-    last = errors("as the last", own, own_small, of_pull, of_pull_small)
-    return (
-        f"of the last four `orthogonal` learns {hard[3]} and {hard_small[3]} of what a fresh model learns of each (of "
-        f"the first four {hard[0]} and {hard_small[0]}), `elastic` {pull[3]} and {pull_small[3]}. As a forecast of "
-        f"what is learned C·B is off by {account[0]} and {account[1]} bits per byte for `orthogonal`, by {account[2]} "
-        f'and {account[3]} for `elastic`; "as the last one" by {", ".join(last[:3])} and {last[3]}'
-    )
-
-
-def _no_ceiling() -> str:
-    runs = _sixteen()
-    learned, lost = (
-        [[runs[model, method]["summary"][key] for method in ("adamw", "elastic")] for model in _WIDTHS]
-        for key in ("learned", "gain_lost")
-    )
-    shown = [[number(share, ".0%") for share in shares] for shares in lost]
-    late = []
-    for model in _WIDTHS:
-        shares, own = ceiling.shares(runs[model, "orthogonal"], runs[model, "single"])
-        late.append(sum(share * size for share, size in zip(shares[4:], own[4:], strict=True)) / sum(own[4:]))
-    return (
-        f"On base-5m `elastic` learns {learned[0][1]:.2f} bits per byte, as AdamW does ({learned[0][0]:.2f}), and "
-        f"loses {shown[0][1]} of it where AdamW loses {shown[0][0]}; on the smaller model it learns "
-        f"{number(1 - learned[1][1] / learned[1][0], '.0%')} less than AdamW and loses {shown[1][1]} where AdamW loses "
-        f"{shown[1][0]}. The last domains it learns as well as a fresh model does: a ceiling is not in sight. "
-        f"`orthogonal` meets one: of domains 5 to 16 it learns {late[0]:.2f} and {late[1]:.2f}."
-    )
-
-
-def _survives() -> str:
-    runs = [run for (_, method), run in _sixteen().items() if method == "orthogonal"]
-    shares = [record["room"]["surviving"] for run in runs for record in run["domain_records"][1:]]
-    return f"Behind `orthogonal` {_between(shares, '.0%')} of a gradient survives"
+def _on_one_line(text: str) -> str:
+    return " ".join(text.split())

@@ -27,8 +27,8 @@ def routing() -> str:
     rows = []
     for way, through in _THROUGH.items():
         first = True
-        for rate in sorted({run["settings"]["lr"] for run in _runs(way)}, reverse=True):
-            runs = [run for run in _runs(way) if run["settings"]["lr"] == rate]
+        for rate in sorted({run["settings"]["lr"] for run in runs_of(way)}, reverse=True):
+            runs = [run for run in runs_of(way) if run["settings"]["lr"] == rate]
             forms = {"learned": ".2f", "gain_lost": ".0%", "acc": ".2f"}
             cells = [several([run["summary"][key] for run in runs], form) for key, form in forms.items()]
             rows.append([through if first else "", f"{rate:g}", str(len(runs)), *cells])
@@ -36,12 +36,16 @@ def routing() -> str:
     return table(("a token runs through", "rate", "runs", "learned", "lost", "ACC"), rows)
 
 
-def beside_top() -> dict[str, Beside]:
-    """By way, what it loses more than routing by token where both have learned the same."""
-    compared = {way: gather_runs((run["name"], run) for run in _runs(way)) for way in _THROUGH}
-    lines = {way: lines_of(found.rows)[0] for way, found in compared.items()}
+def beside_top(order: int | None = None) -> dict[str, Beside]:
+    """By way, what it loses more than routing by token where both have learned the same; in one order or in all."""
+    compared = {way: gather_runs((run["name"], run) for run in runs_of(way)) for way in _THROUGH}
+    orders = compared["top"].orders
+    lines = {}
+    for way, found in compared.items():
+        (lines[way],) = lines_of(found.rows)
     top = lines.pop("top")
-    return {way: beside(line, top, compared["top"].orders) for way, line in lines.items()}
+    asked = orders if order is None else orders[order : order + 1]
+    return {way: beside(line, top, asked) for way, line in lines.items()}
 
 
 def routing_equal() -> str:
@@ -59,7 +63,7 @@ def routing_equal() -> str:
 
 def shared_neurons(way: str) -> tuple[float, float, float]:
     """How many of a token's neurons a token of its domain has too, one of an earlier domain, and one by chance."""
-    layers = [layer for run in _runs(way) for layer in run["domain_records"][-1]["routing"].values()]
+    layers = [layer for run in runs_of(way) for layer in run["domain_records"][-1]["routing"].values()]
     return (
         fmean(layer["itself"] for layer in layers),
         fmean(share for layer in layers for share in layer["earlier"]),
@@ -75,12 +79,19 @@ def routing_shared() -> str:
     return table(("a token runs through", "of its domain", "of an earlier domain", "by chance"), rows)
 
 
-def _runs(way: str) -> list[Mapping[str, Any]]:
-    """Of the seeds that have every point of the study."""
+def runs_of(way: str) -> list[Mapping[str, Any]]:
+    """A way's runs, of the seeds that have every point of the study.
+
+    Raises:
+        ValueError: no seed has.
+    """
     runs = [run for run in results("arena/routed")["runs"] if "failed" not in run]
     points = {seed: {_point(run) for run in runs if run["seed"] == seed} for seed in {run["seed"] for run in runs}}
     every = set().union(*points.values())
-    return [run for run in runs if run["name"].startswith(f"{way}-") and points[run["seed"]] == every]
+    found = [run for run in runs if run["name"].startswith(f"{way}-") and points[run["seed"]] == every]
+    if not found:
+        raise ValueError(f"arena/routed.json: no seed has all of {', '.join(sorted(every))}; run the study to its end")
+    return found
 
 
 def _point(run: Mapping[str, Any]) -> str:
