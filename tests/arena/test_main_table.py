@@ -8,7 +8,7 @@ from cases.runs import run
 from benchmarks.arena import main_table
 
 OF_SEED = (0.0, 0.3, 0.7)
-"""By seed what every method loses more: far more than methods differ, so intervals are narrow where seeds are paired."""
+"""By seed what every method loses more, far more than methods differ: intervals are narrow where seeds are paired."""
 
 
 def runs_of(entry, method, more, rates=(1, 0.5, 2), seeds=(0, 1, 2), spread=0.1, **options):
