@@ -70,7 +70,7 @@ def strength(models: Path, data: Path, out: Path) -> dict[str, Settings]:
 def tuning(models: Path, data: Path, out: Path) -> dict[str, Settings]:
     """Six settings of every method, on domains that none is tested on."""
     sources = _sources(data, out, *main_study.DATA)
-    base = _base_5m(models, sources, domains=main_study.TUNING, split="validation")
+    base = _base_5m(models, sources, domains=main_study.TUNING, split="validation", score="learned")
     return over(base, (GIVEN,), (main_study.TUNING_SEED,), main_study.tuning_points())
 
 
