@@ -29,7 +29,7 @@ UNCLAIMED = {
     "docs/command-line.md": 6,
     "docs/distributed.md": 27,
     "docs/how-it-works.md": 3,
-    "docs/ideas.md": 50,
+    "docs/ideas.md": 46,
     "docs/install.md": 4,
     "docs/learn.md": 3,
     "docs/memory.md": 1,

@@ -31,6 +31,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "overlap": models.overlap,
     "permuted-digits": methods.permuted_digits,
     "plasticity": methods.plasticity,
+    "real-models": models.real_models,
     "routed-linear": costs.routed_linear,
     "routing": routing.routing,
     "routing-equal": routing.routing_equal,

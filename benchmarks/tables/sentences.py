@@ -87,6 +87,32 @@ def _sixteen_short() -> str:
     )
 
 
+def _real() -> str:
+    (gemma,) = (model for model in results("real-models") if model["model"] == "gemma-trimmed")
+    llamas = [model["overlap"]["iou"] for model in results("scale-study") if model["family"] == "pretrained"]
+    means = [fmean(llamas[i : i + 3]) for i in range(0, len(llamas), 3)]
+    overlap, cosine, mass = gemma["overlap"], gemma["cosine"], gemma["sparsity"]
+    assert overlap["iou"] > max(means), "the sentence says that it is more"
+    return (
+        f"in Gemma 3 270M the top 5 % of the neurons overlap by {overlap['iou']:.2f} (Llamas of 0.2 M to 8 M: "
+        f"{_between(means, '.2f')}), gradients have \\|cosines\\| of {cosine['corrected']:.2f}, and "
+        f"{number(mass['needed'], '.0%')} of the neurons carry 99 % of a token's mass "
+        f"([table](../benchmarks/results/README.md#scale-study)) | chance {overlap['null']:.2f}, one domain with "
+        f"itself {overlap['ceiling']:.2f}; Gaussians {number(mass['null'], '.0%')} |"
+    )
+
+
+def _superposition() -> str:
+    found = {model["model"]: model["superposition"] for model in results("real-models")}
+    (own, null), (gemma, of_gemma) = (
+        [bare(found[name][key], ".3f") for key in ("mean", "null")] for name in ("base-5m", "gemma-trimmed")
+    )
+    return (
+        f"a neuron has {own} of a dimension to itself in this model, random directions of the same lengths {null} (Gemma "
+        f"3 270M, trimmed vocabulary: {gemma} and {of_gemma})"
+    )
+
+
 def _routed() -> str:
     gaps = routing.beside_top()
     none = [_points(routing.beside_top(order)["none"].more) for order in (0, 1)]
@@ -340,10 +366,10 @@ def _survives() -> str:
 
 SENTENCES: Mapping[str, Sequence[Callable[[], str]]] = {
     "README.md": (_gemma, _default_strength_short, _sixteen_short),
-    "docs/results.md": (_gemma_kept, _default_strength),
+    "docs/results.md": (_gemma_kept, _default_strength, _real),
     "docs/ideas.md": (
         *(_routed, _shared_neurons, _streams, _woken, _tracks, _gradual, _late, _energy, _shared, _plasticity),
-        *(_low_rate, _more_gain, _ceiling, _no_ceiling, _dolly, _survives),
+        *(_superposition, _low_rate, _more_gain, _ceiling, _no_ceiling, _dolly, _survives),
     ),
 }
 """Document → its sentences."""
