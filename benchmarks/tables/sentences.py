@@ -108,8 +108,8 @@ def _superposition() -> str:
         [bare(found[name][key], ".3f") for key in ("mean", "null")] for name in ("base-5m", "gemma-trimmed")
     )
     return (
-        f"a neuron has {own} of a dimension to itself in this model, random directions of the same lengths {null} (Gemma "
-        f"3 270M, trimmed vocabulary: {gemma} and {of_gemma})"
+        f"a neuron has {own} of a dimension to itself in this model, random directions of the same lengths {null} "
+        f"(Gemma 3 270M, trimmed vocabulary: {gemma} and {of_gemma})"
     )
 
 
