@@ -13,6 +13,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from sparse_cl.methods import METHODS
+
 from .compare_methods import OPTIONS
 
 RATES = (3e-4, 1e-3, 3e-3)
@@ -23,8 +25,6 @@ TESTING = ("mbpp", "gsm8k", "medquad", "ecqa")
 DATA = (TUNING + TESTING, 256)
 """Their sources, and how many records of each are held out for testing."""
 TUNING_SEED, SEEDS, OF_CURVES = 100, (0, 1, 2, 3, 4), (0, 1, 2)
-BOUNDS = ("joint", "single")
-"""Rows that have no curve: they forget nothing."""
 
 _OTHERS: dict[str, dict[str, Any]] = {
     "early-stopping": {"share": 0.25},
@@ -81,10 +81,10 @@ def chosen(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def curves(points: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The points of `chosen` at half and at twice the rate, by "row@factor"; `BOUNDS` are left out."""
+    """The points of `chosen` at half and at twice the rate, by "row@factor", without bounds: they forget nothing."""
     return {
         f"{entry}@{factor:g}": {**point, "lr": point["lr"] * factor}
         for factor in (0.5, 2)
         for entry, point in points.items()
-        if entry not in BOUNDS
+        if METHODS[point["method"]].kind != "bound"
     }

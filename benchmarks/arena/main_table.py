@@ -14,7 +14,6 @@ from sparse_cl.four_domains.report import text_table
 from .compare import Row, gather_runs
 from .curves import Beside, beside
 from .intervals import Interval, interval
-from .main_study import BOUNDS
 from .pareto import lines_of
 
 OURS = "elastic"
@@ -51,7 +50,7 @@ def entries(runs: Sequence[Mapping[str, Any]]) -> list[Entry]:
             entry, _, factor = run["name"].rpartition("-given-seed")[0].partition("@")
             points.setdefault(entry, {}).setdefault(factor, []).append(run)
     points = {entry: own for entry, own in points.items() if "" in own}
-    lines = {entry: _line(own) for entry, own in points.items() if entry not in BOUNDS}
+    lines = {entry: _line(own) for entry, own in points.items() if own[""][0]["kind"] != "bound"}
     found = []
     for entry, own in points.items():
         known = {key: interval([run["summary"][key] for run in own[""]]) for key in SHOWN}

@@ -61,6 +61,14 @@ def routing_equal() -> str:
     return table(("a token runs through", "points lost more", "where both have learned"), rows)
 
 
+def lowest_end(way: str) -> float:
+    """ACC at the rate where it is lowest, mean over orders and seeds."""
+    by_rate: dict[float, list[float]] = {}
+    for run in runs_of(way):
+        by_rate.setdefault(run["settings"]["lr"], []).append(run["summary"]["acc"])
+    return min(map(fmean, by_rate.values()))
+
+
 def shared_neurons(way: str) -> tuple[float, float, float]:
     """How many of a token's neurons a token of its domain has too, one of an earlier domain, and one by chance."""
     layers = [layer for run in runs_of(way) for layer in run["domain_records"][-1]["routing"].values()]

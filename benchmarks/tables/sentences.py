@@ -55,11 +55,14 @@ def _gemma_kept() -> str:
     )
 
 
+def _at_default(key: str, orders: Sequence[str] = ("given", "reverse")) -> float:
+    return _of("strength", key, *(f"elastic-20-{order}" for order in orders))
+
+
 def _default_strength() -> str:
     """Both orders together, and each."""
-    points = ("elastic-20-given", "elastic-20-reverse")
     learned, acc, lost = (
-        [_of("strength", key, *asked) for asked in (points, points[:1], points[1:])]
+        [_at_default(key), _at_default(key, ["given"]), _at_default(key, ["reverse"])]
         for key in ("learned", "acc", "gain_lost")
     )
     assert max(lost) < 0.005, "the sentence says that nothing was lost"
@@ -71,10 +74,8 @@ def _default_strength() -> str:
 
 
 def _default_strength_short() -> str:
-    points = ("elastic-20-given", "elastic-20-reverse")
-    assert _of("strength", "gain_lost", *points) < 0.005, "the sentence says that nothing was lost"
-    learned, acc = (_of("strength", key, *points) for key in ("learned", "acc"))
-    return f"learned {learned:.2f} in them, lost nothing and ended at {acc:.2f}."
+    assert _at_default("gain_lost") < 0.005, "the sentence says that nothing was lost"
+    return f"learned {_at_default('learned'):.2f} in them, lost nothing and ended at {_at_default('acc'):.2f}."
 
 
 def _sixteen_short() -> str:
@@ -116,17 +117,11 @@ def _superposition() -> str:
 def _routed() -> str:
     gaps = routing.beside_top()
     none = [_points(routing.beside_top(order)["none"].more) for order in (0, 1)]
-    ends = {
-        way: min(
-            fmean(run["summary"]["acc"] for run in runs if run["settings"]["lr"] == rate)
-            for rate in {run["settings"]["lr"] for run in runs}
-        )
-        for way in ("adamw", "top", "none")
-        for runs in [routing.runs_of(way)]
-    }
-    assert ends["adamw"] < ends["top"] and all(found.more and found.more.count == 3 for found in (gaps["mask"],))
+    ends = {way: routing.lowest_end(way) for way in ("adamw", "top", "none")}
+    mask = gaps["mask"].more
+    assert ends["adamw"] < ends["top"] and mask is not None and mask.count == 3
     return (
-        f"at equal learning it loses {_points(gaps['mask'].more)} points less of the gain than one mask a domain (both "
+        f"at equal learning it loses {_points(mask)} points less of the gain than one mask a domain (both "
         f"orders, three seeds), and {_points(gaps['none'].more)} less than the same branch without routing "
         f"({none[0].split()[0]} in one order, {none[1].split()[0]} in the other); AdamW of all weights loses "
         f"{_points(gaps['adamw'].more, -1)} less than routing, and ends lower (ACC {ends['adamw']:.2f}; routed "
@@ -179,12 +174,12 @@ def _low_rate() -> str:
 
 
 def _streams() -> str:
-    found, gradual, ways = results("streams")["detect"], results("streams")["gradual"], _trained_streams()
+    found, gradual = results("streams")["detect"], results("streams")["gradual"]
     alarms, batches = (sum(one[key] for one in found) for key in ("false alarms", "batches"))
     boundaries, missed = (sum(one[key] for one in found) for key in ("boundaries", "missed"))
     low, high = interval(alarms, batches)
-    less = _between(((told["lost"] - auto["lost"]) * 100 for told, auto in ways("announced", "auto")), ".1f")
-    more = _between(((late["lost"] - told["lost"]) * 100 for told, late in ways("announced", "late")), ".0f")
+    less = _between(((told["lost"] - auto["lost"]) * 100 for told, auto in _trained("announced", "auto")), ".1f")
+    more = _between(((late["lost"] - told["lost"]) * 100 for told, late in _trained("announced", "late")), ".0f")
     return (
         f"{boundaries - missed} of {boundaries} boundaries noticed at most "
         f"{max(max(one['delays']) for one in found)} batches late; {1000 * alarms / batches:.2f} false alarms in 1,000 "
@@ -192,16 +187,16 @@ def _streams() -> str:
         f"{sum(one['found'] for one in gradual)} of {sum(one['streams'] for one in gradual)} gradual mixtures noticed. "
         f"`elastic` that finds its boundaries loses no more than one that is told them (three seeds, {less} "
         f"points less), and {more} points more if it does not go back to before them; plain AdamW loses "
-        f"{_between((one['lost'] for (one,) in ways('none')), '.0%')}"
+        f"{_between((one['lost'] for (one,) in _trained('none')), '.0%')}"
     )
 
 
-def _trained_streams() -> Any:
-    """A function of ways: for each seed, its runs by these ways."""
+def _trained(*hows: str) -> list[list[Mapping[str, Any]]]:
+    """For each seed its runs by these ways."""
     runs: dict[int, dict[str, Mapping[str, Any]]] = {}
     for run in results("streams")["train"]:
         runs.setdefault(run["seed"], {})[run["how"]] = run
-    return lambda *hows: [tuple(by[how] for how in hows) for by in runs.values()]
+    return [[by[how] for how in hows] for by in runs.values()]
 
 
 def _gradual() -> str:
@@ -222,11 +217,10 @@ def _gradual() -> str:
 
 
 def _late() -> str:
-    ways = _trained_streams()
-    pairs = ways("announced", "auto")
+    pairs = _trained("announced", "auto")
     less = _between((1 - auto["learned"] / told["learned"] for told, auto in pairs), ".0%")
     above = _between((auto["acc"] - told["acc"] for told, auto in pairs), ".2f")
-    without = _between((late["acc"] - told["acc"] for told, late in ways("announced", "late")), ".2f")
+    without = _between((late["acc"] - told["acc"] for told, late in _trained("announced", "late")), ".2f")
     return (
         f"{less} less is learned than where the boundary is announced. These runs end {above} above the announced ones "
         f"in ACC, those without rewind {without}."
