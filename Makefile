@@ -22,7 +22,7 @@ demo: $(VENV)/.built
 	$(BIN)/sparse-cl run --method adamw,lora,elastic --steps 100 --out out/demo
 
 test: lint
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal --durations 15
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadscope --no-loadscope-reorder --durations 15
 
 test-integrations: $(VENV)/.integrations
 	$(BIN)/python -m pytest -rs tests/integrations tests/methods/test_users_adapters.py tests/methods/test_unusual_models.py

@@ -94,6 +94,8 @@ def _run(arguments: argparse.Namespace) -> None:
 
 
 def _table(arguments: argparse.Namespace) -> None:
+    from sparse_cl.four_domains.figures import draw_curves
+
     from . import ceiling, main_table, size
     from .compare import EveryRunFailed, comparable, gather_runs
     from .compare_report import to_text
@@ -113,6 +115,8 @@ def _table(arguments: argparse.Namespace) -> None:
     elif arguments.study == "main":
         print(main_table.table(runs))
     else:
+        if arguments.study == "demo":
+            draw_curves([run for run in runs if run["seed"] == 0], KEPT.parent / "demo.png")
         for alike in comparable(runs):
             settings = alike[0]["settings"]
             print(f"{len(alike[0]['domains'])} domains, {settings['steps']} steps each, {settings['model']}\n")

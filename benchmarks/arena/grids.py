@@ -10,6 +10,7 @@ from typing import Any
 
 from sparse_cl.four_domains.domains import DEFAULT_DOMAINS
 from sparse_cl.four_domains.settings import GIVEN, REVERSE, Settings
+from sparse_cl.methods import METHODS
 
 from . import main_study
 from .grid import kept, over
@@ -65,6 +66,12 @@ def strength(models: Path, data: Path, out: Path) -> dict[str, Settings]:
         for strength in (20.0, 5.0)
     }
     return over(_base_5m(models, data, reference=_base_text(data, out)), ORDERS, SEEDS, points)
+
+
+def demo(models: Path, data: Path, out: Path) -> dict[str, Settings]:
+    """What `make demo` runs, over five seeds; it reads neither models nor data."""
+    points = {name: {"method": name, "lr": METHODS[name].default_lr} for name in ("adamw", "lora", "elastic")}
+    return over(Settings(steps=100), (GIVEN,), range(5), points)
 
 
 def tuning(models: Path, data: Path, out: Path) -> dict[str, Settings]:
@@ -160,7 +167,7 @@ def waking(models: Path, data: Path, out: Path) -> dict[str, Settings]:
 
 STUDIES: Mapping[str, Callable[[Path, Path, Path], dict[str, Settings]]] = {
     study.__name__.replace("_", "-"): study
-    for study in (strength, routed, ceiling, tracks, waking_choice, waking, tuning, main, long, gemma, qwen, size)
+    for study in (demo, strength, routed, ceiling, tracks, waking_choice, waking, tuning, main, long, gemma, qwen, size)
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -48,3 +48,21 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def bold(cells: Sequence[str]) -> list[str]:
     """A row that is to be seen first."""
     return [f"**{cell}**" if cell else cell for cell in cells]
+
+
+def mean_of(study: str, key: str, *points: str) -> float:
+    """Mean over the runs of points, each with its order."""
+    runs = [run for run in results(f"arena/{study}")["runs"] if run["name"].rpartition("-seed")[0] in points]
+    return fmean(run["summary"][key] for run in runs)
+
+
+def between(values: Iterable[float], form: str) -> str:
+    """The least and the most; a percent sign stands once."""
+    ends = sorted(values)
+    low, high = number(ends[0], form), number(ends[-1], form)
+    return f"{low.removesuffix(' %')} to {high}"
+
+
+def sixteen() -> dict[tuple[str, str], Mapping[str, Any]]:
+    """Model and method → run over sixteen domains."""
+    return {(run["settings"]["model"], run["method"]): run for run in results("arena/ceiling")["runs"]}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from .sentences import SENTENCES
+from . import headlines, ideas
 
 _NO_PROSE = re.compile(r"<!-- table: .*?<!-- end -->|```.*?```|`[^`]*`|(?<=\])\([^)]*\)", re.DOTALL)
 _NUMBER = re.compile(r"(?<![\w.,−+-])[−+-]?(?:\d*\.\d+(?!\.?\d|e-)|\d+(?= %)|[\d.]+e-\d+)")
@@ -12,7 +12,8 @@ _NUMBER = re.compile(r"(?<![\w.,−+-])[−+-]?(?:\d*\.\d+(?!\.?\d|e-)|\d+(?= %)
 
 def claims() -> list[tuple[str, str]]:
     """Document and sentence; a line may end at any space of it."""
-    return [(document, sentence()) for document, sentences in SENTENCES.items() for sentence in sentences]
+    both = headlines.SENTENCES | ideas.SENTENCES
+    return [(document, sentence()) for document, sentences in both.items() for sentence in sentences]
 
 
 def stands_in(sentence: str, text: str) -> bool:

@@ -1,11 +1,11 @@
-"""What `claims` holds the documents to: sentences made of the results.
+"""Sentences of ideas.md, made of the results.
 
 A function that says more or less of a difference fails where its sign has turned.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean, median
 from typing import Any
 
@@ -14,93 +14,7 @@ from benchmarks.arena.intervals import Interval
 from benchmarks.arena.streams import interval
 
 from . import routing
-from .cells import bare, number, results
-
-
-def _of(study: str, key: str, *points: str) -> float:
-    """Mean over the runs of points, each with its order."""
-    runs = [run for run in results(f"arena/{study}")["runs"] if run["name"].rpartition("-seed")[0] in points]
-    return fmean(run["summary"][key] for run in runs)
-
-
-def _between(values: Iterable[float], form: str) -> str:
-    """The least and the most; a percent sign stands once."""
-    ends = sorted(values)
-    low, high = number(ends[0], form), number(ends[-1], form)
-    return f"{low.removesuffix(' %')} to {high}"
-
-
-def _gemma() -> str:
-    points = ("adamw-5e-05-given", "elastic-5e-05-given", "lora-0.0005-given", "elastic-lora-0.0005-given")
-    learned, lost = (
-        [number(_of("gemma", key, point), form) for point in points]
-        for key, form in (("learned", ".3f"), ("gain_lost", ".0%"))
-    )
-    return (
-        f"AdamW learned {learned[0]} bits per byte and lost {lost[0]} of it, `elastic` {learned[1]} and {lost[1]}; "
-        f"LoRA {learned[2]} and {lost[2]}, `elastic-lora` {learned[3]} and {lost[3]}."
-    )
-
-
-def _gemma_kept() -> str:
-    learned, lost = (
-        [_of("gemma", key, f"{point}-given") for point in ("adamw-5e-05", "elastic-5e-05", "elastic-lora-0.0005")]
-        for key in ("learned", "gain_lost")
-    )
-    more, kept = number(learned[1] / learned[0] - 1, ".0%"), [number(1 - share, ".0%") for share in lost]
-    return (
-        f"At the same rate `elastic` learns {more} more than AdamW and keeps {kept[1]} of it, where AdamW keeps "
-        f"nothing: a domain that comes later finds the model better than AdamW leaves it. `elastic-lora` learns what "
-        f"LoRA does and keeps {kept[2]} of it"
-    )
-
-
-def _at_default(key: str, orders: Sequence[str] = ("given", "reverse")) -> float:
-    return _of("strength", key, *(f"elastic-20-{order}" for order in orders))
-
-
-def _default_strength() -> str:
-    """Both orders together, and each."""
-    learned, acc, lost = (
-        [_at_default(key), _at_default(key, ["given"]), _at_default(key, ["reverse"])]
-        for key in ("learned", "acc", "gain_lost")
-    )
-    assert max(lost) < 0.005, "the sentence says that nothing was lost"
-    return (
-        f"learned {learned[0]:.2f} and ACC {acc[0]:.2f} ({learned[1]:.2f} and {acc[1]:.2f} in the given order, "
-        f"{learned[2]:.2f} and {acc[2]:.2f} in the reverse one), and nothing lost in either "
-        f"({number(lost[1], '.1%')} and {number(lost[2], '.1%')})"
-    )
-
-
-def _default_strength_short() -> str:
-    assert _at_default("gain_lost") < 0.005, "the sentence says that nothing was lost"
-    return f"learned {_at_default('learned'):.2f} in them, lost nothing and ended at {_at_default('acc'):.2f}."
-
-
-def _sixteen_short() -> str:
-    runs = _sixteen()
-    adamw, elastic = (runs["base-5m", method]["summary"] for method in ("adamw", "elastic"))
-    lost = [number(summary["gain_lost"], ".0%") for summary in (adamw, elastic)]
-    return (
-        f"sixteen domains, one seed, AdamW learned {adamw['learned']:.2f} and lost {lost[0]}, `elastic` "
-        f"{elastic['learned']:.2f} and {lost[1]}"
-    )
-
-
-def _real() -> str:
-    (gemma,) = (model for model in results("real-models") if model["model"] == "gemma-trimmed")
-    llamas = [model["overlap"]["iou"] for model in results("scale-study") if model["family"] == "pretrained"]
-    means = [fmean(llamas[i : i + 3]) for i in range(0, len(llamas), 3)]
-    overlap, cosine, mass = gemma["overlap"], gemma["cosine"], gemma["sparsity"]
-    assert overlap["iou"] > max(means), "the sentence says that it is more"
-    return (
-        f"in Gemma 3 270M the top 5 % of the neurons overlap by {overlap['iou']:.2f} (Llamas of 0.2 M to 8 M: "
-        f"{_between(means, '.2f')}), gradients have \\|cosines\\| of {cosine['corrected']:.2f}, and "
-        f"{number(mass['needed'], '.0%')} of the neurons carry 99 % of a token's mass "
-        f"([table](../benchmarks/results/README.md#scale-study)) | chance {overlap['null']:.2f}, one domain with "
-        f"itself {overlap['ceiling']:.2f}; Gaussians {number(mass['null'], '.0%')} |"
-    )
+from .cells import bare, between, mean_of, number, results, sixteen
 
 
 def _superposition() -> str:
@@ -152,7 +66,7 @@ def _tracks() -> str:
     columns = (("learned", ".2f"), ("gain_lost", ".0%"), ("acc", ".2f"))
     studies = {"two-four-0.001": "tracks", "adamw-0.001": "tracks", "adamw-0.0002": "routed"}
     own, reverse, adamw, adamw_reverse, low, low_reverse = (
-        [number(_of(study, key, f"{point}-{order}"), form) for key, form in columns]
+        [number(mean_of(study, key, f"{point}-{order}"), form) for key, form in columns]
         for point, study in studies.items()
         for order in ("given", "reverse")
     )
@@ -165,8 +79,8 @@ def _tracks() -> str:
 
 
 def _low_rate() -> str:
-    learned, lost, acc = (_of("routed", key, "adamw-0.0001-reverse") for key in ("learned", "gain_lost", "acc"))
-    best = min(_of("routed", "acc", f"adamw-{rate}-given") for rate in ("0.0001", "0.0002", "0.0004"))
+    learned, lost, acc = (mean_of("routed", key, "adamw-0.0001-reverse") for key in ("learned", "gain_lost", "acc"))
+    best = min(mean_of("routed", "acc", f"adamw-{rate}-given") for rate in ("0.0001", "0.0002", "0.0004"))
     return (
         f"AdamW at a low rate, which learned {learned:.2f}, lost {number(lost, '.0%')} and ended at {acc:.2f} (1e-4, "
         f"three seeds, study `routed`); in the given order, where it ends at {best:.2f} at best (2e-4)"
@@ -178,8 +92,8 @@ def _streams() -> str:
     alarms, batches = (sum(one[key] for one in found) for key in ("false alarms", "batches"))
     boundaries, missed = (sum(one[key] for one in found) for key in ("boundaries", "missed"))
     low, high = interval(alarms, batches)
-    less = _between(((told["lost"] - auto["lost"]) * 100 for told, auto in _trained("announced", "auto")), ".1f")
-    more = _between(((late["lost"] - told["lost"]) * 100 for told, late in _trained("announced", "late")), ".0f")
+    less = between(((told["lost"] - auto["lost"]) * 100 for told, auto in _trained("announced", "auto")), ".1f")
+    more = between(((late["lost"] - told["lost"]) * 100 for told, late in _trained("announced", "late")), ".0f")
     return (
         f"{boundaries - missed} of {boundaries} boundaries noticed at most "
         f"{max(max(one['delays']) for one in found)} batches late; {1000 * alarms / batches:.2f} false alarms in 1,000 "
@@ -187,7 +101,7 @@ def _streams() -> str:
         f"{sum(one['found'] for one in gradual)} of {sum(one['streams'] for one in gradual)} gradual mixtures noticed. "
         f"`elastic` that finds its boundaries loses no more than one that is told them (three seeds, {less} "
         f"points less), and {more} points more if it does not go back to before them; plain AdamW loses "
-        f"{_between((one['lost'] for (one,) in _trained('none')), '.0%')}"
+        f"{between((one['lost'] for (one,) in _trained('none')), '.0%')}"
     )
 
 
@@ -218,9 +132,9 @@ def _gradual() -> str:
 
 def _late() -> str:
     pairs = _trained("announced", "auto")
-    less = _between((1 - auto["learned"] / told["learned"] for told, auto in pairs), ".0%")
-    above = _between((auto["acc"] - told["acc"] for told, auto in pairs), ".2f")
-    without = _between((late["acc"] - told["acc"] for told, late in _trained("announced", "late")), ".2f")
+    less = between((1 - auto["learned"] / told["learned"] for told, auto in pairs), ".0%")
+    above = between((auto["acc"] - told["acc"] for told, auto in pairs), ".2f")
+    without = between((late["acc"] - told["acc"] for told, late in _trained("announced", "late")), ".2f")
     return (
         f"{less} less is learned than where the boundary is announced. These runs end {above} above the announced ones "
         f"in ACC, those without rewind {without}."
@@ -275,16 +189,11 @@ def _woken() -> str:
     )
 
 
-def _sixteen() -> dict[tuple[str, str], Mapping[str, Any]]:
-    """Model and method → run over sixteen domains."""
-    return {(run["settings"]["model"], run["method"]): run for run in results("arena/ceiling")["runs"]}
-
-
 _WIDTHS = ("base-5m", "stories260k")
 
 
 def _ceiling() -> str:
-    runs, found = _sixteen(), []
+    runs, found = sixteen(), []
     for method in ("orthogonal", "elastic"):
         for model in _WIDTHS:
             pair = runs[model, method], runs[model, "single"]
@@ -305,7 +214,7 @@ def _ceiling() -> str:
 
 
 def _no_ceiling() -> str:
-    runs = _sixteen()
+    runs = sixteen()
     learned, lost = (
         [[runs[model, method]["summary"][key] for method in ("adamw", "elastic")] for model in _WIDTHS]
         for key in ("learned", "gain_lost")
@@ -332,35 +241,33 @@ def _no_ceiling() -> str:
 
 
 def _dolly() -> str:
-    runs = _sixteen()
+    runs = sixteen()
     _, own = ceiling.shares(runs["base-5m", "orthogonal"], runs["base-5m", "single"])
     return f"of dolly a fresh model learns {own[-1]:.2f} bits per byte"
 
 
 def _more_gain() -> str:
     lower = (
-        _of("waking", "acc", f"selective-plain-{order}") - _of("waking", "acc", f"selective-boost-{order}")
+        mean_of("waking", "acc", f"selective-plain-{order}") - mean_of("waking", "acc", f"selective-boost-{order}")
         for order in ("given", "reverse")
     )
-    return f"loses a little more and ends {_between(lower, '.2f')} lower."
+    return f"loses a little more and ends {between(lower, '.2f')} lower."
 
 
 def _survives() -> str:
-    runs = _sixteen()
+    runs = sixteen()
     hard = [runs[model, "orthogonal"] for model in _WIDTHS]
     survives = [record["room"]["surviving"] for run in hard for record in run["domain_records"][1:]]
     middle = [
         median(ceiling.shares(run, runs[model, "single"])[0][1:]) for run, model in zip(hard, _WIDTHS, strict=True)
     ]
     return (
-        f"Behind `orthogonal` {_between(survives, '.0%')} of a gradient survives, and about half of the bits are "
+        f"Behind `orthogonal` {between(survives, '.0%')} of a gradient survives, and about half of the bits are "
         f"learned all the same, of the median domain {middle[0]:.2f} and {middle[1]:.2f}, as"
     )
 
 
 SENTENCES: Mapping[str, Sequence[Callable[[], str]]] = {
-    "README.md": (_gemma, _default_strength_short, _sixteen_short),
-    "docs/results.md": (_gemma_kept, _default_strength, _real),
     "docs/ideas.md": (
         *(_routed, _shared_neurons, _streams, _woken, _tracks, _gradual, _late, _energy, _shared, _plasticity),
         *(_superposition, _low_rate, _more_gain, _ceiling, _no_ceiling, _dolly, _survives),
