@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-# Read once, when torch loads. Threads that spin at barriers make tests crawl on a machine that does other things too.
+# Read once, when torch loads. Each core has a worker; more threads, or threads that spin at barriers, make tests crawl.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=40)

@@ -132,7 +132,9 @@ def _alone(out: Path) -> Iterator[None]:
 
 def _share_base(settings: Settings, out: Path, folder: Path) -> None:
     """Give a run the base model's scores that another run of the study has, or keep its own for the others."""
-    own = ("methods", "lr", "options", "method_options", "seed", "autocast", "steps", "batch_size", "score")
+    own = ["methods", "lr", "options", "method_options", "autocast", "steps", "batch_size", "score"]
+    # The embedded data are drawn from the seed; those of a folder are the same for all.
+    own += ["seed"] if settings.data else []
     scored = {key: value for key, value in settings.to_json().items() if key not in own}
     scored["model_files"] = fingerprint(str(settings.model))
     shared = out / f"base-{hashlib.sha256(json.dumps(scored, sort_keys=True).encode()).hexdigest()[:12]}.json"

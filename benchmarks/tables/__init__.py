@@ -9,17 +9,20 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from . import costs, methods, models, routing
+from . import conjectures, costs, methods, models, routing
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "benchmarks" / "results" / "README.md")
 TABLES: Mapping[str, Callable[[], str]] = {
     "active-linear": costs.active_linear,
+    "adamw-step": costs.adamw_step,
     "ceiling": methods.ceiling_learned,
     "ceiling-forecasts": methods.ceiling_forecasts,
     "comparison": methods.comparison,
     "comparison-short": methods.comparison_short,
+    "conjectures": conjectures.conjectures,
     "cosines": models.cosines,
+    "demo": methods.demo,
     "drift-of-methods": models.drift_of_methods,
     "drift-short": models.drift_short,
     "elastic-step": costs.elastic_step,
@@ -28,8 +31,13 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "landed": methods.landed,
     "learn-first": methods.learn_first,
     "learn-second": methods.learn_second,
+    "leak": costs.leak,
+    "linear-algebra": costs.linear_algebra,
     "overlap": models.overlap,
     "permuted-digits": methods.permuted_digits,
+    "plan-gpus": costs.plan_gpus,
+    "plan-h200": costs.plan_h200,
+    "planner-check": costs.planner_check,
     "plasticity": methods.plasticity,
     "real-models": models.real_models,
     "routed-linear": costs.routed_linear,

@@ -66,3 +66,10 @@ def between(values: Iterable[float], form: str) -> str:
 def sixteen() -> dict[tuple[str, str], Mapping[str, Any]]:
     """Model and method → run over sixteen domains."""
     return {(run["settings"]["model"], run["method"]): run for run in results("arena/ceiling")["runs"]}
+
+
+def exact_answers(run: Mapping[str, Any]) -> tuple[float, float]:
+    """Mean share of exact answers of the domains but the last, when each had just been learned and at the end."""
+    scores, last = run["R"]["exact_match"], len(run["domains"]) - 1
+    scored = [j for j in range(last) if scores[j + 1][j] is not None]
+    return fmean(scores[j + 1][j] for j in scored), fmean(scores[-1][j] for j in scored)

@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.arena import ceiling
 
-from .cells import bare, bold, number, results, several, table
+from .cells import bare, bold, exact_answers, number, results, several, table
 
 _COMPARED = {
     "single": "a model for each domain (bound)",
@@ -86,6 +86,19 @@ def study(name: str, form: str = ".2f") -> str:
     if not any(row[-1] for row in rows):
         header, rows = header[:-1], [row[:-1] for row in rows]
     return table(header, rows)
+
+
+def demo() -> str:
+    """`make demo` over seeds: means, the least and the most."""
+    rows = []
+    for name in ("adamw", "lora", "elastic"):
+        runs = [run for run in results("arena/demo")["runs"] if run["method"] == name]
+        columns = (("learned", ".2f"), ("gain_lost", ".0%"), ("acc", ".2f"))
+        cells = [several([run["summary"][key] for run in runs], form) for key, form in columns]
+        rows.append(
+            [f"`{name}`", *cells, *(several(shares, ".0%") for shares in zip(*map(exact_answers, runs), strict=True))]
+        )
+    return table(("", "learned", "part of it lost", "ACC", "exact answers when learned", "at the end"), rows)
 
 
 def ceiling_learned() -> str:

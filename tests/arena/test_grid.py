@@ -89,6 +89,13 @@ def test_the_base_model_is_scored_once_for_runs_that_score_the_same(made, tmp_pa
     assert json.loads((tmp_path / "other" / "base.json").read_text()) == "other"
 
 
+def test_the_base_model_is_scored_for_each_seed_that_draws_data_of_its_own(made, tmp_path):
+    study = grid.over(Settings(steps=1), (GIVEN,), (0, 1), POINTS)
+    grid.run("some", study, tmp_path)
+    scored = {name: json.loads((tmp_path / name / "base.json").read_text()) for name in study}
+    assert scored == {name: f"x-given-seed{name[-1]}" for name in study}
+
+
 def test_what_is_kept_names_files_and_not_where_they_were(made, tmp_path):
     study = grid.over(BASE, (GIVEN,), (0,), POINTS)
     (run,) = grid.run("some", study, tmp_path, 0, 2)
@@ -135,7 +142,7 @@ def test_the_table_is_made_from_the_file_alone(made, monkeypatch, tmp_path, caps
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["run", "nothing"], "unknown study 'nothing'; there are strength"),
+        (["run", "nothing"], "unknown study 'nothing'; there are demo"),
         (["run", "routed", "--part", "3/2"], "--part: expected I/N with 1 <= I <= N, got 3/2"),
         (["run", "routed", "--part", "half"], "got half"),
         (["run", "routed", "--data", "absent"], "no such folder"),

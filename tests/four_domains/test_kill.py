@@ -12,7 +12,7 @@ from cases.world import write_world
 
 from sparse_cl.methods import METHODS
 
-KILLS = int(os.environ.get("SPARSE_CL_KILLS", "8"))
+KILLS = int(os.environ.get("SPARSE_CL_KILLS", "4"))
 LEARNERS = ("lora", "orthogonal") if KILLS <= 20 else tuple(METHODS)
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from cases.adamw import Case, bits, kinds, make_problem
 from cases.masked_adamw import DTYPES, native
+from cases.threads import threads
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -38,16 +39,13 @@ def test_gradients_of_all_dtypes_in_one_call(norm_op, scale_op):
 @dtypes
 def test_large_gradients_and_any_number_of_threads(dtype, grad_dtype):
     problem = cases.poisoned([replace(case, dtype=dtype, grad_dtype=grad_dtype) for case in cases.LARGE])
-    many = cases.check(*OPS["native"], [replace(c, dtype=dtype, grad_dtype=grad_dtype) for c in cases.LARGE])
     rows = cases.rows_of(problem)
-    norm = ops.active_norm(problem.grads, problem.states, rows)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
+    with threads(2):
+        many = cases.check(*OPS["native"], [replace(c, dtype=dtype, grad_dtype=grad_dtype) for c in cases.LARGE])
+        norm = ops.active_norm(problem.grads, problem.states, rows)
+    with threads(1):
         assert torch.equal(norm, ops.active_norm(problem.grads, problem.states, rows))
         ops.scale_active_(problem.grads, problem.states, rows, torch.tensor(cases.FACTOR, dtype=norm.dtype))
-    finally:
-        torch.set_num_threads(threads)
     assert all(torch.equal(bits(a), bits(b)) for a, b in zip(many.grads, problem.grads, strict=True))
 
 

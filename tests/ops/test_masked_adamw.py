@@ -19,6 +19,7 @@ from cases.adamw import (
 )
 from cases.forked import exit_code
 from cases.masked_adamw import DTYPES, EMPTY, LARGE, both, native, precisions, step_all
+from cases.threads import threads
 
 from sparse_cl import build_info, ops, reference
 from sparse_cl.layout import COLUMNS, DENSE, ELEMENTS, PER_ENTRY, PER_UNIT, ROWS
@@ -36,15 +37,12 @@ def test_native_is_as_accurate_as_the_reference(dtype, grad_dtype, master, optio
 @pytest.mark.parametrize("dtype, grad_dtype, master", precisions())
 def test_large_parameters_are_split_between_threads(dtype, grad_dtype, master):
     cases = [replace(case, dtype=dtype, grad_dtype=grad_dtype, master=master) for case in LARGE]
-    many = check_step(ops.masked_adamw_, cases, steps=3)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
+    with threads(2):
+        many = check_step(ops.masked_adamw_, cases, steps=3)
+    with threads(1):
         one = make_problem(cases)
         for _ in range(3):
             one.step(ops.masked_adamw_)
-    finally:
-        torch.set_num_threads(threads)
     for a, b in zip(many.params + many.states, one.params + one.states, strict=True):
         assert torch.equal(bits(a), bits(b))
 

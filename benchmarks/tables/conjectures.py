@@ -1,0 +1,130 @@
+"""The table of conjectures: what probes found of each, beside what chance would give."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from statistics import fmean
+from typing import Any
+
+from benchmarks.arena.drift_of_methods import HEADER, summary
+from sparse_cl.probes.scaling import fit_exponent
+
+from .cells import between, number, results, table
+
+
+def conjectures() -> str:
+    """A row each."""
+    rows = [_sparse(), _apart(), _orthogonal(), _hurt(), _width(), _real(), *_landed(), _room()]
+    return table(("conjecture", "what was seen", "compare with"), rows)
+
+
+def _sparse() -> list[str]:
+    found = results("probe-base-5m")
+    domains, masses = found["activation"].values(), ("0.99", "0.9")
+    means = [fmean(seen["mean"]["product"]["needed"][mass]["mean"] for seen in domains) for mass in masses]
+    nulls = [fmean(seen["chance"]["product"]["needed"][mass] for seen in domains) for mass in masses]
+    needed, chance = ([number(share, ".0%") for share in shares] for shares in (means, nulls))
+    known = {domain: seen for domain, seen in found["critical_sparsity"].items() if domain != "code"}
+    enough = between((1 - seen["share"] for seen in known.values()), ".0%")
+    return [
+        "each token uses less than 5 % of the neurons",
+        f"**no**: {needed[0]} carry 99 % of the mass, {needed[1]} carry 90 %; {enough} suffice for a loss within 1 % "
+        "(not on code, of which the model knows nothing)",
+        f"{chance[0]} and {chance[1]} if activations were random",
+    ]
+
+
+def _apart() -> list[str]:
+    found = results("probe-base-5m")["overlap"]
+    at = found["fractions"].index(0.05)
+    pairs = dict(zip(map(tuple, found["pairs"]), found["mean_iou"], strict=True))
+    itself = fmean(value for pair in found["ceiling"] for value in pair[at])
+    return [
+        "domains use neurons of their own",
+        f"**in part**: the top 5 % overlap by {number(fmean(iou[at] for iou in pairs.values()), '.2f')}, code and "
+        f"medical by {number(pairs['code', 'medical'][at], '.2f')}",
+        f"chance {number(found['mean_null'][at], '.3f')}, one domain with itself {number(itself, '.2f')}",
+    ]
+
+
+def _orthogonal() -> list[str]:
+    whole = results("probe-base-5m")["cosines"]["model"]
+    itself = between(whole["reliability"].values(), ".2f")
+    return [
+        "gradients of domains are nearly orthogonal",
+        f"**no**: cosines {between(whole['cosine'], '.2f')}",
+        f"isotropic ±{whole['null']:.4f}, one domain with itself {itself}",
+    ]
+
+
+def _hurt() -> list[str]:
+    moved = results("probe-base-5m")["interference"]["relative"]
+    others = [loss for i, row in enumerate(moved) for j, loss in enumerate(row) if i != j]
+    rose = sum(loss > 0 for loss in others)
+    assert not rose, "the row says that none rose"
+    return ["a step on one domain hurts another", f"**not at first**: {rose} of {len(others)} losses rise", ""]
+
+
+def _width() -> list[str]:
+    def slope(family: str, value: Any) -> str:
+        own = [(model["width"], value(model)) for model in results("scale-study") if model["family"] == family]
+        found, error = fit_exponent(*zip(*own, strict=True))
+        return f"{number(found, '.2f')} ± {2 * error:.2f}"
+
+    layer, whole = (
+        lambda model: model["cosine"]["absolute"],
+        lambda model: fmean(map(abs, model["whole_model"]["cosine"])),
+    )
+    return [
+        "gradients get more orthogonal with width, as width^−1/2",
+        f"**no**: layer by layer as width^({slope('pretrained', layer)}), for the whole model as "
+        f"width^({slope('pretrained', whole)}), widths 32 to 512 "
+        "([scale study](../benchmarks/results/README.md#scale-study))",
+        f"random weights: {slope('random', layer)}, {slope('random', whole)}",
+    ]
+
+
+def _real() -> list[str]:
+    (gemma,) = (model for model in results("real-models") if model["model"] == "gemma-trimmed")
+    llamas = [model["overlap"]["iou"] for model in results("scale-study") if model["family"] == "pretrained"]
+    means = [fmean(llamas[i : i + 3]) for i in range(0, len(llamas), 3)]
+    overlap, mass, cosine = gemma["overlap"], gemma["sparsity"], number(gemma["cosine"]["corrected"], ".2f")
+    assert overlap["iou"] > max(means), "the row says that it is more"
+    return [
+        "domains lie apart where a model is really pretrained",
+        f"**no**: in Gemma 3 270M the top 5 % of the neurons overlap by {number(overlap['iou'], '.2f')} (Llamas of "
+        f"0.2 M to 8 M: {between(means, '.2f')}), gradients have \\|cosines\\| of {cosine}, and "
+        f"{number(mass['needed'], '.0%')} of the neurons carry 99 % of a token's mass "
+        "([table](../benchmarks/results/README.md#scale-study))",
+        f"chance {number(overlap['null'], '.2f')}, one domain with itself {number(overlap['ceiling'], '.2f')}; "
+        f"Gaussians {number(mass['null'], '.0%')}",
+    ]
+
+
+def _landed() -> list[list[str]]:
+    said: Mapping[str, str] = dict(
+        zip(HEADER[1:], summary("adamw", results("drift-of-methods")["methods"]["adamw"])[1:], strict=True)
+    )
+    share = number(float(said["90 % in"]), ".0%")
+    return [
+        [
+            "AdamW's update gathers on hub neurons, which all domains use",
+            f"**no**: hubs get {number(float(said['hubs ×']), '.2f')} of their share",
+            "1",
+        ],
+        [
+            "AdamW smears its update",
+            f"**yes**: 90 % of it lies in {share} of the neurons",
+            "90 % if spread evenly",
+        ],
+    ]
+
+
+def _room() -> list[str]:
+    layers = results("probe-base-5m")["capacity"]["layers"].values()
+    used, null = (fmean(layer[key][-1] / layer["width"] for layer in layers) for key in ("used", "used_null"))
+    return [
+        "there is room for four domains",
+        f"**yes, not for many**: they use {number(used, '.0%')} of the directions",
+        f"{number(null, '.0%')} if unrelated",
+    ]
