@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 
-from .cells import exact_answers, mean_of, number, results, sixteen
+from .cells import between, exact_answers, mean_of, number, results, sixteen
 
 
 def _gemma() -> str:
@@ -98,6 +98,20 @@ def _leak_of_rounding() -> str:
     return f"Rounding the masters to bfloat16 weights leaves {low} to {high} there."
 
 
+def _step_of_elastic() -> str:
+    quartiles = [found["quartiles of the ratio of whole steps"] for found in results("elastic-step").values()]
+    each, fourth = (
+        between((ratios[f"{name} / AdamW"][1] for ratios in quartiles), ".2f")
+        for name in ("ElasticAdamW", "ElasticAdamW every=4")
+    )
+    return f"A whole training step took {each} times AdamW's, {fourth} times with `every=4`"
+
+
+def _products() -> str:
+    found = [own["products"] for run in results("active-linear").values() for own in (run["base-5m"], run["100 M"])]
+    return f"Counting matrix products alone, the first column would be {between(found, '.2f')}."
+
+
 def _sequence() -> str:
     plan = results("plans/llama-3-8b-lora-a100")["methods"]["lora"]
     low, high = (times * plan["device_hours"] + plan["probe_device_hours"] for times in (1, 2.5))
@@ -109,7 +123,8 @@ def _sequence() -> str:
 
 SENTENCES: Mapping[str, Sequence[Callable[[], str]]] = {
     "README.md": (_demo, _gemma, _default_strength_short, _sixteen_short, _leak),
-    "docs/optimizers.md": (_leak_of_rounding,),
+    "docs/optimizers.md": (_leak_of_rounding, _step_of_elastic),
+    "docs/speed.md": (_products,),
     "docs/results.md": (_gemma_kept, _default_strength, _sequence),
 }
 """Document → its sentences."""
