@@ -57,7 +57,7 @@ def entries(runs: Sequence[Mapping[str, Any]]) -> list[Entry]:
         scores = {key: value for key, value in known.items() if value is not None}
         compared = entry != OURS and entry in lines and OURS in lines
         gap = beside(lines[entry], lines[OURS], [_order(own[""][0])]) if compared else None
-        found.append(Entry(entry, _chosen(own[""][0]), scores, gap))
+        found.append(Entry(entry, chosen_of(own[""][0]), scores, gap))
     return sorted(found, key=lambda entry: entry.scores["acc"].mean)
 
 
@@ -71,7 +71,8 @@ def _order(run: Mapping[str, Any]) -> str:
     return " → ".join(run["domains"])
 
 
-def _chosen(run: Mapping[str, Any]) -> str:
+def chosen_of(run: Mapping[str, Any]) -> str:
+    """Rate and options of a run, in words."""
     options = run["settings"]["method_options"].get(run["method"], {})
     return ", ".join([f"{run['settings']['lr']:g}", *(f"{name} {value}" for name, value in options.items())])
 

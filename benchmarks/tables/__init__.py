@@ -47,6 +47,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "shared-features": methods.shared_features,
     "sharded-memory": costs.sharded_memory,
     "streams": methods.streams,
+    "tuned": methods.tuned,
     "tracks": lambda: methods.study("tracks"),
     "waking": lambda: methods.study("waking"),
     "waking-choice": lambda: methods.study("waking-choice"),

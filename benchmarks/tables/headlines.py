@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 
+from benchmarks.arena import main_study
+
 from .cells import between, exact_answers, mean_of, number, results, sixteen
 
 
@@ -98,6 +100,31 @@ def _leak_of_rounding() -> str:
     return f"Rounding the masters to bfloat16 weights leaves {low} to {high} there."
 
 
+def _tuned() -> str:
+    runs = results("arena/tuning")["runs"]
+    ends = {
+        entry: min(
+            (run["summary"] for run in runs if run["name"].rpartition(".")[0] == entry), key=lambda one: one["acc"]
+        )
+        for entry in main_study.ENTRIES
+    }
+    own, shuffled, one, random = (
+        ends[name] for name in ("elastic", *(f"null-{n}" for n in ("strengths", "one", "directions")))
+    )
+    others = [end["acc"] for name, end in ends.items() if name not in ("elastic", "single", "joint")]
+    assert own["acc"] < min(others), "the sentence says that it is the lowest"
+    lost = {number(null["gain_lost"], ".0%") for null in (shuffled, one)}
+    acc = {f"{null['acc']:.2f}" for null in (shuffled, one)}
+    assert len(lost) == len(acc) == 1, "the sentence says that both nulls are alike"
+    share = number(own["gain_lost"], ".0%")
+    return (
+        f"`elastic` learned {own['learned']:.2f}, lost {share} and ended at {own['acc']:.2f}, lower"
+        " than all but the bounds. Its nulls, the same pull with shuffled strengths or one "
+        f"strength for all, lost {lost.pop()} and ended at {acc.pop()}; in random directions it ended at "
+        f"{random['acc']:.2f}, near AdamW's {ends['adamw']['acc']:.2f}"
+    )
+
+
 def _step_of_elastic() -> str:
     quartiles = [found["quartiles of the ratio of whole steps"] for found in results("elastic-step").values()]
     each, fourth = (
@@ -125,6 +152,6 @@ SENTENCES: Mapping[str, Sequence[Callable[[], str]]] = {
     "README.md": (_demo, _gemma, _default_strength_short, _sixteen_short, _leak),
     "docs/optimizers.md": (_leak_of_rounding, _step_of_elastic),
     "docs/speed.md": (_products,),
-    "docs/results.md": (_gemma_kept, _default_strength, _sequence),
+    "docs/results.md": (_gemma_kept, _default_strength, _sequence, _tuned),
 }
 """Document → its sentences."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from statistics import fmean
 from typing import Any
 
-from benchmarks.arena import ceiling
+from benchmarks.arena import ceiling, main_study, main_table
 
 from .cells import bare, bold, exact_answers, number, results, several, table
 
@@ -86,6 +86,19 @@ def study(name: str, form: str = ".2f") -> str:
     if not any(row[-1] for row in rows):
         header, rows = header[:-1], [row[:-1] for row in rows]
     return table(header, rows)
+
+
+def tuned() -> str:
+    """What tuning for the main table chose of each row's six settings, by what it ended at."""
+    found = results("arena/tuning")["runs"]
+    chosen, rows = main_study.chosen(found), []
+    for entry in chosen:
+        own = [run for run in found if run["name"].rpartition(".")[0] == entry and "failed" not in run]
+        best = min(own, key=lambda run: run["summary"]["acc"])
+        lost = "" if best["kind"] == "bound" else number(best["summary"]["gain_lost"], ".0%")
+        learned, acc = (number(best["summary"][key], ".2f") for key in ("learned", "acc"))
+        rows.append([f"`{entry}`", f"`{main_table.chosen_of(best)}`", learned, lost, acc])
+    return table(("by ACC", "rate and option", "learned", "lost", "ACC"), sorted(rows, key=lambda row: row[-1]))
 
 
 def demo() -> str:
