@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from statistics import fmean
-from typing import Any
 
 from benchmarks.arena.drift_of_methods import HEADER, summary
-from sparse_cl.probes.scaling import fit_exponent
 
 from .cells import between, number, results, table
+from .models import MEASURES, exponent
 
 
 def conjectures() -> str:
@@ -66,21 +65,15 @@ def _hurt() -> list[str]:
 
 
 def _width() -> list[str]:
-    def slope(family: str, value: Any) -> str:
-        own = [(model["width"], value(model)) for model in results("scale-study") if model["family"] == family]
-        found, error = fit_exponent(*zip(*own, strict=True))
-        return f"{number(found, '.2f')} ± {2 * error:.2f}"
-
-    layer, whole = (
-        lambda model: model["cosine"]["absolute"],
-        lambda model: fmean(map(abs, model["whole_model"]["cosine"])),
+    (layer, whole), (random, random_whole) = (
+        [exponent(family, measure) for measure in MEASURES if "cosine" in measure]
+        for family in ("pretrained", "random")
     )
     return [
         "gradients get more orthogonal with width, as width^−1/2",
-        f"**no**: layer by layer as width^({slope('pretrained', layer)}), for the whole model as "
-        f"width^({slope('pretrained', whole)}), widths 32 to 512 "
+        f"**no**: layer by layer as width^({layer}), for the whole model as width^({whole}), widths 32 to 512 "
         "([scale study](../benchmarks/results/README.md#scale-study))",
-        f"random weights: {slope('random', layer)}, {slope('random', whole)}",
+        f"random weights: {random}, {random_whole}",
     ]
 
 

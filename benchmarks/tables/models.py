@@ -63,23 +63,28 @@ def widths() -> str:
     return table(("width", *map(str, _WIDTHS), *named), rows)
 
 
+MEASURES = {
+    "mean \\|cosine\\| of domains' gradients": lambda model: model["cosine"]["absolute"],
+    "the same, corrected for noise": lambda model: model["cosine"]["corrected"],
+    "\\|cosine\\| of the whole model's gradients": lambda model: fmean(map(abs, model["whole_model"]["cosine"])),
+    "overlap of the top 5 % of the neurons": lambda model: model["overlap"]["iou"],
+}
+"""What is set against the width, by what the docs call it."""
+
+
+def exponent(family: str, measure: str) -> str:
+    """Of the width, ± two standard errors."""
+    own = [(model["width"], MEASURES[measure](model)) for model in results("scale-study") if model["family"] == family]
+    slope, error = fit_exponent(*zip(*own, strict=True))
+    return f"{number(slope, '.2f')} ± {2 * error:.2f}"
+
+
 def exponents() -> str:
-    """Exponents of the width, ± two standard errors."""
-    models = results("scale-study")
-    measures = {
-        "mean \\|cosine\\| of domains' gradients": lambda model: model["cosine"]["absolute"],
-        "the same, corrected for noise": lambda model: model["cosine"]["corrected"],
-        "\\|cosine\\| of the whole model's gradients": lambda model: fmean(map(abs, model["whole_model"]["cosine"])),
-        "overlap of the top 5 % of the neurons": lambda model: model["overlap"]["iou"],
-    }
+    """Exponents of the width, by family."""
     rows = []
-    for name, value in measures.items():
-        cells = []
-        for family in ("random", "pretrained"):
-            own = [(model["width"], value(model)) for model in models if model["family"] == family]
-            slope, error = fit_exponent(*zip(*own, strict=True))
-            cells.append(f"{number(slope, '.2f')} ± {2 * error:.2f}")
-        rows.append([name, *cells, "< 0" if name.startswith("overlap") else "−0.5"])
+    for name in MEASURES:
+        conjecture = "< 0" if name.startswith("overlap") else "−0.5"
+        rows.append([name, *(exponent(family, name) for family in ("random", "pretrained")), conjecture])
     return table(("", "random", "pretrained", "conjecture"), rows)
 
 
