@@ -26,7 +26,7 @@ UNCLAIMED = {
     "docs/command-line.md": 6,
     "docs/distributed.md": 4,
     "docs/how-it-works.md": 3,
-    "docs/ideas.md": 24,
+    "docs/ideas.md": 20,
     "docs/install.md": 4,
     "docs/learn.md": 3,
     "docs/memory.md": 1,

@@ -113,9 +113,15 @@ def _landed() -> list[list[str]]:
     ]
 
 
-def _room() -> list[str]:
+def room() -> tuple[float, float]:
+    """Share of the directions that four domains use, mean over layers, and that unrelated ones would."""
     layers = results("probe-base-5m")["capacity"]["layers"].values()
     used, null = (fmean(layer[key][-1] / layer["width"] for layer in layers) for key in ("used", "used_null"))
+    return used, null
+
+
+def _room() -> list[str]:
+    used, null = room()
     return [
         "there is room for four domains",
         f"**yes, not for many**: they use {number(used, '.0%')} of the directions",

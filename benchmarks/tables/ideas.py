@@ -13,7 +13,7 @@ from benchmarks.arena import ceiling
 from benchmarks.arena.intervals import Interval
 from benchmarks.arena.streams import interval
 
-from . import routing
+from . import conjectures, routing
 from .cells import bare, between, mean_of, number, results, sixteen
 
 
@@ -267,10 +267,21 @@ def _survives() -> str:
     )
 
 
+def _full_factors() -> str:
+    (row,) = (row for row in results("comparison/compare")["rows"] if row["name"] == "curvature")
+    found = row["scores"]["all orders"]["bits_per_byte"]
+    return f"learned {found['learned']['mean']:.2f}, lost {number(found['gain_lost']['mean'], '.0%')} with full"
+
+
+def _used() -> str:
+    used, null = conjectures.room()
+    return f"four domains use {number(used, '.0%')} of the directions ({number(null, '.0%')} if unrelated)"
+
+
 SENTENCES: Mapping[str, Sequence[Callable[[], str]]] = {
     "docs/ideas.md": (
         *(_routed, _shared_neurons, _streams, _woken, _tracks, _gradual, _late, _energy, _shared, _plasticity),
-        *(_superposition, _low_rate, _more_gain, _ceiling, _no_ceiling, _dolly, _survives),
+        *(_full_factors, _used, _superposition, _low_rate, _more_gain, _ceiling, _no_ceiling, _dolly, _survives),
     ),
 }
 """Document → its sentences."""
