@@ -9,7 +9,6 @@ and at twice the rate, for curves of what is lost at equal learning.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -64,20 +63,25 @@ def tuning_points() -> dict[str, dict[str, Any]]:
     return {f"{entry}.{number}": six[entry][number] for number in range(6) for entry in ENTRIES}
 
 
-def chosen(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Of the rows with all six runs, the settings with the lowest mean bits per byte after the last domain.
+def best(runs: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """Of the rows with all six runs, the one with the lowest mean bits per byte after the last domain.
 
     Args:
-        runs: what is kept of the tuning; `name` is that of the run. One that failed was tried, and is not chosen.
+        runs: what is kept of the tuning; `name` is that of the run. One that failed was tried, and is not the best.
     """
-    scores = {run["name"]: run["summary"]["acc"] if "failed" not in run else math.inf for run in runs}
+    by_name = {run["name"]: run for run in runs}
     found = {}
     for entry in ENTRIES:
-        own = [scores.get(f"{entry}.{number}") for number in range(6)]
-        known = [score for score in own if score is not None]
-        if len(known) == 6 and min(known) < math.inf:
-            found[entry] = settings_of(entry)[known.index(min(known))]
+        own = [by_name[name] for number in range(6) if (name := f"{entry}.{number}") in by_name]
+        ended = [run for run in own if "failed" not in run]
+        if len(own) == 6 and ended:
+            found[entry] = min(ended, key=lambda run: run["summary"]["acc"])
     return found
+
+
+def chosen(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The settings of `best`."""
+    return {entry: settings_of(entry)[int(run["name"].rpartition(".")[2])] for entry, run in best(runs).items()}
 
 
 def curves(points: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -12,8 +12,8 @@ _NUMBER = re.compile(r"(?<![\w.,−+-])[−+-]?(?:\d*\.\d+(?!\.?\d|e-)|\d+(?= %)
 
 def claims() -> list[tuple[str, str]]:
     """Document and sentence; a line may end at any space of it."""
-    both = headlines.SENTENCES | ideas.SENTENCES
-    return [(document, sentence()) for document, sentences in both.items() for sentence in sentences]
+    of_documents = (*headlines.SENTENCES.items(), *ideas.SENTENCES.items())
+    return [(document, sentence()) for document, sentences in of_documents for sentence in sentences]
 
 
 def stands_in(sentence: str, text: str) -> bool:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from statistics import fmean
 
-from benchmarks.arena.drift_of_methods import HEADER, summary
-
 from .cells import between, number, results, table
-from .models import MEASURES, exponent
+from .models import MEASURES, exponent, summary_of
 
 
 def conjectures() -> str:
@@ -95,9 +92,7 @@ def _real() -> list[str]:
 
 
 def _landed() -> list[list[str]]:
-    said: Mapping[str, str] = dict(
-        zip(HEADER[1:], summary("adamw", results("drift-of-methods")["methods"]["adamw"])[1:], strict=True)
-    )
+    said = summary_of("adamw", results("drift-of-methods")["methods"]["adamw"])
     share = number(float(said["90 % in"]), ".0%")
     return [
         [

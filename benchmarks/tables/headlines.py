@@ -101,13 +101,7 @@ def _leak_of_rounding() -> str:
 
 
 def _tuned() -> str:
-    runs = results("arena/tuning")["runs"]
-    ends = {
-        entry: min(
-            (run["summary"] for run in runs if run["name"].rpartition(".")[0] == entry), key=lambda one: one["acc"]
-        )
-        for entry in main_study.ENTRIES
-    }
+    ends = {entry: run["summary"] for entry, run in main_study.best(results("arena/tuning")["runs"]).items()}
     own, shuffled, one, random = (
         ends[name] for name in ("elastic", *(f"null-{n}" for n in ("strengths", "one", "directions")))
     )

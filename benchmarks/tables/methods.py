@@ -90,11 +90,8 @@ def study(name: str, form: str = ".2f") -> str:
 
 def tuned() -> str:
     """What tuning for the main table chose of each row's six settings, by what it ended at."""
-    found = results("arena/tuning")["runs"]
-    chosen, rows = main_study.chosen(found), []
-    for entry in chosen:
-        own = [run for run in found if run["name"].rpartition(".")[0] == entry and "failed" not in run]
-        best = min(own, key=lambda run: run["summary"]["acc"])
+    rows = []
+    for entry, best in main_study.best(results("arena/tuning")["runs"]).items():
         lost = "" if best["kind"] == "bound" else number(best["summary"]["gain_lost"], ".0%")
         learned, acc = (number(best["summary"][key], ".2f") for key in ("learned", "acc"))
         rows.append([f"`{entry}`", f"`{main_table.chosen_of(best)}`", learned, lost, acc])

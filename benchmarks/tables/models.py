@@ -127,7 +127,7 @@ def drift_short() -> str:
     found = results("drift-of-methods")
     rows = []
     for method, row in found["methods"].items():
-        said = _summary(method, row)
+        said = summary_of(method, row)
         share = f"{100 * float(said['90 % in']):.0f} %" + (" of the neurons" if method == "adamw" else "")
         rank = number(float(said["feature rank"].replace("−", "-")), ".0f")
         fit = said["steps to fit"].split()[0]
@@ -150,12 +150,12 @@ def drift_of_methods() -> str:
     }
     rows = [["base", "0", "1", "", "", "", "", steps(found["base"]["plasticity"])]]
     for method, row in found["methods"].items():
-        said = _summary(method, row)
+        said = summary_of(method, row)
         rows.append([method, *(said[name] for name in shown)])
     return table(("", *shown.values()), rows)
 
 
-def _summary(method: str, row: Mapping[str, Any]) -> dict[str, str]:
+def summary_of(method: str, row: Mapping[str, Any]) -> dict[str, str]:
     """Column of `drift_of_methods` → its text as the docs write numbers."""
     texts = (re.sub(r"\b0\.(?=\d\d)", ".", text).replace("-", "−") for text in summary(method, row)[1:])
     return dict(zip(HEADER[1:], texts, strict=True))
