@@ -86,9 +86,11 @@ def main(models: Path, data: Path, out: Path) -> dict[str, Settings]:
     sources = _sources(data, out, *main_study.DATA)
     base = _base_5m(models, sources, domains=main_study.TESTING, eval_records=256, score="learned")
     points = main_study.chosen(kept("tuning"))
-    first = over(base, (GIVEN,), main_study.OF_CURVES, points)
-    first |= over(base, (GIVEN,), main_study.OF_CURVES, main_study.curves(points))
-    return first | over(base, (GIVEN,), main_study.SEEDS, points)
+    asked_first = {entry: point for entry, point in points.items() if entry in main_study.ASKED_FIRST}
+    found = over(base, (GIVEN,), main_study.OF_CURVES, points)
+    for some in (asked_first, points):
+        found |= over(base, (GIVEN,), main_study.OF_CURVES, main_study.curves(some))
+    return found | over(base, (GIVEN,), main_study.SEEDS, points)
 
 
 def long(models: Path, data: Path, out: Path) -> dict[str, Settings]:

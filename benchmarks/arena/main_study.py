@@ -49,6 +49,12 @@ ENTRIES: Mapping[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }
 """Row → method, its options in any case, and another value of its main option; none: it has the rates alone."""
 
+ASKED_FIRST = (
+    *("elastic", "null-directions", "null-strengths", "null-one", "elastic-lora", "curvature", "orthogonal"),
+    *("adamw", "lora", "sfa", "l2-sp", "self-replay", "replay-5", "ewc", "kfac-laplace", "soap"),
+)
+"""Rows whose curves are run before the others': the pull, its nulls and kin, and what it is measured against."""
+
 
 def settings_of(entry: str) -> list[dict[str, Any]]:
     """The six settings of a row: `method`, `lr` and `options`."""
