@@ -67,7 +67,7 @@ class TensorList {
   TensorView view(size_t i) const { return TensorView(handles_[i]); }
   torch::stable::Tensor tensor(size_t i) const {
     AtenTensorHandle copy;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(handles_[i], &copy));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_new_tensor_handle(handles_[i], &copy));
     return torch::stable::Tensor(copy);
   }
 

@@ -106,7 +106,8 @@ def build(run: Run, end: float, dry: bool) -> int:
 
 
 def cuda_tests() -> list[Path]:
-    return sorted((ROOT / "tests").rglob("test_*_cuda.py"))
+    """Those of nothing but a GPU, and one that has a case of it."""
+    return [*sorted((ROOT / "tests").rglob("test_*_cuda.py")), ROOT / "tests" / "subspace" / "test_sharing.py"]
 
 
 def run_tests(files: list[Path], end: float, dry: bool) -> dict[str, dict]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sparse_cl.layout import is_sharded
+from sparse_cl.masks import ColumnMask, Mask, RowMask
 
 from .names import parameters_of
 from .sparse_masked_adamw import SparseMaskedAdamW
@@ -44,11 +45,21 @@ def active_gradients(optimizer: torch.optim.Optimizer) -> ActiveGradients:
     if any(is_sharded(param) for param in optimizer._store.masks):
         raise ValueError("masks: of parameters that fully_shard has split; clip by optimizer.clip_grad_norm_")
 
+    #: By parameter its mask, and what that freezes, beside the parameter.
+    frozen: dict[Tensor, tuple[Mask, Mask]] = {}
+
     @torch.no_grad()
     def cut(param: Tensor) -> None:
         mask = optimizer._store.mask_of(param)
-        if mask is not None and param.grad is not None and param.grad.shape == mask.shape:
-            param.grad.masked_fill_(~mask.to_dense().to(param.device), 0)
+        if mask is None or param.grad is None or param.grad.shape != mask.shape:
+            return
+        if param not in frozen or frozen[param][0] is not mask:
+            frozen[param] = mask, (~mask).to(param.device)
+        _, rest = frozen[param]
+        if isinstance(rest, RowMask | ColumnMask):
+            param.grad.index_fill_(0 if isinstance(rest, RowMask) else 1, rest.index.long(), 0)
+        else:
+            param.grad.masked_fill_(rest.to_dense(), 0)
 
     leaves = [p for p in parameters_of(optimizer.param_groups) if p.requires_grad and p.is_leaf]
     return ActiveGradients([p.register_post_accumulate_grad_hook(cut) for p in leaves])

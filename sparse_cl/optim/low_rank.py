@@ -218,6 +218,8 @@ class FittedLowRank(Fitted):
         self.leaf: Tensor | None = None
         self.table = None if given.rows is None else given.rows.part(piece)
         self.single = mask is not None and not isinstance(mask, RowMask | ColumnMask)
+        #: Beside the weight, so that a step copies no mask to it.
+        self._entries = mask.to(whole.device) if mask is not None and self.single else None
         self.index = mask.index.to(whole.device).long() if isinstance(mask, RowMask) else None
         self.exact, self.later = given.rule.exact, given.later
         self.alike = given.rule, None if piece is None else piece.shared
@@ -288,12 +290,18 @@ class FittedLowRank(Fitted):
 
     def rows(self, update: Tensor) -> Tensor:
         """A compact update as the rows that U is for: a view, or a copy of one that is cut to single weights."""
-        if self.single:
-            assert self.mask is not None
-            dense = update.new_zeros(self.mask.shape)
-            dense[self.mask.to(update.device).to_dense()] = update.view(-1)
+        if self._entries is not None:
+            dense = update.new_zeros(self._entries.shape)
+            dense.view(-1).index_copy_(0, self._entries.positions(), update.view(-1))
             return dense
         return update.mT if self.given.transposed else update
+
+    def cut_(self, rows: Tensor, update: Tensor) -> None:
+        """Writes what a mask of single weights leaves of corrected rows, into the rows and into the compact update."""
+        assert self._entries is not None
+        positions, flat = self._entries.positions(), rows.view(-1)
+        update.copy_(flat.index_select(0, positions).view(update.shape))
+        flat.zero_().index_copy_(0, positions, update.view(-1))
 
 
 class LowRankCorrection(Correction):
@@ -338,7 +346,8 @@ class LowRankCorrection(Correction):
             rank = basis.shape[1]
             row.addmm_(now, (basis * taken[:rank]).mT, beta=0 if later else 1, alpha=-1)
             if layer.projection.single:
-                self.next.append(self._cut(layer, row, basis))
+                layer.projection.cut_(row, layer.update)
+                self.next.append(torch.addmm(layer.kept["moved"], row, basis))
             elif "moved" in layer.kept:
                 self.next.append(now.mul_(stays[:rank]))
         for number, index, back in tables if later else ():
@@ -378,13 +387,6 @@ class LowRankCorrection(Correction):
     def _energies(self, parts: list[Tensor]) -> Tensor:
         own = torch.nn.utils.rnn.pad_sequence([energies(part) for part in parts], batch_first=True)
         return summed(own, self.layers[0].projection.piece)
-
-    @staticmethod
-    def _cut(layer: Layer, row: Tensor, basis: Tensor) -> Tensor:
-        """Writes what a mask of single weights leaves of a corrected update; returns P with it."""
-        support = layer.projection.mask.to(row.device).to_dense()
-        layer.update.copy_(row[support].view(layer.update.shape))
-        return torch.addmm(layer.kept["moved"], row.mul_(support), basis)
 
     def settle_(self) -> None:
         for layer in self.layers:

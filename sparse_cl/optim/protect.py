@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sparse_cl.layout import whole
 from sparse_cl.reference.precision import full_precision
 from sparse_cl.subspace import SubspaceMemory
 
@@ -16,9 +17,13 @@ from .leaf import owner_of, weight_of
 from .low_rank import FittedLowRank, LowRankCorrection
 from .memory_adamw import Bases, check_every, known_of, news_of, warn_of_rest
 from .names import FSDP2, name_of, names_of, parameters_of, refuse_flattened
+from .plan import scalar_on
 from .projection import Layer
 from .sparse_masked_adamw import SparseMaskedAdamW
 from .whole_state import gathered, rows_held, split_rows
+
+_ROUNDED = 1 << 24
+"""Entries that are rounded at a time."""
 
 
 class Protection:
@@ -139,14 +144,20 @@ class Protection:
     @torch.no_grad()
     def _after(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         self._steps += 1
+        # A GradScaler lets a fused optimizer skip the step by itself.
+        found_inf = whole(getattr(optimizer, "found_inf", None))
         for group in optimizer.param_groups:
             for param in group["params"]:
                 if param in self._fitted:
-                    self._rates[param] = self._rates[param] + group["lr"]
+                    skipped = scalar_on(found_inf, param.device)
+                    lr = group["lr"] if skipped is None else torch.where(skipped == 0, group["lr"], 0.0)
+                    self._rates[param] = self._rates[param] + lr
         if self._steps % self.every:
             return
         for param, fit in self._fitted.items():
-            update, weight = self._correction(param, fit), weight_of(param)
+            # What earlier steps have moved is corrected, though this one is skipped.
+            skipped = scalar_on(found_inf, param.device) if self.every == 1 else None
+            update, weight = self._correction(param, fit, skipped), weight_of(param)
             self._rates[param] = 0.0
             if weight.dtype == update.dtype:
                 weight.add_(update)
@@ -154,14 +165,15 @@ class Protection:
             if weight.device not in self._generators:
                 seed = self._seed + (0 if fit.piece is None else fit.piece.number)
                 self._generators[weight.device] = torch.Generator(weight.device).manual_seed(seed)
-            weight.copy_(_rounded(update.add_(weight), weight.dtype, self._generators[weight.device]))
+            for part, change in zip(_pieces(weight), _pieces(update), strict=True):
+                part.copy_(_rounded(change.add_(part), part.dtype, self._generators[part.device]))
 
-    def _correction(self, param: Tensor, fit: FittedLowRank) -> Tensor:
+    def _correction(self, param: Tensor, fit: FittedLowRank, skipped: Tensor | None) -> Tensor:
         """-C Uᵀ; of one layer at a time, so that what is held besides is one layer's."""
         wide = weight_of(param).detach().to(_wide(param))
         layer = Layer(fit, torch.empty_like(wide), self._kept[param], lambda: (wide, wide))
         with full_precision(param.device):
-            LowRankCorrection([layer]).correct_(self._rates[param], None)
+            LowRankCorrection([layer]).correct_(self._rates[param], skipped)
         return layer.update
 
 
@@ -226,6 +238,11 @@ def protect(
 
 def _name(optimizer: torch.optim.Optimizer, param: Tensor) -> str:
     return names_of(optimizer.param_groups).get(param) or name_of(optimizer.param_groups, param)
+
+
+def _pieces(weight: Tensor) -> Sequence[Tensor]:
+    """Its rows, some at a time: rounding takes some ten times what it rounds."""
+    return weight.split(max(1, _ROUNDED // max(1, weight.shape[1])))
 
 
 def _wide(param: Tensor) -> torch.dtype:

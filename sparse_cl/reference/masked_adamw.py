@@ -26,8 +26,8 @@ def pack_bits(dense: Tensor) -> Tensor:
 
 def unpack_bits(words: Tensor, numel: int) -> Tensor:
     """The inverse of :func:`pack_bits`: a flat bool tensor of ``numel`` entries."""
-    weight = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=words.device)
-    return (words.view(torch.uint8)[:, None] & weight).ne(0).view(-1)[:numel]
+    place = torch.arange(8, dtype=torch.uint8, device=words.device)
+    return ((words.view(torch.uint8)[:, None] >> place) & 1).bool().view(-1)[:numel]
 
 
 def block_ranks(dense: Tensor) -> Tensor:
@@ -51,7 +51,9 @@ def active_positions(layout: StateLayout, views: dict[str, Tensor], device: torc
     if layout.kind == COLUMNS:
         row = torch.arange(layout.shape[0], device=device) * layout.shape[1]
         return (row[:, None] + views["columns"].long()).view(-1)
-    return unpack_bits(views[INDEX_NAME[layout.kind]], layout.numel).nonzero().view(-1)
+    dense = unpack_bits(views[INDEX_NAME[layout.kind]], layout.numel)
+    # Their number is known: nonzero would wait for the device to count them.
+    return torch.nonzero_static(dense, size=layout.entries).view(-1)
 
 
 def spread_units(layout: StateLayout, per_unit: Tensor) -> Tensor:

@@ -43,6 +43,8 @@ class Observer:
         self.tests: dict[tuple, Tensor] = {}
         self._handles: list[RemovableHandle] = []
         self._tokens: Tensor | None = None
+        #: By device the places of the tokens that count.
+        self._counted: dict[torch.device, Tensor] = {}
         #: The inputs that were noted last, what they held then, and the layer that read them.
         self._last: tuple[Tensor, int | None, str] | None = None
         self.attach()
@@ -78,11 +80,11 @@ class Observer:
             raise ValueError("watch: the memory is bound to no model; call memory.bind(model) first")
         if self._noting == "training":
             self._drop()
-        self._noting, self._tokens = "all", tokens
+        self._noting, self._tokens, self._counted = "all", tokens, {}
         try:
             yield
         finally:
-            self._noting, self._tokens, self._last = "nothing", None, None
+            self._noting, self._tokens, self._counted, self._last = "nothing", None, {}, None
 
     def note(self, name: str, inputs: Tensor) -> None:
         """Notes the inputs (..., n) of a layer, if passes count now."""
@@ -104,8 +106,12 @@ class Observer:
         flat = rows.reshape(-1, *rows.shape[len(shape) :])
         if self._tokens is None:
             return flat
-        keep = self._tokens.reshape(-1).ne(0)
-        return flat[keep.to(flat.device)] if tuple(shape) in (self._tokens.shape, keep.shape) else flat
+        if tuple(shape) not in (self._tokens.shape, (self._tokens.numel(),)):
+            return flat
+        if flat.device not in self._counted:
+            # Once for all layers: a GPU is waited for.
+            self._counted[flat.device] = self._tokens.to(flat.device).reshape(-1).nonzero().view(-1)
+        return flat.index_select(0, self._counted[flat.device])
 
     def _note(self, layer: Layer, inputs: Tensor) -> None:
         if inputs.shape[-1] != layer.width:

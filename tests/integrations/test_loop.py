@@ -11,7 +11,7 @@ from cases.methods import copy_of, domain, logits, same, weights
 from cases.trainers import records
 from torch.utils.data import DataLoader, IterableDataset
 
-from sparse_cl import RowMask, SparseMaskedAdamW
+from sparse_cl import ColumnMask, ElementMask, RowMask, SparseMaskedAdamW, TwoFourMask
 from sparse_cl.integrations import continual
 from sparse_cl.integrations.looking import Looking, as_batch
 from sparse_cl.methods import Elastic, LoRA
@@ -121,16 +121,30 @@ def test_batches_of_trainers():
         as_batch({"pixel_values": ids})
 
 
-def test_gradients_follow_the_masks():
-    weight, shape = torch.nn.Parameter(torch.randn(6, 4)), (6, 4)
-    optimizer = SparseMaskedAdamW([("w", weight)], masks={"w": RowMask([1], shape)})
+def dense(rows):
+    return torch.zeros(6, 4, dtype=torch.bool).index_fill(0, torch.tensor(rows), True)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        lambda rows: RowMask(rows, (6, 4)),
+        lambda rows: ColumnMask(rows, (6, 4)),
+        lambda rows: ElementMask(dense(rows)),
+        lambda rows: TwoFourMask(dense(rows)[:, :2].repeat_interleave(2, 1) ^ torch.tensor([True, False, False, True])),
+    ],
+    ids=["rows", "columns", "elements", "2:4"],
+)
+def test_gradients_follow_the_masks(mask):
+    weight = torch.nn.Parameter(torch.randn(6, 4))
+    optimizer = SparseMaskedAdamW([("w", weight)], masks={"w": mask([1])})
     handle = active_gradients(optimizer)
-    weight.sum().backward()
-    assert weight.grad.nonzero()[:, 0].unique().tolist() == [1]
-    optimizer.set_masks({"w": RowMask([2, 3], shape)})
-    weight.grad = None
-    weight.sum().backward()
-    assert weight.grad.nonzero()[:, 0].unique().tolist() == [2, 3]
+    for rows in ([1], [2, 3], [1]):
+        optimizer.set_masks({"w": mask(rows)})
+        for _ in range(2):
+            weight.grad = None
+            weight.sum().backward()
+            assert torch.equal(weight.grad, mask(rows).to_dense().float())
     handle.remove()
     weight.sum().backward()
     assert bool(weight.grad.all())

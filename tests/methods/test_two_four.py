@@ -236,20 +236,6 @@ def test_only_two_four_gives_the_parameters_back(tiny_llama):
     assert layer[0].weight is weight
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="sparse tensor cores are a GPU's")
-def test_the_sparse_kernels_compute_the_locked_track():
-    torch.manual_seed(0)
-    layer = torch.nn.Sequential(torch.nn.Linear(256, 128)).cuda().bfloat16()
-    mask = TwoFourMask(best_two(layer[0].weight.detach().abs().float().cpu())).to("cuda")
-    x = torch.randn(64, 256, device="cuda", dtype=torch.bfloat16)
-    with torch.no_grad():
-        with only_two_four(layer, {"0.weight": mask}):
-            expected = layer(x)
-        with only_two_four(layer, {"0.weight": mask}, semi_structured=True):
-            found = layer(x)
-    torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)
-
-
 def test_models_that_have_no_two_of_four(tiny_llama):
     narrow = transformers.LlamaConfig(**{**tiny_llama.config.to_dict(), "intermediate_size": 22})
     model = transformers.LlamaForCausalLM(narrow)

@@ -28,6 +28,28 @@ def test_behind_torch_s_adamw_it_is_elastic_adamw(rule):
     assert said == pytest.approx(expected, rel=1e-3, abs=1e-9)
 
 
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("rule", GIVEN)
+def test_a_step_that_the_scaler_has_a_fused_optimizer_skip_is_not_corrected(rule, every):
+    found, no_step = [], (4, 5)
+    for skips in (True, False):
+        weight, s = parameter(), subspace()
+        optimizer = torch.optim.AdamW([weight], lr=1e-2, fused=True)
+        protect(optimizer, {weight: s}, **GIVEN[rule], every=every)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        for step in range(8):
+            if step in no_step and not skips:
+                continue
+            scale = scaler.scale(torch.ones(())).item()
+            weight.grad = torch.full((M, N), torch.inf) if step in no_step else gradient(step).float() * scale
+            before = weight.detach().clone()
+            scaler.step(optimizer)
+            scaler.update()
+            assert every > 1 or torch.equal(weight, before) == (step in no_step)
+        found.append(weight.detach())
+    torch.testing.assert_close(*found, rtol=0, atol=0 if every == 1 else 1e-6)
+
+
 OPTIMIZERS = {
     "sgd": lambda p: torch.optim.SGD(p, lr=1e-2, momentum=0.9),
     "muon": lambda p: torch.optim.Muon(p, lr=1e-2),
