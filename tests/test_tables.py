@@ -33,10 +33,10 @@ UNCLAIMED = {
     "docs/methods.md": 30,
     "docs/optimizers.md": 1,
     "docs/probes.md": 6,
-    "docs/results.md": 11,
+    "docs/results.md": 7,
     "docs/speed.md": 5,
     "docs/trace.md": 6,
-    "benchmarks/results/README.md": 19,
+    "benchmarks/results/README.md": 14,
 }
 
 

@@ -59,15 +59,6 @@ def tracks(models: Path, data: Path, out: Path) -> dict[str, Settings]:
     return over(_base_5m(models, data), ORDERS, SEEDS, {**points, "adamw-0.001": {"method": "adamw", "lr": 1e-3}})
 
 
-def strength(models: Path, data: Path, out: Path) -> dict[str, Settings]:
-    """`elastic` as it is now, at its default strength and at a quarter of it, by the protocol of comparison/."""
-    points = {
-        f"elastic-{strength:g}": {"method": "elastic", "lr": 1e-3, "options": {"strength": strength}}
-        for strength in (20.0, 5.0)
-    }
-    return over(_base_5m(models, data, reference=_base_text(data, out)), ORDERS, SEEDS, points)
-
-
 def demo(models: Path, data: Path, out: Path) -> dict[str, Settings]:
     """What `make demo` runs, over five seeds; it reads neither models nor data."""
     points = {name: {"method": name, "lr": METHODS[name].default_lr} for name in ("adamw", "lora", "elastic")}
@@ -87,9 +78,11 @@ def main(models: Path, data: Path, out: Path) -> dict[str, Settings]:
     base = _base_5m(models, sources, domains=main_study.TESTING, eval_records=256, score="learned")
     points = main_study.chosen(kept("tuning"))
     asked_first = {entry: point for entry, point in points.items() if entry in main_study.ASKED_FIRST}
-    found = over(base, (GIVEN,), main_study.OF_CURVES, points)
+    found = {}
     for some in (asked_first, points):
-        found |= over(base, (GIVEN,), main_study.OF_CURVES, main_study.curves(some))
+        found |= over(base, (GIVEN,), main_study.OF_CURVES, some)
+        for factor in main_study.FACTORS:
+            found |= over(base, (GIVEN,), main_study.OF_CURVES, main_study.curves(some, factor))
     return found | over(base, (GIVEN,), main_study.SEEDS, points)
 
 
@@ -169,7 +162,7 @@ def waking(models: Path, data: Path, out: Path) -> dict[str, Settings]:
 
 STUDIES: Mapping[str, Callable[[Path, Path, Path], dict[str, Settings]]] = {
     study.__name__.replace("_", "-"): study
-    for study in (demo, strength, routed, ceiling, tracks, waking_choice, waking, tuning, main, long, gemma, qwen, size)
+    for study in (demo, routed, ceiling, tracks, waking_choice, waking, tuning, main, long, gemma, qwen, size)
 }
 
 

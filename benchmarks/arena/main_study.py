@@ -14,8 +14,6 @@ from typing import Any
 
 from sparse_cl.methods import METHODS
 
-from .compare_methods import OPTIONS
-
 RATES = (3e-4, 1e-3, 3e-3)
 SIX_RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 4e-3)
 TUNING = ("sql-create-context", "aqua-rat", "medmcqa", "creak")
@@ -24,8 +22,28 @@ TESTING = ("mbpp", "gsm8k", "medquad", "ecqa")
 DATA = (TUNING + TESTING, 256)
 """Their sources, and how many records of each are held out for testing."""
 TUNING_SEED, SEEDS, OF_CURVES = 100, (0, 1, 2, 3, 4), (0, 1, 2)
+FACTORS = (2, 0.5)
+"""Of the rate, for curves."""
 
-_OTHERS: dict[str, dict[str, Any]] = {
+OPTIONS: Mapping[str, dict[str, Any]] = {
+    "lora": {"rank": 8},
+    "lora-wd": {"weight_decay": 1.0},
+    "freeze-lower": {"frozen_share": 0.75},
+    "ewc": {"ewc_lambda": 1000.0},
+    "mofo": {"fraction": 0.05},
+    "migu": {"quantile": 0.9},
+    "o-lora": {"lambda_1": 5.0},
+    "osf": {"effective_rank": 0.7},
+    "sparse-masked": {"fraction": 0.05},
+    "sparse-masked-lora": {"fraction": 0.05},
+    "selective-write": {"closed": 0.5},
+    "orthogonal": {"energy": 0.9},
+    "orthogonal-lora": {"energy": 0.9},
+    "orthogonal-masked": {"energy": 0.9},
+    "elastic": {"strength": 5.0},
+    "elastic-lora": {"strength": 2.0},
+    "curvature": {"mode": "hard"},
+    "two-four": {"score": "fisher"},
     "early-stopping": {"share": 0.25},
     "lora-mean": {"rank": 8},
     "kfac-laplace": {"ewc_lambda": 1000.0},
@@ -33,15 +51,13 @@ _OTHERS: dict[str, dict[str, Any]] = {
     "sfa": {"mean": "running"},
     "osft": {"effective_rank": 0.7},
     "self-replay": {"share": 0.2},
-    "elastic": {"strength": 5.0},
-    "elastic-lora": {"strength": 2.0},
     "routed": {"share": 0.3},
 }
-"""Beside those of `compare_methods.OPTIONS`; of the two pulls what their present unit of strength wants."""
+"""Another value of each method's main option."""
 
 ENTRIES: Mapping[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     **{name: (name, {}, {}) for name in ("adamw", "replay-1", "replay-5", "soap", "joint", "single")},
-    **{name: (name, {}, other) for name, other in (OPTIONS | _OTHERS).items()},
+    **{name: (name, {}, other) for name, other in OPTIONS.items()},
     **{
         f"null-{null}": ("elastic-null", {"null": null}, {"strength": 5.0})
         for null in ("directions", "strengths", "one")
@@ -53,7 +69,7 @@ ASKED_FIRST = (
     *("elastic", "null-directions", "null-strengths", "null-one", "elastic-lora", "curvature", "orthogonal"),
     *("adamw", "lora", "sfa", "l2-sp", "self-replay", "replay-5", "ewc", "kfac-laplace", "soap"),
 )
-"""Rows whose curves are run before the others': the pull, its nulls and kin, and what it is measured against."""
+"""Rows that are run before the others: the pull, its nulls and kin, and what it is measured against."""
 
 
 def settings_of(entry: str) -> list[dict[str, Any]]:
@@ -90,11 +106,16 @@ def chosen(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     return {entry: settings_of(entry)[int(run["name"].rpartition(".")[2])] for entry, run in best(runs).items()}
 
 
-def curves(points: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The points of `chosen` at half and at twice the rate, by "row@factor", without bounds: they forget nothing."""
+def curves(points: Mapping[str, Mapping[str, Any]], factor: float) -> dict[str, dict[str, Any]]:
+    """The points of `chosen` at a multiple of the rate, by "row@factor", without bounds: they forget nothing."""
     return {
         f"{entry}@{factor:g}": {**point, "lr": point["lr"] * factor}
-        for factor in (0.5, 2)
         for entry, point in points.items()
         if METHODS[point["method"]].kind != "bound"
     }
+
+
+def row_and_factor(name: str) -> tuple[str, str]:
+    """What a run of `chosen` or `curves` is of, by its name; the factor of the rate is empty at the one chosen."""
+    row, _, factor = name.rpartition("-given-seed")[0].partition("@")
+    return row, factor

@@ -14,6 +14,7 @@ from sparse_cl.four_domains.report import text_table
 from .compare import Row, gather_runs
 from .curves import Beside, beside
 from .intervals import Interval, interval
+from .main_study import row_and_factor
 from .pareto import lines_of
 
 OURS = "elastic"
@@ -31,12 +32,14 @@ class Entry:
     """A row of the main table.
 
     Attributes:
+        kind: of its method.
         chosen: what tuning chose, in words.
         scores: of `SHOWN`, over seeds, at the rate that was chosen.
         beside: what it loses more than `OURS`, if there is learning that both reach; None: it is `OURS` or a bound.
     """
 
     name: str
+    kind: str
     chosen: str
     scores: Mapping[str, Interval]
     beside: Beside | None
@@ -47,7 +50,7 @@ def entries(runs: Sequence[Mapping[str, Any]]) -> list[Entry]:
     points: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
     for run in runs:
         if "failed" not in run:
-            entry, _, factor = run["name"].rpartition("-given-seed")[0].partition("@")
+            entry, factor = row_and_factor(run["name"])
             points.setdefault(entry, {}).setdefault(factor, []).append(run)
     points = {entry: own for entry, own in points.items() if "" in own}
     lines = {entry: _line(own) for entry, own in points.items() if own[""][0]["kind"] != "bound"}
@@ -57,7 +60,8 @@ def entries(runs: Sequence[Mapping[str, Any]]) -> list[Entry]:
         scores = {key: value for key, value in known.items() if value is not None}
         compared = entry != OURS and entry in lines and OURS in lines
         gap = beside(lines[entry], lines[OURS], [_order(own[""][0])]) if compared else None
-        found.append(Entry(entry, chosen_of(own[""][0]), scores, gap))
+        first = own[""][0]
+        found.append(Entry(entry, first["kind"], chosen_of(first), scores, gap))
     return sorted(found, key=lambda entry: entry.scores["acc"].mean)
 
 
@@ -90,6 +94,7 @@ def rows(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     found = []
     for entry in entries(runs):
         cells = [shown(entry.scores.get(key), *form) for key, form in SHOWN.items()]
+        cells[1] = "" if entry.kind == "bound" else cells[1]
         more, learned = (entry.beside.more, entry.beside.learned) if entry.beside else (None, None)
         reach = f"{learned[0]:.2f} to {learned[1]:.2f}" if learned else ""
         count = str(entry.scores["acc"].count)

@@ -268,9 +268,8 @@ def _survives() -> str:
 
 
 def _full_factors() -> str:
-    (row,) = (row for row in results("comparison/compare")["rows"] if row["name"] == "curvature")
-    found = row["scores"]["all orders"]["bits_per_byte"]
-    return f"learned {found['learned']['mean']:.2f}, lost {number(found['gain_lost']['mean'], '.0%')} with full"
+    learned, lost = (mean_of("main", key, "curvature-given") for key in ("learned", "gain_lost"))
+    return f"learned {learned:.2f}, lost {number(lost, '.0%')} with full"
 
 
 def _used() -> str:

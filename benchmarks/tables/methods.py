@@ -10,59 +10,32 @@ from benchmarks.arena import ceiling, main_study, main_table
 
 from .cells import bare, bold, exact_answers, number, results, several, table
 
-_COMPARED = {
-    "single": "a model for each domain (bound)",
-    "elastic text_weight=1 protect=base.txt": "`elastic` of 0.1, base text protected",
-    "joint": "all four domains at once (bound)",
-    "elastic text_weight=0.2 protect=none": "`elastic` of 0.1",
-    "curvature": "`curvature`",
+_SHORT = {
+    "adamw": "sequential AdamW",
+    "lora": "LoRA",
     "replay-5": "replay of 5 % of the old data",
     "ewc": "online EWC",
-    "elastic-lora": "`elastic-lora` of 0.1",
-    "migu": "MIGU",
-    "replay-1": "replay of 1 %",
-    "two-four": "`two-four` of 0.1 (two tracks)",
-    "selective-write": "`selective-write`",
-    "adamw lr=0.0003": "sequential AdamW, tuned to learn",
-    "mofo": "MoFO",
-    "osf": "OSF",
-    "adamw lr=0.0001": "sequential AdamW, tuned for ACC",
-    "o-lora": "O-LoRA",
-    "freeze-lower": "lower half frozen",
-    "orthogonal-lora": "`orthogonal-lora` of 0.1",
-    "lora lr=0.001": "LoRA, tuned for ACC",
-    "lora-wd": "LoRA, weight decay 0.3",
-    "sparse-masked": "`sparse-masked`",
-    "lora lr=0.003": "LoRA, tuned to learn",
-    "orthogonal": "`orthogonal`",
-    "sparse-masked-lora": "`sparse-masked-lora`",
-    "orthogonal-masked": "`orthogonal-masked`",
+    "elastic": "`elastic`",
+    "joint": "all four domains at once (bound)",
 }
-"""A row of comparison/compare.json by its name → what the docs call it."""
-_SHORT = ("adamw lr=0.0003", "lora lr=0.003", "replay-5", "joint", "elastic text_weight=1 protect=base.txt")
+"""A row of the main table → what README calls it."""
 
 
-def comparison() -> str:
-    """All methods of 0.1, by what they end at."""
-    header = ("by ACC", "learned", "part of it lost", "ACC (lower is better)", "change of base text")
-    rows = [_compared(name) for name in _COMPARED]
-    return table(header, sorted(rows, key=lambda row: row[3].strip("*")))
+def main() -> str:
+    """The main table, means with intervals over seeds."""
+    rows = main_table.rows(results("arena/main")["runs"])
+    header = [f"{name}, %" if name == "lost" else name for name in main_table.HEADER]
+    return table(header, [[f"`{name}`", f"`{chosen}`", *cells] for name, chosen, *cells in rows])
 
 
-def comparison_short() -> str:
-    """The rows that README shows."""
-    end = ("at the end (lower is better)", "change of the base model's text")
-    return table(("bits per byte", "learned", "part of it lost", *end), [_compared(name) for name in _SHORT])
-
-
-def _compared(name: str) -> list[str]:
-    (row,) = (row for row in results("comparison/compare")["rows"] if row["name"] == name)
-    found = row["scores"]["all orders"]["bits_per_byte"]
-    mean = {key: score["mean"] for key, score in found.items() if score is not None}
-    lost = "" if row["kind"] == "bound" else number(mean["gain_lost"], ".0%")
-    moved = "" if row["method"] == "single" else number(mean["reference_change"], "+.2f")
-    cells = [_COMPARED[name], number(mean["learned"], ".2f"), lost, number(mean["acc"], ".2f"), moved]
-    return bold(cells) if name == _SHORT[-1] else cells
+def main_short() -> str:
+    """The rows of it that README shows, by what they end at."""
+    rows = []
+    for name, _, _, learned, lost, acc, *_ in main_table.rows(results("arena/main")["runs"]):
+        if name in _SHORT:
+            cells = [_SHORT[name], learned, lost and f"{lost} %", acc]
+            rows.append(bold(cells) if name == main_table.OURS else cells)
+    return table(("bits per byte", "learned", "part of it lost", "at the end (lower is better)"), rows)
 
 
 def study(name: str, form: str = ".2f") -> str:

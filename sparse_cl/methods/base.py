@@ -51,7 +51,7 @@ class Method(ABC):
         name: as given to `--method`.
         options: keyword arguments of the constructor that a user may give.
         default_lr: used where the user gives none; chosen on the embedded model and the validation part of the embedded
-            domains (benchmarks/arena/tune_four_domains.py). Large models want smaller ones.
+            domains. Large models want smaller ones.
         kind: "ours", "baseline" (another's continual-learning method) or "bound" (no continual learner: it shows what
             could be reached).
         protects: whether `protect` does anything.
