@@ -35,6 +35,7 @@ class Entry:
         kind: of its method.
         chosen: what tuning chose, in words.
         scores: of `SHOWN`, over seeds, at the rate that was chosen.
+        rates: how many there are runs of.
         beside: what it loses more than `OURS`, if there is learning that both reach; None: it is `OURS` or a bound.
     """
 
@@ -42,6 +43,7 @@ class Entry:
     kind: str
     chosen: str
     scores: Mapping[str, Interval]
+    rates: int
     beside: Beside | None
 
 
@@ -61,7 +63,7 @@ def entries(runs: Sequence[Mapping[str, Any]]) -> list[Entry]:
         compared = entry != OURS and entry in lines and OURS in lines
         gap = beside(lines[entry], lines[OURS], [_order(own[""][0])]) if compared else None
         first = own[""][0]
-        found.append(Entry(entry, first["kind"], chosen_of(first), scores, gap))
+        found.append(Entry(entry, first["kind"], chosen_of(first), scores, len(own), gap))
     return sorted(found, key=lambda entry: entry.scores["acc"].mean)
 
 
@@ -104,7 +106,8 @@ def rows(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 def sentence(runs: Sequence[Mapping[str, Any]]) -> str:
     """Who loses least at equal learning, by how much, whether that is sure, and what the pull has over its nulls."""
-    found = [entry for entry in entries(runs) if entry.beside is not None]
+    rows = entries(runs)
+    found = [entry for entry in rows if entry.beside is not None]
     gaps = {entry.name: entry.beside.more for entry in found if entry.beside and entry.beside.more}
     others = {name: more for name, more in gaps.items() if name not in NULLS}
     if not others:
@@ -117,10 +120,14 @@ def sentence(runs: Sequence[Mapping[str, Any]]) -> str:
     else:
         first, second = (OURS, best) if more.mean > 0 else (best, OURS)
         text = f"`{first}` loses least at equal learning, {by} points of the gain less than `{second}`."
-    if apart := [entry.name for entry in found if entry.name not in gaps]:
-        text += f" Not compared, as they learn less or more at all rates: {', '.join(f'`{name}`' for name in apart)}."
-    nulls = [f"{words} {shown(gaps[name], '+.1f', 100.0)}" for name, words in NULLS.items() if name in gaps]
-    return f"{text} Points that the pull loses more {', '.join(nulls)}." if nulls else text
+    (own,) = (entry.scores["learned"].mean for entry in rows if entry.name == OURS)
+    for less in (True, False):
+        apart = [e for e in found if e.name not in gaps and e.rates > 1 and (e.scores["learned"].mean < own) == less]
+        if apart:
+            names = ", ".join(f"`{entry.name}`" for entry in apart)
+            text += f" Not compared, as they learn {'less' if less else 'more'} at all rates: {names}."
+    nulls = [f"{words} {shown(gaps[name], '.1f', 100.0)}" for name, words in NULLS.items() if name in gaps]
+    return f"{text} Nulls of the pull lose more, in points: {', '.join(nulls)}." if nulls else text
 
 
 def table(runs: Sequence[Mapping[str, Any]]) -> str:
