@@ -42,6 +42,41 @@ def _main() -> str:
     return main_table.sentence(results("arena/main")["runs"])
 
 
+def _more(*names: str) -> list[str]:
+    """Points of the gain that rows of the main table lose more than `elastic` at equal learning."""
+    gaps = {entry.name: entry.beside for entry in main_table.entries(results("arena/main")["runs"])}
+    found = [gap and gap.more for gap in map(gaps.get, names)]
+    assert all(more and more.half_width and more.mean > more.half_width for more in found), "sure, and more"
+    return [main_table.shown(more, ".1f", 100.0) for more in found]
+
+
+def _main_short() -> str:
+    ewc, adamw, one = _more("ewc", "adamw", "null-one")
+    return (
+        f"At equal learning EWC loses {ewc} points of the gain more than `elastic`, AdamW {adamw}, and the same pull "
+        f"with one strength for all directions {one}."
+    )
+
+
+def _main_more() -> str:
+    ewc, replay, own, adamw = _more("ewc", "replay-5", "self-replay", "adamw")
+    return (
+        f"At equal learning baselines lose more than `elastic`, in points: EWC {ewc}, replay of 5 % {replay}, "
+        f"self-replay {own}, AdamW {adamw}."
+    )
+
+
+def _main_ends() -> str:
+    (learned, elastic), (_, joint), (fast, adamw) = (
+        [f"{mean_of('main', key, f'{row}-given'):.2f}" for key in ("learned", "acc")]
+        for row in ("elastic", "joint", "adamw@2")
+    )
+    return (
+        f"`elastic` learns {learned} and ends at {elastic}. Training on all four at once, a bound, ends at {joint}; "
+        f"AdamW at twice the rate that tuning chose learns {fast} and ends at {adamw}."
+    )
+
+
 def _strength() -> str:
     """At the rate that was chosen, by strength."""
     found = {run["name"]: run["summary"] for run in results("arena/tuning")["runs"]}
@@ -136,9 +171,9 @@ def _sequence() -> str:
 
 
 SENTENCES: Mapping[str, Sequence[Callable[[], str]]] = {
-    "README.md": (_demo, _gemma, _main, _sixteen_short, _leak),
+    "README.md": (_demo, _gemma, _main_short, _sixteen_short, _leak),
     "docs/optimizers.md": (_leak_of_rounding, _step_of_elastic),
     "docs/speed.md": (_products,),
-    "docs/results.md": (_gemma_kept, _main, _strength, _sequence, _tuned),
+    "docs/results.md": (_gemma_kept, _main, _main_more, _main_ends, _strength, _sequence, _tuned),
 }
 """Document → its sentences."""
