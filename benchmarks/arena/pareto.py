@@ -35,7 +35,7 @@ def name_of(line: Sequence[Row]) -> str:
 def draw_pareto(compared: Comparison, path: Path) -> None:
     """A column an order, and one for all together; bars are 95 % intervals over seeds."""
     sections = compared.sections()
-    figure, axes = new_figure(1, len(sections), 6.0 if len(sections) == 1 else 5.0, 5.0)
+    figure, axes = new_figure(1, len(sections), 9.0 if len(sections) == 1 else 5.0, 5.0)
     for axis in axes[0][1:]:
         axis.sharex(axes[0][0])
         axis.sharey(axes[0][0])
