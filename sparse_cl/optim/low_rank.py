@@ -208,7 +208,7 @@ class FittedLowRank(Fitted):
         piece: what this process holds of a weight that is split over several: its rows of P.
         leaf: a split leaf that is stepped; what is held is of the whole weight that it is a part of.
         table: of an embedding, the rows that are held.
-        single: whether the mask is of single weights.
+        entries: the mask beside the weight, so that no step copies it there, if it is of single weights.
     """
 
     def __init__(
@@ -217,9 +217,7 @@ class FittedLowRank(Fitted):
         self.given, self.whole, self.seen, self.mask, self.piece = given, whole, seen, mask, piece
         self.leaf: Tensor | None = None
         self.table = None if given.rows is None else given.rows.part(piece)
-        self.single = mask is not None and not isinstance(mask, RowMask | ColumnMask)
-        #: Beside the weight, so that a step copies no mask to it.
-        self._entries = mask.to(whole.device) if mask is not None and self.single else None
+        self.entries = None if mask is None or isinstance(mask, RowMask | ColumnMask) else mask.to(whole.device)
         self.index = mask.index.to(whole.device).long() if isinstance(mask, RowMask) else None
         self.exact, self.later = given.rule.exact, given.later
         self.alike = given.rule, None if piece is None else piece.shared
@@ -233,7 +231,7 @@ class FittedLowRank(Fitted):
 
     @property
     def remembers(self) -> bool:
-        return self.given.rule.remembers or self.single or self.later
+        return self.given.rule.remembers or self.entries is not None or self.later
 
     def continues(self, other: Fitted) -> bool:
         columns = [x.mask for x in (self, other) if isinstance(x, FittedLowRank) and isinstance(x.mask, ColumnMask)]
@@ -290,16 +288,16 @@ class FittedLowRank(Fitted):
 
     def rows(self, update: Tensor) -> Tensor:
         """A compact update as the rows that U is for: a view, or a copy of one that is cut to single weights."""
-        if self._entries is not None:
-            dense = update.new_zeros(self._entries.shape)
-            dense.view(-1).index_copy_(0, self._entries.positions(), update.view(-1))
+        if self.entries is not None:
+            dense = update.new_zeros(self.entries.shape)
+            dense.view(-1).index_copy_(0, self.entries.positions(), update.view(-1))
             return dense
         return update.mT if self.given.transposed else update
 
     def cut_(self, rows: Tensor, update: Tensor) -> None:
         """Writes what a mask of single weights leaves of corrected rows, into the rows and into the compact update."""
-        assert self._entries is not None
-        positions, flat = self._entries.positions(), rows.view(-1)
+        assert self.entries is not None
+        positions, flat = self.entries.positions(), rows.view(-1)
         update.copy_(flat.index_select(0, positions).view(update.shape))
         flat.zero_().index_copy_(0, positions, update.view(-1))
 
@@ -345,7 +343,7 @@ class LowRankCorrection(Correction):
         for layer, row, basis, now, stays, taken in parts:
             rank = basis.shape[1]
             row.addmm_(now, (basis * taken[:rank]).mT, beta=0 if later else 1, alpha=-1)
-            if layer.projection.single:
+            if layer.projection.entries is not None:
                 layer.projection.cut_(row, layer.update)
                 self.next.append(torch.addmm(layer.kept["moved"], row, basis))
             elif "moved" in layer.kept:
