@@ -39,6 +39,8 @@ class Work:
         mine = self._held() is not None
         if mine and (self._work / "finished").is_dir():
             self._place()
+        elif mine and (out / MARK).is_file():
+            shutil.rmtree(self._work, ignore_errors=True)  # a kill left a part of it
         if not mine and self._work.is_dir() and any(path.suffix != ".part" for path in self._work.iterdir()):
             raise ValueError(f"{self._work} is not empty and not of sparse-cl learn. Give another --out")
         if not mine and out.is_dir() and any(path.name != _WORK for path in out.iterdir()):

@@ -167,6 +167,9 @@ def test_a_folder_that_was_being_filled_is_filled(world, first):
     (first / "complete.json").rename(work / "complete.json")
     learn(chosen)
     assert (first / "config.json").is_file() and not (first / "unfinished").exists()
+    (first / "unfinished" / "checkpoints").mkdir(parents=True)  # filled; a kill left a part of what was to be deleted
+    learn(chosen)
+    assert not (first / "unfinished").exists()
 
 
 @pytest.mark.parametrize(
