@@ -10,12 +10,17 @@ from sparse_cl.methods import METHODS
 
 OTHERS = [name for name, method in METHODS.items() if method.kind != "ours"]
 DOMAINS = [domain(seed, count=2) for seed in range(3)]
+SMALL = {"self-replay": {"texts": 2, "length": 12}}
+
+
+def of(name):
+    return METHODS[name](**SMALL.get(name, {}))
 
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_what_was_interrupted_goes_on_to_the_same_bits(tiny_llama, tmp_path, name):
     base = copy_of(tiny_llama)
-    method, model = METHODS[name](), tiny_llama
+    method, model = of(name), tiny_llama
     folders, seen = [], []
     for number, batches in enumerate(DOMAINS):
         folders.append(tmp_path / str(number))
@@ -24,7 +29,7 @@ def test_what_was_interrupted_goes_on_to_the_same_bits(tiny_llama, tmp_path, nam
         assert all(p.grad is None for p in model.parameters())
     assert not torch.equal(seen[0], seen[1])
     for finished in (1, 2):
-        resumed = METHODS[name]()
+        resumed = of(name)
         other = resumed.restore(copy_of(base), folders[:finished])
         # What is loaded may be the adapter beside the base, where the run had gone on with merged weights.
         torch.testing.assert_close(logits(other, DOMAINS[0]), seen[finished - 1])
@@ -36,7 +41,7 @@ def test_what_was_interrupted_goes_on_to_the_same_bits(tiny_llama, tmp_path, nam
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_the_next_domain_is_learned(tiny_llama, name):
-    method, model = METHODS[name](), tiny_llama
+    method, model = of(name), tiny_llama
     for batches in DOMAINS[:2]:
         before = mean_loss(model, batches)
         model = learn(method, model, batches, steps=10)
