@@ -96,7 +96,7 @@ def _run(arguments: argparse.Namespace) -> None:
 def _table(arguments: argparse.Namespace) -> None:
     from sparse_cl.four_domains.figures import draw_curves
 
-    from . import ceiling, main_study, main_table, size
+    from . import ceiling, main_table, size
     from .compare import EveryRunFailed, comparable, gather_runs
     from .compare_report import to_text
     from .grid import KEPT, kept
@@ -113,8 +113,7 @@ def _table(arguments: argparse.Namespace) -> None:
         size.draw(found, KEPT / "size.png")
         print(size.table(found))
     elif arguments.study == "main":
-        wanted = [run for run in runs if main_study.row_and_factor(run["name"])[0] in main_study.ASKED_FIRST]
-        draw_pareto(gather_runs((arguments.study, run) for run in wanted), KEPT / "main.png")
+        draw_pareto(main_table.pictured(runs), KEPT / "main.png", "gain_lost")
         print(main_table.table(runs))
     else:
         if arguments.study == "demo":

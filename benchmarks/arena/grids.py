@@ -83,6 +83,8 @@ def main(models: Path, data: Path, out: Path) -> dict[str, Settings]:
         found |= over(base, (GIVEN,), main_study.OF_CURVES, some)
         for factor in main_study.FACTORS:
             found |= over(base, (GIVEN,), main_study.OF_CURVES, main_study.curves(some, factor))
+        if some is asked_first:
+            found |= over(base, (GIVEN,), main_study.OF_CURVES, main_study.more_curves(some))
     return found | over(base, (GIVEN,), main_study.SEEDS, points)
 
 

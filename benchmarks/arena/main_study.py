@@ -2,8 +2,9 @@
 
 Tuning: six settings each, three rates by two values of the method's main option, or six rates where it has none; one
 seed, validation records of `TUNING` domains, chosen by the lowest mean bits per byte after the last domain. Testing:
-what was chosen, on the test records of `TESTING` domains, on which nobody tuned, five seeds; and three seeds at half
-and at twice the rate, for curves of what is lost at equal learning.
+what was chosen, on the test records of `TESTING` domains, on which no row was tuned, five seeds; and three seeds at
+half and at twice the rate, for curves of what is lost at equal learning. The pull and the nulls that come near it have
+curves at their other strength too, since strength buys keeping with learning as a rate does.
 """
 
 from __future__ import annotations
@@ -71,6 +72,15 @@ ASKED_FIRST = (
 )
 """Rows that are run before the others: the pull, its nulls and kin, and what it is measured against."""
 
+OTHER_STRENGTHS: Mapping[str, dict[str, Any]] = {
+    "elastic": {},
+    "null-one": {"null": "one"},
+    "null-strengths": {"null": "strengths", "strength": 5.0},
+}
+"""Row → the options that tuning did not choose, of the pull and of the nulls that come near it."""
+OTHER = ", other strength"
+"""Of the names of their rows."""
+
 
 def settings_of(entry: str) -> list[dict[str, Any]]:
     """The six settings of a row: `method`, `lr` and `options`."""
@@ -115,7 +125,19 @@ def curves(points: Mapping[str, Mapping[str, Any]], factor: float) -> dict[str, 
     }
 
 
+def more_curves(points: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """`elastic` at a quarter of its rate, so that rows which learn less can be set beside it, and `OTHER_STRENGTHS`."""
+    found = curves({"elastic": points["elastic"]}, 0.25)
+    for entry, options in OTHER_STRENGTHS.items():
+        for factor in (1, 0.5):
+            lr = points[entry]["lr"] * factor
+            found[f"{entry}@other-{factor:g}"] = {**points[entry], "lr": lr, "options": options}
+    return found
+
+
 def row_and_factor(name: str) -> tuple[str, str]:
-    """What a run of `chosen` or `curves` is of, by its name; the factor of the rate is empty at the one chosen."""
+    """What a run is of, by its name: its row, and the factor of the rate, empty at the one chosen."""
     row, _, factor = name.rpartition("-given-seed")[0].partition("@")
+    if factor.startswith("other-"):
+        return row + OTHER, factor.removeprefix("other-").removesuffix("1")
     return row, factor

@@ -1,20 +1,21 @@
 """The main table: what each row of `main_study` learned and lost, and what it loses more than `elastic` does.
 
-Two rows are compared where they have learned the same: by their curves over three rates (`curves`), seed by seed.
+Two rows are compared where they have learned the same: by their curves over rates (`curves`), seed by seed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from sparse_cl.four_domains.report import text_table
 
-from .compare import Row, gather_runs
+from .compare import Comparison, Row, gather_runs
 from .curves import Beside, beside
 from .intervals import Interval, interval
-from .main_study import row_and_factor
+from .main_study import ASKED_FIRST, OTHER, row_and_factor
 from .pareto import lines_of
 
 OURS = "elastic"
@@ -23,8 +24,11 @@ NULLS = {
     "null-strengths": "with shuffled strengths",
     "null-one": "with one strength for all",
 }
-HEADER = ("by ACC", "chosen", "seeds", "learned", "lost", "ACC", "points lost more", "where both have learned")
-SHOWN = {"learned": (".2f", 1.0), "gain_lost": (".0f", 100.0), "acc": (".2f", 1.0)}
+HEADER = (
+    *("by ACC", "whose", "rate and option", "seeds", "learned", "lost", "ACC"),
+    *("points lost more", "where both have learned"),
+)
+SHOWN = {"learned": (".2f", 1.0), "gain_lost": (".1f", 100.0), "acc": (".2f", 1.0)}
 
 
 @dataclass(frozen=True)
@@ -32,10 +36,10 @@ class Entry:
     """A row of the main table.
 
     Attributes:
-        kind: of its method.
+        kind: of its method, or "null".
         chosen: what tuning chose, in words.
         scores: of `SHOWN`, over seeds, at the rate that was chosen.
-        rates: how many there are runs of.
+        reach: the least and the most that it learned by its rates; None: there is one rate.
         beside: what it loses more than `OURS`, if there is learning that both reach; None: it is `OURS` or a bound.
     """
 
@@ -43,34 +47,71 @@ class Entry:
     kind: str
     chosen: str
     scores: Mapping[str, Interval]
-    rates: int
+    reach: tuple[float, float] | None
     beside: Beside | None
 
 
 def entries(runs: Sequence[Mapping[str, Any]]) -> list[Entry]:
     """The rows that have results, by what they end at."""
-    points: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
-    for run in runs:
-        if "failed" not in run:
-            entry, factor = row_and_factor(run["name"])
-            points.setdefault(entry, {}).setdefault(factor, []).append(run)
-    points = {entry: own for entry, own in points.items() if "" in own}
-    lines = {entry: _line(own) for entry, own in points.items() if own[""][0]["kind"] != "bound"}
+    points = _points(runs)
+    lines = {entry: _line(entry, own) for entry, own in points.items() if own[""][0]["kind"] != "bound"}
     found = []
     for entry, own in points.items():
         known = {key: interval([run["summary"][key] for run in own[""]]) for key in SHOWN}
         scores = {key: value for key, value in known.items() if value is not None}
         compared = entry != OURS and entry in lines and OURS in lines
         gap = beside(lines[entry], lines[OURS], [_order(own[""][0])]) if compared else None
-        first = own[""][0]
-        found.append(Entry(entry, first["kind"], chosen_of(first), scores, len(own), gap))
+        learned = sorted(fmean(run["summary"]["learned"] for run in rate) for rate in own.values())
+        reach = (learned[0], learned[-1]) if len(own) > 1 else None
+        found.append(Entry(entry, _kind(entry, own[""][0]), chosen_of(own[""][0]), scores, reach, gap))
     return sorted(found, key=lambda entry: entry.scores["acc"].mean)
 
 
-def _line(own: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Row]:
+def _points(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[Mapping[str, Any]]]]:
+    """Row → factor of the rate → runs, of rows that have the rate that was chosen."""
+    points: dict[str, dict[str, list[Mapping[str, Any]]]] = {}
+    for run in runs:
+        if "failed" not in run:
+            entry, factor = row_and_factor(run["name"])
+            points.setdefault(entry, {}).setdefault(factor, []).append(run)
+    return {entry: own for entry, own in points.items() if "" in own}
+
+
+def _kind(entry: str, run: Mapping[str, Any]) -> str:
+    return "null" if _without_strength(entry) in NULLS else run["kind"]
+
+
+def _without_strength(entry: str) -> str:
+    return entry.removesuffix(OTHER)
+
+
+def _line(entry: str, own: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Row]:
     """A row's rates, rising."""
     (line,) = lines_of(gather_runs((run["name"], dict(run)) for runs in own.values() for run in runs).rows)
+    for row in line:
+        row.name, row.kind = entry, _kind(entry, own[""][0])
     return line
+
+
+def counted_alike(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Runs whose share lost is the mean of their domains' shares, so that a domain with large gains weighs no more."""
+    found = []
+    for run in runs:
+        metrics = {}
+        for metric, summary in run["summary"]["by_metric"].items() if "failed" not in run else ():
+            shares = [share for share in summary["gain_lost_by_domain"] if share is not None]
+            metrics[metric] = {**summary, "gain_lost": fmean(shares) if shares else None}
+        found.append({**run, "summary": {**run["summary"], "by_metric": metrics}} if metrics else dict(run))
+    return found
+
+
+def pictured(runs: Sequence[Mapping[str, Any]]) -> Comparison:
+    """The rows that are asked for first, by their names here."""
+    points = {entry: own for entry, own in _points(runs).items() if _without_strength(entry) in ASKED_FIRST}
+    order = sorted(points, key=lambda entry: ASKED_FIRST.index(_without_strength(entry)))
+    lines = [row for entry in order for row in _line(entry, points[entry])]
+    every = gather_runs((run["name"], dict(run)) for own in points.values() for runs in own.values() for run in runs)
+    return Comparison(lines, every.orders, every.settings, every.failed)
 
 
 def _order(run: Mapping[str, Any]) -> str:
@@ -78,8 +119,10 @@ def _order(run: Mapping[str, Any]) -> str:
 
 
 def chosen_of(run: Mapping[str, Any]) -> str:
-    """Rate and options of a run, in words."""
-    options = run["settings"]["method_options"].get(run["method"], {})
+    """Rate and options of a run, in words; the pull's strength where it is the default, too."""
+    options = dict(run["settings"]["method_options"].get(run["method"], {}))
+    if "strength" in run["settings"]["method"]:
+        options["strength"] = run["settings"]["method"]["strength"]
     return ", ".join([f"{run['settings']['lr']:g}", *(f"{name} {value}" for name, value in options.items())])
 
 
@@ -100,34 +143,94 @@ def rows(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
         more, learned = (entry.beside.more, entry.beside.learned) if entry.beside else (None, None)
         reach = f"{learned[0]:.2f} to {learned[1]:.2f}" if learned else ""
         count = str(entry.scores["acc"].count)
-        found.append([entry.name, entry.chosen, count, *cells, shown(more, "+.1f", 100.0), reach])
+        cells = [entry.name, entry.kind, entry.chosen, count, *cells]
+        found.append([*cells, shown(more, "+.1f", 100.0), reach])
     return found
 
 
 def sentence(runs: Sequence[Mapping[str, Any]]) -> str:
     """Who loses least at equal learning, by how much, whether that is sure, and what the pull has over its nulls."""
-    rows = entries(runs)
-    found = [entry for entry in rows if entry.beside is not None]
-    gaps = {entry.name: entry.beside.more for entry in found if entry.beside and entry.beside.more}
-    others = {name: more for name, more in gaps.items() if name not in NULLS}
-    if not others:
+    found = entries(runs)
+    rows = [entry for entry in found if entry.beside is not None and _without_strength(entry.name) != OURS]
+    gaps = {entry.name: entry.beside for entry in rows if entry.beside and entry.beside.more}
+    others = [entry for entry in rows if entry.kind != "null"]
+    compared = [entry.name for entry in others if entry.name in gaps]
+    if not compared:
         return "No two rows have curves yet that can be compared."
-    best = min(others, key=lambda name: others[name].mean)
-    more = others[best]
-    by = shown(more, ".1f", 100.0).removeprefix("−")
-    if more.half_width is None or abs(more.mean) <= more.half_width:
-        text = f"`{OURS}` and `{best}` lose least at equal learning, and are not told apart ({by} points of the gain)."
-    else:
-        first, second = (OURS, best) if more.mean > 0 else (best, OURS)
-        text = f"`{first}` loses least at equal learning, {by} points of the gain less than `{second}`."
-    (own,) = (entry.scores["learned"].mean for entry in rows if entry.name == OURS)
-    for less in (True, False):
-        apart = [e for e in found if e.name not in gaps and e.rates > 1 and (e.scores["learned"].mean < own) == less]
-        if apart:
-            names = ", ".join(f"`{entry.name}`" for entry in apart)
-            text += f" Not compared, as they learn {'less' if less else 'more'} at all rates: {names}."
-    nulls = [f"{words} {shown(gaps[name], '.1f', 100.0)}" for name, words in NULLS.items() if name in gaps]
-    return f"{text} Nulls of the pull lose more, in points: {', '.join(nulls)}." if nulls else text
+    text = _of_rows({name: gaps[name] for name in compared})
+    (own,) = (entry.reach or (0.0, 0.0) for entry in found if entry.name == OURS)
+    apart = [entry for entry in others if entry.name not in gaps]
+    less, more = (
+        [entry.name for entry in apart if entry.reach and (entry.reach[1] < own[0], entry.reach[0] > own[1])[way]]
+        for way in (0, 1)
+    )
+    for names, way in ((less, "less"), (more, "more")):
+        if names:
+            text += f" Not compared, as they learn {way} at all rates: {', '.join(f'`{name}`' for name in names)}."
+    if few := len(apart) - len(less) - len(more):
+        text += f" {few} of the {len(others)} rows that are no bounds are not compared yet, for want of runs."
+    return f"{text}{_of_nulls(runs)}"
+
+
+def _of_rows(gaps: Mapping[str, Beside]) -> str:
+    """Which rows lose more than ours, which less, and which cannot be told apart."""
+    by_gap = sorted(gaps, key=lambda name: _more(gaps[name]).mean)
+    sure = [name for name in by_gap if _sure(_more(gaps[name]))]
+    more, less = ([name for name in sure if (_more(gaps[name]).mean > 0) == positive] for positive in (True, False))
+    text = f"`{OURS}` loses least at equal learning"
+    if len(more) < len(gaps):
+        text = f"At equal learning `{OURS}` loses less than {len(more) or 'none'} of {len(gaps)} rows"
+    if more:
+        text += f": `{more[0]}` loses {_points_of(gaps[more[0]])} points of the gain more, {_where(gaps[more[0]])}"
+    text += "."
+    for name in less:
+        text += f" `{name}` loses {_points_of(gaps[name]).removeprefix('−')} points less, {_where(gaps[name])}."
+    alike = [f"`{name}` ({_points_of(gaps[name], '+.1f')})" for name in by_gap if name not in sure]
+    return f"{text} Not told apart from it: {', '.join(alike)}." if alike else text
+
+
+def _points_of(gap: Beside, form: str = ".1f") -> str:
+    return shown(_more(gap), form, 100.0)
+
+
+def _where(gap: Beside) -> str:
+    low, high = gap.learned or (0.0, 0.0)
+    return f"where both have learned {low:.2f} to {high:.2f}"
+
+
+def nulls(runs: Sequence[Mapping[str, Any]]) -> list[tuple[str, float, Beside]]:
+    """Null, strength, and what it loses more than the pull of that strength."""
+    points, found = _points(runs), []
+    of_pull = {
+        _strength(line): line for name in (OURS, OURS + OTHER) if name in points for line in [_line(name, points[name])]
+    }
+    for null in NULLS:
+        for name in (null, null + OTHER):
+            if name in points and (strength := _strength(line := _line(name, points[name]))) in of_pull:
+                gap = beside(line, of_pull[strength], [_order(points[name][""][0])])
+                found += [(null, strength, gap)] if gap.more else []
+    return found
+
+
+def _strength(line: Sequence[Row]) -> float:
+    return float(line[0].settings["strength"])
+
+
+def _of_nulls(runs: Sequence[Mapping[str, Any]]) -> str:
+    said: dict[str, list[str]] = {}
+    for null, strength, gap in sorted(nulls(runs), key=lambda found: (list(NULLS).index(found[0]), found[1])):
+        said.setdefault(NULLS[null], []).append(f"{_points_of(gap)} at strength {strength:g}")
+    words = ", ".join(f"{null} {' and '.join(found)}" for null, found in said.items())
+    return f" Nulls lose more than the pull of their strength, in points: {words}." if words else ""
+
+
+def _more(gap: Beside) -> Interval:
+    assert gap.more is not None
+    return gap.more
+
+
+def _sure(more: Interval) -> bool:
+    return more.half_width is not None and abs(more.mean) > more.half_width
 
 
 def table(runs: Sequence[Mapping[str, Any]]) -> str:

@@ -14,7 +14,10 @@ from .compare import Comparison, Row
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-STYLES = {"ours": ("o", "-", "full"), "baseline": ("s", "--", "none"), "bound": ("^", ":", "full")}
+STYLES = {
+    **{"ours": ("o", "-", "full"), "baseline": ("s", "--", "none"), "bound": ("^", ":", "full")},
+    "null": ("x", "-.", "full"),
+}
 """Kind → marker, line and filling: the kinds can be told apart without colours, and each has all of them."""
 
 
@@ -32,18 +35,28 @@ def name_of(line: Sequence[Row]) -> str:
     return " ".join(word for word in line[0].name.split() if not word.startswith("lr="))
 
 
-def draw_pareto(compared: Comparison, path: Path) -> None:
-    """A column an order, and one for all together; bars are 95 % intervals over seeds."""
+FORGOTTEN = {
+    "forgetting": "forgetting (bits per byte; less is better)",
+    "gain_lost": "lost, share of the gain (less is better)",
+}
+
+
+def draw_pareto(compared: Comparison, path: Path, forgotten: str = "forgetting") -> None:
+    """A column an order, and one for all together; bars are 95 % intervals over seeds.
+
+    Args:
+        forgotten: of `FORGOTTEN`, what is drawn upwards.
+    """
     sections = compared.sections()
     figure, axes = new_figure(1, len(sections), 9.0 if len(sections) == 1 else 5.0, 5.0)
     for axis in axes[0][1:]:
         axis.sharex(axes[0][0])
         axis.sharey(axes[0][0])
     for axis, section in zip(axes[0], sections, strict=True):
-        _draw(axis, compared, section)
+        _draw(axis, compared, section, forgotten)
         axis.set_title(section, fontsize=9)
         axis.set_xlabel("learned (bits per byte, mean over domains; more is better)", fontsize=9)
-    axes[0][0].set_ylabel("forgetting (bits per byte; less is better)", fontsize=9)
+    axes[0][0].set_ylabel(FORGOTTEN[forgotten], fontsize=9)
     handles, labels = axes[0][0].get_legend_handles_labels()
     for axis in axes[0][1:]:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
@@ -55,7 +68,7 @@ def draw_pareto(compared: Comparison, path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def _draw(axis: Axes, compared: Comparison, section: str) -> None:
+def _draw(axis: Axes, compared: Comparison, section: str, forgotten: str) -> None:
     from matplotlib import colormaps
 
     colours = [*colormaps["tab10"].colors, "black"]
@@ -64,17 +77,17 @@ def _draw(axis: Axes, compared: Comparison, section: str) -> None:
         kind = group[0].kind
         colour = colours[used[kind] % len(colours)]
         used[kind] += 1
-        points = [(row, *(compared.get(row, section, name) for name in ("learned", "forgetting"))) for row in group]
+        points = [(row, *(compared.get(row, section, name) for name in ("learned", forgotten))) for row in group]
         points = [point for point in points if None not in point]
         if not points:
             continue
-        rows, learned, forgotten = zip(*points, strict=True)
+        rows, learned, lost = zip(*points, strict=True)
         marker, line, fill = STYLES[kind]
         axis.errorbar(
             [x.mean for x in learned],
-            [y.mean for y in forgotten],
+            [y.mean for y in lost],
             xerr=[x.half_width or 0.0 for x in learned],
-            yerr=[y.half_width or 0.0 for y in forgotten],
+            yerr=[y.half_width or 0.0 for y in lost],
             marker=marker,
             linestyle=line,
             fillstyle=fill,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
+from typing import Any
 
 from benchmarks.arena import main_study, main_table
 
@@ -38,31 +39,91 @@ def _gemma_kept() -> str:
     )
 
 
+def _gemma_others() -> str:
+    """Baselines that have one seed."""
+    (sfa, kept_sfa), (own, lost) = (
+        [mean_of("gemma", key, f"{point}-given") for key in ("learned", "gain_lost")]
+        for point in ("sfa-5e-05", "l2-sp-5e-05")
+    )
+    lost_sfa, lost_own = number(kept_sfa, ".0%"), number(lost, ".0%")
+    return f"SFA learns {sfa:.2f} and loses {lost_sfa}, L2-SP {own:.2f} and {lost_own} (one seed each)."
+
+
+def _gemma_own() -> str:
+    """What domains gain from where they begin, not from the base model."""
+    gains = []
+    for method in ("adamw", "elastic"):
+        own = [run["R"]["bits_per_byte"] for run in results("arena/gemma")["runs"] if _named(run, f"{method}-5e-05")]
+        gains.append(fmean(fmean(R[j][j] - R[j + 1][j] for j in range(len(R) - 1)) for R in own))
+    adamw, elastic = (number(gain, ".2f") for gain in gains)
+    return f"From where each domain begins AdamW gains {adamw} bits per byte and `elastic` {elastic}"
+
+
+def _named(run: Mapping[str, Any], point: str) -> bool:
+    return run["name"].startswith(f"{point}-given-seed")
+
+
 def _main() -> str:
     return main_table.sentence(results("arena/main")["runs"])
 
 
-def _more(*names: str) -> list[str]:
-    """Points of the gain that rows of the main table lose more than `elastic` at equal learning."""
-    gaps = {entry.name: entry.beside for entry in main_table.entries(results("arena/main")["runs"])}
+def _more(*names: str, alike: bool = False) -> list[str]:
+    """Points of the gain that rows of the main table lose more than `elastic` at equal learning.
+
+    Args:
+        alike: domains' shares count alike.
+    """
+    runs = results("arena/main")["runs"]
+    counted = main_table.counted_alike(runs) if alike else runs
+    gaps = {entry.name: entry.beside for entry in main_table.entries(counted)}
     found = [gap and gap.more for gap in map(gaps.get, names)]
     assert all(more and more.half_width and more.mean > more.half_width for more in found), "sure, and more"
     return [main_table.shown(more, ".1f", 100.0) for more in found]
 
 
 def _main_short() -> str:
-    ewc, adamw, one = _more("ewc", "adamw", "null-one")
+    kfac, adamw = _more("kfac-laplace", "adamw")
+    nulls = {null: gap.more for null, at, gap in main_table.nulls(results("arena/main")["runs"]) if at == 20}
+    random, one = (main_table.shown(nulls[null], ".1f", 100.0) for null in ("null-directions", "null-one"))
     return (
-        f"At equal learning EWC loses {ewc} points of the gain more than `elastic`, AdamW {adamw}, and the same pull "
-        f"with one strength for all directions {one}."
+        f"At equal learning K-FAC Laplace loses {kfac} points of the gain more than `elastic`, AdamW {adamw}. Nulls of "
+        f"the pull, at its default strength: random directions {random}, one strength for all {one}."
     )
 
 
 def _main_more() -> str:
-    ewc, replay, own, adamw = _more("ewc", "replay-5", "self-replay", "adamw")
+    kfac, ewc, replay, own, adamw = _more("kfac-laplace", "ewc", "replay-5", "self-replay", "adamw")
     return (
-        f"At equal learning baselines lose more than `elastic`, in points: EWC {ewc}, replay of 5 % {replay}, "
-        f"self-replay {own}, AdamW {adamw}."
+        f"At equal learning baselines lose more than `elastic`, in points: K-FAC Laplace {kfac}, EWC {ewc}, replay "
+        f"of 5 % {replay}, self-replay {own}, AdamW {adamw}."
+    )
+
+
+def _kfac() -> str:
+    """K-FAC Laplace beside EWC, at the rates that were chosen and at twice its own."""
+    points = ("kfac-laplace", "ewc", "kfac-laplace@2")
+    ends, lost = ([mean_of("main", key, f"{point}-given") for point in points] for key in ("acc", "gain_lost"))
+    assert abs(ends[0] - ends[1]) < 0.02 < ends[0] - ends[2], "the sentence says which end alike and which lower"
+    shares = [number(share, ".0%") for share in lost]
+    return (
+        f"K-FAC Laplace ends at {ends[0]:.2f}, as EWC does, but loses {shares[0]} where EWC loses {shares[1]}. Tuning "
+        f"chose the lowest of its rates; at twice that it ends at {ends[2]:.2f} and loses {shares[2]}."
+    )
+
+
+def _main_alike() -> str:
+    """What weighs in the shares, and what they are where all domains weigh the same."""
+    shares = []
+    for run in results("arena/main")["runs"]:
+        if _named(run, "elastic"):
+            base, *after = run["R"]["bits_per_byte"]
+            gains = [base[j] - after[j][j] for j in range(len(after) - 1)]
+            shares.append(gains[0] / sum(gains))
+    curvature, ewc, one, adamw = _more("curvature", "ewc", "null-one", "adamw", alike=True)
+    return (
+        f"{number(fmean(shares), '.0%')} of the gain that `elastic` could lose is MBPP's, which the model knows least "
+        f"of. Where the three domains' shares count alike, `curvature` loses {curvature} points more, EWC {ewc}, the "
+        f"null of one strength {one}, AdamW {adamw}."
     )
 
 
@@ -78,14 +139,24 @@ def _main_ends() -> str:
 
 
 def _strength() -> str:
-    """At the rate that was chosen, by strength."""
-    found = {run["name"]: run["summary"] for run in results("arena/tuning")["runs"]}
-    default, weaker = found["elastic.2"], found["elastic.3"]
-    assert main_study.chosen(results("arena/tuning")["runs"])["elastic"] == main_study.settings_of("elastic")[3]
-    lost = [number(one["gain_lost"], ".1%") for one in (default, weaker)]
+    """`elastic` at both of its strengths, on test records."""
+    (default, lost), (weaker, lost_weaker) = (
+        [mean_of("main", key, f"{point}-given") for key in ("learned", "gain_lost")]
+        for point in ("elastic@other-1", "elastic")
+    )
+    gaps = {entry.name: entry.beside for entry in main_table.entries(results("arena/main")["runs"])}
+    gap, null = (
+        own and own.more for own in map(gaps.get, (f"{row}{main_study.OTHER}" for row in ("elastic", "null-one")))
+    )
+    assert null and null.half_width and abs(null.mean) < null.half_width, (
+        "the sentence says that they are not told apart"
+    )
+    assert gap and gap.half_width and gap.mean < -gap.half_width, "the sentence says that it loses less"
+    less = main_table.shown(gap, ".1f", 100.0).removeprefix("−")
     return (
-        f"At its default strength, 20, and the same rate it learned {default['learned']:.2f} and lost {lost[0]}, at 5 "
-        f"{weaker['learned']:.2f} and {lost[1]}"
+        f"At its default strength, 20, `elastic` learned {default:.2f} and lost {number(lost, '.1%')}, at 5, which "
+        f"tuning chose, {weaker:.2f} and {number(lost_weaker, '.1%')}; at equal learning 20 loses {less} points less, "
+        f"and the null of one strength at 20 is not told apart from 5 ({main_table.shown(null, '+.1f', 100.0)})."
     )
 
 
@@ -94,8 +165,8 @@ def _sixteen_short() -> str:
     adamw, elastic = (runs["base-5m", method]["summary"] for method in ("adamw", "elastic"))
     lost = [number(summary["gain_lost"], ".0%") for summary in (adamw, elastic)]
     return (
-        f"sixteen domains, one seed, AdamW learned {adamw['learned']:.2f} and lost {lost[0]}, `elastic` "
-        f"{elastic['learned']:.2f} and {lost[1]}"
+        f"sixteen domains, one seed, both at rate 1e-3, AdamW learned {adamw['learned']:.2f} and lost {lost[0]}, "
+        f"`elastic` {elastic['learned']:.2f} and {lost[1]}"
     )
 
 
@@ -147,6 +218,21 @@ def _tuned() -> str:
     )
 
 
+def _tuned_ends() -> str:
+    """How many rows chose an end of their rates."""
+    best = main_study.best(results("arena/tuning")["runs"])
+    ends = {}
+    for entry, run in best.items():
+        rates = [setting["lr"] for setting in main_study.settings_of(entry)]
+        ends[entry] = (run["settings"]["lr"] == min(rates)) - (run["settings"]["lr"] == max(rates))
+    low, high = (sum(end == way for end in ends.values()) for way in (1, -1))
+    assert ends["kfac-laplace"] == ends["self-replay"] == ends["null-directions"] == 1, "the sentence names them"
+    return (
+        f"{low} of {len(ends)} rows chose the lowest of their rates, K-FAC Laplace, self-replay and the null of random "
+        f"directions among them, and {high} the highest"
+    )
+
+
 def _step_of_elastic() -> str:
     quartiles = [found["quartiles of the ratio of whole steps"] for found in results("elastic-step").values()]
     each, fourth = (
@@ -174,6 +260,21 @@ SENTENCES: Mapping[str, Sequence[Callable[[], str]]] = {
     "README.md": (_demo, _gemma, _main_short, _sixteen_short, _leak),
     "docs/optimizers.md": (_leak_of_rounding, _step_of_elastic),
     "docs/speed.md": (_products,),
-    "docs/results.md": (_gemma_kept, _main, _main_more, _main_ends, _strength, _sequence, _tuned),
+    "docs/results.md": (
+        *(
+            _gemma_kept,
+            _gemma_own,
+            _gemma_others,
+            _main,
+            _main_more,
+            _main_ends,
+            _main_alike,
+            _kfac,
+            _strength,
+            _sequence,
+            _tuned,
+        ),
+        _tuned_ends,
+    ),
 }
 """Document → its sentences."""

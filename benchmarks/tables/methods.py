@@ -13,8 +13,9 @@ from .cells import bare, bold, exact_answers, number, results, several, table
 _SHORT = {
     "adamw": "sequential AdamW",
     "lora": "LoRA",
-    "replay-5": "replay of 5 % of the old data",
+    "replay-5": "replay, 5 % of each batch",
     "ewc": "online EWC",
+    "kfac-laplace": "K-FAC Laplace",
     "elastic": "`elastic`",
     "joint": "all four domains at once (bound)",
 }
@@ -25,13 +26,13 @@ def main() -> str:
     """The main table, means with intervals over seeds."""
     rows = main_table.rows(results("arena/main")["runs"])
     header = [f"{name}, %" if name == "lost" else name for name in main_table.HEADER]
-    return table(header, [[f"`{name}`", f"`{chosen}`", *cells] for name, chosen, *cells in rows])
+    return table(header, [[f"`{name}`", whose, f"`{chosen}`", *cells] for name, whose, chosen, *cells in rows])
 
 
 def main_short() -> str:
     """The rows of it that README shows, by what they end at."""
     rows = []
-    for name, _, _, learned, lost, acc, *_ in main_table.rows(results("arena/main")["runs"]):
+    for name, _, _, _, learned, lost, acc, *_ in main_table.rows(results("arena/main")["runs"]):
         if name in _SHORT:
             cells = [_SHORT[name], learned, lost and f"{lost} %", acc]
             rows.append(bold(cells) if name == main_table.OURS else cells)

@@ -19,41 +19,70 @@ def runs_of(entry, method, more, rates=(1, 0.5, 2), seeds=(0, 1, 2), spread=0.1,
             learned = factor**0.5 * (1 + 0.01 * seed)
             lost = 0.1 * learned + OF_SEED[seed] + more + spread * abs(more) * (seed - 1)
             R = ((4.0, 4.0), (4.0 - learned, 4.0), (4.0 - learned + lost * learned, 4.0 - learned))
-            made = run(method, seed, 1e-3 * factor, R, method_options={method: options} if options else {})
+            made = run(method, seed, 1e-3 * factor, R, options, method_options={method: options} if options else {})
             found.append({**made, "name": f"{entry}{'' if factor == 1 else f'@{factor:g}'}-given-seed{seed}"})
     return found
 
 
+WHERE = "where both have learned 0.71 to 1.43."
+MORE = f"points of the gain more, {WHERE}"
+NULLS = "Nulls lose more than the pull of their strength, in points:"
+ONE_OF_TWO = "At equal learning `elastic` loses less than 1 of 2 rows:"
 ELASTIC = runs_of("elastic", "elastic", 0.0, strength=5.0)
-NULL = runs_of("null-one", "elastic-null", 0.2, null="one")
+NULL = runs_of("null-one", "elastic-null", 0.2, null="one", strength=5.0)
 
 
 @pytest.mark.parametrize(
     ("replay", "spread", "said"),
     [
-        (0.1, 0.1, "`elastic` loses least at equal learning, 10.0 ± 2.5 points of the gain less than `replay-5`."),
-        (-0.1, 0.1, "`replay-5` loses least at equal learning, 10.0 ± 2.5 points of the gain less than `elastic`."),
-        (0.1, 1, "`elastic` and `replay-5` lose least at equal learning, and are not told apart (10.0 ± 24.8 points"),
+        (0.1, 0.1, f"`elastic` loses least at equal learning: `replay-5` loses 10.0 ± 2.5 {MORE}"),
+        (-0.1, 0.1, f"{ONE_OF_TWO} `ewc` loses 30.0 ± 7.5 {MORE} `replay-5` loses 10.0 ± 2.5 points less, {WHERE}"),
+        (0.1, 1, f"{ONE_OF_TWO} `ewc` loses 30.0 ± 7.5 {MORE} Not told apart from it: `replay-5` (+10.0 ± 24.8)."),
     ],
 )
 def test_it_says_who_loses_least_and_what_the_pull_has_over_its_nulls(replay, spread, said):
-    runs = [*ELASTIC, *NULL, *runs_of("replay-5", "replay-5", replay, spread=spread)]
+    runs = [*ELASTIC, *NULL, *runs_of("replay-5", "replay-5", replay, spread=spread), *runs_of("ewc", "ewc", 0.3)]
     runs += runs_of("joint", "joint", 0.0, rates=(1,))
     text = main_table.table(runs)
     assert text.startswith(said)
-    assert "Nulls of the pull lose more, in points: with one strength for all 20.0 ± 5.0." in text
+    assert f"{NULLS} with one strength for all 20.0 ± 5.0 at strength 5." in text
     assert "Not compared" not in text
     rows = {row[0]: row for row in main_table.rows(runs)}
-    assert rows["elastic"][1:4] == ["0.001, strength 5.0", "3", "1.01 ± 0.02"] and rows["elastic"][-2:] == ["", ""]
+    assert rows["elastic"][1:5] == ["ours", "0.001, strength 5.0", "3", "1.01 ± 0.02"]
+    assert rows["elastic"][-2:] == ["", ""]
     assert rows["joint"][-2:] == ["", ""], "a bound forgets nothing"
-    assert rows["null-one"][-2:] == ["+20.0 ± 5.0", "0.71 to 1.43"]
+    assert rows["null-one"][1] == "null" and rows["null-one"][-2:] == ["+20.0 ± 5.0", "0.71 to 1.43"]
 
 
 def test_a_row_that_learns_more_or_less_than_ours_at_all_rates_is_named():
     far = runs_of("lora", "lora", 0.1, rates=(9, 16, 25))
     far = [{**one, "name": one["name"].replace("@9", "")} for one in far]
     text = main_table.sentence([*ELASTIC, *NULL, *far, *runs_of("ewc", "ewc", 0.3)])
-    assert "points of the gain less than `ewc`. Not compared, as they learn more at all rates: `lora`." in text
+    assert text.startswith("`elastic` loses least at equal learning: `ewc` loses 30.0 ± 7.5 points of the gain more")
+    assert "Not compared, as they learn more at all rates: `lora`." in text
+
+
+def test_a_null_is_set_beside_the_pull_of_its_strength():
+    def other(runs):
+        return [{**one, "name": _other(one["name"])} for one in runs]
+
+    weaker = runs_of("null-one", "elastic-null", 0.4, rates=(1, 0.5), null="one", strength=20.0)
+    directions = runs_of("null-directions", "elastic-null", 0.6, null="directions", strength=20.0)
+    runs = [*ELASTIC, *NULL, *other(weaker), *runs_of("ewc", "ewc", 0.3)]
+    assert f"{NULLS} with one strength for all 20.0 ± 5.0 at strength 5." in main_table.sentence([*runs, *directions])
+    runs += [*other(runs_of("elastic", "elastic", 0.1, rates=(1, 0.5), strength=20.0)), *directions]
+    text = main_table.sentence(runs)
+    assert f"{NULLS} in random directions 50.0 ± 12.4 at strength 20, with one strength for all 20.0 ± 5.0 at" in text
+    assert text.endswith("20.0 ± 5.0 at strength 5 and 30.0 ± 7.5 at strength 20.")
+    assert text.startswith("`elastic` loses least at equal learning: `ewc`"), "the pull is no rival of itself"
+    assert [row[0] for row in main_table.rows(runs)].count("elastic, other strength") == 1
+
+
+def _other(name):
+    """As a run of the strength that was not chosen is called."""
+    row, _, seed = name.partition("-given-")
+    row, _, factor = row.partition("@")
+    return f"{row}@other-{factor or 1}-given-{seed}"
 
 
 def test_a_point_that_one_seed_lacks_leaves_that_seed_a_shorter_curve():
@@ -70,4 +99,4 @@ def test_a_row_without_curves_or_of_failed_runs_is_not_compared():
     rows = main_table.rows(runs)
     assert sorted(row[0] for row in rows) == ["elastic", "ewc"]
     (ewc,) = (row for row in rows if row[0] == "ewc")
-    assert ewc[2:4] == ["1", "1.00"] and ewc[-2:] == ["", ""]
+    assert ewc[3:5] == ["1", "1.00"] and ewc[-2:] == ["", ""]
