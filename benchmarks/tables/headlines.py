@@ -92,10 +92,10 @@ def _main_short() -> str:
 
 
 def _main_more() -> str:
-    kfac, ewc, replay, own, adamw = _more("kfac-laplace", "ewc", "replay-5", "self-replay", "adamw")
+    kfac, ewc, sfa, replay, own, adamw = _more("kfac-laplace", "ewc", "sfa", "replay-5", "self-replay", "adamw")
     return (
-        f"At equal learning baselines lose more than `elastic`, in points: K-FAC Laplace {kfac}, EWC {ewc}, replay "
-        f"of 5 % {replay}, self-replay {own}, AdamW {adamw}."
+        f"At equal learning baselines lose more than `elastic`, in points: K-FAC Laplace {kfac}, EWC {ewc}, SFA "
+        f"{sfa}, replay of 5 % {replay}, self-replay {own}, AdamW {adamw}."
     )
 
 
