@@ -72,12 +72,8 @@ ASKED_FIRST = (
 )
 """Rows that are run before the others: the pull, its nulls and kin, and what it is measured against."""
 
-OTHER_STRENGTHS: Mapping[str, dict[str, Any]] = {
-    "elastic": {},
-    "null-one": {"null": "one"},
-    "null-strengths": {"null": "strengths", "strength": 5.0},
-}
-"""Row → the options that tuning did not choose, of the pull and of the nulls that come near it."""
+OTHER_STRENGTHS = ("elastic", "null-one", "null-strengths")
+"""Rows that are run at the strength that tuning did not choose, too: the pull, and the nulls that come near it."""
 OTHER = ", other strength"
 """Of the names of their rows."""
 
@@ -128,7 +124,8 @@ def curves(points: Mapping[str, Mapping[str, Any]], factor: float) -> dict[str, 
 def more_curves(points: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """`elastic` at a quarter of its rate, so that rows which learn less can be set beside it, and `OTHER_STRENGTHS`."""
     found = curves({"elastic": points["elastic"]}, 0.25)
-    for entry, options in OTHER_STRENGTHS.items():
+    for entry in OTHER_STRENGTHS:
+        (options,) = (one["options"] for one in settings_of(entry)[:2] if one["options"] != points[entry]["options"])
         for factor in (1, 0.5):
             lr = points[entry]["lr"] * factor
             found[f"{entry}@other-{factor:g}"] = {**points[entry], "lr": lr, "options": options}

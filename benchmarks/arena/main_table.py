@@ -97,11 +97,12 @@ def counted_alike(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Runs whose share lost is the mean of their domains' shares, so that a domain with large gains weighs no more."""
     found = []
     for run in runs:
-        metrics = {}
-        for metric, summary in run["summary"]["by_metric"].items() if "failed" not in run else ():
-            shares = [share for share in summary["gain_lost_by_domain"] if share is not None]
-            metrics[metric] = {**summary, "gain_lost": fmean(shares) if shares else None}
-        found.append({**run, "summary": {**run["summary"], "by_metric": metrics}} if metrics else dict(run))
+        if "failed" not in run:
+            metrics = {}
+            for metric, summary in run["summary"]["by_metric"].items():
+                shares = [share for share in summary["gain_lost_by_domain"] if share is not None]
+                metrics[metric] = {**summary, "gain_lost": fmean(shares) if shares else None}
+            found.append({**run, "summary": {**run["summary"], "by_metric": metrics}})
     return found
 
 
@@ -109,9 +110,9 @@ def pictured(runs: Sequence[Mapping[str, Any]]) -> Comparison:
     """The rows that are asked for first, by their names here."""
     points = {entry: own for entry, own in _points(runs).items() if _without_strength(entry) in ASKED_FIRST}
     order = sorted(points, key=lambda entry: ASKED_FIRST.index(_without_strength(entry)))
-    lines = [row for entry in order for row in _line(entry, points[entry])]
     every = gather_runs((run["name"], dict(run)) for own in points.values() for runs in own.values() for run in runs)
-    return Comparison(lines, every.orders, every.settings, every.failed)
+    every.rows = [row for entry in order for row in _line(entry, points[entry])]
+    return every
 
 
 def _order(run: Mapping[str, Any]) -> str:
@@ -200,16 +201,15 @@ def _where(gap: Beside) -> str:
 
 def nulls(runs: Sequence[Mapping[str, Any]]) -> list[tuple[str, float, Beside]]:
     """Null, strength, and what it loses more than the pull of that strength."""
-    points, found = _points(runs), []
-    of_pull = {
-        _strength(line): line for name in (OURS, OURS + OTHER) if name in points for line in [_line(name, points[name])]
-    }
-    for null in NULLS:
-        for name in (null, null + OTHER):
-            if name in points and (strength := _strength(line := _line(name, points[name]))) in of_pull:
-                gap = beside(line, of_pull[strength], [_order(points[name][""][0])])
-                found += [(null, strength, gap)] if gap.more else []
-    return found
+    points = _points(runs)
+    lines = {name: _line(name, own) for name, own in points.items() if _without_strength(name) in (OURS, *NULLS)}
+    of_pull = {_strength(line): line for name, line in lines.items() if _without_strength(name) == OURS}
+    found = []
+    for name, line in lines.items():
+        if (null := _without_strength(name)) in NULLS and _strength(line) in of_pull:
+            gap = beside(line, of_pull[_strength(line)], [_order(points[name][""][0])])
+            found += [(null, _strength(line), gap)] if gap.more else []
+    return sorted(found, key=lambda one: (list(NULLS).index(one[0]), one[1]))
 
 
 def _strength(line: Sequence[Row]) -> float:
@@ -218,7 +218,7 @@ def _strength(line: Sequence[Row]) -> float:
 
 def _of_nulls(runs: Sequence[Mapping[str, Any]]) -> str:
     said: dict[str, list[str]] = {}
-    for null, strength, gap in sorted(nulls(runs), key=lambda found: (list(NULLS).index(found[0]), found[1])):
+    for null, strength, gap in nulls(runs):
         said.setdefault(NULLS[null], []).append(f"{_points_of(gap)} at strength {strength:g}")
     words = ", ".join(f"{null} {' and '.join(found)}" for null, found in said.items())
     return f" Nulls lose more than the pull of their strength, in points: {words}." if words else ""

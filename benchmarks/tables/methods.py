@@ -13,7 +13,7 @@ from .cells import bare, bold, exact_answers, number, results, several, table
 _SHORT = {
     "adamw": "sequential AdamW",
     "lora": "LoRA",
-    "replay-5": "replay, 5 % of each batch",
+    "replay-5": "replay, 5 % of the records old",
     "ewc": "online EWC",
     "kfac-laplace": "K-FAC Laplace",
     "elastic": "`elastic`",
