@@ -11,7 +11,6 @@ python -m benchmarks.arena scale --model A B C --out DIR                        
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -107,9 +106,7 @@ def _table(arguments: argparse.Namespace) -> None:
         ceiling.draw(runs, KEPT / "ceiling.png")
         print(ceiling.table(runs))
     elif arguments.study == "size":
-        scales = json.loads((KEPT.parent / "scale-study.json").read_text(encoding="utf-8"))
-        parameters = size.OTHERS | {model["model"]: model["parameters"] for model in scales}
-        found = size.points([*runs, *kept("gemma")], parameters)
+        found = size.of_results()
         size.draw(found, KEPT / "size.png")
         print(size.table(found))
     elif arguments.study == "main":

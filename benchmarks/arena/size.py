@@ -7,6 +7,7 @@ interpolated over the logarithm of the rate.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ import numpy as np
 from sparse_cl.four_domains.figures import new_figure
 from sparse_cl.four_domains.report import text_table
 from sparse_cl.probes.scaling import fit_exponent
+
+from .grid import KEPT, kept
 
 MATCHED = 0.9
 FAMILY = "pretrained"
@@ -91,27 +94,49 @@ def points(runs: Sequence[Mapping[str, Any]], parameters: Mapping[str, int]) -> 
     return sorted(every, key=lambda point: (point.parameters, point.model))
 
 
+def of_results() -> list[Point]:
+    """The points of the studies `size` and `gemma` as they are kept."""
+    scales = json.loads((KEPT.parent / "scale-study.json").read_text(encoding="utf-8"))
+    parameters = OTHERS | {model["model"]: model["parameters"] for model in scales}
+    return points([*kept("size"), *kept("gemma")], parameters)
+
+
 def exponent(found: Sequence[Point]) -> tuple[float, float]:
     """b and its standard error in lost = c · parameters^b, of the family alone."""
     family = [point for point in found if point.of_family]
     return fit_exponent([point.parameters for point in family], [point.lost for point in family])
 
 
-def table(found: Sequence[Point]) -> str:
-    """A row for each size, means over seeds, and the exponent."""
-    rows = []
+HEADER = ("", "parameters", "seeds", "rate there", "learned", "lost")
+
+
+def rows(found: Sequence[Point]) -> list[list[str]]:
+    """Of each size: means over seeds, and the least and the most of the share lost."""
+    cells = []
     for size in dict.fromkeys(point.parameters for point in found):
         own = [point for point in found if point.parameters == size]
         lost = [point.lost for point in own]
         name = own[0].model.rsplit("-", 1)[0] if own[0].of_family else own[0].model
-        spread = f"{fmean(lost):.0%}" + (f" ({min(lost):.0%} to {max(lost):.0%})" if len(lost) > 1 else "")
+        spread = f" ({min(lost):.0%} to {max(lost):.0%})" if len(own) > 1 else ""
         learned, rate = fmean(p.learned for p in own), math.exp(fmean(math.log(p.rate) for p in own))
-        rows.append([name, f"{size / 1e6:.2f} M", str(len(own)), f"{rate:.1e}", f"{learned:.3f}", spread])
-    shown = text_table(("model", "parameters", "seeds", "rate", "learned", "lost of it"), rows)
+        many = [name, f"{size / 1e6:.3g} M", str(len(own)), f"{rate:.1e}", f"{learned:.2f}"]
+        cells.append([*many, f"{fmean(lost):.0%}{spread}".replace("%", " %").replace("-", "−")])
+    return cells
+
+
+def sentence(found: Sequence[Point]) -> str:
+    """How the share lost goes with the size, of the family."""
     slope, error = exponent(found)
-    return (
-        f"{shown}\n\n{FAMILY}: the share lost goes as parameters^{slope:+.2f} ± {2 * error:.2f} (two standard errors)"
-    )
+    sure = abs(slope) > 2 * error
+    how = ("falls" if slope < 0 else "rises") if sure else "neither falls nor rises for sure"
+    power = f"parameters^({slope:.2f} ± {2 * error:.2f})".replace("-", "−")
+    where = f"Where AdamW has learned {100 * MATCHED:.0f} % of its best"
+    return f"{where}, the share lost {how} with the size: it goes as {power}."
+
+
+def table(found: Sequence[Point]) -> str:
+    """A row for each size, and the sentence."""
+    return f"{text_table(HEADER, rows(found))}\n\n{sentence(found)}"
 
 
 def draw(found: Sequence[Point], path: Path) -> None:
