@@ -102,21 +102,20 @@ def long(models: Path, data: Path, out: Path) -> dict[str, Settings]:
 
 
 def gemma(models: Path, data: Path, out: Path) -> dict[str, Settings]:
-    """Gemma 3 270M, vocabulary trimmed: eight methods, those that matter most first; then the reverse order, one seed,
-    and other rates of the three that the others are measured by."""
+    """Gemma 3 270M, vocabulary trimmed: eight methods, those that matter most first, and other rates of the three that
+    the others are measured by; then second seeds, and the reverse order, one seed."""
     rates = {"adamw": 5e-5, "elastic": 5e-5, "lora": 5e-4, "elastic-lora": 5e-4}
     rates |= {"sfa": 5e-5, "l2-sp": 5e-5, "replay-5": 5e-5, "self-replay": 5e-5}
 
     def points(names: Iterable[str], factor: float = 1) -> dict[str, dict[str, Any]]:
         return {f"{name}-{rates[name] * factor:g}": {"method": name, "lr": rates[name] * factor} for name in names}
 
-    base = _pretrained(models / "gemma-trimmed", data, out)
-    found: dict[str, Settings] = {}
-    for most_wanted in (2, 4, len(rates)):
-        found |= over(base, (GIVEN,), (0, 1), points(list(rates)[:most_wanted]))
-    found |= over(base, ORDERS, (0,), points(rates))
     others = points(("adamw", "elastic", "lora"), 0.4) | points(("adamw", "elastic", "lora"), 2)
-    return found | over(base, (GIVEN,), (0, 1), others)
+    every = over(_pretrained(models / "gemma-trimmed", data, out), ORDERS, (0, 1), points(rates) | others)
+    wanted = [(points(list(rates)[:most]), GIVEN, seed) for most in (2, 4) for seed in (0, 1)]
+    wanted += [(points(rates) | others, GIVEN, 0), (points(rates), GIVEN, 1), (points(rates), REVERSE, 0)]
+    names = [f"{point}-{order}-seed{seed}" for some, order, seed in [*wanted, (others, GIVEN, 1)] for point in some]
+    return {name: every[name] for name in names}
 
 
 def qwen(models: Path, data: Path, out: Path) -> dict[str, Settings]:
