@@ -75,19 +75,23 @@ def _width() -> list[str]:
 
 
 def _real() -> list[str]:
-    (gemma,) = (model for model in results("real-models") if model["model"] == "gemma-trimmed")
+    gemma, qwen = (
+        next(model for model in results("real-models") if model["model"] == name)
+        for name in ("gemma-trimmed", "qwen-coder-0.5b")
+    )
     llamas = [model["overlap"]["iou"] for model in results("scale-study") if model["family"] == "pretrained"]
     means = [fmean(llamas[i : i + 3]) for i in range(0, len(llamas), 3)]
-    overlap, mass, cosine = gemma["overlap"], gemma["sparsity"], number(gemma["cosine"]["corrected"], ".2f")
-    assert overlap["iou"] > max(means), "the row says that it is more"
+    iou, null, own = ([number(m["overlap"][key], ".2f") for m in (gemma, qwen)] for key in ("iou", "null", "ceiling"))
+    needed, even = ([number(m["sparsity"][key], ".0%") for m in (gemma, qwen)] for key in ("needed", "null"))
+    assert qwen["overlap"]["iou"] > 10 * qwen["overlap"]["null"], "the row says no"
+    assert null[0] == null[1] and even[0] == even[1], "the row says them once"
     return [
         "domains lie apart where a model is really pretrained",
-        f"**no**: in Gemma 3 270M the top 5 % of the neurons overlap by {number(overlap['iou'], '.2f')} (Llamas of "
-        f"0.2 M to 8 M: {between(means, '.2f')}), gradients have \\|cosines\\| of {cosine}, and "
-        f"{number(mass['needed'], '.0%')} of the neurons carry 99 % of a token's mass "
+        f"**no**: in Gemma 3 270M and Qwen2.5-Coder 0.5B the top 5 % of the neurons overlap by {' and '.join(iou)} "
+        f"(Llamas of 0.2 M to 8 M: {between(means, '.2f')}), and {' and '.join(needed)} of the neurons carry 99 % of a "
+        f"token's mass; Gemma's gradients have \\|cosines\\| of {number(gemma['cosine']['corrected'], '.2f')} "
         "([table](../benchmarks/results/README.md#scale-study))",
-        f"chance {number(overlap['null'], '.2f')}, one domain with itself {number(overlap['ceiling'], '.2f')}; "
-        f"Gaussians {number(mass['null'], '.0%')}",
+        f"chance {null[0]}, one domain with itself {' and '.join(own)}; Gaussians {even[0]}",
     ]
 
 

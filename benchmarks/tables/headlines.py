@@ -41,12 +41,13 @@ def _gemma_kept() -> str:
 
 def _gemma_others() -> str:
     """Baselines that have one seed."""
-    (sfa, kept_sfa), (own, lost) = (
-        [mean_of("gemma", key, f"{point}-given") for key in ("learned", "gain_lost")]
-        for point in ("sfa-5e-05", "l2-sp-5e-05")
-    )
-    lost_sfa, lost_own = number(kept_sfa, ".0%"), number(lost, ".0%")
-    return f"SFA learns {sfa:.2f} and loses {lost_sfa}, L2-SP {own:.2f} and {lost_own} (one seed each)."
+    names = {"sfa": "SFA", "l2-sp": "L2-SP", "replay-5": "replay of 5 %", "self-replay": "self-replay"}
+    said = []
+    for method, name in names.items():
+        learned, lost = (mean_of("gemma", key, f"{method}-5e-05-given") for key in ("learned", "gain_lost"))
+        learns, loses = ("", "") if said else ("learns ", "loses ")
+        said.append(f"{name} {learns}{learned:.2f} and {loses}{number(lost, '.0%')}")
+    return f"{', '.join(said)} (one seed each)."
 
 
 def _gemma_own() -> str:
