@@ -15,14 +15,16 @@ from .cells import between, exact_answers, mean_of, number, results, sixteen
 
 
 def _gemma() -> str:
-    points = ("adamw-5e-05-given", "elastic-5e-05-given", "lora-0.0005-given", "elastic-lora-0.0005-given")
+    rates = {"adamw": "5e-05", "elastic": "5e-05", "lora": "0.0005", "elastic-lora": "0.0005", "replay-5": "5e-05"}
+    points = [f"{method}-{rate}-given" for method, rate in rates.items()]
     learned, lost = (
         [number(mean_of("gemma", key, point), form) for point in points]
         for key, form in (("learned", ".3f"), ("gain_lost", ".0%"))
     )
     return (
         f"AdamW learned {learned[0]} bits per byte and lost {lost[0]} of it, `elastic` {learned[1]} and {lost[1]}; "
-        f"LoRA {learned[2]} and {lost[2]}, `elastic-lora` {learned[3]} and {lost[3]}."
+        f"LoRA {learned[2]} and {lost[2]}, `elastic-lora` {learned[3]} and {lost[3]}; replay of 5 % {learned[4]} and "
+        f"{lost[4]} (one seed)."
     )
 
 
