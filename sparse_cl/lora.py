@@ -131,6 +131,17 @@ def _beside(model: nn.Module, layers: dict[str, Any], memory: SubspaceMemory, ad
     return kept
 
 
+def refuse_variant(argument: str, name: str, layer: Any, adapter: str) -> None:
+    """Raises a ValueError if an adapter of a layer changes the weight by more than B A, as DoRA's does."""
+    variant = getattr(layer, "lora_variant", {}).get(adapter)
+    if variant is not None:
+        kind = getattr(variant, "__name__", type(variant).__name__)
+        raise ValueError(
+            f"{argument}: adapter {adapter!r} of {name} is a variant of LoRA ({kind}), whose change of the weight is "
+            "more than B A; make it with a plain LoraConfig (use_rslora=True is fine, use_dora=True is not)"
+        )
+
+
 def _adapters(layer: Any) -> set[str]:
     return {*layer.lora_A, *getattr(layer, "lora_embedding_A", ())}
 
@@ -146,13 +157,7 @@ def _check_config(model: nn.Module, adapter_name: str) -> None:
 
 
 def _subspace(name: str, layer: Any, memory: SubspaceMemory, adapter_name: str) -> Subspace | None:
-    variant = getattr(layer, "lora_variant", {}).get(adapter_name)
-    if variant is not None:
-        kind = getattr(variant, "__name__", type(variant).__name__)
-        raise ValueError(
-            f"peft_model: adapter {adapter_name!r} of {name} is a variant of LoRA ({kind}), whose change of the weight "
-            "is more than B A; make it with a plain LoraConfig (use_rslora=True is fine, use_dora=True is not)"
-        )
+    refuse_variant("peft_model", name, layer, adapter_name)
     base = layer.get_base_layer()
     weight = getattr(base, "weight", None)
     # Embeddings hold their adapter elsewhere, and no input directions to protect.

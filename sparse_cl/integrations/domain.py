@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,9 +12,14 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from sparse_cl.methods import Carried, Method, load_carried, save_carried
+from sparse_cl.methods import Carried, Elastic, Method, Orthogonal, load_carried, save_carried
+from sparse_cl.methods.carried import FOLDER
+from sparse_cl.optim import ElasticAdamW
 from sparse_cl.optim.active_gradients import active_gradients
+from sparse_cl.optim.elastic_adamw import rule_of
+from sparse_cl.optim.leaf import whole_of
 from sparse_cl.optim.memory_adamw import MemoryAdamW
+from sparse_cl.optim.names import plain_optimizer
 
 from .looking import Looking
 
@@ -22,7 +28,8 @@ ADVICE = (
     "FSDP2 (fsdp_version 2): no DeepSpeed, no FSDP1, and no optimizer of another copy of the model"
 )
 
-
+STATE = f"{FOLDER}/protection.safetensors"
+"""What a checkpoint in the middle of a domain holds, and no folder of a finished one."""
 _LEARNED: WeakKeyDictionary[Method, list[dict[str, Any]]] = WeakKeyDictionary()
 """What each method of this process learned, for the history where it learns the next domain."""
 
@@ -41,7 +48,8 @@ class Domain:
         records: how many training records the method may look at, before and after.
 
     Raises:
-        ValueError: the method cannot train the model; it needs its own optimizer; the folder carries no memory.
+        ValueError: the method cannot train the model; it needs its own optimizer, or would put another memory in the
+            place of the optimizer's; the folder carries no memory, or is a checkpoint in the middle of a domain.
         RuntimeError: the optimizer steps other tensors than the model's.
     """
 
@@ -61,9 +69,17 @@ class Domain:
         self.domains = _LEARNED.get(method, [])
         _check_own(self.model, self.optimizer)
         if memory is not None:
+            if resumes is None and (Path(memory) / STATE).is_file():
+                raise ValueError(
+                    f"memory: {memory} is a checkpoint in the middle of a domain, which its memory does not know; give "
+                    "the output folder, where the memory is written when training ends"
+                )
             carried = load_carried(memory, self.model)
             if carried is None or carried.memory is None:
-                raise ValueError(f"memory: {memory} carries none (no sparse_cl/memory.safetensors); leave it out")
+                raise ValueError(
+                    f"memory: {memory} carries none (no sparse_cl/memory.safetensors), so nothing of it would be "
+                    "protected; give the folder that a protected training ended in, or, for a first domain, none"
+                )
             self.domains = carried.domains
             method.remember(self.model, carried.memory)
         if method.before_domain(self.model, self.batches) is not self.model:
@@ -73,6 +89,7 @@ class Domain:
             )
         self.protection = None
         if isinstance(self.optimizer, MemoryAdamW):
+            _check_rule(method, self.optimizer)
             state = self.optimizer.state_dict() if resumes is not None else None
             self.optimizer.set_memory(getattr(method, "memory", None) if _remembers(method) else None)
             if state is not None:
@@ -81,6 +98,11 @@ class Domain:
             self.protection = method.guard(self.optimizer)
             if self.protection is not None and resumes is not None:
                 self.protection.load_state_dict(resumes)
+            if self.protection is None and resumes and resumes.get("parameters"):
+                raise ValueError(
+                    "memory: expected the one that the domain began with, got none: the checkpoint has a protection, "
+                    "which would be lost; give memory= the same folder as before"
+                )
         self._began = self.protection.steps if self.protection else 0
         self._clipping = active_gradients(self.optimizer)
         self._proven = False
@@ -105,7 +127,27 @@ class Domain:
             self._began = self.protection.steps
         if not self._proven:
             _check_own(self.model, self.optimizer)
+            self._warn_of_others()
         self._proven = True
+
+    def _warn_of_others(self) -> None:
+        """Names what the memory knows and another optimizer may be stepping."""
+        if not _remembers(self.method):
+            return
+        memory: Any = self.method.memory  # type: ignore[attr-defined]
+        own = {id(whole_of(p)) for group in self.optimizer.param_groups for p in group["params"]}
+        others = (
+            name
+            for name, param in self.model.named_parameters()
+            if param.grad is not None and id(param) not in own and memory.has_seen(param)
+        )
+        if found := list(others):
+            warnings.warn(
+                f"{self.method.name}: {len(found)} weights that the memory knows have gradients and are not in this "
+                f"optimizer, {found[0]} the first; another optimizer that steps them has to be protected too: "
+                "protect(other, method.memory)",
+                stacklevel=4,
+            )
 
     def look_at(self, batches: Iterable[Any], records: int) -> None:
         """Has the method remember the domain by these batches, in place of those of the loader."""
@@ -177,6 +219,13 @@ def continual(
             "the optimizer took no step in the domain, so nothing was learned, or by another optimizer without the "
             f"protection. {ADVICE}"
         )
+    if domain.protection is not None and (moved := domain.protection.moved_since()):
+        warnings.warn(
+            f"{method.name}: {moved[0]} was written after the last step of the optimizer that was given, by another "
+            "optimizer or by your loop, and that was not protected; give continual the optimizer that steps, one for "
+            "the whole domain",
+            stacklevel=3,
+        )
     domain.end()
 
 
@@ -187,22 +236,34 @@ def plain_model(model: nn.Module) -> nn.Module:
     return model
 
 
-def plain_optimizer(optimizer: Any) -> torch.optim.Optimizer:
-    """The optimizer inside wrappers such as accelerate's.
-
-    Raises:
-        TypeError: no optimizer.
-    """
-    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
-        optimizer = inner
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
-    return optimizer
-
-
 def _remembers(method: Method) -> bool:
     memory = getattr(method, "memory", None)
     return memory is not None and bool(memory.domains)
+
+
+def _check_rule(method: Method, optimizer: MemoryAdamW) -> None:
+    """The user's optimizer goes by its own rule. Nothing that was asked for of either is dropped silently."""
+    kind = type(optimizer).__name__
+    if optimizer.protects and (optimizer.memory is None or optimizer.memory is not getattr(method, "memory", None)):
+        raise ValueError(
+            f"optimizer: this {kind} protects something already, which {method.name} would put its own memory in the "
+            "place of; have the method remember that memory (method.remember), or make the optimizer without one"
+        )
+    rule = optimizer.rule if isinstance(optimizer, ElasticAdamW) else None
+    if isinstance(method, Orthogonal) and rule is not None and (rule.kind, rule.number) != ("budget", 0):
+        raise ValueError(
+            f"optimizer: {kind} lets old outputs move (a {rule.kind} of {rule.number:g}), which {method.name} must "
+            "not; take SubspaceProjectedAdamW, or budget=0"
+        )
+    if isinstance(method, Elastic):
+        asked = rule_of(method.strength, None, method.row_strength), method.every
+        if (rule, optimizer.every) != asked:
+            found = "its projection" if rule is None else f"a {rule.kind} of {rule.number:g}, rows {rule.rows:g}"
+            warnings.warn(
+                f"{method.name}: the {kind} that was given keeps its own rule ({found}, every {optimizer.every}), not "
+                f"the method's ({asked[0].number:g}, rows {asked[0].rows:g}, every {method.every})",
+                stacklevel=3,
+            )
 
 
 def _check_own(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -10,8 +10,9 @@ import lightning
 from torch import nn
 
 from sparse_cl.methods import Method, save_carried
+from sparse_cl.optim.names import plain_optimizer
 
-from .domain import Domain, plain_optimizer
+from .domain import Domain
 
 
 class ContinualLightning(lightning.Callback):
@@ -84,7 +85,8 @@ class ContinualLightning(lightning.Callback):
         self.domain = None
 
     def state_dict(self) -> dict[str, Any]:
-        return {} if self.domain is None else self.domain.state_dict()
+        # Lightning leaves out a state that is empty, and a resumed domain would count as one that begins.
+        return {} if self.domain is None else {"domain": self.domain.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._resumes = state_dict
+        self._resumes = state_dict.get("domain", state_dict)

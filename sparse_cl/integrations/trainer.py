@@ -14,13 +14,13 @@ from sparse_cl.methods import Method, load_carried, save_carried
 from sparse_cl.methods.carried import FOLDER
 from sparse_cl.methods.memory_method import MemoryMethod
 from sparse_cl.optim.active_gradients import ActiveGradients, active_gradients
+from sparse_cl.optim.names import plain_optimizer
 from sparse_cl.probes.boundaries import BoundaryDetector
 
-from .domain import ADVICE, Domain, plain_optimizer
+from .domain import ADVICE, STATE, Domain
 from .rewind import Rewind
 from .stream import Stream
 
-_STATE = f"{FOLDER}/protection.safetensors"
 _STREAM = f"{FOLDER}/stream.pt"
 
 
@@ -108,9 +108,12 @@ class ContinualCallback(transformers.TrainerCallback):
             )
         if self.boundaries is not None:
             _check_stream(args, kwargs["train_dataloader"])
-        if self._stream is not None:  # of a training that was interrupted
+        if self._stream is not None:  # of a training that was interrupted, as the domain is
             self._stream.close()
             self._stream = None
+        if self.domain is not None:
+            self.domain.close()
+            self.domain = None
         folder, memory, resumes, carried = self._folder(args, state), self.memory, None, None
         if folder is not None:
             resumes, carried = _read(folder), load_carried(folder)
@@ -213,9 +216,9 @@ class ContinualCallback(transformers.TrainerCallback):
         if not state.global_step:
             return None
         given = self.checkpoint or Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if not (Path(given) / _STATE).is_file():
+        if not (Path(given) / STATE).is_file():
             raise RuntimeError(
-                f"{given}: training goes on at step {state.global_step}, but there is no {_STATE}, which "
+                f"{given}: training goes on at step {state.global_step}, but there is no {STATE}, which "
                 "ContinualCallback writes: where the domain began is unknown. Give the folder that training resumes "
                 "from as checkpoint=, an earlier one, or begin the domain anew"
             )
@@ -252,11 +255,11 @@ def _write(folder: Path, state: dict[str, Any]) -> None:
                 paths[name] = value
     tensors |= {f":{device}": generator for device, generator in state.get("generators", {}).items()}
     facts = {"steps": state.get("steps", 0), "paths": paths}
-    storage.write(folder / _STATE, "protection", tensors, **facts)
+    storage.write(folder / STATE, "protection", tensors, **facts)
 
 
 def _read(folder: Path) -> dict[str, Any]:
-    tensors, facts = storage.read(folder / _STATE, "protection", "ContinualCallback", "steps", "paths")
+    tensors, facts = storage.read(folder / STATE, "protection", "ContinualCallback", "steps", "paths")
     parameters: dict[str, dict[str, Any]] = {name: {"path": path} for name, path in facts["paths"].items()}
     for name, tensor in tensors.items():
         owner, _, key = name.rpartition(":")

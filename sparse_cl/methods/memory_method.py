@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from sparse_cl.layout import like, part, whole
+from sparse_cl.lora import refuse_variant
 from sparse_cl.models.head import logits_only_at
 from sparse_cl.models.parts import has_adapters, refuse_mixtures, refuse_shared
 from sparse_cl.models.passes import answer_tokens, evaluation, reshard
@@ -92,6 +93,9 @@ class MemoryMethod(Method):
     def check(self, model: nn.Module) -> None:
         super().check(model)
         refuse_mixtures(model, f"whose experts {self.name} would train unprotected; take a dense model")
+        for name, layer in model.named_modules():
+            for adapter in getattr(layer, "lora_variant", ()):
+                refuse_variant("model", name, layer, adapter)
         self._new_memory(model)
 
     def protect(self, model: nn.Module, batches: Iterable[Batch]) -> None:

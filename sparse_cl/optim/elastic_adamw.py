@@ -87,6 +87,11 @@ class ElasticAdamW(MemoryAdamW):
                 found |= drifts(self._store.name(param).strip("'"), fit, whole, kept)
         return found
 
+    @property
+    def rule(self) -> Asked:
+        """What was asked for: a strength or a budget."""
+        return self._rule
+
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_rule": self._rule}
 

@@ -16,7 +16,7 @@ from sparse_cl.subspace import Subspace, SubspaceMemory, UsedRows
 
 from .leaf import whole_of
 from .low_rank import LowRankProjection
-from .names import ByParameter, Groups, by_name, by_param, name_of, named, names_of, parameters_of, refuse_flattened
+from .names import ByParameter, Groups, by_name, by_param, name_of, named, parameters_of, refuse_flattened
 from .plan import GroupPlan
 from .projected_adamw import Given, ProjectedAdamW
 from .projection import Projection
@@ -85,6 +85,11 @@ class MemoryAdamW(ProjectedAdamW):
     def memory(self) -> SubspaceMemory | Bases | None:
         """The memory in force."""
         return self._memory
+
+    @property
+    def every(self) -> int:
+        """Steps between two corrections."""
+        return self._every
 
     def set_memory(self, memory: SubspaceMemory | Bases | None) -> None:
         """Replaces the memory; moments and step counts stay, and a new domain begins: W₀ is the weights as they are.
@@ -168,7 +173,7 @@ def is_embedding(param: Tensor, memory: SubspaceMemory | Bases | None, groups: G
     """Whether a memory knows that ``param`` belongs to an embedding."""
     if not isinstance(memory, SubspaceMemory):
         return False
-    return memory.is_embedding(param) if memory.is_bound else names_of(groups).get(param) in memory.embeddings
+    return memory.is_embedding(param) if memory.is_bound else param in _tables(groups, memory)
 
 
 def news_of(rest: Iterable[Tensor], memory: SubspaceMemory | Bases | None, groups: Groups) -> list[str]:
@@ -177,17 +182,21 @@ def news_of(rest: Iterable[Tensor], memory: SubspaceMemory | Bases | None, group
     return [name_of(groups, p) for p in matrices if not is_embedding(p, memory, groups)]
 
 
-def warn_of_rest(names: Sequence[str], how: str, warned: set[str]) -> None:
-    """Says once which matrices a memory does not protect, as it never saw what goes into them."""
+def warn_of_rest(names: Sequence[str], how: str | None, warned: set[str]) -> None:
+    """Says once which matrices a memory does not protect, as it never saw what goes into them.
+
+    Args:
+        how: the optimizer's `rest`; None: it has no such choice, and trains them.
+    """
     news = [name for name in names if name not in warned]
     warned.update(news)
     if news:
-        done, other = "frozen", "rest='train' trains them unprotected"
-        if how == "train":
-            done, other = "trained unprotected", "rest='freeze' leaves them as they are"
+        done, other = "frozen", "; rest='train' trains them unprotected"
+        if how != "freeze":
+            done, other = "trained unprotected", "; rest='freeze' leaves them as they are" if how else ""
         warnings.warn(
             f"memory: {len(news)} parameters of two or more dimensions are {done}, as it never saw what goes into "
-            f"them: {', '.join(news[:4])}{', …' if len(news) > 4 else ''}; {other}",
+            f"them: {', '.join(news[:4])}{', …' if len(news) > 4 else ''}{other}",
             stacklevel=2,
         )
 
@@ -226,9 +235,9 @@ def known_of(groups: Groups, memory: SubspaceMemory | Bases | None, with_rows: b
     for param, key in keys.items():
         if (subspace := memory.subspace(key)) is not None:
             result[param] = Known(subspace.to(param.device), memory.is_transposed(key))
-    names = names_of(groups)
+    tables = {} if memory.is_bound else _tables(groups, memory)
     for param in parameters_of(groups) if with_rows else ():
-        if (rows := memory.used_rows(param if memory.is_bound else names.get(param, ""))) is not None:
+        if (rows := memory.used_rows(param if memory.is_bound else tables.get(param, ""))) is not None:
             own = result.get(param) or Known(_nothing_of(param))
             result[param] = replace(own, rows=rows.to(param.device))
     return result
@@ -238,6 +247,13 @@ def _nothing_of(param: Tensor) -> Subspace:
     """The subspace of an embedding that is no layer's weight too."""
     wide = torch.float64 if param.dtype == torch.float64 else torch.float32
     return Subspace(torch.zeros(param.shape[1], 0, dtype=wide, device=param.device))
+
+
+def _tables(groups: Groups, memory: SubspaceMemory) -> dict[Tensor, str]:
+    """The embeddings that a memory bound to no model knows, with its own names of them."""
+    names = by_name(groups)
+    found = {name: named(names, name) for name in memory.embeddings}
+    return {param: name for name, param in found.items() if param is not None}
 
 
 def _by_name(groups: Groups, memory: SubspaceMemory) -> dict[Tensor, str]:

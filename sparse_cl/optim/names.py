@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from sparse_cl.subspace.layers import plain_name
@@ -21,6 +22,19 @@ FSDP2 = (
 # A Mapping is invariant in its key: Tensor | str would refuse both dict[str, T] and dict[Parameter, T].
 ByParameter = Mapping[Any, T]
 """Values by parameter, or by its name."""
+
+
+def plain_optimizer(optimizer: Any) -> torch.optim.Optimizer:
+    """The optimizer inside wrappers such as accelerate's.
+
+    Raises:
+        TypeError: no optimizer.
+    """
+    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = inner
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    return optimizer
 
 
 def parameters_of(groups: Groups) -> Iterator[Tensor]:

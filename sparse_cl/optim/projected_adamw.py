@@ -127,6 +127,11 @@ class ProjectedAdamW(SparseMaskedAdamW):
 
     # Which projections are in force.
 
+    @property
+    def protects(self) -> bool:
+        """Whether anything is projected or pulled."""
+        return bool(self._projections)
+
     def _current(self) -> Given:
         """The projections that are to be in force now."""
         return self._given
@@ -150,9 +155,9 @@ class ProjectedAdamW(SparseMaskedAdamW):
 
     def _take(self, given: Given, fitted: dict[Tensor, Fitted], begins: bool = True) -> None:
         """Puts projections in force; with ``begins``, those that are new begin where the weights are."""
-        for param, old in self._given.items():
-            if begins and given.get(param) is not old:
-                # What it kept is of other directions, or of where an earlier domain began.
+        for param in list(self.state) if begins else ():
+            # What it kept is of other directions, or of where an earlier domain began; a checkpoint's too.
+            if param not in given or given[param] is not self._given.get(param):
                 for name in self._kept(param):
                     del self.state[param][PROJECTION + name]
         self._given = given

@@ -16,7 +16,7 @@ from .elastic_adamw import ROW_STRENGTH, drifts, projection_of, rule_of
 from .leaf import owner_of, weight_of
 from .low_rank import FittedLowRank, LowRankCorrection
 from .memory_adamw import Bases, check_every, known_of, news_of, warn_of_rest
-from .names import FSDP2, name_of, names_of, parameters_of, refuse_flattened
+from .names import FSDP2, Groups, name_of, names_of, parameters_of, plain_optimizer, refuse_flattened
 from .plan import scalar_on
 from .projection import Layer
 from .sparse_masked_adamw import SparseMaskedAdamW
@@ -40,10 +40,16 @@ class Protection:
         fitted: Mapping[Tensor, FittedLowRank],
         every: int,
         seed: int,
+        with_rows: bool,
     ) -> None:
         self.every, self._steps = every, 0
-        #: Until the first step has told what of it is unprotected.
-        self._memory: SubspaceMemory | Bases | None = memory
+        self._memory, self._with_rows, self._version = memory, with_rows, _version(memory)
+        self._own = set(map(id, parameters_of(optimizer.param_groups)))
+        #: Whether a step has begun that is not counted yet; whether what is unprotected is still to be said.
+        self._begun, self._news = False, True
+        self._told: set[str] = set()
+        #: By parameter how often it had been written when the last step was done.
+        self._written: dict[Tensor, int] = {}
         self._fitted = dict(fitted)
         #: Σ of the learning rate since the last correction.
         self._rates: dict[Tensor, float | Tensor] = dict.fromkeys(fitted, 0.0)
@@ -125,6 +131,10 @@ class Protection:
             found |= drifts(self._names[param], fit, weight_of(param), self._kept[param])
         return found
 
+    def moved_since(self) -> list[str]:
+        """Names of the weights that something else has written since the last step."""
+        return [self._names[p] for p, written in self._written.items() if weight_of(p)._version != written]
+
     def _before(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         groups = optimizer.param_groups
         own = set(map(id, parameters_of(groups)))
@@ -136,25 +146,53 @@ class Protection:
                 f"{FSDP2}"
             )
         refuse_flattened(groups, "protect")
-        if self._memory is not None:
-            rest = (p for p in parameters_of(groups) if p.grad is not None and p not in self._fitted)
-            warn_of_rest(news_of(rest, self._memory, groups), "train", set())
-            self._memory = None
+        if _version(self._memory) != self._version:
+            raise RuntimeError(
+                "protect: the memory has learned a domain since, or was bound to another model, and this protection "
+                "does not follow it; call .remove() of it, and protect(optimizer, memory) again"
+            )
+        if own != self._own:
+            known = known_of(groups, self._memory, self._with_rows)
+            if added := [param for param in known if param not in self._fitted]:
+                raise RuntimeError(
+                    f"protect: parameter {_name(optimizer, added[0])} was added to the optimizer since, and would not "
+                    "be protected, though the memory knows it; call .remove() of this protection, and "
+                    "protect(optimizer, memory) again"
+                )
+            self._own, self._news = own, True
+        self._begun = True
+        self._tell(groups)
+
+    def _tell(self, groups: Groups) -> None:
+        """Names once what is trained unprotected. A closure makes the gradients after `_before`."""
+        if not self._news:
+            return
+        rest = (p for p in parameters_of(groups) if p.grad is not None and p not in self._fitted)
+        warn_of_rest(news_of(rest, self._memory, groups), None, self._told)
 
     @torch.no_grad()
     def _after(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
-        self._steps += 1
+        # A subclass whose step calls its parent's has the hooks run in both: that is one step, corrected twice.
+        counts, self._begun = self._begun, False
+        self._steps += counts
+        self._tell(optimizer.param_groups)
+        self._news = False
         # A GradScaler lets a fused optimizer skip the step by itself.
         found_inf = whole(getattr(optimizer, "found_inf", None))
-        for group in optimizer.param_groups:
+        for group in optimizer.param_groups if counts else ():
             for param in group["params"]:
-                if param in self._fitted:
+                if param in self._fitted and not _is_still(param):
                     skipped = scalar_on(found_inf, param.device)
                     lr = group["lr"] if skipped is None else torch.where(skipped == 0, group["lr"], 0.0)
                     self._rates[param] = self._rates[param] + lr
-        if self._steps % self.every:
-            return
+        if self._steps % self.every == 0:
+            self._correct(found_inf)
+        self._written = {param: weight_of(param)._version for param in self._fitted}
+
+    def _correct(self, found_inf: Tensor | None) -> None:
         for param, fit in self._fitted.items():
+            if _is_still(param) and isinstance(rate := self._rates[param], float) and not rate:
+                continue  # the pull would move what was frozen since
             # What earlier steps have moved is corrected, though this one is skipped.
             skipped = scalar_on(found_inf, param.device) if self.every == 1 else None
             update, weight = self._correction(param, fit, skipped), weight_of(param)
@@ -198,18 +236,21 @@ def protect(
     right on average; one step's rounding, about 2⁻⁹ or 2⁻¹² of a weight, stays.
 
     Args:
-        optimizer: any ``torch.optim.Optimizer`` that steps the model's own parameters.
-        memory: as for :class:`ElasticAdamW`.
+        optimizer: any ``torch.optim.Optimizer`` that steps the model's own parameters, by its ``step``; accelerate's
+            wrapper is looked through.
+        memory: as for :class:`ElasticAdamW`. It is not followed: once it has learned a domain, protect anew.
         strength, budget, row_strength: as there; a budget of 0 keeps out altogether.
         every: corrects after each so many steps only; in between a bound may be broken.
         seed: of the stochastic rounding.
 
     Raises:
-        TypeError, ValueError: as there; an optimizer with masks, of the leaf of an ActiveLinear, or that is protected.
-        RuntimeError: at a step, if a wrapper has put other tensors in the place of the parameters.
+        TypeError, ValueError: as there; an optimizer with masks, of the leaf of an ActiveLinear, that is protected, or
+            that keeps another copy of the weights: masters of ours, or an average (schedule-free).
+        RuntimeError: at a step, if a wrapper has put other tensors in the place of the parameters, one that the memory
+            knows was added, or the memory has learned a domain.
     """
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    optimizer = plain_optimizer(optimizer)
+    _refuse_copies(optimizer)
     if isinstance(optimizer, SparseMaskedAdamW) and optimizer.masks:
         raise ValueError(
             "optimizer: it has masks, which a correction from outside would not keep; give ElasticAdamW the masks and "
@@ -233,7 +274,32 @@ def protect(
             raise type(error)(f"memory: parameter {_name(optimizer, param)} {error}") from None
         assert isinstance(found, FittedLowRank)
         fitted[param] = found
-    return Protection(optimizer, memory, fitted, every, seed)
+    return Protection(optimizer, memory, fitted, every, seed, row_strength > 0)
+
+
+def _refuse_copies(optimizer: torch.optim.Optimizer) -> None:
+    """Raises a ValueError if the optimizer writes weights from a copy that no correction reaches."""
+    kind = type(optimizer).__name__
+    if callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None)):
+        raise ValueError(
+            f"optimizer: {kind} keeps an average of the weights, which eval() puts in their place and no correction "
+            "reaches; take an optimizer without train() and eval(), such as torch's AdamW with a schedule"
+        )
+    for group in optimizer.param_groups if isinstance(optimizer, SparseMaskedAdamW) else ():
+        if group["master_weights"] and any(p.dtype.itemsize == 2 for p in group["params"]):
+            raise ValueError(
+                f"optimizer: {kind} writes 16-bit weights from its float32 masters, over any correction from outside; "
+                "give ElasticAdamW the memory, or make it with master_weights=False"
+            )
+
+
+def _version(memory: SubspaceMemory | Bases) -> int | None:
+    return memory.version if isinstance(memory, SubspaceMemory) else None
+
+
+def _is_still(param: Tensor) -> bool:
+    """No optimizer moves it."""
+    return not param.requires_grad and param.grad is None
 
 
 def _name(optimizer: torch.optim.Optimizer, param: Tensor) -> str:

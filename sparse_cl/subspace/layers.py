@@ -189,6 +189,8 @@ def _layers_of_module(model: nn.Module, trained: bool) -> tuple[dict[str, Layer]
         if not isinstance(module, nn.Linear) and not transposed:
             continue
         own: Any = module
+        if id(own.weight) not in names:
+            continue  # computed of other parameters at each pass, as by weight_norm
         layer = by_param.get(id(own.weight))
         if layer is None:
             name = names[id(own.weight)]

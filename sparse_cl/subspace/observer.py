@@ -116,6 +116,8 @@ class Observer:
     def _note(self, layer: Layer, inputs: Tensor) -> None:
         if inputs.shape[-1] != layer.width:
             return  # the layer itself says best what is wrong
+        if not inputs.numel():
+            return  # an expert that no token was sent to has seen nothing
         self.reads[layer.name] += 1
         if self._shared(layer, inputs):
             return

@@ -11,10 +11,18 @@ from cases.methods import copy_of, domain, logits, same, weights
 from cases.trainers import records
 from torch.utils.data import DataLoader, IterableDataset
 
-from sparse_cl import ColumnMask, ElementMask, RowMask, SparseMaskedAdamW, TwoFourMask
-from sparse_cl.integrations import continual
+from sparse_cl import (
+    ColumnMask,
+    ElasticAdamW,
+    ElementMask,
+    RowMask,
+    SparseMaskedAdamW,
+    SubspaceProjectedAdamW,
+    TwoFourMask,
+)
+from sparse_cl.integrations import Domain, continual
 from sparse_cl.integrations.looking import Looking, as_batch
-from sparse_cl.methods import Elastic, LoRA
+from sparse_cl.methods import Elastic, LoRA, Orthogonal
 from sparse_cl.optim.active_gradients import active_gradients
 
 
@@ -88,6 +96,61 @@ def test_other_parameters_and_other_methods_are_refused(tiny_llama):
         loop(LoRA(), tiny_llama, 0)
     with pytest.raises(TypeError, match="optimizer: expected a torch.optim.Optimizer, got int"):
         loop(Elastic(), tiny_llama, 0, optimizer=3)
+
+
+def adamw(model):
+    return torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+
+def test_what_an_optimizer_of_ours_protects_is_not_dropped(tiny_llama):
+    method = Elastic()
+    loop(method, tiny_llama, 0)
+    optimizer = ElasticAdamW(tiny_llama.named_parameters(), memory=method.memory, budget=1e-4)
+    with pytest.raises(ValueError, match="ElasticAdamW protects something already, .* method.remember"):
+        Domain(Elastic(), tiny_llama, domain(1), optimizer)
+    assert optimizer.memory is method.memory
+    with pytest.warns(UserWarning, match=r"its own rule \(a budget of 0.0001, rows .*, not the method's \(20, rows"):
+        Domain(method, tiny_llama, domain(1), optimizer).close()
+
+
+def test_a_hard_method_wants_an_optimizer_that_keeps_out(tiny_llama):
+    with pytest.raises(ValueError, match=r"lets old outputs move \(a pull of 20\), .* take SubspaceProjectedAdamW"):
+        Domain(Orthogonal(), tiny_llama, domain(0), ElasticAdamW(tiny_llama.named_parameters()))
+    for optimizer in (SubspaceProjectedAdamW, lambda p: ElasticAdamW(p, budget=0)):
+        Domain(Orthogonal(), tiny_llama, domain(0), optimizer(tiny_llama.named_parameters())).close()
+
+
+def test_another_optimizer_beside_or_after_the_protected_one_is_noticed(tiny_llama):
+    method = Elastic()
+    loop(method, tiny_llama, 0)
+    halves = [[p for n, p in tiny_llama.named_parameters() if ("mlp" in n) is mlp] for mlp in (True, False)]
+    one, two = (torch.optim.AdamW(half, lr=1e-2) for half in halves)
+    with (
+        pytest.warns(UserWarning, match=r"weights that the memory knows have gradients and are not in this optimizer"),
+        continual(method, tiny_llama, domain(1), one),
+    ):
+        tiny_llama(**domain(1)[0]).loss.backward()
+        one.step()
+        two.step()
+    tiny_llama.zero_grad()
+    with (
+        pytest.warns(UserWarning, match="was written after the last step of the optimizer that was given"),
+        continual(method, tiny_llama, domain(2), optimizer := adamw(tiny_llama)),
+    ):
+        for _ in range(2):
+            tiny_llama(**domain(2)[0]).loss.backward()
+            optimizer.step()
+            optimizer = adamw(tiny_llama)
+
+
+def test_a_domain_that_is_resumed_without_its_memory_is_refused(tiny_llama):
+    method = Elastic()
+    loop(method, tiny_llama, 0)
+    first = Domain(method, tiny_llama, domain(1), adamw(tiny_llama))
+    state = first.state_dict()
+    first.close()
+    with pytest.raises(ValueError, match="memory: expected the one that the domain began with, got none"):
+        Domain(Elastic(), tiny_llama, domain(1), adamw(tiny_llama), resumes=state)
 
 
 class Stream(IterableDataset):

@@ -117,6 +117,29 @@ def test_a_checkpoint_without_the_protection_is_refused(tiny_llama, tmp_path):
         trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
 
 
+def test_a_checkpoint_in_a_domain_is_no_memory_of_it(tiny_llama, tmp_path):
+    saving = {"save_strategy": "steps", "save_steps": 6}
+    trainer_of(tiny_llama, records(0), tmp_path / "0", [elastic()], **saving).train()
+    later = trainer_of(tiny_llama, records(1), tmp_path / "1", [elastic(memory=tmp_path / "0" / "checkpoint-6")])
+    with pytest.raises(ValueError, match="is a checkpoint in the middle of a domain, .*give the output folder"):
+        later.train()
+
+
+def test_training_that_was_interrupted_begins_again(tiny_llama, tmp_path):
+    class Interrupts(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            raise KeyboardInterrupt
+
+    method, interrupts = Elastic(), Interrupts()
+    trainer_of(tiny_llama, records(0), tmp_path / "0", [ContinualCallback(method)]).train()
+    trainer = trainer_of(tiny_llama, records(1), tmp_path / "1", [ContinualCallback(method), interrupts])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.remove_callback(interrupts)
+    trainer.train()
+    assert method.memory.domains == 2
+
+
 def test_an_adapter_of_the_users(tiny_llama, tmp_path):
     def wrapped():
         torch.manual_seed(0)

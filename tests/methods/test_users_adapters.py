@@ -37,6 +37,12 @@ def test_every_a_and_b_is_held_in_the_second_domain(tiny_llama, make, options):
     assert set(method.make_optimizer(model, 1e-3).projections) == trained
 
 
+@pytest.mark.parametrize("make", [Elastic, Orthogonal])
+def test_dora_whose_change_is_more_than_b_a_is_refused(tiny_llama, make):
+    with pytest.raises(ValueError, match="model: adapter 'default' of .*q_proj is a variant of LoRA .*use_dora=True"):
+        make().before_domain(wrapped(tiny_llama, use_dora=True), domain(0))
+
+
 def test_a_trained_head_is_held_by_what_all_tokens_put_into_it(tiny_llama):
     method = Elastic()
     model = learn(method, wrapped(tiny_llama, modules_to_save=["lm_head"]), domain(0)).eval()

@@ -205,3 +205,130 @@ def test_rounding_is_right_on_average(dtype):
     assert ((rounded.double().mean(0) - values[0]).abs() <= 5 * step / 2000**0.5).all()
     exact = torch.tensor([0.0, 1.0, -2.5])
     assert torch.equal(_rounded(exact, dtype, torch.Generator()), exact.to(dtype))
+
+
+def known():
+    """A model of two layers, and a memory of what one domain puts into them."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(N, N), torch.nn.Tanh(), torch.nn.Linear(N, N))
+    memory = SubspaceMemory(model, source="inputs", max_rank=4)
+    look(memory, model)
+    return model, memory
+
+
+def look(memory, model):
+    with torch.no_grad(), memory.watch():
+        model(torch.randn(40, 3) @ torch.randn(3, N))
+    memory.observe()
+    memory.consolidate()
+
+
+def step(model, optimizer, **arguments):
+    optimizer.zero_grad()
+    model(torch.randn(16, N)).square().mean().backward()
+    optimizer.step(**arguments)
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_a_memory_that_has_learned_since_is_not_followed_silently(empty):
+    model, memory = known()
+    memory = SubspaceMemory(model, source="inputs", max_rank=4) if empty else memory
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    protection = protect(optimizer, memory, budget=1e-4)
+    look(memory, model)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match=r"the memory has learned a domain since, .* call .remove\(\) of it"):
+        step(model, optimizer)
+    assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
+    protection.remove()
+    protection = protect(optimizer, memory, budget=1e-4)
+    step(model, optimizer)
+    assert 0 < max(protection.old_output_drift().values()) <= 1.01e-4
+
+
+def test_what_is_added_to_the_optimizer_is_refused_or_named():
+    model, memory = known()
+    optimizer = torch.optim.AdamW(model[2].parameters(), lr=1e-2)
+    protect(optimizer, memory, budget=1e-4)
+    extra = torch.nn.Parameter(torch.zeros(N, N))
+    step(model, optimizer)
+    optimizer.add_param_group({"params": [extra]})
+    extra.grad = torch.ones(N, N)
+    with pytest.warns(UserWarning, match="1 parameters of two or more dimensions are trained unprotected"):
+        optimizer.step()
+    optimizer.add_param_group({"params": list(model[0].parameters())})
+    with pytest.raises(RuntimeError, match="parameter number 0 of group 2 was added to the optimizer since"):
+        step(model, optimizer)
+
+
+def test_a_closure_has_the_rest_named_too():
+    model, memory = known()
+    extra = torch.nn.Parameter(torch.eye(N))
+    optimizer = torch.optim.AdamW([*model.parameters(), extra], lr=1e-2)
+    protect(optimizer, memory, budget=1e-4)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (model(torch.randn(16, N)) @ extra).square().mean()
+        loss.backward()
+        return loss
+
+    with pytest.warns(UserWarning, match="trained unprotected, as it never saw what goes into them: number 4 of"):
+        optimizer.step(closure)
+
+
+class Averages(torch.optim.AdamW):
+    """As the schedule-free optimizers."""
+
+    def train(self): ...
+    def eval(self): ...
+
+
+def test_optimizers_that_keep_another_copy_of_the_weights_are_refused():
+    weight, s = parameter(torch.bfloat16), subspace()
+    with pytest.raises(ValueError, match="writes 16-bit weights from its float32 masters, .* master_weights=False"):
+        protect(SparseMaskedAdamW([weight]), {weight: s}, budget=1.0)
+    protect(SparseMaskedAdamW([weight], master_weights=False), {weight: s}, budget=1.0)
+    with pytest.raises(ValueError, match="Averages keeps an average of the weights"):
+        protect(Averages([weight]), {weight: s}, budget=1.0)
+
+
+class Wrapper(torch.optim.Optimizer):
+    """As accelerate's, which has all these methods and no hooks of its own."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+    def train(self): ...
+    def eval(self): ...
+
+
+class Steps(torch.optim.AdamW):
+    def step(self, closure=None):
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("rule", GIVEN)
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_step_within_a_step_is_one(rule, every):
+    ends = []
+    for kind in (torch.optim.AdamW, Steps):
+        weight, s = parameter(), subspace()
+        optimizer = kind([weight], lr=1e-2)
+        protection = protect(Wrapper(optimizer), {weight: s}, **GIVEN[rule], every=every)
+        run(optimizer, weight, 9)
+        assert protection.steps == 9
+        ends.append(weight.detach())
+    torch.testing.assert_close(*ends, rtol=0, atol=1e-6)
+
+
+def test_what_is_frozen_in_mid_domain_stays_as_it_is():
+    model, memory = known()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    protection = protect(optimizer, memory, strength=5.0)
+    step(model, optimizer)
+    model[0].requires_grad_(False)
+    before = model[0].weight.clone()
+    for _ in range(3):
+        step(model, optimizer)
+    assert torch.equal(model[0].weight, before) and protection.steps == 4

@@ -99,7 +99,7 @@ def test_trained_it_is_named_once(net, memory, hook):
     assert len(told) == 1 and told[0].startswith(
         "memory: 3 parameters of two or more dimensions are trained unprotected"
     )
-    assert told[0].endswith("rest='freeze' leaves them as they are")
+    assert told[0].endswith("rest='freeze' leaves them as they are") is not hook  # `protect` has no `rest`
 
 
 def test_what_runs_for_the_first_time_later_is_named_then(net, memory):

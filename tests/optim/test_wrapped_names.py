@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from sparse_cl import ColumnMask, ElasticAdamW, RowMask, SparseMaskedAdamW, SubspaceMemory
+from sparse_cl import ColumnMask, ElasticAdamW, RowMask, SparseMaskedAdamW, SubspaceMemory, SubspaceProjectedAdamW
 
 SHAPE = (6, 4)
 
@@ -74,6 +74,29 @@ def test_a_memory_of_the_model_serves_its_wrapped_self(tmp_path, wrap, bound):
     optimizer = ElasticAdamW(wrapped.named_parameters(), memory=loaded)
     assert len(optimizer.projections) == 2
     assert SubspaceMemory(wrapped, source="inputs").names == memory.names
+
+
+@pytest.mark.parametrize("prefix", ["", "_orig_mod.", "module."])
+def test_rows_of_a_tied_embedding_are_known_by_such_names_too(tmp_path, prefix):
+    model = nn.ModuleDict({"table": nn.Embedding(9, 4), "head": nn.Linear(4, 9, bias=False)})
+    model["head"].weight = model["table"].weight
+    memory = SubspaceMemory(model, source="inputs")
+    with torch.no_grad(), memory.watch():
+        model["head"](model["table"](torch.tensor([1, 5])))
+    memory.observe()
+    memory.consolidate()
+    memory.save(tmp_path / "memory.safetensors")
+    memory = SubspaceMemory.load(tmp_path / "memory.safetensors")
+    params = [(prefix + name, param) for name, param in model.named_parameters()]
+    held = ElasticAdamW(params, lr=1e-2, memory=memory, budget=0)
+    frozen = SubspaceProjectedAdamW(params, lr=1e-2, memory=memory)
+    weight = model["table"].weight
+    for optimizer, rows in ((held, [1, 5]), (frozen, range(9))):
+        before = weight.detach().clone()
+        weight.grad = torch.randn(9, 4)
+        optimizer.step()
+        assert torch.equal(weight[list(rows)], before[list(rows)])
+        assert torch.equal(weight, before) is (optimizer is frozen)
 
 
 def stepped(**options):

@@ -269,3 +269,20 @@ def test_layers_in_a_batch_are_as_layers_alone():
     for param, single in zip(params, alone, strict=True):
         assert largest_angle(together.basis(param), single.basis("w")) <= 1e-5
         assert together.rank(param) == single.rank("w") > 0
+
+
+def test_an_expert_that_no_token_is_sent_to_has_seen_nothing():
+    experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+    memory = SubspaceMemory(experts, source="inputs", max_rank=4)
+    with torch.no_grad(), memory.watch():
+        experts[0](torch.randn(6, 8))
+        experts[1](torch.randn(0, 8))
+    memory.observe()
+    memory.consolidate()
+    assert memory.has_seen(experts[0].weight) and not memory.has_seen(experts[1].weight)
+
+
+@pytest.mark.parametrize("norm", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm])
+def test_weights_that_a_pass_computes_are_not_tracked(norm):
+    model = nn.Sequential(nn.Linear(8, 8), norm(nn.Linear(8, 8)))
+    assert SubspaceMemory(model, source="inputs", max_rank=4).names == ["0.weight"]
