@@ -8,7 +8,7 @@ from cases.methods import copy_of, domain, logits, same, weights
 from cases.trainers import records
 from torch.utils.data import DataLoader
 
-from sparse_cl import RowMask, SparseMaskedAdamW
+from sparse_cl import ElasticAdamW, RowMask, SparseMaskedAdamW
 from sparse_cl.methods import Elastic, load_carried
 
 lightning = pytest.importorskip("lightning")
@@ -71,6 +71,34 @@ def test_a_second_domain_is_protected_and_goes_on_from_a_checkpoint(tiny_llama, 
     assert same(ends[0], ends[1])
     assert moved[0] < 0.8 * moved[2]
     assert load_carried(tmp_path / "1").memory.domains == 2
+
+
+def test_a_domain_that_is_resumed_without_its_memory_is_refused(tiny_llama, tmp_path):
+    from sparse_cl.integrations import ContinualLightning
+
+    fit(Module(tiny_llama), 0, tmp_path / "0", ContinualLightning(Elastic(), folder=tmp_path / "0"))
+    later = ContinualLightning(Elastic(), memory=tmp_path / "0")
+    fit(Module(copy_of(tiny_llama)), 1, tmp_path / "1", later)
+    (checkpoint,) = (tmp_path / "1").glob("*step=4.ckpt")
+    with pytest.raises(ValueError, match="memory: expected the one that the domain began with"):
+        fit(Module(tiny_llama), 1, tmp_path / "2", ContinualLightning(Elastic()), checkpoint)
+
+
+def test_our_own_optimizer_goes_on_with_the_same_bits(tiny_llama, tmp_path):
+    from sparse_cl.integrations import ContinualLightning
+
+    def make(model):
+        return ElasticAdamW(model.named_parameters(), lr=1e-2)
+
+    fit(Module(tiny_llama, make), 0, tmp_path / "0", ContinualLightning(Elastic(), folder=tmp_path / "0"))
+    ends = []
+    for resumes in (False, True):
+        model = copy_of(tiny_llama)
+        paths = sorted((tmp_path / "False").glob("*step=4.ckpt")) if resumes else [None]
+        callback = ContinualLightning(Elastic(), memory=tmp_path / "0")
+        fit(Module(model, make), 1, tmp_path / str(resumes), callback, paths[0])
+        ends.append(weights(model))
+    assert same(*ends)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])

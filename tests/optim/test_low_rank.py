@@ -308,3 +308,21 @@ def test_a_state_of_another_rank_is_refused():
     with pytest.raises(ValueError, match=r"state of parameter 'w': projection.moved: expected .*\(24, 4\), got \(24"):
         other.step()
     assert torch.equal(second.detach(), before)
+
+
+@pytest.mark.parametrize("given", [{"strength": 5.0}, {"budget": 1e-3}])
+def test_a_memory_that_is_set_begins_where_the_weights_are_whatever_a_state_kept(given):
+    weight, ends = parameter(), []
+    first = ElasticAdamW([weight], lr=1e-2, memory={weight: subspace()}, **given)
+    run(first, weight, 20)
+    for follows in (True, False):
+        own = torch.nn.Parameter(weight.detach().clone())
+        optimizer = ElasticAdamW([own], lr=1e-2, **given)
+        if follows:
+            optimizer.set_memory({own: subspace()})
+        optimizer.load_state_dict(copy.deepcopy(first.state_dict()))
+        optimizer.set_memory({own: subspace(seed=3)})
+        run(optimizer, own, 20)
+        ends.append(own.detach())
+    assert torch.equal(*ends)
+    assert drift(ends[0], weight.detach().double(), subspace(seed=3)) <= given.get("budget", 1) * 1.001
