@@ -260,6 +260,11 @@ def protect(
     if any(isinstance(getattr(hook, "__self__", None), Protection) for hook in hooks):
         raise ValueError("optimizer: it is protected already; call .remove() of that protection first")
     every, rule, fitted = check_every(every), rule_of(strength, budget, row_strength), {}
+    if any(group.get("lr") is None for group in optimizer.param_groups):
+        raise ValueError(
+            f"optimizer: {type(optimizer).__name__} chooses its own learning rate (lr None), which the correction goes "
+            "by; give it one (of Adafactor: relative_step=False)"
+        )
     for param, known in known_of(optimizer.param_groups, memory, row_strength > 0).items():
         if owner_of(param) is not None:
             raise ValueError(

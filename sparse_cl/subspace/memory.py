@@ -84,10 +84,9 @@ class SubspaceMemory:
         self._begin(settings, layers, tables)
 
     def _begin(self, settings: Settings, layers: dict[str, Layer], tables: dict[str, Table], domains: int = 0) -> None:
-        self.settings = settings
-        #: Goes up whenever a basis may have changed.
+        self.settings, self._layers, self._tables = settings, layers, tables
+        #: Goes up whenever a basis may have changed, or is tied to other parameters.
         self.version = 0
-        self._layers, self._tables = layers, tables
         self._observer = Observer(settings, layers, tables, domains)
         self._know()
 
@@ -319,7 +318,7 @@ class SubspaceMemory:
                     f"the memory knows the embedding {name!r} of {table.height} rows, but the model has {rows}; "
                     "it was made for another model"
                 )
-        moved: dict[tuple, Subspace | None] = {}
+        before, moved = {*self._by_param, *self._table_of}, dict[tuple, Subspace | None]()
         for name, layer in self._layers.items():
             for fact in ("param", "modules", "places", "shape"):
                 setattr(layer, fact, getattr(found[name], fact))
@@ -330,7 +329,7 @@ class SubspaceMemory:
             table.fit(tables[name].height)
         self._know()
         self._observer.attach()
-        self.version += 1
+        self.version += before != {*self._by_param, *self._table_of}
 
     def follow(self) -> dict[str, Any]:
         """Ties it to the parameters that its layers have now, as after ``fully_shard``; these weights by name."""

@@ -291,6 +291,10 @@ def test_optimizers_that_keep_another_copy_of_the_weights_are_refused():
     protect(SparseMaskedAdamW([weight], master_weights=False), {weight: s}, budget=1.0)
     with pytest.raises(ValueError, match="Averages keeps an average of the weights"):
         protect(Averages([weight]), {weight: s}, budget=1.0)
+    own = torch.optim.AdamW([weight])
+    own.param_groups[0]["lr"] = None  # as Adafactor of transformers has it
+    with pytest.raises(ValueError, match="AdamW chooses its own learning rate"):
+        protect(own, {weight: s}, budget=1.0)
 
 
 class Wrapper(torch.optim.Optimizer):

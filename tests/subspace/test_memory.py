@@ -286,3 +286,13 @@ def test_an_expert_that_no_token_is_sent_to_has_seen_nothing():
 def test_weights_that_a_pass_computes_are_not_tracked(norm):
     model = nn.Sequential(nn.Linear(8, 8), norm(nn.Linear(8, 8)))
     assert SubspaceMemory(model, source="inputs", max_rank=4).names == ["0.weight"]
+
+
+def test_to_be_bound_to_the_same_model_again_begins_no_domain():
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    memory = SubspaceMemory(model, source="inputs", max_rank=4)
+    before = memory.version
+    memory.bind(model)
+    assert memory.version == before
+    memory.bind(copy.deepcopy(model))
+    assert memory.version > before
