@@ -116,7 +116,7 @@ def rows(found: Sequence[Point]) -> list[list[str]]:
     for size in dict.fromkeys(point.parameters for point in found):
         own = [point for point in found if point.parameters == size]
         lost = [point.lost for point in own]
-        name = own[0].model.rsplit("-", 1)[0] if own[0].of_family else own[0].model
+        name = f"width {own[0].model.split('-')[1]}" if own[0].of_family else own[0].model
         spread = f" ({min(lost):.0%} to {max(lost):.0%})" if len(own) > 1 else ""
         learned, rate = fmean(p.learned for p in own), math.exp(fmean(math.log(p.rate) for p in own))
         many = [name, f"{size / 1e6:.3g} M", str(len(own)), f"{rate:.1e}", f"{learned:.2f}"]
@@ -140,11 +140,13 @@ def table(found: Sequence[Point]) -> str:
 
 
 def draw(found: Sequence[Point], path: Path) -> None:
-    """The share lost against the number of parameters, both logarithmic, with the family's line."""
+    """The share lost against the number of parameters, with the family's line."""
     figure, axes = new_figure(1, 1, 6.0, 4.0)
     axis = axes[0][0]
     for alike, marker in ((True, "o"), (False, "s")):
         own = [point for point in found if point.of_family == alike]
+        if not own:
+            continue
         label = "Llamas that differ in width alone" if alike else "other models"
         axis.plot([p.parameters for p in own], [p.lost for p in own], marker, label=label, fillstyle="none")
     family = [point for point in found if point.of_family]
@@ -152,8 +154,8 @@ def draw(found: Sequence[Point], path: Path) -> None:
     slope, _ = exponent(found)
     middle = fmean(math.log(point.lost) - slope * math.log(point.parameters) for point in family)
     axis.plot(sizes, math.exp(middle) * sizes**slope, "-", color="grey", linewidth=1)
-    axis.set(
-        xscale="log", yscale="log", xlabel="parameters", ylabel=f"lost, where {MATCHED:.0%} of the best is learned"
-    )
+    axis.set(xscale="log", xlabel="parameters", ylabel=f"lost, where {MATCHED:.0%} of the best is learned")
+    axis.set_ylim(0, 1)
+    axis.yaxis.set_major_formatter("{x:.0%}")
     axis.legend(fontsize=8)
     figure.savefig(path, dpi=130)

@@ -46,6 +46,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "routing-shared": routing.routing_shared,
     "shared-features": methods.shared_features,
     "sharded-memory": costs.sharded_memory,
+    "size": methods.sizes,
     "streams": methods.streams,
     "tracks": lambda: methods.study("tracks"),
     "tuned": methods.tuned,

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from benchmarks.arena import main_study, main_table
+from benchmarks.arena import main_study, main_table, size
 
 from .cells import between, exact_answers, mean_of, number, results, sixteen
 
@@ -250,6 +250,10 @@ def _tuned_ends() -> str:
     )
 
 
+def _size() -> str:
+    return size.sentence(size.of_results())
+
+
 def _step_of_elastic() -> str:
     quartiles = [found["quartiles of the ratio of whole steps"] for found in results("elastic-step").values()]
     each, fourth = (
@@ -290,7 +294,7 @@ SENTENCES: Mapping[str, Sequence[Callable[[], str]]] = {
             _kfac,
             _strength,
         ),
-        *(_tuned, _tuned_ends, _sequence),
+        *(_tuned, _tuned_ends, _sequence, _size),
     ),
 }
 """Document → its sentences."""

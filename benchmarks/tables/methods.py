@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from statistics import fmean
 from typing import Any
 
-from benchmarks.arena import ceiling, main_study, main_table
+from benchmarks.arena import ceiling, main_study, main_table, size
 
 from .cells import bare, bold, exact_answers, number, results, several, table
 
@@ -70,6 +70,11 @@ def tuned() -> str:
         learned, acc = (number(best["summary"][key], ".2f") for key in ("learned", "acc"))
         rows.append([f"`{entry}`", f"`{main_table.chosen_of(best)}`", learned, lost, acc])
     return table(("by ACC", "rate and option", "learned", "lost", "ACC"), sorted(rows, key=lambda row: row[-1]))
+
+
+def sizes() -> str:
+    """What AdamW forgets of models of several sizes, where they have learned alike."""
+    return table(size.HEADER, size.rows(size.of_results()))
 
 
 def demo() -> str:

@@ -227,6 +227,6 @@ def test_models_are_compared_where_they_learned_the_same_share_of_their_best(tmp
     said = size.sentence(found)
     assert "90 % of its best, the share lost falls with the size: it goes as parameters^(−0.25 ± 0.00)." in said
     assert size.table(found).endswith(said)
-    assert size.rows(found)[0][:4] == ["pretrained-1", "1 M", "2", "3.2e-03"]
+    assert size.rows(found)[0][:4] == ["width 1", "1 M", "2", "3.2e-03"]
     size.draw(found, tmp_path / "size.png")
     assert (tmp_path / "size.png").read_bytes().startswith(b"\x89PNG")
