@@ -110,9 +110,8 @@ def gemma(models: Path, data: Path, out: Path) -> dict[str, Settings]:
     def points(names: Iterable[str], factor: float = 1) -> dict[str, dict[str, Any]]:
         return {f"{name}-{rates[name] * factor:g}": {"method": name, "lr": rates[name] * factor} for name in names}
 
-    others = (
-        points(("adamw", "elastic", "lora"), 0.4) | points(("adamw",), 0.16) | points(("adamw", "elastic", "lora"), 2)
-    )
+    three = ("adamw", "elastic", "lora")
+    others = points(three, 0.4) | points(("adamw",), 0.16) | points(three, 2)
     every = over(_pretrained(models / "gemma-trimmed", data, out), ORDERS, (0, 1), points(rates) | others)
     wanted = [(points(list(rates)[:most]), GIVEN, seed) for most in (2, 4) for seed in (0, 1)]
     wanted += [(points(rates) | others, GIVEN, 0), (points(rates), GIVEN, 1), (points(rates), REVERSE, 0)]

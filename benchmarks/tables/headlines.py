@@ -31,10 +31,8 @@ def _gemma() -> str:
 def _gemma_best() -> str:
     """AdamW at the better of its rates, and what share of its learning ours reach."""
     learned, lost = (mean_of("gemma", key, "adamw-2e-05-given") for key in ("learned", "gain_lost"))
-    own = [
-        mean_of("gemma", "learned", f"{point}-given") / learned for point in ("elastic-5e-05", "elastic-lora-0.0005")
-    ]
-    shares = [number(share, ".0%") for share in own]
+    points = ("elastic-5e-05-given", "elastic-lora-0.0005-given")
+    shares = [number(mean_of("gemma", "learned", point) / learned, ".0%") for point in points]
     return (
         f"At 2e-5 (one seed) AdamW learns {learned:.3f} and loses {number(lost, '.0%')}; `elastic` at 5e-5 learns "
         f"{shares[0]} of that, `elastic-lora` {shares[1]}."
@@ -282,19 +280,8 @@ SENTENCES: Mapping[str, Sequence[Callable[[], str]]] = {
     "docs/optimizers.md": (_leak_of_rounding, _step_of_elastic),
     "docs/speed.md": (_products,),
     "docs/results.md": (
-        *(
-            _gemma_kept,
-            _gemma_best,
-            _gemma_own,
-            _gemma_others,
-            _main,
-            _main_more,
-            _main_ends,
-            _main_alike,
-            _kfac,
-            _strength,
-        ),
-        *(_tuned, _tuned_ends, _sequence, _size),
+        *(_gemma_kept, _gemma_best, _gemma_own, _gemma_others, _main, _main_more, _main_ends, _main_alike, _kfac),
+        *(_strength, _tuned, _tuned_ends, _sequence, _size),
     ),
 }
 """Document → its sentences."""

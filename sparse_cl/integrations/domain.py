@@ -68,6 +68,8 @@ class Domain:
         self.batches = Looking(loader, self.model, records)
         self.domains = _LEARNED.get(method, [])
         _check_own(self.model, self.optimizer)
+        if isinstance(self.optimizer, MemoryAdamW):
+            _check_rule(method, self.optimizer)
         if memory is not None:
             if resumes is None and (Path(memory) / STATE).is_file():
                 raise ValueError(
@@ -89,7 +91,6 @@ class Domain:
             )
         self.protection = None
         if isinstance(self.optimizer, MemoryAdamW):
-            _check_rule(method, self.optimizer)
             state = self.optimizer.state_dict() if resumes is not None else None
             self.optimizer.set_memory(getattr(method, "memory", None) if _remembers(method) else None)
             if state is not None:

@@ -250,21 +250,11 @@ def protect(
             knows was added, or the memory has learned a domain.
     """
     optimizer = plain_optimizer(optimizer)
-    _refuse_copies(optimizer)
-    if isinstance(optimizer, SparseMaskedAdamW) and optimizer.masks:
-        raise ValueError(
-            "optimizer: it has masks, which a correction from outside would not keep; give ElasticAdamW the masks and "
-            "the memory"
-        )
+    _refuse_uncorrectable(optimizer)
     hooks = optimizer._optimizer_step_post_hooks.values()
     if any(isinstance(getattr(hook, "__self__", None), Protection) for hook in hooks):
         raise ValueError("optimizer: it is protected already; call .remove() of that protection first")
     every, rule, fitted = check_every(every), rule_of(strength, budget, row_strength), {}
-    if any(group.get("lr") is None for group in optimizer.param_groups):
-        raise ValueError(
-            f"optimizer: {type(optimizer).__name__} chooses its own learning rate (lr None), which the correction goes "
-            "by; give it one (of Adafactor: relative_step=False)"
-        )
     for param, known in known_of(optimizer.param_groups, memory, row_strength > 0).items():
         if owner_of(param) is not None:
             raise ValueError(
@@ -282,9 +272,19 @@ def protect(
     return Protection(optimizer, memory, fitted, every, seed, row_strength > 0)
 
 
-def _refuse_copies(optimizer: torch.optim.Optimizer) -> None:
-    """Raises a ValueError if the optimizer writes weights from a copy that no correction reaches."""
+def _refuse_uncorrectable(optimizer: torch.optim.Optimizer) -> None:
+    """Raises a ValueError if a correction from outside would break what the optimizer keeps, or be undone by it."""
     kind = type(optimizer).__name__
+    if isinstance(optimizer, SparseMaskedAdamW) and optimizer.masks:
+        raise ValueError(
+            "optimizer: it has masks, which a correction from outside would not keep; give ElasticAdamW the masks and "
+            "the memory"
+        )
+    if any(group.get("lr") is None for group in optimizer.param_groups):
+        raise ValueError(
+            f"optimizer: {kind} chooses its own learning rate (lr None), which the correction goes "
+            "by; give it one (of Adafactor: relative_step=False)"
+        )
     if callable(getattr(optimizer, "train", None)) and callable(getattr(optimizer, "eval", None)):
         raise ValueError(
             f"optimizer: {kind} keeps an average of the weights, which eval() puts in their place and no correction "
