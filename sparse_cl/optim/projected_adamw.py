@@ -160,6 +160,8 @@ class ProjectedAdamW(SparseMaskedAdamW):
             if param not in given or given[param] is not self._given.get(param):
                 for name in self._kept(param):
                     del self.state[param][PROJECTION + name]
+        if begins:
+            self._store.forget_emptied()
         self._given = given
         self._projections = {param: fit for param, fit in fitted.items() if given[param].any}
         for param, fit in self._projections.items():
@@ -198,10 +200,17 @@ class ProjectedAdamW(SparseMaskedAdamW):
         return not (self._rest == "freeze" and self._projections and self._is_rest(param))
 
     def _ready(self, param: Tensor, group: dict[str, Any]) -> ParameterState:
-        packed, projection = super()._ready(param, group), self._projections.get(param)
+        projection = self._projections.get(param)
+        shapes = {} if projection is None else projection.shapes(tuple(weight_of(param).shape))
+        if shapes and self._store.is_emptied(param):
+            raise RuntimeError(
+                f"state of parameter {self._store.name(param)}: it was emptied within a domain, and with it where the "
+                f"weight began; load a checkpoint, or begin a new domain by setting the {self._argument} anew"
+            )
+        packed = super()._ready(param, group)
         if projection is None:
             return packed
-        own, shapes = self.state[param], projection.shapes(tuple(weight_of(param).shape))
+        own = self.state[param]
         missing = [name for name in shapes if PROJECTION + name not in own]
         if missing:
             self._store.refuse_capture(param)

@@ -146,6 +146,11 @@ class Protection:
                 f"{FSDP2}"
             )
         refuse_flattened(groups, "protect")
+        if moved := [param for param in self._fitted if not self._fits(param)]:
+            raise RuntimeError(
+                f"protect: {self._names[moved[0]]} was moved to another device or dtype since; call .remove() of this "
+                "protection, and protect(optimizer, memory) once the model is where it is trained"
+            )
         if _version(self._memory) != self._version:
             raise RuntimeError(
                 "protect: the memory has learned a domain since, or was bound to another model, and this protection "
@@ -162,6 +167,11 @@ class Protection:
             self._own, self._news = own, True
         self._begun = True
         self._tell(groups)
+
+    def _fits(self, param: Tensor) -> bool:
+        """Whether what is kept of it lies where it does, in its dtype."""
+        kept = (tensor for tensor in self._kept[param].values() if tensor.dim())
+        return all((t.device, t.dtype) == (param.device, _wide(param)) for t in kept)
 
     def _tell(self, groups: Groups) -> None:
         """Names once what is trained unprotected. A closure makes the gradients after `_before`."""

@@ -192,6 +192,14 @@ class StateStore:
             raise ValueError(mismatch)
         return self.put(param, packed)
 
+    def is_emptied(self, param: Tensor) -> bool:
+        """Whether it had a state that somebody else has taken away, unless `forget_emptied` was called since."""
+        return param in self.packed and not self._optimizer.state.get(param)
+
+    def forget_emptied(self) -> None:
+        """Has states that were taken away begin anew."""
+        self.packed = {param: packed for param, packed in self.packed.items() if self._optimizer.state.get(param)}
+
     def read(self, param: Tensor, entries: Mapping[str, Tensor], options: Mapping[str, Any]) -> ParameterState:
         """The state that a checkpoint holds for ``param``, not yet put in force."""
         piece = piece_of(param)

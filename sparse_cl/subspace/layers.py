@@ -180,7 +180,7 @@ def _layers_of_module(model: nn.Module, trained: bool) -> tuple[dict[str, Layer]
     for _, module in model.named_modules(remove_duplicate=False):
         if trained and not getattr(getattr(module, "weight", None), "requires_grad", False):
             continue
-        if isinstance(module, nn.Embedding):
+        if isinstance(module, nn.Embedding) and id(module.weight) in names:
             name = names[id(module.weight)]
             table = tables.setdefault(name, Table(name, len(module.weight), module.weight))
             if all(module is not other for other in table.modules):

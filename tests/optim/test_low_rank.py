@@ -326,3 +326,23 @@ def test_a_memory_that_is_set_begins_where_the_weights_are_whatever_a_state_kept
         ends.append(own.detach())
     assert torch.equal(*ends)
     assert drift(ends[0], weight.detach().double(), subspace(seed=3)) <= given.get("budget", 1) * 1.001
+
+
+@pytest.mark.parametrize("rule", ["pull", "budget"])
+def test_a_state_that_was_emptied_within_a_domain_is_refused(rule):
+    weight, projection = parameter(torch.float64), RULES[rule](subspace(torch.float64))
+    optimizer = ProjectedAdamW([weight], lr=1e-2, projections={weight: projection})
+    run(optimizer, weight, 3)
+    optimizer.state.clear()
+    before = weight.detach().clone()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="number 0 of group 0: it was emptied within a domain.*projections anew"):
+            optimizer.step()
+    assert torch.equal(weight, before)
+    assert not optimizer.state
+
+    optimizer.set_projections({weight: RULES[rule](subspace(torch.float64))})
+    optimizer.step()
+    kept = optimizer.state[weight]
+    torch.testing.assert_close(kept[KEY], (weight - before).detach() @ projection.subspace.basis)
+    assert kept["step"].item() == 1

@@ -246,6 +246,22 @@ def test_a_memory_that_has_learned_since_is_not_followed_silently(empty):
     assert 0 < max(protection.old_output_drift().values()) <= 1.01e-4
 
 
+def test_a_model_that_was_moved_since_is_refused_before_it_is_stepped():
+    model, memory = known()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    protect(optimizer, memory, budget=1e-4)
+    step(model, optimizer)
+    model.bfloat16().float()
+    step(model, optimizer)
+    model.double()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(RuntimeError, match=r"was moved to another device or dtype since; call .remove\(\)"):
+        for param in model.parameters():
+            param.grad = torch.ones_like(param)
+        optimizer.step()
+    assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
+
+
 def test_what_is_added_to_the_optimizer_is_refused_or_named():
     model, memory = known()
     optimizer = torch.optim.AdamW(model[2].parameters(), lr=1e-2)

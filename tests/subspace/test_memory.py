@@ -285,7 +285,8 @@ def test_an_expert_that_no_token_is_sent_to_has_seen_nothing():
 @pytest.mark.parametrize("norm", [nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm])
 def test_weights_that_a_pass_computes_are_not_tracked(norm):
     model = nn.Sequential(nn.Linear(8, 8), norm(nn.Linear(8, 8)))
-    assert SubspaceMemory(model, source="inputs", max_rank=4).names == ["0.weight"]
+    memory = SubspaceMemory(nn.Sequential(norm(nn.Embedding(8, 8)), model), source="inputs", max_rank=4)
+    assert (memory.names, memory.embeddings) == (["1.0.weight"], [])
 
 
 def test_to_be_bound_to_the_same_model_again_begins_no_domain():
