@@ -73,18 +73,17 @@ def tuning(models: Path, data: Path, out: Path) -> dict[str, Settings]:
 
 
 def main(models: Path, data: Path, out: Path) -> dict[str, Settings]:
-    """What tuning chose, on domains that nobody tuned on, and at half and twice its rate; after `tuning`."""
+    """What tuning chose, on domains that nobody tuned on, and at other rates; after `tuning`."""
     sources = _sources(data, out, *main_study.DATA)
     base = _base_5m(models, sources, domains=main_study.TESTING, eval_records=256, score="learned")
     points = main_study.chosen(kept("tuning"))
     asked_first = {entry: point for entry, point in points.items() if entry in main_study.ASKED_FIRST}
     found = {}
     for some in (asked_first, points):
-        found |= over(base, (GIVEN,), main_study.OF_CURVES, some)
-        for factor in main_study.FACTORS:
-            found |= over(base, (GIVEN,), main_study.OF_CURVES, main_study.curves(some, factor))
+        found |= over(base, (GIVEN,), main_study.OF_CURVES, some | main_study.curves(some))
         if some is asked_first:
-            found |= over(base, (GIVEN,), main_study.OF_CURVES, main_study.more_curves(some))
+            found |= over(base, (GIVEN,), main_study.OF_CURVES, main_study.other_strengths(some))
+            found |= over(base, (GIVEN,), main_study.SEEDS, some)
     return found | over(base, (GIVEN,), main_study.SEEDS, points)
 
 
@@ -102,20 +101,20 @@ def long(models: Path, data: Path, out: Path) -> dict[str, Settings]:
 
 
 def gemma(models: Path, data: Path, out: Path) -> dict[str, Settings]:
-    """Gemma 3 270M, vocabulary trimmed: eight methods, those that matter most first, and other rates of the three that
-    the others are measured by; then second seeds, and the reverse order, one seed."""
+    """Gemma 3 270M, vocabulary trimmed: eight methods at two rates, those that matter most first, and another one where
+    the better of the two is at the end of the range; then second seeds, and the reverse order, one seed."""
     rates = {"adamw": 5e-5, "elastic": 5e-5, "lora": 5e-4, "elastic-lora": 5e-4}
     rates |= {"sfa": 5e-5, "l2-sp": 5e-5, "replay-5": 5e-5, "self-replay": 5e-5}
 
     def points(names: Iterable[str], factor: float = 1) -> dict[str, dict[str, Any]]:
         return {f"{name}-{rates[name] * factor:g}": {"method": name, "lr": rates[name] * factor} for name in names}
 
-    three = ("adamw", "elastic", "lora")
-    others = points(three, 0.4) | points(("adamw",), 0.16) | points(three, 2)
-    every = over(_pretrained(models / "gemma-trimmed", data, out), ORDERS, (0, 1), points(rates) | others)
+    lower = points(("adamw", "elastic", "lora"), 0.4) | points(("adamw",), 0.16) | points(("elastic",), 2)
+    lower |= points(rates, 0.4)
+    every = over(_pretrained(models / "gemma-trimmed", data, out), ORDERS, (0, 1), points(rates) | lower)
     wanted = [(points(list(rates)[:most]), GIVEN, seed) for most in (2, 4) for seed in (0, 1)]
-    wanted += [(points(rates) | others, GIVEN, 0), (points(rates), GIVEN, 1), (points(rates), REVERSE, 0)]
-    names = [f"{point}-{order}-seed{seed}" for some, order, seed in [*wanted, (others, GIVEN, 1)] for point in some]
+    wanted += [(points(rates) | lower, GIVEN, 0), (points(rates), GIVEN, 1), (points(rates), REVERSE, 0)]
+    names = [f"{point}-{order}-seed{seed}" for some, order, seed in [*wanted, (lower, GIVEN, 1)] for point in some]
     return {name: every[name] for name in names}
 
 

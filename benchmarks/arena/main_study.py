@@ -3,7 +3,7 @@
 Tuning: six settings each, three rates by two values of the method's main option, or six rates where it has none; one
 seed, validation records of `TUNING` domains, chosen by the lowest mean bits per byte after the last domain. Testing:
 what was chosen, on the test records of `TESTING` domains, on which no row was tuned, five seeds; and three seeds at
-half and at twice the rate, for curves of what is lost at equal learning. The pull and the nulls that come near it have
+other rates (`FACTORS`), for curves of what is lost at equal learning. The pull and the nulls that come near it have
 curves at their other strength too, since strength buys keeping with learning as a rate does.
 """
 
@@ -23,8 +23,13 @@ TESTING = ("mbpp", "gsm8k", "medquad", "ecqa")
 DATA = (TUNING + TESTING, 256)
 """Their sources, and how many records of each are held out for testing."""
 TUNING_SEED, SEEDS, OF_CURVES = 100, (0, 1, 2, 3, 4), (0, 1, 2)
-FACTORS = (2, 0.5)
-"""Of the rate, for curves."""
+TWICE = (2.0,)
+FACTORS: Mapping[str, tuple[float, ...]] = {
+    "elastic": (0.5, 0.25, 0.125),
+    **dict.fromkeys(("ewc", "curvature", "null-strengths", "null-one"), (0.5,)),
+    **dict.fromkeys(("orthogonal", "sfa", "l2-sp"), (2, 0.5)),
+}
+"""Of the rate, for curves: `TWICE` but for rows that learn nearly as much as any, or no more at twice the rate."""
 
 OPTIONS: Mapping[str, dict[str, Any]] = {
     "lora": {"rank": 8},
@@ -112,18 +117,19 @@ def chosen(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     return {entry: settings_of(entry)[int(run["name"].rpartition(".")[2])] for entry, run in best(runs).items()}
 
 
-def curves(points: Mapping[str, Mapping[str, Any]], factor: float) -> dict[str, dict[str, Any]]:
-    """The points of `chosen` at a multiple of the rate, by "row@factor", without bounds: they forget nothing."""
+def curves(points: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The points of `chosen` at other rates, by "row@factor", without bounds: they forget nothing."""
     return {
         f"{entry}@{factor:g}": {**point, "lr": point["lr"] * factor}
         for entry, point in points.items()
+        for factor in FACTORS.get(entry, TWICE)
         if METHODS[point["method"]].kind != "bound"
     }
 
 
-def more_curves(points: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """`elastic` at a quarter of its rate, so that rows which learn less can be set beside it, and `OTHER_STRENGTHS`."""
-    found = curves({"elastic": points["elastic"]}, 0.25)
+def other_strengths(points: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """`OTHER_STRENGTHS` of the points of `chosen`, at the rate and at half of it, by "row@other-factor"."""
+    found = {}
     for entry in OTHER_STRENGTHS:
         (options,) = (one["options"] for one in settings_of(entry)[:2] if one["options"] != points[entry]["options"])
         for factor in (1, 0.5):

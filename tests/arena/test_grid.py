@@ -194,8 +194,10 @@ def test_every_method_has_six_settings_to_be_tuned_by_and_the_best_is_tested():
         "null-one": {"method": "elastic-null", "lr": 3e-3, "options": {"null": "one"}},
     }, "a row that is not tuned whole is not tested"
     joint = {"method": "joint", "lr": 3e-3, "options": {}}
-    rates = {name: point["lr"] for name, point in main_study.curves({**chosen, "joint": joint}, 0.5).items()}
-    assert rates == {"elastic@0.5": 1.5e-3, "null-one@0.5": 1.5e-3}
+    adamw = {"method": "adamw", "lr": 1e-3}
+    rates = {k: point["lr"] for k, point in main_study.curves({**chosen, "joint": joint, "adamw": adamw}).items()}
+    of_elastic = {"elastic@0.5": 1.5e-3, "elastic@0.25": 7.5e-4, "elastic@0.125": 3.75e-4}
+    assert rates == {**of_elastic, "null-one@0.5": 1.5e-3, "adamw@2": 2e-3}
     runs[4] = {"name": "elastic.4", "failed": "it did"}
     assert main_study.chosen(runs)["elastic"] == {"method": "elastic", "lr": 1e-3, "options": {"strength": 5.0}}
 
