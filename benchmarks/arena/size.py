@@ -147,7 +147,8 @@ def draw(found: Sequence[Point], path: Path) -> None:
         own = [point for point in found if point.of_family == alike]
         if not own:
             continue
-        label = "Llamas that differ in width alone" if alike else "other models"
+        others = ", ".join(dict.fromkeys(point.model for point in own))
+        label = "Llamas that differ in width alone" if alike else others
         axis.plot([p.parameters for p in own], [p.lost for p in own], marker, label=label, fillstyle="none")
     family = [point for point in found if point.of_family]
     sizes = np.array([point.parameters for point in family], dtype=float)

@@ -252,6 +252,16 @@ def _size() -> str:
     return size.sentence(size.of_results())
 
 
+def _size_others() -> str:
+    found = [point for point in size.of_results() if point.model == "base-5m"]
+    lost, learned = (fmean(getattr(point, key) for point in found) for key in ("lost", "learned"))
+    millions = number(found[0].parameters / 1e6, ".1f")
+    return (
+        f"base-5m, of {millions} M parameters, has six layers in place of two and has read "
+        f"300 times as much text: it loses {number(lost, '.0%')} there, of {number(learned, '.2f')} learned"
+    )
+
+
 def _step_of_elastic() -> str:
     quartiles = [found["quartiles of the ratio of whole steps"] for found in results("elastic-step").values()]
     each, fourth = (
@@ -281,7 +291,7 @@ SENTENCES: Mapping[str, Sequence[Callable[[], str]]] = {
     "docs/speed.md": (_products,),
     "docs/results.md": (
         *(_gemma_kept, _gemma_best, _gemma_own, _gemma_others, _main, _main_more, _main_ends, _main_alike, _kfac),
-        *(_strength, _tuned, _tuned_ends, _sequence, _size),
+        *(_strength, _tuned, _tuned_ends, _sequence, _size, _size_others),
     ),
 }
 """Document → its sentences."""
