@@ -17,7 +17,6 @@ Row = tuple[str, Any]
 
 REFERENCE_CHARACTERS = 32768
 """How much of a reference text is read: its beginning."""
-SPLITS = ("train", "validation", "test", "eval")
 _SPLIT = re.compile(r"(?:^|[/._-])(train|validation|valid|dev|test|eval)(?=[./]|[-_]\d|$)")
 _LONGEST_CELL = 2**31 - 1
 
