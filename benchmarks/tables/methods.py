@@ -40,25 +40,27 @@ def main_short() -> str:
 
 
 def study(name: str, form: str = ".2f") -> str:
-    """A row for each point and order of a study: means over seeds, and of several seeds the least and the most."""
-    points: dict[str, list[Mapping[str, Any]]] = {}
+    """A row for each point and order of a study, a method's rates side by side: means over seeds, and of several seeds
+    the least and the most."""
+    points: dict[tuple[str, str, float], list[Mapping[str, Any]]] = {}
     for run in results(f"arena/{name}")["runs"]:
         if "failed" not in run:
-            points.setdefault(run["name"].rsplit("-seed", 1)[0], []).append(run)
+            lr, point = run["settings"]["lr"], run["name"].rsplit("-seed", 1)[0].removesuffix("-given")
+            label = point.removesuffix("-reverse").removesuffix(f"-{lr:g}")
+            points.setdefault((label, run["domains"][0], lr), []).append(run)
+    found = list(dict.fromkeys(label for label, *_ in points))
     rows = []
-    for runs in points.values():
-        first, summaries = runs[0], [run["summary"] for run in runs]
-        moved = [run["R_reference"][-1] - run["R_reference"][0] for run in runs if run["R_reference"][0] is not None]
+    for (label, first, lr), runs in sorted(points.items(), key=lambda one: (found.index(one[0][0]), *one[0][1:])):
+        summaries = [run["summary"] for run in runs]
         columns = ((key, ".0%" if key == "gain_lost" else form) for key in ("learned", "gain_lost", "acc"))
         cells = [several([summary[key] for summary in summaries], shown) for key, shown in columns]
-        base = several(moved, "+" + form) if moved else ""
-        rate = f"{first['settings']['lr']:g}"
-        name = first["name"].rsplit("-seed", 1)[0].removesuffix("-given").removesuffix("-reverse")
-        at = [f"`{name.removesuffix(f'-{rate}')}`", rate, f"{first['domains'][0]} first", str(len(runs))]
-        rows.append([*at, *cells, base])
-    header = ["", "rate", "order", "seeds", "learned", "lost", "ACC", "change of base text"]
+        read = [run for run in runs if run["R_reference"][0] is not None]
+        base = several([run["R_reference"][-1] - run["R_reference"][0] for run in read], "+" + form) if read else ""
+        drift = several([run["drift"][-1] for run in read], form) if read else ""
+        rows.append([f"`{label}`", f"{lr:g}", f"{first} first", str(len(runs)), *cells, base, drift])
+    header = ["", "rate", "order", "seeds", "learned", "lost", "ACC", "change of base text", "KL there"]
     if not any(row[-1] for row in rows):
-        header, rows = header[:-1], [row[:-1] for row in rows]
+        header, rows = header[:-2], [row[:-2] for row in rows]
     return table(header, rows)
 
 
