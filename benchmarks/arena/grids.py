@@ -109,7 +109,7 @@ def gemma(models: Path, data: Path, out: Path) -> dict[str, Settings]:
     def points(names: Iterable[str], factor: float = 1) -> dict[str, dict[str, Any]]:
         return {f"{name}-{rates[name] * factor:g}": {"method": name, "lr": rates[name] * factor} for name in names}
 
-    lower = points(("adamw", "elastic", "lora"), 0.4) | points(("adamw",), 0.16) | points(("elastic",), 2)
+    lower = points(("adamw", "elastic", "lora"), 0.4) | points(("adamw",), 0.16) | points(("adamw", "elastic"), 2)
     lower |= points(rates, 0.4)
     every = over(_pretrained(models / "gemma-trimmed", data, out), ORDERS, (0, 1), points(rates) | lower)
     wanted = [(points(list(rates)[:most]), GIVEN, seed) for most in (2, 4) for seed in (0, 1)]
