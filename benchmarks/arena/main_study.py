@@ -27,7 +27,7 @@ TWICE = (2.0,)
 FACTORS: Mapping[str, tuple[float, ...]] = {
     "elastic": (0.5, 0.25, 0.125),
     **dict.fromkeys(("ewc", "curvature", "null-strengths", "null-one"), (0.5,)),
-    **dict.fromkeys(("orthogonal", "sfa", "l2-sp"), (2, 0.5)),
+    **dict.fromkeys(("orthogonal", "sfa", "l2-sp"), (2.0, 0.5)),
 }
 """Of the rate, for curves: `TWICE` but for rows that learn nearly as much as any, or no more at twice the rate."""
 

@@ -21,37 +21,38 @@ def _best(method: str) -> str:
     return min(own, key=lambda run: run["summary"]["acc"])["name"].removesuffix("-seed0")
 
 
+def _of_gemma(*points: str) -> tuple[list[float], list[float]]:
+    """What points learned, and the shares that they lost."""
+    learned, lost = ([mean_of("gemma", key, point) for point in points] for key in ("learned", "gain_lost"))
+    return learned, lost
+
+
 def _gemma() -> str:
-    points = [_best(method) for method in ("adamw", "elastic", "lora", "elastic-lora", "replay-5")]
-    learned, lost = (
-        [number(mean_of("gemma", key, point), form) for point in points]
-        for key, form in (("learned", ".3f"), ("gain_lost", ".0%"))
-    )
+    scores = _of_gemma(*(_best(method) for method in ("adamw", "elastic", "lora", "elastic-lora", "replay-5")))
+    learned, lost = ([number(value, form) for value in own] for own, form in zip(scores, (".3f", ".0%"), strict=True))
     return (
         f"AdamW learned {learned[0]} bits per byte and lost {lost[0]} of it, `elastic` {learned[1]} and {lost[1]}; "
-        f"LoRA {learned[2]} and {lost[2]}, `elastic-lora` {learned[3]} and {lost[3]}; replay of 5 % {learned[4]} and "
-        f"{lost[4]}."
+        f"LoRA {learned[2]} and {lost[2]}, `elastic-lora` {learned[3]} and {lost[3]}; replay of 5 %, at one rate, "
+        f"too high for AdamW, {learned[4]} and {lost[4]}."
     )
 
 
 def _gemma_best() -> str:
-    """AdamW at its best rate, what share of its learning others reach at theirs, and how far base text moves."""
-    adamw, *others = (_best(method) for method in ("adamw", "elastic", "elastic-lora", "lora"))
-    most = mean_of("gemma", "learned", adamw)
-    shares = [number(mean_of("gemma", "learned", point) / most, ".0%") for point in others]
-    lost = [number(mean_of("gemma", "gain_lost", point), ".0%") for point in (adamw, *others)]
+    """AdamW at its best rate, and what share of its learning others reach at theirs."""
+    learned, lost = _of_gemma(*(_best(method) for method in ("adamw", "elastic", "elastic-lora", "lora")))
+    most, shares = learned[0], [number(own / learned[0], ".0%") for own in learned[1:]]
+    gone = [number(share, ".0%") for share in lost]
     return (
-        f"At its best rate AdamW learns {most:.3f} and loses {lost[0]}; `elastic` at its own learns {shares[0]} of "
-        f"that and loses {lost[1]}, `elastic-lora` {shares[1]} and {lost[2]}, LoRA {shares[2]} and {lost[3]}."
+        f"At its best rate AdamW learns {most:.3f} and loses {gone[0]}; `elastic` at its own learns {shares[0]} of "
+        f"that and loses {gone[1]}, `elastic-lora` {shares[1]} and {gone[2]}, LoRA {shares[2]} and {gone[3]}."
     )
 
 
 def _gemma_base() -> str:
     """The KL divergence of base text at the end; of all baselines the least."""
-    last = {
-        method: fmean(run["drift"][-1] for run in results("arena/gemma")["runs"] if _named(run, _best(method)))
-        for method in ("elastic", "elastic-lora", "adamw", "lora", "sfa", "l2-sp", "replay-5", "self-replay")
-    }
+    methods = ("elastic", "elastic-lora", "adamw", "lora", "sfa", "l2-sp", "replay-5", "self-replay")
+    runs, points = results("arena/gemma")["runs"], {method: _best(method) for method in methods}
+    last = {name: fmean(run["drift"][-1] for run in runs if _named(run, point)) for name, point in points.items()}
     ours, least = [last.pop(method) for method in ("elastic", "elastic-lora")], min(last, key=lambda name: last[name])
     assert least == "adamw" and max(ours) < last[least] / 2
     return (
@@ -61,10 +62,7 @@ def _gemma_base() -> str:
 
 
 def _gemma_kept() -> str:
-    learned, lost = (
-        [mean_of("gemma", key, f"{point}-given") for point in ("adamw-5e-05", "elastic-5e-05")]
-        for key in ("learned", "gain_lost")
-    )
+    learned, lost = _of_gemma("adamw-5e-05-given", "elastic-5e-05-given")
     more, kept = number(learned[1] / learned[0] - 1, ".0%"), number(1 - lost[1], ".0%")
     return (
         f"At the same rate, 5e-5, `elastic` learns {more} more than AdamW and keeps {kept} of it, where AdamW keeps "
@@ -73,10 +71,7 @@ def _gemma_kept() -> str:
 
 
 def _gemma_adapter() -> str:
-    learned, lost = (
-        [mean_of("gemma", key, f"{method}-0.0005-given") for method in ("lora", "elastic-lora")]
-        for key in ("learned", "gain_lost")
-    )
+    learned, lost = _of_gemma("lora-0.0005-given", "elastic-lora-0.0005-given")
     assert abs(learned[0] - learned[1]) < 2e-3 and lost[0] > 0.5, "the sentence says so"
     kept = number(1 - lost[1], ".0%")
     return f"At 5e-4 `elastic-lora` learns what LoRA does and keeps {kept} of it, where LoRA keeps less than half"

@@ -257,7 +257,7 @@ def protect(
         TypeError, ValueError: as there; an optimizer with masks, of the leaf of an ActiveLinear, that is protected, or
             that keeps another copy of the weights: masters of ours, or an average (schedule-free).
         RuntimeError: at a step, if a wrapper has put other tensors in the place of the parameters, one that the memory
-            knows was added, or the memory has learned a domain.
+            knows was added, the model was moved to another device or dtype, or the memory has learned a domain.
     """
     optimizer = plain_optimizer(optimizer)
     _refuse_uncorrectable(optimizer)

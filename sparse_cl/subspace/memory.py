@@ -318,7 +318,8 @@ class SubspaceMemory:
                     f"the memory knows the embedding {name!r} of {table.height} rows, but the model has {rows}; "
                     "it was made for another model"
                 )
-        before, moved = {*self._by_param, *self._table_of}, dict[tuple, Subspace | None]()
+        before = {*self._by_param, *self._table_of}
+        moved: dict[tuple, Subspace | None] = {}
         for name, layer in self._layers.items():
             for fact in ("param", "modules", "places", "shape"):
                 setattr(layer, fact, getattr(found[name], fact))
