@@ -28,12 +28,11 @@ def _of_gemma(*points: str) -> tuple[list[float], list[float]]:
 
 
 def _gemma() -> str:
-    scores = _of_gemma(*(_best(method) for method in ("adamw", "elastic", "lora", "elastic-lora", "replay-5")))
+    scores = _of_gemma(*(_best(method) for method in ("adamw", "elastic", "lora", "elastic-lora")))
     learned, lost = ([number(value, form) for value in own] for own, form in zip(scores, (".3f", ".0%"), strict=True))
     return (
         f"AdamW learned {learned[0]} bits per byte and lost {lost[0]} of it, `elastic` {learned[1]} and {lost[1]}; "
-        f"LoRA {learned[2]} and {lost[2]}, `elastic-lora` {learned[3]} and {lost[3]}; replay of 5 %, at one rate, "
-        f"too high for AdamW, {learned[4]} and {lost[4]}."
+        f"LoRA {learned[2]} and {lost[2]}, `elastic-lora` {learned[3]} and {lost[3]}."
     )
 
 
