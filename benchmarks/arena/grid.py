@@ -24,7 +24,7 @@ from sparse_cl.four_domains.experiment import INPUTS
 from sparse_cl.four_domains.files import BASE, RESULTS, read_json, write_json
 from sparse_cl.four_domains.folder import SETTINGS
 from sparse_cl.four_domains.results import read_runs
-from sparse_cl.four_domains.settings import Settings
+from sparse_cl.four_domains.settings import GIVEN, Settings
 from sparse_cl.learn.source import fingerprint
 from sparse_cl.probes.capacity import Layers
 
@@ -115,6 +115,17 @@ def kept(name: str) -> list[dict[str, Any]]:
     if not _file(name).is_file():
         raise ValueError(f"study: no results of {name!r} are kept in {KEPT}; run it first")
     return json.loads(_file(name).read_text(encoding="utf-8"))["runs"]
+
+
+def best_points(name: str) -> dict[str, str]:
+    """Method → the point of a study that ends lowest (ACC), of the runs that are kept with the first order and seed."""
+    runs = kept(name) if _file(name).is_file() else []
+    scores: dict[str, dict[str, float]] = {}
+    for run in runs:
+        point, of, _ = run["name"].rpartition(f"-{GIVEN}-seed0")
+        if of and "failed" not in run:
+            scores.setdefault(run["method"], {})[point] = run["summary"]["acc"]
+    return {method: min(own, key=own.__getitem__) for method, own in scores.items()}
 
 
 def _file(name: str) -> Path:

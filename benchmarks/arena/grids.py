@@ -13,7 +13,7 @@ from sparse_cl.four_domains.settings import GIVEN, REVERSE, Settings
 from sparse_cl.methods import METHODS
 
 from . import main_study
-from .grid import kept, over
+from .grid import best_points, kept, over
 from .scale_study import WIDTHS
 from .size import FAMILY
 from .sources import HELD_OUT, SOURCES, write_sources
@@ -101,20 +101,24 @@ def long(models: Path, data: Path, out: Path) -> dict[str, Settings]:
 
 
 def gemma(models: Path, data: Path, out: Path) -> dict[str, Settings]:
-    """Gemma 3 270M, vocabulary trimmed: eight methods at two rates, those that matter most first, and more where the
-    best is at an end of the range; then second seeds, and the reverse order, one seed."""
+    """Gemma 3 270M, vocabulary trimmed: eight methods over rates, those that matter most first; then the reverse order
+    and a second seed, each method at its best rate of the first seed."""
     rates = {"adamw": 5e-5, "elastic": 5e-5, "lora": 5e-4, "elastic-lora": 5e-4}
     rates |= {"sfa": 5e-5, "l2-sp": 5e-5, "replay-5": 5e-5, "self-replay": 5e-5}
 
     def points(names: Iterable[str], factor: float = 1) -> dict[str, dict[str, Any]]:
         return {f"{name}-{rates[name] * factor:g}": {"method": name, "lr": rates[name] * factor} for name in names}
 
-    others = points(("adamw", "elastic", "lora"), 0.4) | points(("adamw",), 0.16) | points(("adamw", "elastic"), 2)
-    others |= points(rates, 0.4) | points(("adamw",), 0.064) | points(("elastic",), 0.16)
-    every = over(_pretrained(models / "gemma-trimmed", data, out), ORDERS, (0, 1), points(rates) | others)
-    wanted = [(points(list(rates)[:most]), GIVEN, seed) for most in (2, 4) for seed in (0, 1)]
-    wanted += [(points(rates) | others, GIVEN, 0), (points(rates), GIVEN, 1), (points(rates), REVERSE, 0)]
-    names = [f"{point}-{order}-seed{seed}" for some, order, seed in [*wanted, (others, GIVEN, 1)] for point in some]
+    first = points(rates) | points(("adamw", "elastic", "lora"), 0.4) | points(("adamw",), 0.16) | points(("adamw",), 2)
+    # SFA halves what a step does, so that its best rate is looked for above that of the other baselines.
+    first |= points(("sfa",), 0.4) | points(("l2-sp", "self-replay"), 0.16) | points(("adamw",), 0.064)
+    first |= points(("replay-5",), 0.16) | points(("elastic", "lora"), 0.16) | points(("elastic-lora",), 0.4)
+    first |= points(rates, 0.4) | points(("sfa",), 0.16)
+    every = over(_pretrained(models / "gemma-trimmed", data, out), ORDERS, (0, 1), first)
+    wanted: list[tuple[Iterable[str], str, int]] = [(points(list(rates)[:4]), GIVEN, 1), (first, GIVEN, 0)]
+    best = [point for point in best_points("gemma").values() if point in first]
+    wanted += [(best, *of) for of in ((REVERSE, 0), (GIVEN, 1))]
+    names = [f"{point}-{order}-seed{seed}" for some, order, seed in wanted for point in some]
     return {name: every[name] for name in names}
 
 

@@ -10,15 +10,15 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.arena import main_study, main_table, size
+from benchmarks.arena.grid import best_points
+from sparse_cl.four_domains.settings import GIVEN
 
 from .cells import between, exact_answers, mean_of, number, results, sixteen
 
 
 def _best(method: str) -> str:
     """The point of a method on Gemma, code first, at the rate that ends lowest with the first seed."""
-    runs = results("arena/gemma")["runs"]
-    own = [run for run in runs if run["method"] == method and run["name"].endswith("-given-seed0")]
-    return min(own, key=lambda run: run["summary"]["acc"])["name"].removesuffix("-seed0")
+    return f"{best_points('gemma')[method]}-{GIVEN}"
 
 
 def _of_gemma(*points: str) -> tuple[list[float], list[float]]:
