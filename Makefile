@@ -1,6 +1,6 @@
 # make demo: the four-domain sequence on embedded data, with a report in out/demo
 # make test: lint and all tests
-# make test-integrations: TRL, Lightning, bitsandbytes and DeepSpeed, which it installs
+# make test-integrations: TRL, Lightning, bitsandbytes, lm_eval and DeepSpeed, which it installs
 # make wheel: an sdist and a wheel in dist, the wheel tested in a fresh environment
 # make bench: CPU benchmarks; on a machine with a GPU, benchmarks/gpu.sh does the rest
 PYTHON ?= python3
@@ -69,6 +69,6 @@ $(VENV)/.tools: $(VENV)/.built
 
 # DeepSpeed is no extra, since it is refused. Its ops would have to be compiled, and its build asks for the torch to use.
 $(VENV)/.integrations: $(VENV)/.tools
-	$(INSTALL) 'sparse_cl[run,integrations]'
+	$(INSTALL) 'sparse_cl[run,integrations]' lm_eval
 	DS_ACCELERATOR=cpu DS_BUILD_OPS=0 $(INSTALL) --no-build-isolation deepspeed
 	touch $@

@@ -134,7 +134,7 @@ def accuracy(model: nn.Module, tokenizer: Any, records: Sequence[dict], max_leng
     """Part of the records whose right choice is the likeliest one.
 
     A choice's score is the log-likelihood of its continuation (`choice_continuations`) over the continuation's
-    UTF-8 bytes: length-normalised as `acc_norm` of EleutherAI's lm-evaluation-harness.
+    UTF-8 bytes, as `acc_bytes` of EleutherAI's lm-evaluation-harness (`benchmarks/harness` has these tasks for it).
     """
     examples = []
     for record in records:
