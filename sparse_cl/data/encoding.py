@@ -86,6 +86,24 @@ def encode_text(tokenizer: Any, text: str, max_length: int) -> Example:
     return Example(ids, list(ids), ((first, max(first, end)),), max(0, scored))
 
 
+def text_windows(tokenizer: Any, text: str, max_length: int) -> list[Example]:
+    """A text in consecutive windows of `max_length` ids, the last one shorter, of which every token is learned.
+
+    Each begins with what the tokenizer puts before a text (BOS): without it, a model that was trained with it hardly
+    reads what follows. Without a BOS the first token of a window is not scored, nor are its bytes.
+    """
+    plain, ends = tokenized(tokenizer, text)
+    whole = _with_bos(tokenizer, text)
+    head = whole[: len(whole) - len(plain)]
+    room, first, found = max_length - len(head), max(len(head), 1), []
+    for start in range(0, len(plain), room):
+        ids = [*head, *plain[start : start + room]]
+        begin = start - len(head)  # of the window's first id, in the text
+        scored = ends(begin + len(ids)) - ends(begin + first)
+        found.append(Example(ids, list(ids), ((first, len(ids)),), scored))
+    return found
+
+
 def encode_messages(tokenizer: Any, record: Record | dict, max_length: int) -> Example:
     """Encode a conversation by the tokenizer's chat template; the assistant's turns are learned, each with what ends
     it.

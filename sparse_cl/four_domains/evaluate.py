@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparse_cl.data.encoding import Example, encode, encode_prompt, encode_record, pad, tokenized
+from sparse_cl.data.encoding import Example, encode, encode_prompt, encode_record, pad, text_windows
 from sparse_cl.models.generating import generating_by
 from sparse_cl.models.head import logits_only_at
 from sparse_cl.models.passes import evaluation
@@ -67,21 +67,15 @@ def bits_per_byte(
 
 @torch.no_grad()
 def text_bits_per_byte(model: nn.Module, tokenizer: Any, text: str, max_length: int, batch_size: int = 16) -> float:
-    """Bits per UTF-8 byte of a plain text, in windows of `max_length` tokens that do not overlap.
+    """Bits per UTF-8 byte of a plain text, in windows of `max_length` tokens that do not overlap (`text_windows`).
 
-    The first token of each window has no context and is not scored; nor are its bytes counted.
+    A first token without a BOS before it has no context and is not scored; nor are its bytes counted.
     """
-    ids, ends = tokenized(tokenizer, text)
-    windows, total_bytes = [], 0
-    for start in range(0, len(ids), max_length):
-        window = ids[start : start + max_length]
-        if len(window) < 2:
-            continue
-        windows.append(Example(window, window, ((1, len(window)),), 0))
-        total_bytes += ends(start + len(window)) - ends(start + 1)
-    if not windows or not total_bytes:
-        raise ValueError(f"the text is too short to be scored: {len(ids)} tokens, need at least 2")
-    return sum(response_nats(model, windows, batch_size)) / math.log(2) / total_bytes
+    windows = [window for window in text_windows(tokenizer, text, max_length) if window.scored_bytes]
+    if not windows:
+        raise ValueError("the text is too short to be scored: need at least 2 tokens")
+    nats = sum(response_nats(model, windows, batch_size))
+    return nats / math.log(2) / sum(window.scored_bytes for window in windows)
 
 
 @torch.no_grad()

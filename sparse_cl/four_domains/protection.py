@@ -7,6 +7,7 @@ from typing import Any
 
 from torch.utils.data import Dataset
 
+from sparse_cl.data.encoding import text_windows
 from sparse_cl.data.files import read_text
 from sparse_cl.data.records import DataError
 
@@ -21,7 +22,7 @@ _BYTES_A_TOKEN = 16
 
 
 class Windows(Dataset):
-    """A text in windows of tokens that do not overlap; items as those of `EncodedRecords`, every token a label.
+    """A text in windows (`text_windows`); items as those of `EncodedRecords`, every token a label.
 
     Args:
         tokenizer: of `transformers`.
@@ -33,11 +34,10 @@ class Windows(Dataset):
     """
 
     def __init__(self, tokenizer: Any, text: str, max_length: int, windows: int = WINDOWS) -> None:
-        ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        if len(ids) < 2:
-            raise ValueError(f"the text is too short: {len(ids)} tokens, need at least 2")
-        starts = range(0, max(1, len(ids) - max_length + 1), max_length)[:windows]
-        self.windows = [ids[start : start + max_length] for start in starts]
+        found = [window.input_ids for window in text_windows(tokenizer, text, max_length)]
+        if not found or len(found[0]) < 2:
+            raise ValueError(f"the text is too short: {sum(map(len, found))} tokens, need at least 2")
+        self.windows = ([ids for ids in found if len(ids) == max_length] or found)[:windows]
 
     def __len__(self) -> int:
         return len(self.windows)

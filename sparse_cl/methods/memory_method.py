@@ -54,7 +54,7 @@ class MemoryMethod(Method):
         energy: share of the energy of the inputs (or gradients) that each layer's basis explains, in (0, 1].
         source: "inputs" of the layers or "gradients" of their weights, both over the probe batches of a domain that
             was just learned.
-        max_rank: most directions that are kept of a layer; "auto": a quarter of its inputs, at most 256; None: as many
+        max_rank: most directions that are kept of a layer; "auto": a quarter of its inputs, 16 to 256; None: as many
             as `energy` asks for, and then observing takes 4 n² bytes for a layer of n inputs (`SubspaceMemory`).
         text_weight: of a text given to `protect`; a domain has weight 1.
 

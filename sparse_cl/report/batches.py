@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from sparse_cl.data.encoding import EncodedRecords, pad
+from sparse_cl.data.encoding import EncodedRecords, pad, text_windows
 from sparse_cl.data.files import read_text
 from sparse_cl.four_domains import embedded
 from sparse_cl.four_domains.domains import Domain
@@ -51,13 +51,12 @@ def reference_text(path: str | None) -> str:
 
 
 def text_batches(tokenizer: Any, text: str, max_length: int, batch_size: int) -> list[dict[str, Tensor]]:
-    """The text in windows of `max_length` tokens that do not overlap, the last one shorter.
+    """The text in windows (`text_windows`).
 
     Returns:
         Batches of input_ids and attention_mask, (at most batch_size, at most max_length) int64.
     """
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    windows = [ids[start : start + max_length] for start in range(0, len(ids), max_length)]
+    windows = [window.input_ids for window in text_windows(tokenizer, text, max_length)]
     padded = [pad(windows[start : start + batch_size], 0) for start in range(0, len(windows), batch_size)]
     return [{"input_ids": rows, "attention_mask": mask} for rows, mask in padded]
 

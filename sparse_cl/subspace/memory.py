@@ -37,7 +37,7 @@ class SubspaceMemory:
             that PEFT wrapped, what is trained is tracked, and its frozen base is not.
         max_rank: directions that are kept of a layer. None: as many as ``energy`` asks for, and the exact n × n second
             moment is kept; with a cap, that is so up to n = 1024, and wider layers keep a sketch of
-            ``max_rank + oversample`` columns. "auto": a quarter of the layer's inputs, at most 256.
+            ``max_rank + oversample`` columns. "auto": a quarter of the layer's inputs, 16 to 256.
         energy: share of a domain's Σ‖x‖² to explain, in (0, 1]: the criterion of GPM (Saha, Garg & Roy 2021).
         source: ``"gradients"``: rows of ``.grad``, as they are when :meth:`observe` is called (after unscaling, if a
             GradScaler is used). ``"inputs"``: the inputs of the layers in forward passes with gradients enabled, or in

@@ -9,8 +9,9 @@ SOURCES = ("gradients", "inputs")
 #: Widths up to this keep the exact second moment while a domain is observed: 4 MB, no more than a wide layer's sketch.
 EXACT_WIDTH = 1024
 
-#: Of max_rank "auto": a quarter of a layer's inputs, at most so many.
-AUTO_SHARE, AUTO_MOST = 4, 256
+#: Of max_rank "auto": a quarter of a layer's inputs, at least and at most so many. The B of an adapter has few inputs,
+#: and of a quarter of them no protection is left.
+AUTO_SHARE, AUTO_LEAST, AUTO_MOST = 4, 16, 256
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Settings:
     def most(self, width: int) -> int:
         """The most directions that are kept of a layer of this width."""
         if self.max_rank == "auto":
-            return min(AUTO_MOST, max(1, width // AUTO_SHARE))
+            return min(width, AUTO_MOST, max(AUTO_LEAST, width // AUTO_SHARE))
         return width if self.max_rank is None else min(int(self.max_rank), width)
 
     def sketch_columns(self, width: int) -> int | None:

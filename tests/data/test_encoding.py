@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from cases.tokenizers import WithBos
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DataCollatorForSeq2Seq
 
-from sparse_cl.data.encoding import IGNORED, EncodedRecords, encode, encode_prompt, pad
+from sparse_cl.data.encoding import IGNORED, EncodedRecords, encode, encode_prompt, pad, text_windows
 
 texts = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=40)
 
@@ -37,21 +38,6 @@ def test_truncation_keeps_the_end_of_the_prompt_and_the_start_of_the_response(to
         assert cut.scored_bytes == len(decoded.encode())
 
 
-class WithBos:
-    """The tokenizer of the tests, but with a BOS before and an EOS after a text (as Llama's and T5's do)."""
-
-    bos_token_id, eos_token_id = 7, 0
-
-    def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
-
-    def __call__(self, text, add_special_tokens=True, **kwargs):
-        encoded = dict(self.tokenizer(text, add_special_tokens=False, **kwargs))
-        if add_special_tokens:
-            encoded["input_ids"] = [7, *encoded["input_ids"], 0]
-        return encoded
-
-
 def test_a_bos_stays_first_and_a_tokenizers_own_eos_is_not_put_between(tokenizer):
     wrapped = WithBos(tokenizer)
     plain = tokenizer("long prompt\n")["input_ids"]
@@ -61,6 +47,20 @@ def test_a_bos_stays_first_and_a_tokenizers_own_eos_is_not_put_between(tokenizer
     assert cut.input_ids[0] == 7
     start = cut.spans[0][0]
     assert cut.input_ids[1:start] == plain[-(start - 1) :]
+
+
+@settings(max_examples=20)
+@given(text=st.text("onetw ?é", max_size=60), max_length=st.integers(4, 20), bos=st.booleans())
+def test_windows_of_a_text_are_all_of_it_each_after_the_bos(tokenizer, text, max_length, bos):
+    plain = tokenizer(text)["input_ids"]
+    windows = text_windows(WithBos(tokenizer) if bos else tokenizer, text, max_length)
+    head = [7] if bos else []
+    assert all(window.input_ids[: len(head)] == head and len(window.input_ids) <= max_length for window in windows)
+    assert all(len(window.input_ids) == max_length for window in windows[:-1])
+    assert [token for window in windows for token in window.input_ids[len(head) :]] == plain
+    assert all(window.spans == ((1, len(window.input_ids)),) for window in windows)
+    if bos:
+        assert sum(window.scored_bytes for window in windows) == len(text.encode())
 
 
 def test_too_short_a_length_is_an_error(tokenizer):

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import transformers
+from cases.tokenizers import WithBos
 
 from sparse_cl.four_domains.domains import Domain
 from sparse_cl.four_domains.evaluate import (
@@ -57,15 +58,16 @@ def test_a_uniform_model_needs_log2_of_the_vocabulary_for_each_token(tokenizer, 
     assert text_bits_per_byte(tiny_llama, tokenizer, text, 8) == pytest.approx(expected, rel=1e-5)
 
 
-def test_text_bits_per_byte_equals_brute_force(tokenizer, tiny_llama):
+@pytest.mark.parametrize("bos", [False, True])
+def test_text_bits_per_byte_equals_brute_force(tokenizer, tiny_llama, bos):
     text = "What is one plus two? The answer is three. And what then?"
     ids = tokenizer(text)["input_ids"]
     nats, counted = 0.0, 0
-    for start in range(0, len(ids), 10):
-        window = ids[start : start + 10]
+    for start in range(0, len(ids), 9 if bos else 10):
+        window = [7, *ids[start : start + 9]] if bos else ids[start : start + 10]
         nats += nats_of(tiny_llama, window[:1], window[1:])
         counted += len(tokenizer.decode(window[1:]).encode())
-    result = text_bits_per_byte(tiny_llama, tokenizer, text, 10)
+    result = text_bits_per_byte(tiny_llama, WithBos(tokenizer) if bos else tokenizer, text, 10)
     assert result == pytest.approx(nats / math.log(2) / counted, rel=1e-5)
 
 

@@ -74,7 +74,7 @@ def moved(method, base):
 
 def test_old_outputs_move_less_than_by_adamw(tiny_llama):
     free, gain = moved(AdamW(), tiny_llama)
-    held, kept = moved(Elastic(), tiny_llama)
+    held, kept = moved(Elastic(strength=1), tiny_llama)
     out, _ = moved(Orthogonal(energy=0.999), tiny_llama)
     assert held < 0.7 * free and kept > 0.4 * gain
     assert out < 0.3 * free

@@ -51,7 +51,12 @@ def counted(name, precision="fp32"):
     with pytest.MonkeyPatch.context() as patch:
         # The search for a threshold takes thousands of small ops, all alike.
         patch.setattr("sparse_cl.subspace.kronecker._HALVINGS", 2, raising=False)
-        return count(name, config(1), work(2, precision=precision))
+        return count(name, config(1), work(2, precision=precision), **capped(name))
+
+
+def capped(name):
+    """Of methods that keep leading directions, as few as are planned for one of two domains."""
+    return {"max_rank": 8} if name.startswith("elastic") else {}
 
 
 def batch():
@@ -163,7 +168,7 @@ def test_loras_state_is_that_of_its_adapters():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", ["adamw", "lora", "sparse-masked", "elastic", "elastic-lora", "ewc", "replay-5"])
 def test_state_and_kept_are_those_of_a_live_method(name, dtype):
-    method, model, optimizer = live(name, config(1), dtype)
+    method, model, optimizer = live(name, config(1), dtype, **capped(name))
     found = counted(name, "bf16" if dtype == torch.bfloat16 else "fp32")
     assert found["state"] == optimizer_state_bytes(optimizer)
     assert found["gradients"] == sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
@@ -194,7 +199,7 @@ def test_protected_directions_are_as_many_as_assumed(name):
 def test_elastic_makes_two_products_of_low_rank():
     found = counted("elastic")
     wide = 3 * WIDTH**2 + 2 * NEURONS * WIDTH + WORDS * WIDTH
-    assert found["steps"] == [0, 2 * 2 * (wide * (WIDTH // 4) + WIDTH * NEURONS * (NEURONS // 4))]
+    assert found["steps"] == [0, 2 * 2 * (wide + WIDTH * NEURONS) * 8]
 
 
 @pytest.mark.parametrize("name", SHIPPED)

@@ -111,7 +111,9 @@ def test_memory_does_not_grow_with_steps(n, max_rank):
     assert memory.nbytes() == 4 * (n + 1) * memory.rank("w")
 
 
-@pytest.mark.parametrize(("n", "max_rank", "most"), [(EXACT, 5, 5), (EXACT, "auto", 24), (4, "auto", 1)])
+@pytest.mark.parametrize(
+    ("n", "max_rank", "most"), [(EXACT, 5, 5), (EXACT, "auto", 24), (40, "auto", 16), (8, "auto", 8)]
+)
 def test_the_cap_is_for_all_domains(n, max_rank, most):
     param = weight(64, n)
     memory = SubspaceMemory([("w", param)], max_rank=max_rank, energy=1.0)
