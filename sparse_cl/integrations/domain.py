@@ -69,6 +69,8 @@ class Domain:
         self.domains = _LEARNED.get(method, [])
         _check_own(self.model, self.optimizer)
         if isinstance(self.optimizer, MemoryAdamW):
+            if method.own_optimizer:
+                method.guard(self.optimizer)  # refuses
             _check_rule(method, self.optimizer)
         if memory is not None:
             if resumes is None and (Path(memory) / STATE).is_file():

@@ -32,6 +32,7 @@ from sparse_cl.methods.carried import Carried, save_carried
 from sparse_cl.methods.lora import merged
 from sparse_cl.models.loading import load_tokenizer, quiet
 from sparse_cl.models.losses import mean_loss
+from sparse_cl.models.parts import has_adapters
 from sparse_cl.models.processes import check_processes, processes
 from sparse_cl.models.sharding import split_over_all, whole_weights
 
@@ -149,7 +150,7 @@ class _Domain:
         model = method.before_domain(model, batches)
         if settings.shard and not any(map(is_sharded, model.parameters())):
             model = split_over_all(model, _device(model))
-        lr = settings.rate(adapters=hasattr(model, "peft_config"))
+        lr = settings.rate(adapters=has_adapters(model))
         self.work.begin()
         hidden = not processes().is_main_process
         with tqdm(total=steps, desc=f"{method.name}: learning", mininterval=0.5, disable=hidden) as bar:
@@ -201,7 +202,7 @@ class _Domain:
         if settings.max_length > limit:
             raise ValueError(f"max_length: expected at most the model's context of {limit}, got {settings.max_length}")
         carried = carried or Carried(None, [])
-        fresh = carried.memory is None and not hasattr(model, "peft_config")
+        fresh = carried.memory is None and not has_adapters(model)
         if fresh and settings.protect != NONE and method.protects:
             kept = self.work.protected()
             if kept is not None and kept.memory is not None:

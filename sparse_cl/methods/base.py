@@ -144,6 +144,11 @@ class Method(ABC):
     def make_optimizer(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
         """A fresh optimizer for the domain; `lr` is the largest rate that it will have."""
 
+    @property
+    def own_optimizer(self) -> bool:
+        """Whether it works by an optimizer of its own alone, so that `guard` refuses all others."""
+        return type(self).guard is Method.guard
+
     def guard(self, optimizer: torch.optim.Optimizer) -> Protection | None:
         """Puts the method's protection behind an optimizer that somebody else made, between `before_domain` and
         training; None: there is nothing to protect yet.

@@ -219,7 +219,7 @@ class FittedLowRank(Fitted):
         self.table = None if given.rows is None else given.rows.part(piece)
         self.entries = None if mask is None or isinstance(mask, RowMask | ColumnMask) else mask.to(whole.device)
         self.index = mask.index.to(whole.device).long() if isinstance(mask, RowMask) else None
-        self.exact, self.later = given.rule.exact, given.later
+        self.exact, self.later, self.bounds = given.rule.exact, given.later, isinstance(given.rule, Budget)
         self.alike = given.rule, None if piece is None else piece.shared
         self.said = (
             "" if piece is None else f"{given.rule} of {whole.rank} directions, Σ {float(whole.values.sum()):.9g}"

@@ -169,17 +169,17 @@ def is_exempt(param: Tensor, memory: SubspaceMemory | Bases | None) -> bool:
     return not isinstance(memory, SubspaceMemory)
 
 
-def is_embedding(param: Tensor, memory: SubspaceMemory | Bases | None, groups: Groups) -> bool:
-    """Whether a memory knows that ``param`` belongs to an embedding."""
+def is_embedding(param: Tensor, memory: SubspaceMemory | Bases | None, groups: Groups, counted: bool = False) -> bool:
+    """Whether a memory knows that ``param`` belongs to an embedding; ``counted``: to one that says what it looks up."""
     if not isinstance(memory, SubspaceMemory):
         return False
-    return memory.is_embedding(param) if memory.is_bound else param in _tables(groups, memory)
+    return memory.is_embedding(param if memory.is_bound else _tables(groups, memory).get(param, ""), counted)
 
 
 def news_of(rest: Iterable[Tensor], memory: SubspaceMemory | Bases | None, groups: Groups) -> list[str]:
     """Names of what is left of the rest but for what the documentation says: embeddings, norms and biases."""
     matrices = (p for p in rest if whole_of(p).dim() > 1 and not is_exempt(p, memory))
-    return [name_of(groups, p) for p in matrices if not is_embedding(p, memory, groups)]
+    return [name_of(groups, p) for p in matrices if not is_embedding(p, memory, groups, counted=True)]
 
 
 def warn_of_rest(names: Sequence[str], how: str | None, warned: set[str]) -> None:

@@ -131,7 +131,8 @@ def key_of(group: dict[str, Any], grads: Sequence[Tensor | None]) -> tuple:
     """What a plan depends on: options of the state, which parameters there are, and which of them have gradients."""
     # Parameters too, since some tools put others into a group's list.
     options = group["amsgrad"], group["master_weights"], group["second_moment"]
-    return options, list(map(id, group["params"])), [g is not None for g in grads]
+    params = [(id(param), param.dtype) for param in group["params"]]
+    return options, params, [g is not None for g in grads]
 
 
 def facts_of(grads: Iterable[Tensor]) -> list[tuple]:

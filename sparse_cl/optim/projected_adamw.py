@@ -26,7 +26,7 @@ from .state import PROJECTION, ParameterState, is_capturing
 
 Given = dict[Tensor, Projection]
 
-#: Of a group: how many steps its weights have taken since they were corrected, and the sum of their rates.
+#: Of a group: how many steps its weights have taken since they were corrected, the sum of their rates, and which moved.
 _SINCE = "since_correction"
 
 
@@ -181,12 +181,20 @@ class ProjectedAdamW(SparseMaskedAdamW):
 
     # A step.
 
-    def _gathered(self) -> list[Call]:
+    def state_dict(self) -> dict[str, Any]:
+        if self._seen is not None and self._seen[1:] != self._facts()[1:]:
+            self._follow()  # or a checkpoint would hold where the domain before began
+        return super().state_dict()
+
+    def _follow(self) -> None:
         if self._seen != self._facts():
             given = self._current()
             # A parameter may be on another device, while what is given is what it was.
             begins = self._seen is not None and self._seen[1:] != self._facts()[1:]
             self._take(given, self._fit(given, self._argument), begins)
+
+    def _gathered(self) -> list[Call]:
+        self._follow()
         return super()._gathered()
 
     def _said(self) -> dict[str, str]:
@@ -211,6 +219,17 @@ class ProjectedAdamW(SparseMaskedAdamW):
         if projection is None:
             return packed
         own = self.state[param]
+        if other := [name for name in ("moved", "origin") if PROJECTION + name in own and name not in shapes]:
+            raise ValueError(
+                f"state of parameter {self._store.name(param)}: {PROJECTION}{other[0]}: it was made with another "
+                "`every`, which counts otherwise how far a weight has moved; go on with the same one"
+            )
+        rounds = param.dtype.itemsize == 2 and not packed.layout.master
+        if rounds and projection.bounds and not projection.later:
+            raise ValueError(
+                f"state of parameter {self._store.name(param)}: it is {param.dtype} without a master, and rounding its "
+                "steps would break the budget; take master_weights=True, or every=2, which reads the weights"
+            )
         missing = [name for name in shapes if PROJECTION + name not in own]
         if missing:
             self._store.refuse_capture(param)
@@ -258,27 +277,50 @@ class ProjectedAdamW(SparseMaskedAdamW):
                 plain.append(call)
         super()._apply_all(plain, grad_scale, found_inf)
         paths: dict[int, float | Tensor | None] = {}
+        late = [call for key, found in by_rate.items() if key[1] for call in found]
+        for group in {id(call.group): call.group for call in late}.values():
+            stepped = [i for call in late if call.group is group for i in call.plan.positions]
+            paths[id(group)], others = self._passed(group, stepped, found_inf)
+            for call in self._waiting(group, others):
+                fit = self._projections[call.plan.own[0]]
+                key = (fit.exact, fit.later, call.plan.params[0].device, id(group))
+                by_rate.setdefault(key, []).append(call)
         for (exact, later, device, number), found in by_rate.items():
-            group = found[0].group
-            if later and number not in paths:
-                paths[number] = self._passed(group, found_inf)
             with products(device, exact):
                 if not later:
-                    self._apply_projected(found, group["lr"], grad_scale, scalar_on(found_inf, device))
+                    self._apply_projected(found, found[0].group["lr"], grad_scale, scalar_on(found_inf, device))
                 elif (path := paths[number]) is not None:
                     self._apply_projected(found, path)
 
-    def _passed(self, group: dict[str, Any], found_inf: Tensor | None) -> float | Tensor | None:
-        """Counts a step of weights that are corrected later: the sum of the rates since the last time, if it is time.
+    def _passed(
+        self, group: dict[str, Any], stepped: list[int], found_inf: Tensor | None
+    ) -> tuple[float | Tensor | None, list[int]]:
+        """Counts a step of weights that are corrected later: the sum of the rates since the last time, if it is time,
+        and the places of what has moved since and has no gradient now.
 
         What is counted is in the group, and so in checkpoints. A skipped step counts as one, of rate 0.
         """
-        steps, path = group.get(_SINCE, (0, 0.0))
+        steps, path, *moved = group.get(_SINCE, (0, 0.0))
         lr, steps = group["lr"], steps + 1
         lr = float(lr) if isinstance(lr, Tensor) and lr.device.type == "cpu" else lr
         path = path + (lr if found_inf is None else torch.where(found_inf.reshape(()) == 0, lr, 0.0))
-        group[_SINCE] = (steps, path) if steps < self._every else (0, 0.0)
-        return None if steps < self._every else path
+        moved = sorted({*chain.from_iterable(moved), *stepped})
+        if steps < self._every:
+            group[_SINCE] = (steps, path, moved)
+            return None, []
+        group[_SINCE] = (0, 0.0, [])
+        return path, [i for i in moved if i not in set(stepped)]
+
+    def _waiting(self, group: dict[str, Any], positions: list[int]) -> list[Call]:
+        """Calls that correct weights without a gradient. They are rare, so that their plans are not kept."""
+        by_device: dict[torch.device, list[int]] = {}
+        for i in positions:
+            by_device.setdefault(group["params"][i].device, []).append(i)
+        calls = []
+        for part in chain.from_iterable(self._split(group["params"], found) for found in by_device.values()):
+            own = [group["params"][i] for i in part]
+            calls.append(Call(group, Plan(own, part, [self._ready(param, group) for param in own], []), []))
+        return calls
 
     def _apply_projected(
         self,

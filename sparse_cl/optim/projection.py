@@ -41,6 +41,7 @@ class Fitted:
         free: whether it leaves anything; if not, the parameter is not updated.
         spent: what a warning then says of the parameter.
         exact: whether it needs float32 products where the caller allows less, such as TF32.
+        bounds: whether it promises how far a weight moves, and so must know of every move.
         later: whether weights are corrected after several plain steps, in place of each update.
         said: what it is, in words that are the same in processes that hold parts of one weight.
         correction: corrects the updates of all layers whose projections name it and are ``alike``.
@@ -49,6 +50,7 @@ class Fitted:
     free: bool = True
     spent: str = "all its directions are protected"
     exact: bool = True
+    bounds: bool = False
     later: bool = False
     said: str = ""
     correction: type[Correction]

@@ -136,6 +136,7 @@ class Protection:
         return [self._names[p] for p, written in self._written.items() if weight_of(p)._version != written]
 
     def _before(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
+        _refuse_uncorrectable(optimizer)  # masks can be set, and rates taken away, since
         groups = optimizer.param_groups
         own = set(map(id, parameters_of(groups)))
         lost = [self._names[param] for param in self._fitted if id(param) not in own]

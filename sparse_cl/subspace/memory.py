@@ -242,7 +242,9 @@ class SubspaceMemory:
         Args:
             before, after: modules, or {name: weight}.
         """
-        before, after = _weights(before), _weights(after)
+        before, after = (
+            dict(x.named_parameters(remove_duplicate=False)) if isinstance(x, nn.Module) else x for x in (before, after)
+        )
         result = {}
         for name, layer in self._layers.items():
             for given, weights in (("before", before), ("after", after)):
@@ -356,9 +358,10 @@ class SubspaceMemory:
         """Whether anything is known of what goes into ``param``; not so where a model uses it outside its layer."""
         return self.tracks(param) and self._layer(param).subspace is not None
 
-    def is_embedding(self, param: Tensor) -> bool:
-        """Whether ``param`` belongs to an embedding of the model that it is bound to."""
-        return id(param) in self._table_of
+    def is_embedding(self, key: str | Tensor, counted: bool = False) -> bool:
+        """Whether a parameter, or its name, is an embedding's; with ``counted``, of one that says what it looks up."""
+        table = self._tables.get(key) if isinstance(key, str) else self._table_of.get(id(key))
+        return table is not None and not (counted and table.opaque and table.shares is None)
 
     def used_rows(self, key: str | Tensor) -> UsedRows | None:
         """The rows of an embedding that earlier domains look up; None while there are none, or it has none."""
@@ -394,7 +397,3 @@ class SubspaceMemory:
             what = repr(key) if isinstance(key, str) else f"a parameter of shape {tuple(key.shape)}"
             raise KeyError(f"the memory does not track {what}; the first it tracks are {', '.join(self.names[:3])}")
         return layer
-
-
-def _weights(source: nn.Module | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    return dict(source.named_parameters(remove_duplicate=False)) if isinstance(source, nn.Module) else source

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -82,7 +83,8 @@ class Observer:
             self._drop()
         self._noting, self._tokens, self._counted = "all", tokens, {}
         try:
-            yield
+            with _uncompiled():
+                yield
         finally:
             self._noting, self._tokens, self._counted, self._last = "nothing", None, {}, None
 
@@ -257,6 +259,11 @@ class Observer:
                 f"observe: the {what} of {list(norms)[finite.index(False)]!r} holds NaN or infinity, so nothing was "
                 "observed; skip this step and go on"
             )
+
+
+def _uncompiled() -> Any:
+    """Passes run as they are written: what was compiled before the hooks came would run without them."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 class _InputHook:

@@ -57,7 +57,7 @@ class Table:
 
     def used(self) -> UsedRows | None:
         """The used rows, where the parameter is now; None while there are none."""
-        if self.shares is None or self.opaque:
+        if self.shares is None:
             return None
         index = self.shares.nonzero().flatten()
         found = UsedRows(index, self.shares[index])
@@ -70,6 +70,8 @@ class Table:
             ids, rows: the module's first argument and what it returned.
             weight: the module's, as it is in the pass.
         """
+        if isinstance(ids, Tensor) and ids.numel() == 0:
+            return None
         if not self.opaque and self.counts is None:
             self.opaque = not self._is_lookup(ids, rows, weight)
         return None if self.opaque else ids

@@ -22,7 +22,7 @@ from sparse_cl import (
 )
 from sparse_cl.integrations import Domain, continual
 from sparse_cl.integrations.looking import Looking, as_batch
-from sparse_cl.methods import Elastic, LoRA, Orthogonal
+from sparse_cl.methods import Curvature, Elastic, LoRA, Orthogonal, OrthogonalMasked, SelectiveWrite
 from sparse_cl.optim.active_gradients import active_gradients
 
 
@@ -118,6 +118,13 @@ def test_a_hard_method_wants_an_optimizer_that_keeps_out(tiny_llama):
         Domain(Orthogonal(), tiny_llama, domain(0), ElasticAdamW(tiny_llama.named_parameters()))
     for optimizer in (SubspaceProjectedAdamW, lambda p: ElasticAdamW(p, budget=0)):
         Domain(Orthogonal(), tiny_llama, domain(0), optimizer(tiny_llama.named_parameters())).close()
+
+
+@pytest.mark.parametrize("method", [SelectiveWrite, OrthogonalMasked, Curvature])
+def test_a_method_with_an_optimizer_of_its_own_refuses_ours_too(tiny_llama, method):
+    for optimizer in (ElasticAdamW, SubspaceProjectedAdamW, torch.optim.AdamW):
+        with pytest.raises(ValueError, match="needs an optimizer of its own, .* take elastic or orthogonal"):
+            Domain(method(), tiny_llama, domain(0), optimizer(tiny_llama.named_parameters()))
 
 
 def test_another_optimizer_beside_or_after_the_protected_one_is_noticed(tiny_llama):

@@ -91,7 +91,7 @@ def test_a_domain_goes_no_further_than_each_direction_s_pull_lets_it(tiny_llama,
 
     With one second moment a row, b is √n times what it is of one entry.
     """
-    method, steps = Elastic(strength=strength), 20
+    method, steps = Elastic(strength=strength, max_rank=4), 20
     model = learn(method, tiny_llama, domain(0), lr=LR)
     before, used = weights(model), {name: method.memory.subspace(name) for name in method.memory.names}
     after, tight = weights(learn(method, model, domain(1), lr=LR, steps=steps)), 0

@@ -26,7 +26,7 @@ def adapters(model):
 WHOLE = {"energy": 1.0, "max_rank": None}
 
 
-@pytest.mark.parametrize("settings", [{}, WHOLE])
+@pytest.mark.parametrize("settings", [{"max_rank": 4}, WHOLE])
 def test_an_adapter_starts_outside_what_is_used_and_at_zero(tiny_llama, settings):
     method = ElasticLoRA(**settings)
     model = learn(method, tiny_llama, domain(0), lr=LR)

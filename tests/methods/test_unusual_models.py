@@ -221,4 +221,6 @@ def test_elastic_protects_every_linear_layer_and_names_the_others(family):
     assert matrices - set(optimizer.projections) == free
     assert free <= set(optimizer.rest)
     named = [str(warning.message) for warning in told if str(warning.message).startswith("memory:")]
+    # OPT computes its positions, so that nobody knows which rows a batch looks up.
+    free = free | {name for name in method.memory.embeddings if not method.memory.is_embedding(name, counted=True)}
     assert all(any(repr(name) in message for message in named) for name in free) and bool(named) == bool(free)

@@ -142,6 +142,50 @@ def test_a_budget_holds_after_every_second_step_when_the_rows_change():
     assert max(spent) > 1e-4
 
 
+@pytest.mark.parametrize("resumes", [False, True])
+def test_what_has_no_gradient_in_the_corrected_step_is_corrected_too(resumes):
+    """Two heads take a batch each in turn; a third weight had its last gradient long ago."""
+    weights, s = [parameter(seed=seed) for seed in (2, 3, 4)], subspace()
+    starts = [weight.detach().double().clone() for weight in weights]
+    make = {"lr": 3e-2, "memory": dict.fromkeys("abc", s), "budget": 1e-4, "every": 2}
+    optimizer = ElasticAdamW(list(zip("abc", weights, strict=True)), **make)
+    for step in range(12):
+        if step == 7 and resumes:
+            state = copy.deepcopy(optimizer.state_dict())
+            optimizer = ElasticAdamW(list(zip("abc", weights, strict=True)), **make)
+            optimizer.load_state_dict(state)
+        for number, weight in enumerate(weights):
+            weight.grad = gradient(step).float() if number == step % 2 or (number == 2 and step < 2) else None
+        before = weights[2].detach().clone()
+        optimizer.step()
+        assert step < 2 or torch.equal(before, weights[2])
+        if step % 2:
+            for weight, start in zip(weights, starts, strict=True):
+                assert 0 < drift(weight.detach(), start, s) <= 1e-4 * (1 + 1e-4)
+
+
+@pytest.mark.parametrize("every", [(1, 4), (4, 1)])
+def test_a_checkpoint_of_another_every_is_refused(every):
+    weight, s = parameter(), subspace()
+    first, second = (ElasticAdamW([weight], memory={weight: s}, every=k, **GIVEN["budget"]) for k in every)
+    run(first, weight, 3)
+    second.load_state_dict(first.state_dict())
+    before = weight.detach().clone()
+    with pytest.raises(ValueError, match="it was made with another `every`"):
+        run(second, weight, 1)
+    assert torch.equal(weight, before)
+
+
+def test_a_budget_on_16_bits_without_a_master_wants_the_weights_to_be_read():
+    weight, s = parameter(torch.bfloat16), subspace()
+    start, make = weight.detach().double().clone(), {"lr": 1e-2, "memory": {"w": s}, "master_weights": False}
+    with pytest.raises(ValueError, match="torch.bfloat16 without a master, .* take master_weights=True, or every=2"):
+        run(ElasticAdamW([("w", weight)], budget=1e-3, **make), weight, 1)
+    assert torch.equal(weight.double(), start)
+    run(ElasticAdamW([("w", weight)], budget=1e-3, every=2, **make), weight, 100)
+    assert drift(weight.detach(), start, s) == pytest.approx(1e-3, rel=0.2)  # rounding of one step
+
+
 def test_a_skipped_step_adds_no_rate():
     weight, s = parameter(), subspace()
     oracle = Oracle("pull", weight, s, decay=0.01, every=2)

@@ -100,7 +100,29 @@ def test_what_is_no_lookup_is_left_alone():
     model = Model()
     memory = remember(model, ids(0, 10))
     assert memory.used_rows("positions.weight") is None
-    assert "positions.weight" in ElasticAdamW(model.named_parameters(), memory=memory).rest
+    optimizer = ElasticAdamW(model.named_parameters(), memory=memory)
+    assert "positions.weight" in optimizer.rest
+    model(ids(0, 10)).square().mean().backward()
+    with pytest.warns(UserWarning, match="trained unprotected, as it never saw .*: 'positions.weight'"):
+        optimizer.step()
+
+
+def test_an_empty_batch_and_a_computed_lookup_drop_no_rows():
+    model = Tied()
+    memory = remember(model, ids(0, 10))
+    for input_ids in (ids(0, 10)[:, :0], ids(10, 20)):
+        with torch.no_grad(), memory.watch():
+            model.table(input_ids)
+            model(ids(10, 20))
+        memory.observe()
+    memory.consolidate()
+    assert len(memory.used_rows("table.weight").index) == 20
+    model.table.forward = lambda ids: nn.Embedding.forward(model.table, ids.flip(1))
+    with torch.no_grad(), memory.watch():
+        model(ids(15, 18))
+    memory.observe()
+    memory.consolidate()
+    assert len(memory.used_rows("table.weight").index) == 20, "what it looked up is not known, and the old rows stay"
 
 
 def test_rows_that_are_scaled_count():

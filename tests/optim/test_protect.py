@@ -179,6 +179,13 @@ def test_what_it_refuses():
     masked = SparseMaskedAdamW([weight], masks={weight: RowMask([0], (M, N))})
     with pytest.raises(ValueError, match="it has masks, .* give ElasticAdamW the masks and the memory"):
         protect(masked, {weight: s}, budget=1.0)
+    later = SparseMaskedAdamW([weight])
+    protect(later, {weight: s}, budget=1.0)
+    later.set_masks({weight: RowMask([0], (M, N))})
+    before = weight.detach().clone()
+    with pytest.raises(ValueError, match="it has masks"):
+        run(later, weight, 1)
+    assert torch.equal(weight, before)
 
 
 def test_a_wrapper_that_steps_other_tensors_is_refused_at_the_first_step():

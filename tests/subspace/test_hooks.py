@@ -54,6 +54,18 @@ def test_passes_before_the_first_watch_are_dropped_and_later_ones_do_not_count()
     assert torch.allclose(moments(memory)["0.weight"], second.mT @ second)
 
 
+def test_layers_that_were_compiled_before_are_noted():
+    net, x = model(), batches()[0]
+    net[0].compile(backend="eager")
+    with torch.no_grad():
+        net(x)  # Dynamo compiles it without hooks, and does not look for them again
+    memory = SubspaceMemory(net, source="inputs")
+    with torch.no_grad(), memory.watch():
+        net(x)
+    memory.observe()
+    assert torch.allclose(moments(memory)["0.weight"], x.mT @ x)
+
+
 def test_hooks_go_with_the_memory_and_to_no_copy():
     net = model()
     memory = SubspaceMemory(net, source="inputs")
