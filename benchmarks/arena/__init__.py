@@ -16,10 +16,10 @@ from .osf import OSF
 from .osft import OSFT
 from .self_replay import SelfReplay
 from .soap import SOAPMethod
-from .springs import L2SP, KFACLaplace
+from .springs import L2SP, KFACLaplace, KFACRows
 
 _BASELINES = (LoRAWeightDecay, FreezeLower, EarlyStopping, EWC, MoFO, MIGU, OLoRA, OSF)
-_BASELINES += (OSFT, SFA, LoRAMean, L2SP, KFACLaplace, SOAPMethod, SelfReplay, ElasticNull)
+_BASELINES += (OSFT, SFA, LoRAMean, L2SP, KFACLaplace, KFACRows, SOAPMethod, SelfReplay, ElasticNull)
 for _method in (*_BASELINES, Single, Joint):
     register(_method)
 
@@ -34,6 +34,7 @@ __all__ = [
     "FreezeLower",
     "Joint",
     "KFACLaplace",
+    "KFACRows",
     "L2SP",
     "LoRAMean",
     "LoRAWeightDecay",

@@ -15,6 +15,8 @@ from typing import Any
 
 from sparse_cl.methods import METHODS
 
+from .nulls import NULLS
+
 RATES = (3e-4, 1e-3, 3e-3)
 SIX_RATES = (1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 4e-3)
 TUNING = ("sql-create-context", "aqua-rat", "medmcqa", "creak")
@@ -26,7 +28,7 @@ TUNING_SEED, SEEDS, OF_CURVES = 100, (0, 1, 2, 3, 4), (0, 1, 2)
 TWICE = (2.0,)
 FACTORS: Mapping[str, tuple[float, ...]] = {
     "elastic": (0.5, 0.25, 0.125),
-    **dict.fromkeys(("ewc", "curvature", "null-strengths", "null-one"), (0.5,)),
+    **dict.fromkeys(("ewc", "curvature", "null-strengths", "null-one", "null-moments"), (0.5,)),
     **dict.fromkeys(("orthogonal", "sfa", "l2-sp"), (2.0, 0.5)),
 }
 """Of the rate, for curves: `TWICE` but for rows that learn nearly as much as any, or no more at twice the rate."""
@@ -52,7 +54,7 @@ OPTIONS: Mapping[str, dict[str, Any]] = {
     "two-four": {"score": "fisher"},
     "early-stopping": {"share": 0.25},
     "lora-mean": {"rank": 8},
-    "kfac-laplace": {"ewc_lambda": 1000.0},
+    **dict.fromkeys(("kfac-laplace", "kfac-rows"), {"ewc_lambda": 1000.0}),
     "l2-sp": {"alpha": 1.0},
     "sfa": {"mean": "running"},
     "osft": {"effective_rank": 0.7},
@@ -64,16 +66,13 @@ OPTIONS: Mapping[str, dict[str, Any]] = {
 ENTRIES: Mapping[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     **{name: (name, {}, {}) for name in ("adamw", "replay-1", "replay-5", "soap", "joint", "single")},
     **{name: (name, {}, other) for name, other in OPTIONS.items()},
-    **{
-        f"null-{null}": ("elastic-null", {"null": null}, {"strength": 5.0})
-        for null in ("directions", "strengths", "one")
-    },
+    **{f"null-{null}": ("elastic-null", {"null": null}, {"strength": 5.0}) for null in NULLS},
 }
 """Row → method, its options in any case, and another value of its main option; none: it has the rates alone."""
 
 ASKED_FIRST = (
-    *("elastic", "null-directions", "null-strengths", "null-one", "elastic-lora", "curvature", "orthogonal"),
-    *("adamw", "lora", "sfa", "l2-sp", "self-replay", "replay-5", "ewc", "kfac-laplace", "soap"),
+    *("elastic", *(f"null-{null}" for null in NULLS), "elastic-lora", "curvature", "orthogonal"),
+    *("adamw", "lora", "sfa", "l2-sp", "self-replay", "replay-5", "ewc", "kfac-laplace", "kfac-rows", "soap"),
 )
 """Rows that are run before the others: the pull, its nulls and kin, and what it is measured against."""
 

@@ -23,6 +23,7 @@ NULLS = {
     "null-directions": "in random directions",
     "null-strengths": "with shuffled strengths",
     "null-one": "with one strength for all",
+    "null-moments": "with a second moment for each entry",
 }
 HEADER = (
     *("by ACC", "whose", "rate and option", "seeds", "learned", "lost", "ACC"),
@@ -142,10 +143,11 @@ def rows(runs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
         cells = [shown(entry.scores.get(key), *form) for key, form in SHOWN.items()]
         cells[1] = "" if entry.kind == "bound" else cells[1]
         more, learned = (entry.beside.more, entry.beside.learned) if entry.beside else (None, None)
-        reach = f"{learned[0]:.2f} to {learned[1]:.2f}" if learned else ""
+        reach = _reach(learned) if learned else ""
         count = str(entry.scores["acc"].count)
         cells = [entry.name, entry.kind, entry.chosen, count, *cells]
-        found.append([*cells, shown(more, "+.1f", 100.0), reach])
+        seeds = f" ({more.count} seeds)" if more and 1 < more.count < entry.scores["acc"].count else ""
+        found.append([*cells, shown(more, "+.1f", 100.0) + seeds, reach])
     return found
 
 
@@ -153,7 +155,9 @@ def sentence(runs: Sequence[Mapping[str, Any]]) -> str:
     """Who loses least at equal learning, by how much, whether that is sure, and what the pull has over its nulls."""
     found = entries(runs)
     rows = [entry for entry in found if entry.beside is not None and _without_strength(entry.name) != OURS]
-    gaps = {entry.name: entry.beside for entry in rows if entry.beside and entry.beside.more}
+    gaps = {
+        entry.name: entry.beside for entry in rows if entry.beside and entry.beside.more and entry.beside.more.count > 1
+    }
     others = [entry for entry in rows if entry.kind != "null"]
     compared = [entry.name for entry in others if entry.name in gaps]
     if not compared:
@@ -178,14 +182,19 @@ def _of_rows(gaps: Mapping[str, Beside]) -> str:
     by_gap = sorted(gaps, key=lambda name: _more(gaps[name]).mean)
     sure = [name for name in by_gap if _sure(_more(gaps[name]))]
     more, less = ([name for name in sure if (_more(gaps[name]).mean > 0) == positive] for positive in (True, False))
+    crossing = [name for name in more if _sure(gaps[name].least) and gaps[name].least.mean < 0]
     text = f"`{OURS}` loses least at equal learning"
-    if len(more) < len(gaps):
+    if crossing or len(more) < len(gaps):
         text = f"At equal learning `{OURS}` loses less than {len(more) or 'none'} of {len(gaps)} rows"
     if more:
         text += f": `{more[0]}` loses {_points_of(gaps[more[0]])} points of the gain more, {_where(gaps[more[0]])}"
     text += "."
     for name in less:
         text += f" `{name}` loses {_points_of(gaps[name]).removeprefix('−')} points less, {_where(gaps[name])}."
+    for name in crossing:
+        own, (least, _) = gaps[name], gaps[name].learned or (0.0, 0.0)
+        points = shown(own.least, ".1f", 100.0).removeprefix("−")
+        text += f" Curves cross: where both have learned {least:.2f}, `{name}` loses {points} points less."
     alike = [f"`{name}` ({_points_of(gaps[name], '+.1f')})" for name in by_gap if name not in sure]
     return f"{text} Not told apart from it: {', '.join(alike)}." if alike else text
 
@@ -195,8 +204,12 @@ def _points_of(gap: Beside, form: str = ".1f") -> str:
 
 
 def _where(gap: Beside) -> str:
-    low, high = gap.learned or (0.0, 0.0)
-    return f"where both have learned {low:.2f} to {high:.2f}"
+    return f"where both have learned {_reach(gap.learned or (0.0, 0.0))}"
+
+
+def _reach(learned: tuple[float, float]) -> str:
+    low, high = (f"{end:.2f}" for end in learned)
+    return low if low == high else f"{low} to {high}"
 
 
 def nulls(runs: Sequence[Mapping[str, Any]]) -> list[tuple[str, float, Beside]]:
@@ -229,8 +242,8 @@ def _more(gap: Beside) -> Interval:
     return gap.more
 
 
-def _sure(more: Interval) -> bool:
-    return more.half_width is not None and abs(more.mean) > more.half_width
+def _sure(more: Interval | None) -> bool:
+    return more is not None and more.half_width is not None and abs(more.mean) > more.half_width
 
 
 def table(runs: Sequence[Mapping[str, Any]]) -> str:

@@ -1,4 +1,4 @@
-"""Nulls of `elastic`: the same pull, without what it knows of the old inputs."""
+"""Nulls of `elastic`: the same pull, without what it knows of the old inputs, or with AdamW's own moments."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sparse_cl.optim.low_rank import LowRankProjection
 from sparse_cl.optim.memory_adamw import Known
 from sparse_cl.subspace import Subspace
 
-NULLS = ("directions", "strengths", "one")
+NULLS = ("directions", "strengths", "one", "moments")
 
 
 class ElasticNull(Elastic):
@@ -23,7 +23,7 @@ class ElasticNull(Elastic):
 
     Args:
         null: "directions": as many random ones, with the strengths; "strengths": these in random order; "one": their
-            mean for all.
+            mean for all; "moments": it knows all, but each entry has a second moment, as in AdamW, not each row.
     """
 
     name = "elastic-null"
@@ -37,6 +37,8 @@ class ElasticNull(Elastic):
         self.null = null
 
     def _adamw(self, *arguments: Any, **options: Any) -> ElasticAdamW:
+        if self.null == "moments":
+            return super()._adamw(*arguments, **{**options, "second_moment": "entry"})
         return _NullAdamW(self.null, *arguments, **options)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_cl import storage
+from sparse_cl import SparseMaskedAdamW, storage
 from sparse_cl.methods.adamw import AdamW
 from sparse_cl.methods.base import Batch
 from sparse_cl.methods.options import check_at_least
@@ -100,3 +100,14 @@ class KFACLaplace(EWC):
         layers = {model.get_parameter(name): pair for name, pair in self.factors.items()}
         self._springs = [spring for spring in self._springs if spring[0] not in layers]
         self._layers = [(p, p.detach().clone(), (s.to(p.device), a.to(p.device))) for p, (s, a) in layers.items()]
+
+
+class KFACRows(KFACLaplace):
+    """`KFACLaplace` with one second moment a row from the second domain on, as `elastic` has: what that is worth."""
+
+    name = "kfac-rows"
+
+    def make_optimizer(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
+        if not self._layers:
+            return super().make_optimizer(model, lr)
+        return SparseMaskedAdamW(model.named_parameters(), lr=lr, second_moment="row")

@@ -99,4 +99,20 @@ def test_a_row_without_curves_or_of_failed_runs_is_not_compared():
     rows = main_table.rows(runs)
     assert sorted(row[0] for row in rows) == ["elastic", "ewc"]
     (ewc,) = (row for row in rows if row[0] == "ewc")
-    assert ewc[3:5] == ["1", "1.00"] and ewc[-2:] == ["", ""]
+    assert ewc[3:5] == ["1", "1.00"] and ewc[-2:] == ["+9.0", "1.00"], "one seed is in no sentence"
+
+
+def test_curves_that_cross_are_told():
+    crosses = runs_of("ewc", "ewc", -0.1, rates=(0.5,)) + runs_of("ewc", "ewc", 0.3, rates=(1, 2))
+    text = main_table.sentence([*ELASTIC, *NULL, *crosses])
+    assert text.startswith("At equal learning `elastic` loses less than 1 of 1 rows: `ewc` loses")
+    assert "Curves cross: where both have learned 0.71, `ewc` loses 10.0 ± 2.5 points less." in text
+
+
+def test_a_row_with_one_rate_is_compared_there_and_by_the_seeds_that_both_have():
+    runs = [*ELASTIC, *runs_of("ewc", "ewc", 0.3, rates=(1,))]
+    rows = {row[0]: row for row in main_table.rows(runs)}
+    assert rows["ewc"][-2:] == ["+30.0 ± 7.5", "1.01"]
+    runs = [one for one in runs if one["name"] != "elastic@0.5-given-seed2" and one["name"] != "elastic-given-seed2"]
+    rows = {row[0]: row for row in main_table.rows(runs)}
+    assert rows["ewc"][-2].endswith("(2 seeds)")

@@ -7,6 +7,7 @@ import torch
 from cases.methods import copy_of, domain, learn
 
 from benchmarks.arena import ElasticNull
+from sparse_cl import ElasticAdamW
 from sparse_cl.methods import Elastic
 
 
@@ -35,6 +36,14 @@ def test_a_null_differs_in_what_it_says_alone(tiny_llama, null):
     assert changed == 0 if null == "directions" else changed > 3
 
 
+def test_the_null_of_moments_is_the_pull_with_adamw_s(tiny_llama):
+    method = ElasticNull(null="moments")
+    model = learn(method, copy_of(tiny_llama), domain(0))
+    optimizer = method.make_optimizer(method.before_domain(model, domain(1)), 1e-3)
+    assert type(optimizer) is ElasticAdamW and optimizer.protects
+    assert {group["second_moment"] for group in optimizer.param_groups} == {"entry"}
+
+
 def test_a_null_forgets_more_than_the_pull(tiny_llama):
     kept = []
     for method in (Elastic(strength=50.0), ElasticNull(strength=50.0, null="directions")):
@@ -42,7 +51,7 @@ def test_a_null_forgets_more_than_the_pull(tiny_llama):
         before = loss(model)
         kept.append(loss(learn(method, model, domain(1), steps=12, lr=3e-3)) - before)
     assert kept[0] < kept[1]
-    with pytest.raises(ValueError, match="null: expected 'directions', 'strengths', 'one', got 'none'"):
+    with pytest.raises(ValueError, match="null: expected 'directions', 'strengths', 'one', 'moments', got 'none'"):
         ElasticNull(null="none")
 
 

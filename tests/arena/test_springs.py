@@ -6,7 +6,7 @@ import pytest
 import torch
 from cases.methods import domain, learn, weights
 
-from benchmarks.arena import L2SP, KFACLaplace
+from benchmarks.arena import L2SP, KFACLaplace, KFACRows
 from sparse_cl.probes.curvature import CurvatureProbe
 from sparse_cl.probes.fisher import diagonal_fisher
 
@@ -59,3 +59,12 @@ def test_kfac_s_penalty_is_that_of_the_summed_factors(tiny_llama):
         d = p.detach().double() - before[name]
         gradient = 7 * (sums[name][0] @ d @ sums[name][1] if name in sums else rest[name] * d)
         torch.testing.assert_close(p.grad.double(), gradient, rtol=1e-3, atol=1e-5 * float(gradient.abs().max()))
+
+
+def test_kfac_with_moments_of_rows_has_them_from_the_second_domain_on(tiny_llama):
+    method = KFACRows()
+    assert type(method.make_optimizer(method.before_domain(tiny_llama, domain(0)), 1e-3)) is torch.optim.AdamW
+    model = learn(method, tiny_llama, domain(0), steps=2)
+    optimizer = method.make_optimizer(method.before_domain(model, domain(1)), 1e-3)
+    assert {group["second_moment"] for group in optimizer.param_groups} == {"row"}
+    assert len(optimizer.param_groups[0]["params"]) == len(list(model.parameters()))
