@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -265,6 +266,10 @@ def protect(
     hooks = optimizer._optimizer_step_post_hooks.values()
     if any(isinstance(getattr(hook, "__self__", None), Protection) for hook in hooks):
         raise ValueError("optimizer: it is protected already; call .remove() of that protection first")
+    if isinstance(memory, SubspaceMemory) and not memory.domains:
+        warnings.warn(
+            "memory: it has learned no domain, so nothing is protected; call memory.consolidate() first", stacklevel=2
+        )
     every, rule, fitted = check_every(every), rule_of(strength, budget, row_strength), {}
     for param, known in known_of(optimizer.param_groups, memory, row_strength > 0).items():
         if owner_of(param) is not None:

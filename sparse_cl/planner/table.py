@@ -22,7 +22,7 @@ _MEMORY = {
     "logits": "logits and loss",
     "gathered": "gathered weights, at most",
     "kept": "kept by the method",
-    "observing": "while probing and observing",
+    "observing": "observing, besides weights and kept",
     "peak": "peak",
 }
 _FLOPS = {"forward_flops": "forward, per token", "token_flops": "forward and backward, per token"}
