@@ -44,6 +44,7 @@ class ContinualLightning(lightning.Callback):
         self.folder, self.name, self.records = folder, name, records
         self.domain: Domain | None = None
         self._resumes: dict[str, Any] | None = None
+        self._began = 0
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         if trainer.world_size > 1 or len(trainer.optimizers) != 1:
@@ -64,11 +65,11 @@ class ContinualLightning(lightning.Callback):
             records=self.records,
             resumes=self._resumes,
         )
-        self._resumes = None
+        self._resumes, self._began = None, trainer.global_step
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if self.domain is None or not trainer.global_step:
-            return
+        if self.domain is None or trainer.global_step == self._began:
+            return  # gradients are accumulated still
         self.domain.prove()
         if trainer.logger is not None and trainer.global_step % trainer.log_every_n_steps == 0:
             drift = self.domain.drift()

@@ -73,6 +73,20 @@ def test_a_second_domain_is_protected_and_goes_on_from_a_checkpoint(tiny_llama, 
     assert load_carried(tmp_path / "1").memory.domains == 2
 
 
+def test_a_domain_that_accumulates_gradients_goes_on(tiny_llama, tmp_path):
+    from sparse_cl.integrations import ContinualLightning
+
+    fit(Module(tiny_llama), 0, tmp_path / "0", ContinualLightning(Elastic(), folder=tmp_path / "0"))
+    ends = []
+    for resumes in (False, True):
+        model = copy_of(tiny_llama)
+        paths = sorted((tmp_path / "False").glob("*step=4.ckpt")) if resumes else [None]
+        callback = ContinualLightning(Elastic(), memory=tmp_path / "0")
+        fit(Module(model), 1, tmp_path / str(resumes), callback, paths[0], accumulate_grad_batches=2)
+        ends.append(weights(model))
+    assert same(*ends)
+
+
 def test_a_domain_that_is_resumed_without_its_memory_is_refused(tiny_llama, tmp_path):
     from sparse_cl.integrations import ContinualLightning
 
