@@ -17,6 +17,7 @@ constexpr int64_t kLanes = 8;
 constexpr int64_t kAhead = 0, kTwoFourAhead = 256;
 // Bytes from one gathered entry to the next, on average, below which the lines between are prefetched too: on Zen 3 to
 // touch 56 % of a range's lines takes as long as to touch all, or longer.
+constexpr bool kEstimates = false;
 constexpr int64_t kGap = 128;
 using Floats = __m256;
 using Mask = __m256i;

@@ -13,7 +13,8 @@ namespace {
 constexpr int64_t kLanes = 16;
 // Entries by which software prefetch runs ahead of the hardware's, which stops at pages.
 constexpr int64_t kAhead = 512, kTwoFourAhead = 0;
-constexpr int64_t kGap = 0;  // prefetches only the lines of gathered entries
+constexpr bool kEstimates = true;  // division and square root round otherwise than those of one number
+constexpr int64_t kGap = 0;        // prefetches only the lines of gathered entries
 using Floats = __m512;
 using Mask = __mmask16;
 typedef uint32_t Ints __attribute__((vector_size(64)));
@@ -63,16 +64,18 @@ inline Floats subtract_product(Floats a, Floats b, Floats c) {  // a - b c
   return _mm512_fnmadd_ps(b, c, a);
 }
 inline Floats adamw_quotient(Floats m, Floats v, Floats rsqrt_correction, Floats eps) {
-  // Estimates fail on zero, subnormals, infinity, NaN and negative numbers.
-  if (__builtin_expect(_mm512_fpclass_ps_mask(v, 0xFF), 0))
-    return _mm512_div_ps(m, add_product(eps, _mm512_sqrt_ps(v), rsqrt_correction));
   const Floats r = _mm512_rsqrt14_ps(v);
   const Floats s = v * r;
   const Floats root = add_product(s, subtract_product(v, s, s), r * floats(0.5f));
   const Floats divisor = add_product(eps, root, rsqrt_correction);
   const Floats y = _mm512_rcp14_ps(divisor);
   const Floats q = m * y;
-  return add_product(q, subtract_product(m, q, divisor), y);
+  const Floats quotient = add_product(q, subtract_product(m, q, divisor), y);
+  // Estimates fail on zero, subnormals, infinity, NaN and negative numbers. The other lanes keep theirs: what a lane
+  // becomes must not depend on which entries lie beside it.
+  const Mask fails = _mm512_fpclass_ps_mask(v, 0xFF);
+  if (__builtin_expect(!fails, 1)) return quotient;
+  return _mm512_mask_div_ps(quotient, fails, m, add_product(eps, _mm512_sqrt_ps(v), rsqrt_correction));
 }
 
 inline bool any(Mask mask) {

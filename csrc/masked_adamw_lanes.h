@@ -85,7 +85,8 @@ struct LaneUpdate {
 template <typename P, bool kMaster>
 constexpr bool kHasLanes = sizeof(P) < 8 && (kMaster || sizeof(P) == 4 || std::is_same_v<P, BFloat16>);
 
-// Steps the first entries of a span, a multiple of kLanes, and returns how many.
+// Steps the first entries of a span and returns how many: a multiple of kLanes, or all where lanes round otherwise than
+// code of one entry, or bits would depend on where a span ends, and so on how a parameter is split over processes.
 template <bool kMaster, bool kByRow, typename P, typename G>
 int64_t step_lanes(P* param, const G* grad, float* exp_avg, float* exp_avg_sq, float* max, float* master, int64_t size,
                    const LaneUpdate& update, uint32_t key, uint32_t first) {
@@ -104,7 +105,25 @@ int64_t step_lanes(P* param, const G* grad, float* exp_avg, float* exp_avg_sq, f
     if (kMaster) store_lanes(master + i, now);
     store_lanes(param + i, stored_lanes < P, Storage<P>::kNarrow && !kMaster > (now, key, first + i));
   }
-  return whole;
+  if (!kEstimates || whole == size) return whole;
+  const int64_t rest = size - whole;
+  P last[kLanes]{};
+  G slope[kLanes]{};
+  float m[kLanes]{}, v[kLanes]{}, v_max[kLanes]{}, old[kLanes]{};
+  auto each = [&](auto copy) {
+    copy(exp_avg, m);
+    if (!kByRow) copy(exp_avg_sq, v);
+    if (max) copy(max, v_max);
+    if (kMaster) copy(master, old);
+  };
+  std::copy_n(param + whole, rest, last);
+  std::copy_n(grad + whole, rest, slope);
+  each([=](const float* from, float* to) { std::copy_n(from + whole, rest, to); });
+  step_lanes<kMaster, kByRow>(last, slope, m, kByRow ? exp_avg_sq : v, max ? v_max : nullptr, old, kLanes, update, key,
+                              static_cast<uint32_t>(first + whole));
+  std::copy_n(last, rest, param + whole);
+  each([=](float* to, const float* from) { std::copy_n(from, rest, to + whole); });
+  return size;
 }
 
 // Steps the first entries of `size` at param[position[i]], a multiple of kLanes, and returns how many. Where `next` is
