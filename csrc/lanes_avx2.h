@@ -15,9 +15,9 @@ constexpr int64_t kLanes = 8;
 // Entries by which software prefetch runs ahead. Measured on Zen 3: none for what is contiguous, where it gains nothing
 // and costs a cycle an entry in bfloat16; 10 % less time for 2:4 masks of float32.
 constexpr int64_t kAhead = 0, kTwoFourAhead = 256;
+constexpr bool kEstimates = false;
 // Bytes from one gathered entry to the next, on average, below which the lines between are prefetched too: on Zen 3 to
 // touch 56 % of a range's lines takes as long as to touch all, or longer.
-constexpr bool kEstimates = false;
 constexpr int64_t kGap = 128;
 using Floats = __m256;
 using Mask = __m256i;

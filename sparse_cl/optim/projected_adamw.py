@@ -266,31 +266,33 @@ class ProjectedAdamW(SparseMaskedAdamW):
 
     def _apply_all(self, calls: list[Call], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         plain: list[Call] = []
-        by_rate: dict[tuple, list[Call]] = {}
+        now: list[Call] = []
+        late: list[Call] = []
         for call in calls:
             fit = self._projections.get(call.plan.own[0])
-            key = fit and (fit.exact, fit.later, call.plan.params[0].device, id(call.group))
-            (by_rate.setdefault(key, []) if key else plain).append(call)
-            if fit and fit.later:
-                if is_capturing(call.plan.params[0]):
-                    raise RuntimeError("every: a CUDA graph repeats one kind of step; take every=1 to capture it")
-                plain.append(call)
-        super()._apply_all(plain, grad_scale, found_inf)
-        paths: dict[int, float | Tensor | None] = {}
-        late = [call for key, found in by_rate.items() if key[1] for call in found]
-        for group in {id(call.group): call.group for call in late}.values():
-            stepped = [i for call in late if call.group is group for i in call.plan.positions]
-            paths[id(group)], others = self._passed(group, stepped, found_inf)
-            for call in self._waiting(group, others):
-                fit = self._projections[call.plan.own[0]]
-                key = (fit.exact, fit.later, call.plan.params[0].device, id(group))
-                by_rate.setdefault(key, []).append(call)
-        for (exact, later, device, number), found in by_rate.items():
+            (plain if fit is None else late if fit.later else now).append(call)
+        if any(is_capturing(call.plan.params[0]) for call in late):
+            raise RuntimeError("every: a CUDA graph repeats one kind of step; take every=1 to capture it")
+        super()._apply_all([*plain, *late], grad_scale, found_inf)
+        for (exact, device, _), found in self._alike(now).items():
             with products(device, exact):
-                if not later:
-                    self._apply_projected(found, found[0].group["lr"], grad_scale, scalar_on(found_inf, device))
-                elif (path := paths[number]) is not None:
+                self._apply_projected(found, found[0].group["lr"], grad_scale, scalar_on(found_inf, device))
+        for group in {id(call.group): call.group for call in late}.values():
+            own = [call for call in late if call.group is group]
+            path, others = self._passed(group, [i for call in own for i in call.plan.positions], found_inf)
+            if path is None:
+                continue
+            for (exact, device, _), found in self._alike([*own, *self._waiting(group, others)]).items():
+                with products(device, exact):
                     self._apply_projected(found, path)
+
+    def _alike(self, calls: Iterable[Call]) -> dict[tuple[bool, torch.device, int], list[Call]]:
+        """Calls by whether they need exact products, their device, and their group."""
+        found: dict[tuple[bool, torch.device, int], list[Call]] = {}
+        for call in calls:
+            exact = self._projections[call.plan.own[0]].exact
+            found.setdefault((exact, call.plan.params[0].device, id(call.group)), []).append(call)
+        return found
 
     def _passed(
         self, group: dict[str, Any], stepped: list[int], found_inf: Tensor | None
@@ -309,7 +311,7 @@ class ProjectedAdamW(SparseMaskedAdamW):
             group[_SINCE] = (steps, path, moved)
             return None, []
         group[_SINCE] = (0, 0.0, [])
-        return path, [i for i in moved if i not in set(stepped)]
+        return path, sorted({*moved} - {*stepped})
 
     def _waiting(self, group: dict[str, Any], positions: list[int]) -> list[Call]:
         """Calls that correct weights without a gradient. They are rare, so that their plans are not kept."""
