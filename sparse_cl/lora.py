@@ -163,6 +163,11 @@ def _subspace(name: str, layer: Any, memory: SubspaceMemory, adapter_name: str) 
     # Embeddings hold their adapter elsewhere, and no input directions to protect.
     if adapter_name not in layer.lora_A or weight is None:
         raise ValueError(f"peft_model: {name} adapts a {type(base).__name__}; expected torch.nn.Linear only")
+    if adapter_name in getattr(layer, "merged_adapters", ()):
+        raise ValueError(
+            f"peft_model: the adapter {adapter_name!r} is merged into {name}, and drawn anew it could not be taken out "
+            "again; call peft_model.unmerge_adapter() first"
+        )
     try:
         subspace = memory.subspace(weight)
     except (KeyError, ValueError) as error:

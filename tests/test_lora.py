@@ -255,6 +255,22 @@ def test_adapters_that_cannot_be_kept_out(tiny_llama, config, adapter, message):
     assert_unchanged(model, before)
 
 
+def test_a_merged_adapter_is_to_be_unmerged_first(tiny_llama):
+    memory = remember(tiny_llama)
+    model = adapt(tiny_llama)
+    with torch.no_grad():
+        for name, param in model.named_parameters():
+            if "lora_B" in name:
+                param.fill_(0.1)
+    model.merge_adapter()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"'default' is merged into .*call peft_model\.unmerge_adapter\(\) first"):
+        orthogonal_lora(model, memory)
+    assert_unchanged(model, before)
+    model.unmerge_adapter()
+    orthogonal_lora(model, memory)
+
+
 def test_a_layer_that_the_memory_does_not_know_is_named(tiny_llama):
     layer = tiny_llama.model.layers[1].mlp.up_proj
     memory = SubspaceMemory([(n, p) for n, p in tiny_llama.named_parameters() if p is not layer.weight and p.ndim == 2])

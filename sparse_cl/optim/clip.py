@@ -33,7 +33,7 @@ def clip_active_(calls: Iterable[tuple[list[Tensor], Plan]], max_norm: float) ->
             of_key[1].extend(plan.buffers if whole else [plan.buffers[i] for i in places])
             of_key[2].append(plan.layout if whole else plan.layout[places])
     if not found:
-        return torch.tensor(0.0)
+        return torch.tensor(0.0, device="cpu")
     arguments = {key: (grads, buffers, torch.cat(layouts)) for key, (grads, buffers, layouts) in found.items()}
     norms = []
     for (_, shared), its in arguments.items():

@@ -224,7 +224,7 @@ def known_of(groups: Groups, memory: SubspaceMemory | Bases | None, with_rows: b
         # By the weight, since a leaf is its layer's parameter but not the memory's.
         weights = {param: whole_of(param) for param in parameters_of(groups)}
         keys = {param: weight for param, weight in weights.items() if memory.tracks(weight)}
-        if not keys:
+        if not keys and not any(map(memory.is_embedding, weights.values())):
             raise ValueError(
                 f"memory: no parameter of this optimizer is tracked, not even {memory.names[0]!r}: it was made for "
                 "another model; call memory.bind(model), or build it from the model that is trained"

@@ -38,7 +38,7 @@ class Plan:
         self.own, self.positions, self.packed = own, positions, packed
         self.params = [weight_of(param) for param in own]
         self.buffers = [state.buffer for state in packed]
-        self.layout = torch.tensor([state.layout.row() for state in packed], dtype=torch.int64)
+        self.layout = torch.tensor([state.layout.row() for state in packed], dtype=torch.int64, device="cpu")
         self.facts = facts_of(grads)
         self.shared: dict[Any, list[int]] = {}
         for i, piece in enumerate(map(piece_of, own)):

@@ -277,8 +277,10 @@ class ProjectedAdamW(SparseMaskedAdamW):
         for (exact, device, _), found in self._alike(now).items():
             with products(device, exact):
                 self._apply_projected(found, found[0].group["lr"], grad_scale, scalar_on(found_inf, device))
-        for group in {id(call.group): call.group for call in late}.values():
+        for group in self.param_groups:
             own = [call for call in late if call.group is group]
+            if not own and not any(group.get(_SINCE, ())[2:]):
+                continue
             path, others = self._passed(group, [i for call in own for i in call.plan.positions], found_inf)
             if path is None:
                 continue

@@ -136,6 +136,7 @@ class Protection:
         """Names of the weights that something else has written since the last step."""
         return [self._names[p] for p, written in self._written.items() if weight_of(p)._version != written]
 
+    @torch._disable_dynamo
     def _before(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         _refuse_uncorrectable(optimizer)  # masks can be set, and rates taken away, since
         groups = optimizer.param_groups
@@ -182,6 +183,7 @@ class Protection:
         rest = (p for p in parameters_of(groups) if p.grad is not None and p not in self._fitted)
         warn_of_rest(news_of(rest, self._memory, groups), None, self._told)
 
+    @torch._disable_dynamo
     @torch.no_grad()
     def _after(self, optimizer: torch.optim.Optimizer, args: tuple, kwargs: dict) -> None:
         # A subclass whose step calls its parent's has the hooks run in both: that is one step, corrected twice.

@@ -149,6 +149,8 @@ class SparseMaskedAdamW(Optimizer):
         for group in self.param_groups:
             self._fill(group)
 
+    # What a compiler traces it would take for constants: states, and what projections begin with.
+    @torch._disable_dynamo
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Steps all active entries of all parameters that have a gradient.

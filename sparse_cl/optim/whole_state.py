@@ -185,7 +185,7 @@ def gathered(given: Any, mesh: Any) -> Any:
     """
     if not isinstance(given, SplitArray):
         return given
-    array = torch.empty(given.shape, dtype=given.dtype)
+    array = torch.empty(given.shape, dtype=given.dtype, device="cpu")
     for parts in from_all(mesh, {at: part.cpu() for at, part in given.parts.items()}):
         for at, part in parts.items():
             array[tuple(slice(o, o + s) for o, s in zip(at, part.shape, strict=True))] = part
@@ -331,7 +331,7 @@ def _all_counts(state: ParameterState, piece: Piece, layout: StateLayout) -> dic
     found = from_all(piece.mesh, (blocks, table, places.to(torch.uint8)))
     every = torch.cat([table for _, table, _ in found]).unique()
     table, place = cohorts_of(every)
-    cohort = torch.zeros(layout.compact_shape, dtype=torch.uint8)
+    cohort = torch.zeros(layout.compact_shape, dtype=torch.uint8, device="cpu")
     for blocks, own, places in found:
         if places.numel() == 0:
             continue

@@ -195,6 +195,11 @@ def _layers_of_module(model: nn.Module, trained: bool) -> tuple[dict[str, Layer]
         if layer is None:
             name = names[id(own.weight)]
             _refuse_split(name, own.weight, transposed)
+            if own.weight.is_complex():
+                raise TypeError(
+                    f"model_or_named_params: {name} is {own.weight.dtype}; expected real weights, which multiply real "
+                    "inputs: give the real and the imaginary part a layer each"
+                )
             # A quantized weight has another shape than the matrix that it stands for.
             shape = tuple(own.weight.shape[::-1]) if transposed else (own.out_features, own.in_features)
             layer = Layer(name, shape, own.weight, transposed=transposed)

@@ -46,8 +46,8 @@ class Observer:
         self._tokens: Tensor | None = None
         #: By device the places of the tokens that count.
         self._counted: dict[torch.device, Tensor] = {}
-        #: The inputs that were noted last, what they held then, and the layer that read them.
-        self._last: tuple[Tensor, int | None, str] | None = None
+        #: The inputs that were noted last, what tells whether they still hold the same, and the layer that read them.
+        self._last: tuple[Tensor, int | Tensor, str] | None = None
         self.attach()
 
     def __del__(self) -> None:
@@ -79,19 +79,22 @@ class Observer:
             raise ValueError(f'watch: the memory\'s source is "{self.settings.source}"; build it with source="inputs"')
         if not self._handles:
             raise ValueError("watch: the memory is bound to no model; call memory.bind(model) first")
+        before = self._noting, self._tokens, self._counted
         if self._noting == "training":
             self._drop()
+            before = "nothing", None, {}
         self._noting, self._tokens, self._counted = "all", tokens, {}
         try:
             with _uncompiled():
                 yield
         finally:
-            self._noting, self._tokens, self._counted, self._last = "nothing", None, {}, None
+            self._noting, self._tokens, self._counted = before
+            self._last = None
 
     def note(self, name: str, inputs: Tensor) -> None:
         """Notes the inputs (..., n) of a layer, if passes count now."""
         if self._notes():
-            with torch.no_grad():
+            with _ordinary():
                 self._note(self.layers[name], inputs)
 
     def _notes(self) -> bool:
@@ -100,8 +103,9 @@ class Observer:
     def note_lookup(self, name: str, ids: Any, rows: Any, weight: Tensor) -> None:
         """Notes what a table's module was given and what it returned, if passes count now."""
         if self._notes() and (found := self.tables[name].looked_up(ids, rows, weight)) is not None:
-            counts = torch.bincount(self._counting(found, found.shape), minlength=self.tables[name].height).double()
-            self.lookups[name] = self.lookups[name] + counts if name in self.lookups else counts
+            with _ordinary():
+                counts = torch.bincount(self._counting(found, found.shape), minlength=self.tables[name].height).double()
+                self.lookups[name] = self.lookups[name] + counts if name in self.lookups else counts
 
     def _counting(self, rows: Tensor, shape: Sequence[int]) -> Tensor:
         """Of rows (or ids) with these leading dimensions those that `watch` counts, flat."""
@@ -132,9 +136,8 @@ class Observer:
         """Whether another layer noted these inputs just now: q, k, v read one tensor, and one moment does for all."""
         if not self.settings.share_inputs:
             return False
-        held = None if inputs.is_inference() else inputs._version
         first = None
-        if self._last is not None and self._last[0] is inputs and self._last[1] == held:
+        if self._last is not None and self._last[0] is inputs and _still(inputs, self._last[1]):
             first = self._last[2]
         if layer.source is None and first is not None and self._may_share(layer, self.layers[first]):
             layer.source = first
@@ -146,7 +149,8 @@ class Observer:
                 "memory with share_inputs=False"
             )
         if layer.source is None:
-            self._last = inputs, held, layer.name
+            # Inference mode counts no versions.
+            self._last = inputs, inputs.clone() if inputs.is_inference() else inputs._version, layer.name
         return layer.source is not None
 
     def _may_share(self, layer: Layer, first: Layer) -> bool:
@@ -238,7 +242,7 @@ class Observer:
         if key not in self.tests:
             # Signs are exact in every dtype, and drawn on the CPU they are the same on every device.
             generator = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + self.domains)
-            signs = torch.randint(0, 2, (layer.width, columns), generator=generator)
+            signs = torch.randint(0, 2, (layer.width, columns), generator=generator, device="cpu")
             self.tests[key] = (2 * signs - 1).to(device=device, dtype=dtype)
         return SketchedMoment(self.tests[key])
 
@@ -264,6 +268,17 @@ class Observer:
 def _uncompiled() -> Any:
     """Passes run as they are written: what was compiled before the hooks came would run without them."""
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+
+
+@contextmanager
+def _ordinary() -> Iterator[None]:
+    """What is made here can be added to later, whatever mode a pass runs in."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def _still(inputs: Tensor, held: int | Tensor) -> bool:
+    return torch.equal(inputs, held) if isinstance(held, Tensor) else inputs._version == held
 
 
 class _InputHook:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sparse_cl.linalg import project_out_
+from sparse_cl.reference.precision import full_precision
 
 #: Largest entry of UᵀU - I that still counts as orthonormal. A leak of this squared is far below any that matters.
 ORTHONORMAL = 1e-4
@@ -94,7 +95,9 @@ class Subspace:
 
     def energies(self, x: Tensor) -> Tensor:
         """‖X u_j‖² of rows X (m, n), along each direction: (r,), float64."""
-        return torch.linalg.vector_norm(x @ self.basis.to(x.dtype), dim=0).double().square()
+        with full_precision(x.device):
+            along = x @ self.basis.to(x.dtype)
+        return torch.linalg.vector_norm(along, dim=0).double().square()
 
     def restricted(self, columns: Tensor) -> Subspace:
         """What those k columns of a row see: the rows of U at ``columns``, as a subspace of k dimensions.

@@ -164,6 +164,19 @@ def test_what_has_no_gradient_in_the_corrected_step_is_corrected_too(resumes):
                 assert 0 < drift(weight.detach(), start, s) <= 1e-4 * (1 + 1e-4)
 
 
+def test_a_group_that_gets_no_more_gradients_is_corrected_once_more():
+    first, second, s = parameter(), parameter(seed=3), subspace()
+    start = first.detach().double().clone()
+    groups = [{"params": [("a", first)]}, {"params": [("b", second)]}]
+    optimizer = ElasticAdamW(groups, lr=3e-2, memory=dict.fromkeys("ab", s), budget=1e-4, every=2)
+    for step in range(8):
+        first.grad = gradient(step).float() if step < 5 else None
+        second.grad = gradient(step).float()
+        optimizer.step()
+        if step % 2:
+            assert 0 < drift(first.detach(), start, s) <= 1e-4 * (1 + 1e-4)
+
+
 @pytest.mark.parametrize("every", [(1, 4), (4, 1)])
 def test_a_checkpoint_of_another_every_is_refused(every):
     weight, s = parameter(), subspace()

@@ -84,6 +84,22 @@ def test_shares_fade():
     assert values[:10].sum() == pytest.approx(0.25) and values[10:].sum() == pytest.approx(2.0)
 
 
+@pytest.mark.parametrize("outside", [False, True])
+def test_an_optimizer_of_embeddings_alone_holds_their_rows(outside):
+    """As where Muon has the matrices and AdamW the rest."""
+    model = Tied(tied=False)
+    memory, before = remember(model, ids(0, 10)), model.table.weight.detach().clone()
+    named = [("table.weight", model.table.weight)]
+    if outside:
+        optimizer = torch.optim.AdamW(named, lr=LR)
+        protect(optimizer, memory, budget=0.0)
+    else:
+        optimizer = ElasticAdamW(named, lr=LR, memory=memory, budget=0.0)
+    train(model, optimizer)
+    torch.testing.assert_close(model.table.weight[:10], before[:10], rtol=0, atol=1e-12)
+    assert (model.table.weight[10:] - before[10:]).abs().max() > LR
+
+
 def test_what_is_no_lookup_is_left_alone():
     class Positions(nn.Embedding):
         def forward(self, mask):

@@ -54,6 +54,42 @@ def test_passes_before_the_first_watch_are_dropped_and_later_ones_do_not_count()
     assert torch.allclose(moments(memory)["0.weight"], second.mT @ second)
 
 
+@pytest.mark.parametrize("width", [12, 1100])
+def test_passes_in_inference_mode_add_up_like_others(width):
+    found = []
+    for mode in (torch.no_grad, torch.inference_mode):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Embedding(9, width), nn.Linear(width, 3))
+        memory = SubspaceMemory(net, source="inputs", max_rank=4)
+        for seed in range(3):
+            with memory.watch():
+                for context in (mode, torch.no_grad):
+                    with context():
+                        net(torch.randint(0, 9, (5,), generator=torch.Generator().manual_seed(seed)))
+            memory.observe()
+        memory.consolidate()
+        found.append(memory)
+    ours, expected = found
+    assert torch.equal(ours.used_rows("0.weight").values, expected.used_rows("0.weight").values)
+    for tensor in ("basis", "values"):
+        assert torch.equal(getattr(ours.subspace("1.weight"), tensor), getattr(expected.subspace("1.weight"), tensor))
+
+
+def test_a_watch_inside_a_watch_leaves_it_watching():
+    net = model()
+    memory = SubspaceMemory(net, source="inputs")
+    first, second, third, fourth = batches()
+    with torch.no_grad(), memory.watch():
+        net(first)
+        with memory.watch(torch.arange(8) < 2):
+            net(second)
+        net(third)
+    net(fourth)
+    memory.observe()
+    seen = torch.cat([first, second[:2], third])
+    torch.testing.assert_close(moments(memory)["0.weight"], seen.mT @ seen)
+
+
 def test_layers_that_were_compiled_before_are_noted():
     net, x = model(), batches()[0]
     net[0].compile(backend="eager")

@@ -44,6 +44,11 @@ def test_nothing_to_track():
         SubspaceMemory(trained().named_parameters(), source="inputs")
 
 
+def test_complex_layers_are_refused():
+    with pytest.raises(TypeError, match="1.weight is torch.complex64; expected real weights"):
+        SubspaceMemory(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3, dtype=torch.cfloat)), source="inputs")
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("width", [16, 1100])
 def test_an_observation_that_is_not_finite_is_refused_whole(bad, width):

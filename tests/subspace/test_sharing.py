@@ -176,6 +176,27 @@ def test_inference_tensors_are_shared_too():
     assert memory._layers["v.weight"].source == "q.weight"
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_tensor_that_was_written_between_two_readers_is_two(mode):
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(8, 4), nn.Linear(8, 4)
+
+        def forward(self, x):
+            read = self.a(x)
+            return read + self.b(x.mul_(torch.arange(8) < 4))
+
+    model = Gated()
+    memory, (x,) = SubspaceMemory(model, source="inputs", energy=1.0), inputs(1, 8)
+    with mode(), memory.watch():
+        model(x.clone())
+    memory.observe()
+    for name, seen in (("a.weight", x), ("b.weight", x * (torch.arange(8) < 4))):
+        rows = seen.flatten(0, 1)
+        torch.testing.assert_close(memory._layers[name].moment.moment, rows.mT @ rows)
+
+
 @pytest.mark.parametrize("n", [12, WIDE])
 def test_a_memory_saved_in_the_middle_of_a_domain_goes_on_sharing(tmp_path, n):
     model, memory = pair(n, max_rank=4)[0]
