@@ -46,6 +46,8 @@ def add_options(parser: argparse.ArgumentParser, settings: type) -> None:
                 how["help"] += f" (default: {','.join(map(str, shown))})"
         if field.default is not dataclasses.MISSING:
             how["default"] = field.default
+        if how.get("nargs") == "+" and field.default in (dataclasses.MISSING, ()):
+            how |= {"action": "extend", "default": []}  # given twice, an option adds to the first
         if group not in groups:
             groups[group] = parser.add_argument_group(group)
         groups[group].add_argument(flag, **{**how, "help": how["help"].replace("%", "%%")})

@@ -25,7 +25,7 @@ from sparse_cl.four_domains.files import BASE, RESULTS, read_json, write_json
 from sparse_cl.four_domains.folder import SETTINGS
 from sparse_cl.four_domains.results import read_runs
 from sparse_cl.four_domains.settings import GIVEN, Settings
-from sparse_cl.learn.source import fingerprint
+from sparse_cl.methods.carried import fingerprint
 from sparse_cl.probes.capacity import Layers
 
 KEPT = Path(__file__).parents[1] / "results" / "arena"

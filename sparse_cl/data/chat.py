@@ -36,10 +36,15 @@ def render(tokenizer: Any, messages: Sequence[dict[str, Any]], where: str) -> Tu
     and its response are.
 
     Raises:
-        DataError: the template refuses the conversation, or changes it so that its turns are not found again; `where`
-            is named.
+        DataError: a tool is called and there is no template; the template refuses the conversation, or changes it so
+            that its turns are not found again; `where` is named.
     """
     if not getattr(tokenizer, "chat_template", None):
+        if any(turn.get("tool_calls") for turn in messages):
+            raise DataError(
+                f"{where}: the tokenizer has no chat template, which alone says how a tool is called; give it one, or "
+                "leave the record out"
+            )
         return _plain(messages, tokenizer.eos_token or "\n")
 
     def apply(messages: Sequence[dict[str, Any]], prompting: bool = False) -> str:

@@ -249,9 +249,10 @@ def _tokens_of(tokenizer: Any, turns: Turns) -> list[tuple[int, int]]:
         return found
     for role, begin, end in zip(roles, cuts, cuts[1:], strict=False):
         part = turns.text[begin:end]
-        if turns.special and not begin:
-            ids = _with_bos(tokenizer, part)
-        else:
-            ids = tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"] if part else []
+        ids = tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"] if part else []
+        if turns.special and part and not begin:
+            whole = _with_bos(tokenizer, part)
+            found += [(token, 0) for token in whole[: len(whole) - len(ids)]]
+            ids = whole[len(whole) - len(ids) :]
         found += [(token, role) for token in ids]
     return found

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +15,21 @@ _AND = " and "
 """Between formats, where the files of a source have several."""
 
 
-def read_records(sources: Sequence[str], columns: Mapping[str, str] | None = None) -> Records:
-    """All training records of some sources, in their order.
+SCORED = ("test", "eval", "validation", "train")
+"""Splits of records to score by: the first that a source has."""
+
+
+def read_records(
+    sources: Sequence[str], columns: Mapping[str, str] | None = None, splits: Sequence[str] = ("train",)
+) -> Records:
+    """All records of some sources, in their order, to learn unless told otherwise.
 
     Args:
         sources: each a file (JSONL, JSON, CSV, TSV, Parquet), a folder, a glob, or `NAME[:CONFIG]` of the Hub. Of a
-            folder or a data set of the Hub that has splits, the training split is taken; a folder's files say their
-            split in their names (`law.train.jsonl`, `test-00000.parquet`).
+            folder or a data set of the Hub that has splits, one is taken; a folder's files say their split in their
+            names (`law.train.jsonl`, `test-00000.parquet`).
         columns: {field: column} for columns that have other names than the fields of `FORMATS`.
+        splits: which is taken: the first that the source has.
 
     Raises:
         DataError: something that cannot be read, or is no record; file, line and field are named.
@@ -33,19 +42,25 @@ def read_records(sources: Sequence[str], columns: Mapping[str, str] | None = Non
     for source in sources:
         files = files_of(source)
         if files is None:
-            parts.append(read_hub(source, columns)["train"])
+            found = read_hub(source, columns)
+            parts.append(next(found[split] for split in splits if split in found))
             continue
+        left = ""
         if Path(source).expanduser().is_dir():
             by_split = grouped(files, Path(source).expanduser())
-            if not (files := by_split.get("train") or []):
+            if not (chosen := next((by_split[split] for split in splits if split in by_split), [])):
                 raise DataError(
-                    f"{source}: the folder has no training file, only {', '.join(by_split)}: {_named(files_of(source))}"
+                    f"{source}: the folder has no training file, only {', '.join(by_split)}: {_named(files)}"
                 )
-        parts.append(read_files(files, columns))
+            unnamed = sorted({*files} - {*chain.from_iterable(by_split.values())})
+            left = f"without {_named(unnamed)}, whose name says no split" if unnamed else ""
+            files = chosen
+        read = read_files(files, columns)
+        parts.append(replace(read, chosen=left) if left else read)
     if len(parts) == 1:
         return parts[0]
     formats = dict.fromkeys(form for part in parts for form in part.format.split(_AND))
-    sources = ", ".join(part.source for part in parts)
+    sources = ", ".join(part.source + f" ({part.chosen})" * bool(part.chosen) for part in parts)
     return Records([record for part in parts for record in part], _AND.join(formats), sources)
 
 

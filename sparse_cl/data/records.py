@@ -54,7 +54,7 @@ class Record(dict):
     def content(self) -> str:
         """What is learned of it, as JSON: equal for records that teach the same."""
         taught = {field: self[field] for field in ("prompt", "response", "messages", "text") if field in self}
-        return json.dumps(taught, sort_keys=True)
+        return json.dumps(taught, sort_keys=True, default=str)
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Records(Sequence):
         """SHA-256 of the records in their order, whatever file they stood in."""
         digest = hashlib.sha256()
         for record in self.records:
-            digest.update(json.dumps(record, sort_keys=True).encode() + b"\n")
+            digest.update(json.dumps(record, sort_keys=True, default=str).encode() + b"\n")
         return digest.hexdigest()
 
     def describe(self) -> str:
@@ -144,7 +144,7 @@ def hold_out(records: Records, seed: int, share: float = 0.05) -> tuple[Records,
 
 def _part(records: Records, wanted: Sequence[bool], chosen: str) -> Records:
     kept = [record for record, want in zip(records, wanted, strict=True) if want]
-    return replace(records, records=kept, chosen=chosen)
+    return replace(records, records=kept, chosen=", ".join(filter(None, (records.chosen, chosen))))
 
 
 def parse_columns(entries: Iterable[str]) -> dict[str, str]:
@@ -226,6 +226,8 @@ class Format:
         record |= {field: value for field, value in extras.items() if value not in (None, "")}
         if for_eval:
             _check_eval(record, where)
+        elif not _is_words(record.get("choices")):
+            record.pop("choices", None)  # a column of the same name, of which nothing is read
         return record
 
     def _string(self, row: Mapping[str, Any], field: str, where: str) -> str:
@@ -265,13 +267,18 @@ class Format:
                     raise DataError(f"{where}: `{name}[{number}].{part}` must be a string, got {_short(value)}")
                 turn[part] = _encodable(value, f"{where}: `{name}[{number}].{part}`")
             messages.append(turn)
-        if not any(turn["role"] == ASSISTANT and turn["content"].strip() for turn in messages):
+        said = (turn["content"].strip() or turn.get("tool_calls") for turn in messages if turn["role"] == ASSISTANT)
+        if not any(said):
             roles = ", ".join(dict.fromkeys(turn["role"] for turn in messages))
             raise DataError(
                 f"{where}: `{name}` has no turn of the role {ASSISTANT!r} with content (roles: {roles}); there is "
                 "nothing to learn"
             )
         return messages
+
+
+def _is_words(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(one, str) for one in value)
 
 
 def _check_eval(record: Record, where: str) -> None:

@@ -201,8 +201,8 @@ def _beside(folder: Path, stem: str) -> dict[str, list[Path]]:
 
 def _named_in(folder: Path) -> list[str]:
     """Domains with a file `NAME.train.*` in a folder."""
-    files = [path for path in folder.glob("*.train.*") if path.suffix.lower() in READERS]
-    return sorted({path.name.split(".")[0] for path in files})
+    files = [path for path in folder.glob("*.train.*") if path.suffix in READERS]
+    return sorted({path.name.rpartition(".train.")[0] for path in files})
 
 
 def show_domains(domains: Sequence[Domain], model: str | None, max_length: int) -> str:

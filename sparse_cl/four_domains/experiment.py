@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from sparse_cl.data.checks import check_text
 from sparse_cl.data.files import read_text
+from sparse_cl.methods.carried import fingerprint
 from sparse_cl.models.loading import load_model, load_tokenizer, quiet
 from sparse_cl.models.processes import check_processes, processes
 
@@ -89,6 +90,8 @@ def prepare(settings: Settings, out: Path, domains: Sequence[Domain] | None = No
     if settings.max_length > limit:
         raise ValueError(f"max_length {settings.max_length} exceeds the model's context of {limit} tokens")
     inputs = _digests(domains, reference, protected)
+    if (files := fingerprint(source)) is not None:
+        inputs["--model"] = files
     _check_inputs(out, inputs)
 
     # A process that is late would find the folder of one that is early, half written.
@@ -184,7 +187,7 @@ def _digests(domains: Sequence[Domain], reference: str | None, protected: str | 
         "--protect": protected,
     }
     return {
-        name: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+        name: hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
         for name, value in read.items()
         if value is not None
     }
@@ -198,10 +201,10 @@ def _check_inputs(out: Path, inputs: dict[str, str]) -> None:
     """
     path = out / INPUTS
     before = read_json(path) if path.is_file() else inputs
-    if changed := [name for name in inputs if before.get(name) != inputs[name]]:
+    if changed := [name for name, digest in inputs.items() if before.get(name, digest) != digest]:
         raise FolderError(
-            f"{out}: the data of {', '.join(changed)} changed since this run began, so that its scores would not go "
-            "together. Give another --out, or the data of before"
+            f"{out}: what {', '.join(changed)} holds changed since this run began, so that its scores would not go "
+            "together. Give another --out, or what it held before"
         )
 
 

@@ -15,9 +15,11 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from sparse_cl.data import (
+    SCORED,
     EncodedRecords,
     Records,
     check_records,
+    check_text,
     cut_texts,
     hold_out,
     parse_columns,
@@ -28,7 +30,7 @@ from sparse_cl.four_domains.protection import Windows, text_to_protect
 from sparse_cl.four_domains.sequence import DomainBatches
 from sparse_cl.four_domains.training import train
 from sparse_cl.layout import is_sharded
-from sparse_cl.methods.carried import Carried, save_carried
+from sparse_cl.methods.carried import Carried, fingerprint, save_carried
 from sparse_cl.methods.lora import merged
 from sparse_cl.models.loading import load_tokenizer, quiet
 from sparse_cl.models.losses import mean_loss
@@ -39,7 +41,7 @@ from sparse_cl.models.sharding import split_over_all, whole_weights
 from .own_texts import write_texts
 from .said import say_moved, say_protected
 from .settings import NONE, SELF, LearnSettings
-from .source import Source, fingerprint
+from .source import Source
 from .stream import ARGUMENTS, callback_of, check_stream, domains_in, optimizer_of
 from .work import Work
 
@@ -79,10 +81,12 @@ def learn(settings: LearnSettings, say: Callable[[str], object] = print) -> Path
 def _learn(settings: LearnSettings, say: Callable[[str], object]) -> Path:
     work = Work(settings.out)
     source = Source(settings.model)
-    tokenizer, rows = load_tokenizer(source.base)
+    tokenizer, rows = load_tokenizer(source.base, source.tokenizer)
     records, held = _read(settings, tokenizer, rows)
     file = None if settings.protect in (SELF, NONE) else settings.protect
     text = text_to_protect(file, None, None, settings.max_length)
+    if text is not None:
+        check_text(text, "--protect", tokenizer, rows)
     if settings.show_data:
         say(show(records, tokenizer, settings.max_length))
         return settings.out
@@ -110,8 +114,14 @@ def _learn(settings: LearnSettings, say: Callable[[str], object]) -> Path:
 def _read(settings: LearnSettings, tokenizer: Any, rows: int) -> tuple[Records, Records]:
     """The records to learn and those to score."""
     given = parse_columns(settings.columns)
+    for source in settings.data:
+        if settings.out.resolve().is_relative_to(Path(source).expanduser().resolve()):
+            raise ValueError(
+                f"out: {settings.out} is inside --data {source}, whose files are all read as records; give the files, "
+                f"as {source}/*.jsonl, or another --out"
+            )
     records = read_records(settings.data, given)
-    held = None if settings.eval is None else read_records([settings.eval], given)
+    held = None if settings.eval is None else read_records([settings.eval], given, SCORED)
     for each in (records, held):
         if each is not None:
             check_records(each, tokenizer, rows, settings.max_length)
@@ -198,11 +208,13 @@ class _Domain:
         settings, method = self.settings, self.method
         dtype = getattr(torch, settings.dtype)
         model, carried = self.source.load(method, dtype, settings.shard)
-        limit = getattr(model.config, "max_position_embeddings", None) or settings.max_length
+        limit = _context(model) or settings.max_length
         if settings.max_length > limit:
             raise ValueError(f"max_length: expected at most the model's context of {limit}, got {settings.max_length}")
         carried = carried or Carried(None, [])
         fresh = carried.memory is None and not has_adapters(model)
+        if not fresh and settings.protect not in (SELF, NONE):
+            self.say(f"--protect {settings.protect} is not read: it is for what a model knows before its first domain")
         if fresh and settings.protect != NONE and method.protects:
             kept = self.work.protected()
             if kept is not None and kept.memory is not None:
@@ -218,9 +230,14 @@ class _Domain:
         settings = self.settings
         if self.text is None:
             self.say(f"The model writes {settings.texts} texts, by which it is protected (--protect)")
-            length = min(settings.max_length, _OWN_TOKENS)
             texts: Any = write_texts(
-                model, self.tokenizer, texts=settings.texts, length=length, batch_size=32, seed=settings.seed
+                model,
+                self.tokenizer,
+                texts=settings.texts,
+                length=min(settings.max_length, _OWN_TOKENS),
+                context=_context(model) or settings.max_length,
+                batch_size=32,
+                seed=settings.seed,
             )
         else:
             texts = Windows(self.tokenizer, self.text, settings.max_length)
@@ -262,6 +279,10 @@ def _steps(settings: LearnSettings, count: int) -> int:
         return settings.steps
     records = settings.batch_size * settings.gradient_accumulation * processes().num_processes
     return max(1, math.ceil(math.ceil(count / records) * settings.epochs))
+
+
+def _context(model: Any) -> int | None:
+    return getattr(model.config, "max_position_embeddings", None)
 
 
 def _device(model: nn.Module) -> torch.device:

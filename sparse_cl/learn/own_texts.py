@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -20,7 +21,7 @@ _MARK = "\N{OBJECT REPLACEMENT CHARACTER}"
 
 @torch.no_grad()
 def write_texts(
-    model: Any, tokenizer: Any, *, texts: int, length: int, batch_size: int, seed: int
+    model: Any, tokenizer: Any, *, texts: int, length: int, context: int, batch_size: int, seed: int
 ) -> list[dict[str, list[int]]]:
     """Texts that are drawn from the model, token by token, at temperature 1; items as those of `EncodedRecords`.
 
@@ -29,7 +30,8 @@ def write_texts(
 
     Args:
         texts: how many.
-        length: tokens of each, at most.
+        length: tokens of each, at most, without what a chat template writes before a message.
+        context: tokens of each, at most, with it.
         batch_size: texts that are written at once.
         seed: of the draw. Processes that share a model return the same texts.
 
@@ -41,10 +43,21 @@ def write_texts(
         torch.manual_seed(seed)
         hidden = not processes().is_main_process
         bar = stack.enter_context(tqdm(total=texts, desc="writing texts", mininterval=0.5, disable=hidden))
+        before = _before_a_message(tokenizer)
+        room = context - len(before)
+        if before and room < length // 2:
+            warnings.warn(
+                f"protect: the chat template writes {len(before)} tokens before a message, of {context} that fit, so "
+                "the model writes plain text; better give --protect FILE.txt",
+                stacklevel=3,
+            )
+            before, room = [], context
         while len(found) < texts:
             count = min(batch_size, texts - len(found))
-            write = _chats if tokenizer.chat_template else _plain
-            found += write(model, tokenizer, count, length)
+            if before:
+                found += _chats(model, tokenizer, before, count, min(length, room))
+            else:
+                found += _plain(model, tokenizer, count, min(length, room))
             bar.update(count)
     found = by_first(lambda: found)  # which on GPUs may differ in the last bit of a logit
     return [{"input_ids": ids, "attention_mask": [1] * len(ids), "labels": ids} for ids in found]
@@ -61,11 +74,15 @@ def _plain(model: Any, tokenizer: Any, count: int, length: int) -> list[list[int
     return _continued(model, tokenizer, [[first]] * count, length - 1, stop=False)
 
 
-def _chats(model: Any, tokenizer: Any, count: int, length: int) -> list[list[int]]:
+def _before_a_message(tokenizer: Any) -> list[int]:
+    """What a chat template begins with, a system prompt too; nothing where there is no template, or it does not."""
+    if not tokenizer.chat_template:
+        return []
     whole = tokenizer.apply_chat_template([{"role": "user", "content": _MARK}], tokenize=False)
-    before = tokenizer(whole.split(_MARK)[0], add_special_tokens=False)["input_ids"][: length - length // 4]
-    if not before:  # a template that writes nothing before a message
-        return _plain(model, tokenizer, count, length)
+    return tokenizer(whole.split(_MARK)[0], add_special_tokens=False)["input_ids"]
+
+
+def _chats(model: Any, tokenizer: Any, before: list[int], count: int, length: int) -> list[list[int]]:
     asked = _continued(model, tokenizer, [before] * count, length // 4, stop=True)
     prompts = []
     for ids in asked:
@@ -73,8 +90,9 @@ def _chats(model: Any, tokenizer: Any, count: int, length: int) -> list[list[int
         text = tokenizer.apply_chat_template(
             [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
         )
-        prompts.append(tokenizer(text, add_special_tokens=False)["input_ids"][: length - 1])
-    room = length - max(map(len, prompts))  # all of it within the length, which the model's context may be
+        # Tokens of a question that is read again may be more than were written.
+        prompts.append(tokenizer(text, add_special_tokens=False)["input_ids"][: len(before) + length - 1])
+    room = len(before) + length - max(map(len, prompts))
     return _continued(model, tokenizer, prompts, min(room, length // 2), stop=True)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import nn
 
 from sparse_cl.methods import Method
-from sparse_cl.methods.carried import HISTORY, Carried, load_carried
+from sparse_cl.methods.carried import Carried, fingerprint, load_carried
 from sparse_cl.methods.lora import LoRA, merged
 from sparse_cl.methods.memory_method import FreshAdapters, MemoryMethod
 from sparse_cl.models.loading import load_model
@@ -24,6 +23,7 @@ class Source:
     Attributes:
         base: folder or name of the base model: the model itself, or what its adapter is for.
         adapter: folder of the adapter; None: there is none.
+        tokenizer: folder or name of the tokenizer, which trainers save beside an adapter, with its chat template.
 
     Raises:
         ValueError: an adapter that does not say what it is for.
@@ -38,6 +38,8 @@ class Source:
             if not base:
                 raise ValueError(f"model: {name} holds an adapter that does not name its base model")
             self.base, self.adapter = base, Path(name)
+        beside = self.adapter is not None and (self.adapter / "tokenizer_config.json").is_file()
+        self.tokenizer = name if beside else self.base
 
     def fingerprint(self) -> str | None:
         """Of all that is loaded; None: of a model on the Hub."""
@@ -81,18 +83,3 @@ class Source:
         if carried is not None and carried.memory is not None and isinstance(method, MemoryMethod):
             method.remember(model, carried.memory)
         return model, carried
-
-
-def fingerprint(folder: str) -> str | None:
-    """SHA-256 of what tells a model's folder from another; None: it is on the Hub.
-
-    Of weights the first bytes and the size are read, as all of them take as long to read as to load.
-    """
-    if not Path(folder).is_dir():
-        return None
-    digest = hashlib.sha256()
-    for path in sorted([*Path(folder).glob("*.safetensors"), *Path(folder).glob("*.bin"), Path(folder) / HISTORY]):
-        if path.is_file():
-            with path.open("rb") as file:
-                digest.update(f"{path.name} {path.stat().st_size}".encode() + file.read(1 << 22))
-    return digest.hexdigest()

@@ -136,6 +136,8 @@ class Work:
             if (target := self.out / part.name).is_dir():
                 shutil.rmtree(target)
             part.rename(target)
+        if (logs := self.checkpoints / "runs").is_dir() and not (self.out / "runs").exists():
+            logs.rename(self.out / "runs")  # where TensorBoard's callback puts them
         shutil.rmtree(self._work)
 
 

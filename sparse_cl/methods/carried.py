@@ -33,6 +33,8 @@ FOLDER = "sparse_cl"
 MEMORY = f"{FOLDER}/memory.safetensors"
 HISTORY = f"{FOLDER}/history.json"
 _VERSION = 1
+#: Of a file of weights so many blocks of so many bytes tell whether it has changed.
+_BLOCKS, _BLOCK = 64, 1 << 16
 
 
 @dataclass
@@ -174,3 +176,22 @@ def _digest(path: Path) -> str:
         while block := file.read(1 << 20):
             found.update(block)
     return found.hexdigest()
+
+
+def fingerprint(folder: str) -> str | None:
+    """SHA-256 of what tells a model's folder from another; None: it is on the Hub.
+
+    Of weights the size and some blocks are read, spread over the file, as all of it takes as long to read as to load.
+    """
+    if not Path(folder).is_dir():
+        return None
+    digest = hashlib.sha256()
+    for path in sorted([*Path(folder).glob("*.safetensors"), *Path(folder).glob("*.bin"), Path(folder) / HISTORY]):
+        if path.is_file():
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size}".encode())
+            with path.open("rb") as file:
+                for place in range(_BLOCKS + 1):
+                    file.seek(max(0, size - _BLOCK) * place // _BLOCKS)
+                    digest.update(file.read(_BLOCK))
+    return digest.hexdigest()

@@ -320,7 +320,9 @@ class FreshAdapters(MemoryMethod):
         """As `Method.restore`.
 
         Args:
-            remembers: False: the adapter is of a method that keeps no memory, such as `lora`.
+            remembers: False: the adapter is of a method that keeps no memory, such as `lora`. It is merged then, and
+                what the model knows can be protected.
         """
-        load = (lambda model: self._load(model, folders[-1])) if remembers else (lambda model: None)
-        return self._adapters.restore(base, folders, load)
+        if not remembers:
+            return self._adapters.merge(self._adapters.restore(base, folders, lambda model: None))
+        return self._adapters.restore(base, folders, lambda model: self._load(model, folders[-1]))

@@ -38,8 +38,11 @@ def load_model(
     return model.to(processes().device if device is None else device), tokenizer
 
 
-def load_tokenizer(source: str) -> tuple[Any, int]:
+def load_tokenizer(source: str, beside: str | None = None) -> tuple[Any, int]:
     """A model's tokenizer, with a padding token, and the rows of the model's input embedding, without its weights.
+
+    Args:
+        beside: folder or name of the tokenizer, where it is not the model's.
 
     Raises:
         ValueError: as `load_model`.
@@ -52,7 +55,7 @@ def load_tokenizer(source: str) -> tuple[Any, int]:
         raise ValueError(f"{source}: there is no such folder; give a model's folder, or its name on the Hub")
     with _loading(source):
         config = transformers.AutoConfig.from_pretrained(source)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(beside or source)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if tokenizer.pad_token_id is None:

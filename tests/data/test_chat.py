@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparse_cl.data.encoding import IGNORED, encode, encode_record
-from sparse_cl.data.records import DataError, Record
+from sparse_cl.data.records import DataError, Format, Record
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -148,6 +148,21 @@ def test_too_long_a_conversation_keeps_something_to_learn(chatting, max_length):
     )
     assert len(example.input_ids) == len(example.labels) == max_length
     assert learned(tokenizer, example).startswith("an answer"[: max_length // 2 - 2])
+
+
+def test_a_conversation_that_the_assistant_begins_has_one_first_token(tokenizer, monkeypatch):
+    monkeypatch.setattr("sparse_cl.data.encoding._with_bos", lambda own, text: [1, *own(text)["input_ids"]])
+    record = {"messages": turns("a b", "c d", roles=("assistant", "user"))}
+    example = encode_record(tokenizer, record, 64)
+    assert example.input_ids[0] == 1 and example.input_ids.count(1) == 1
+    assert example.labels[0] == IGNORED != example.labels[1]
+
+
+def test_calls_of_tools_need_a_template(tokenizer):
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
+    record = Format(["messages"], {}, "file").record({"messages": [*turns("a")[:1], call]}, "file:1")
+    with pytest.raises(DataError, match="file:1: the tokenizer has no chat template"):
+        encode_record(tokenizer, record, 64)
 
 
 def test_a_template_that_refuses_names_the_record(tokenizer):

@@ -5,11 +5,13 @@ from __future__ import annotations
 import csv
 import json
 import sys
+from datetime import datetime
 from types import SimpleNamespace
 
 import pytest
 
-from sparse_cl.data import DataError, parse_columns, read_records
+from sparse_cl.data import SCORED, DataError, Records, parse_columns, read_records
+from sparse_cl.data.records import Format
 
 PAIR = {"prompt": 'What, is "two"\nplus two?', "response": "It is 4 – NA"}
 TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
@@ -218,6 +220,26 @@ def test_sources_that_cannot_be_read(tmp_path, sources, columns, message):
         write(folder / "a.jsonl", [{"text": "a"}])
     with pytest.raises(DataError, match=message):
         read_records([source.format(folder=folder) for source in sources], columns)
+
+
+def test_records_to_score_by_are_those_of_a_test(tmp_path):
+    for split in ("train", "test"):
+        write(tmp_path / f"{split}.jsonl", [{"text": split}])
+    write(tmp_path / "law.jsonl", [{"text": "law"}])
+    assert [record["text"] for record in read_records([str(tmp_path)], splits=SCORED)] == ["test"]
+    learned = read_records([str(tmp_path)])
+    assert [record["text"] for record in learned] == ["train"]
+    assert "without " in learned.describe() and "law.jsonl, whose name says no split" in learned.describe()
+
+
+@pytest.mark.parametrize(
+    "choices", [[{"label": "a", "text": "b"}], [1, 2], 4, {"text": ["a"]}, "many", datetime(2026, 1, 1)]
+)
+def test_a_column_that_only_an_evaluation_reads_may_hold_anything(tmp_path, choices):
+    form = Format(["prompt", "response", "choices", "answer"], {}, "file")
+    record = form.record({**PAIR, "choices": choices, "answer": datetime(2026, 1, 1)}, "file:1")
+    assert "choices" not in record
+    assert Records([record], form.name, "file").fingerprint and record.content()
 
 
 def test_a_folder_of_tests_alone(tmp_path):

@@ -318,8 +318,14 @@ def test_data_that_changed_is_named_and_nothing_is_mixed(world, tmp_path, monkey
     kept = file.read_text()
     file.write_text(kept.replace('"prompt": "', '"prompt": "So: ', 1))
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
-    with pytest.raises(experiment.FolderError, match=r"the data of math changed since this run began"):
+    with pytest.raises(experiment.FolderError, match=r"what math holds changed since this run began"):
         experiment.run(settings_in(place), out)
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
     file.write_text(kept)
+    weights = next((place / "model").glob("*.safetensors"))
+    saved = weights.read_bytes()
+    weights.write_bytes(saved[:-1] + bytes([saved[-1] ^ 1]))
+    with pytest.raises(experiment.FolderError, match=r"what --model holds changed since this run began"):
+        experiment.run(settings_in(place), out)
+    weights.write_bytes(saved)
     assert experiment.run(settings_in(place), out)[0]["R"]

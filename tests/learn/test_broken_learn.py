@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 
 import pytest
 import safetensors.torch
@@ -16,7 +17,7 @@ from sparse_cl.learn.domain import learn
 from sparse_cl.learn.own_texts import write_texts
 from sparse_cl.learn.settings import LearnSettings
 from sparse_cl.learn.work import Work
-from sparse_cl.methods.carried import load_carried
+from sparse_cl.methods.carried import fingerprint, load_carried
 
 SHORT = {"steps": 2, "batch_size": 4, "max_length": 48, "texts": 8, "lr": 5e-3}
 
@@ -43,7 +44,9 @@ def run(world, model, out, **others):
 def test_adapters_go_on_from_an_adapter_that_remembers_nothing(world, method):
     import peft
 
-    assert "Protected: nothing (it learned lora by a method" in run(world, "lora", f"on-{method}", method=method)
+    said = run(world, "lora", f"on-{method}", method=method)
+    assert "Protected: the base model (not lora, learned by a method" in said
+    assert load_carried(world / f"on-{method}").memory.domains == 2
     base, first = (
         safetensors.torch.load_file(world / name / "adapter_model.safetensors") for name in ("lora", f"on-{method}")
     )
@@ -108,6 +111,45 @@ def test_a_source_or_text_that_changed_is_another_call(world):
         run(world, "model", "texts", protect=str(world / "text.txt"))
 
 
+def test_weights_that_changed_deep_within_a_file_are_others(tmp_path):
+    weights = {"a": torch.zeros(1 << 21), "b": torch.zeros(1 << 21)}
+    safetensors.torch.save_file(weights, tmp_path / "model.safetensors")
+    before = fingerprint(str(tmp_path))
+    assert before == fingerprint(str(tmp_path))
+    weights["b"][1 << 19 : 1 << 20] = 1.0
+    safetensors.torch.save_file(weights, tmp_path / "model.safetensors")
+    assert fingerprint(str(tmp_path)) != before
+
+
+def test_a_text_that_cannot_be_protected_any_more_is_named(world):
+    (world / "late.txt").write_text("one two " * 50)
+    said = run(world, "elastic", "late", protect=str(world / "late.txt"))
+    assert "late.txt is not read: it is for what a model knows before its first domain" in said
+
+
+def test_an_adapters_own_tokenizer_is_used(world):
+    shutil.copytree(world / "lora", world / "chatty")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(world / "model")
+    tokenizer.chat_template = "{% for turn in messages %}{{ turn.role }} {{ turn.content }}\n{% endfor %}"
+    tokenizer.save_pretrained(world / "chatty")
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    (world / "chat.jsonl").write_text(
+        (json.dumps({"messages": turns}) + "\n") * 2 + json.dumps({"messages": turns[::-1]})
+    )
+    assert "u|s|er| |a|" in run(world, "chatty", "shown", data=(str(world / "chat.jsonl"),), show_data=True)
+
+
+def test_what_tensorboard_was_told_stays(tmp_path):
+    work = Work(tmp_path / "out")
+    work.claim({"a": 1})
+    work.begin()
+    (work.checkpoints / "runs").mkdir()
+    (work.checkpoints / "runs" / "events").write_text("loss")
+    work.finish(lambda folder: (folder / "config.json").write_text("{}"))
+    assert (tmp_path / "out" / "runs" / "events").read_text() == "loss"
+    assert not (tmp_path / "out" / "unfinished").exists()
+
+
 def test_training_that_diverges_says_so(world):
     with pytest.raises(ValueError, match=r"lr: with 1e\+30 training diverged"):
         run(world, "model", "diverged", lr=1e30)
@@ -143,5 +185,7 @@ def test_texts_fit_whatever_the_template_writes(world, before):
     model = transformers.AutoModelForCausalLM.from_pretrained(world / "model")
     tokenizer = transformers.AutoTokenizer.from_pretrained(world / "model")
     tokenizer.chat_template = "{% for turn in messages %}" + before + "{{ turn.content }}{% endfor %}"
-    texts = write_texts(model, tokenizer, texts=3, length=32, batch_size=3, seed=0)
-    assert all(0 < len(text["input_ids"]) <= 32 for text in texts)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # no room for a message
+        texts = write_texts(model, tokenizer, texts=3, length=32, context=64, batch_size=3, seed=0)
+    assert all(0 < len(text["input_ids"]) <= 64 for text in texts)

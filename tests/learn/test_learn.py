@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -11,6 +13,7 @@ import torch
 import transformers
 from cases.world import write_world
 
+from sparse_cl.arguments import add_options, chosen
 from sparse_cl.cli import main
 from sparse_cl.data import EncodedRecords, hold_out, read_records
 from sparse_cl.four_domains.sequence import DomainBatches
@@ -192,6 +195,7 @@ def test_a_folder_that_was_being_filled_is_filled(world, first):
         ),
         ({"protect": "absent.txt"}, "--protect absent.txt: cannot be read"),
         ({"max_length": 512}, "max_length: expected at most the model's context of 256, got 512"),
+        ({"data": (".",), "out": Path("a/b")}, "out: a/b is inside --data ., whose files are all read as records"),
     ],
 )
 def test_bad_input_leaves_nothing(world, others, message):
@@ -225,6 +229,15 @@ def test_the_command(world, capsys):
     assert main([*arguments, "--set", "strength=7", "--trainer", "max_grad_norm=0", "warmup_steps=1"]) == 0
     assert capsys.readouterr().out.startswith("76 records (prompt/response) from ")
     assert not (world / "shown").exists()
+
+
+def test_an_option_that_is_given_twice_adds_to_the_first(tmp_path):
+    parser = argparse.ArgumentParser()
+    add_options(parser, LearnSettings)
+    given = "--model m --out o --data a b --data c --set strength=3 --set every=4 --trainer save_steps=5"
+    found = chosen(LearnSettings, parser.parse_args(given.split()))
+    assert (found.data, found.set, found.trainer) == (["a", "b", "c"], ["strength=3", "every=4"], ["save_steps=5"])
+    assert chosen(LearnSettings, parser.parse_args(["--model", "m", "--out", "o", "--data", "a"])).set == []
 
 
 def test_rates_and_steps_by_default(world):

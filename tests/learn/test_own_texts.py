@@ -19,7 +19,8 @@ def model(tiny_llama):
 
 
 def written(model, tokenizer, **others):
-    return write_texts(model, tokenizer, **{"texts": 5, "length": 16, "batch_size": 2, "seed": 0, **others})
+    given = {"texts": 5, "length": 16, "context": 64, "batch_size": 2, "seed": 0}
+    return write_texts(model, tokenizer, **{**given, **others})
 
 
 def test_they_are_drawn_from_the_model_whatever_its_checkpoint_asks_for(model, tokenizer):
@@ -51,6 +52,17 @@ def test_a_chat_model_writes_a_message_and_its_answer(model, tokenizer, monkeypa
         said = tokenizer.decode(ids)
         assert said.startswith("<user>") and "</s><assistant>" in said
         assert 0 not in ids[1:-1], "it stops at its end token"
+
+
+def test_a_long_template_leaves_the_model_as_much_to_write(model, tokenizer, monkeypatch):
+    monkeypatch.setattr(tokenizer, "chat_template", "abc " * 30 + CHAT)
+    before = len(tokenizer("abc " * 30 + "<user>", add_special_tokens=False)["input_ids"])
+    texts = [text["input_ids"] for text in written(model, tokenizer, length=32, context=before + 32)]
+    assert max(map(len, texts)) > before + 24
+    assert len({tuple(ids[before:]) for ids in texts}) == 5
+    with pytest.warns(UserWarning, match=rf"writes {before} tokens before a message, of {before + 8} that fit"):
+        plain = written(model, tokenizer, length=32, context=before + 8)
+    assert all("<user>" not in tokenizer.decode(text["input_ids"]) for text in plain)
 
 
 def test_a_tokenizer_without_a_first_token_is_refused(model, tokenizer, monkeypatch):
