@@ -103,25 +103,27 @@ def long(models: Path, data: Path, out: Path) -> dict[str, Settings]:
 def gemma(models: Path, data: Path, out: Path) -> dict[str, Settings]:
     """Gemma 3 270M, vocabulary trimmed: methods over rates, those that matter most first; then the reverse order and a
     second seed, each method at its best rate of the first seed."""
-    rates = {"adamw": 5e-5, "elastic": 5e-5, "lora": 5e-4, "elastic-lora": 5e-4}
-    rates |= {"sfa": 5e-5, "l2-sp": 5e-5, "replay-5": 5e-5, "self-replay": 5e-5}
+    options = {
+        "ewc": {"ewc_lambda": 1000.0},
+        "l2-sp": {"alpha": 1.0},
+        "sfa": {"mean": "running"},
+    }  # as tuned for `main`
 
-    options = {"ewc": {"ewc_lambda": 1000.0}}  # as tuned for the main table
+    def points(rates: Mapping[str, Sequence[float]]) -> dict[str, dict[str, Any]]:
+        return {
+            f"{name}-{lr:g}": {"method": name, "lr": lr, "options": options.get(name, {})}
+            for name, given in rates.items()
+            for lr in given
+        }
 
-    def points(names: Iterable[str], factor: float = 1) -> dict[str, dict[str, Any]]:
-        found = {}
-        for name in names:
-            lr = rates.get(name, 5e-5) * factor
-            found[f"{name}-{lr:g}"] = {"method": name, "lr": lr, "options": options.get(name, {})}
-        return found
-
-    first = points(rates) | points(("adamw", "elastic", "lora"), 0.4) | points(("adamw",), 0.16) | points(("adamw",), 2)
-    # SFA halves what a step does, so that its best rate is looked for above that of the other baselines.
-    first |= points(("sfa",), 0.4) | points(("l2-sp", "self-replay"), 0.16) | points(("adamw",), 0.064)
-    first |= points(("replay-5",), 0.16) | points(("elastic", "lora"), 0.16) | points(("elastic-lora",), 0.4)
-    first |= points(("ewc",), 0.16) | points(("ewc",), 0.4) | points(rates, 0.4) | points(("sfa",), 0.16)
+    usual = points({"adamw": [5e-5], "elastic": [5e-5], "lora": [5e-4], "elastic-lora": [5e-4]})
+    first = usual | points({"adamw": [2e-5, 8e-6, 1e-4, 3.2e-6], "elastic": [2e-5, 8e-6], "lora": [2e-4]})
+    first |= points({"self-replay": [5e-5, 8e-6], "l2-sp": [8e-6, 2e-5], "sfa": [2e-5], "lora": [8e-5]})
+    first |= points({"replay-5": [8e-6], "ewc": [8e-6, 2e-5], "elastic-lora": [2e-4]})
+    # SFA lessens what a step does, so that its best rate is looked for above that of the other baselines.
+    first |= points({"replay-5": [2e-5], "self-replay": [2e-5], "sfa": [5e-5]})
     every = over(_pretrained(models / "gemma-trimmed", data, out), ORDERS, (0, 1), first)
-    wanted: list[tuple[Iterable[str], str, int]] = [(points(list(rates)[:4]), GIVEN, 1), (first, GIVEN, 0)]
+    wanted: list[tuple[Iterable[str], str, int]] = [(usual, GIVEN, 1), (first, GIVEN, 0)]
     best = [point for point in best_points("gemma").values() if point in first]
     wanted += [(best, *of) for of in ((REVERSE, 0), (GIVEN, 1))]
     names = [f"{point}-{order}-seed{seed}" for some, order, seed in wanted for point in some]

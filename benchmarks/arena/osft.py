@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from sparse_cl.methods.base import Batch, Method
-from sparse_cl.methods.frozen import Frozen
 from sparse_cl.methods.options import check_share
 from sparse_cl.models.parts import linear_layers
 
@@ -19,7 +18,8 @@ class OSFT(Method):
 
     With U and V the largest singular directions of each linear layer's weight where the domain begins, gradients and,
     after each step of AdamW, the whole change are projected: ΔW ← (1 - U Uᵀ) ΔW (1 - V Vᵀ). That is what mini_trainer
-    does on the factors; `osf` is PEFT's form, whose updates leak. Embeddings, norms and head stay as they were.
+    does on the factors; `osf` is PEFT's form, whose updates leak. Embeddings, norms and head are trained as ever, as in
+    the authors' own code.
 
     Args:
         effective_rank: share of each layer's singular directions that stay.
@@ -32,7 +32,6 @@ class OSFT(Method):
 
     def __init__(self, effective_rank: float = 0.5) -> None:
         self.effective_rank = float(check_share("effective_rank", effective_rank, one=False))
-        self._frozen = Frozen()
         self._kept: list[tuple[nn.Parameter, Tensor, Tensor, Tensor]] = []
 
     def settings(self) -> dict[str, Any]:
@@ -46,18 +45,15 @@ class OSFT(Method):
             u, values, v = torch.linalg.svd(weight.detach().double(), full_matrices=False)
             rank = max(1, round(self.effective_rank * len(values)))
             self._kept.append((weight, weight.detach().clone(), u[:, :rank].to(weight), v[:rank].mT.to(weight)))
-        trained = set(weights)
-        self._frozen.freeze(p for p in model.parameters() if p not in trained)
         return model
 
     def make_optimizer(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
-        optimizer = torch.optim.AdamW([weight for weight, *_ in self._kept], lr=lr)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
         optimizer.register_step_pre_hook(lambda *_: self._project_gradients())
         optimizer.register_step_post_hook(lambda *_: self._project_changes())
         return optimizer
 
     def after_domain(self, model: nn.Module, batches: Iterable[Batch]) -> None:
-        self._frozen.thaw()
         self._kept = []
 
     @torch.no_grad()

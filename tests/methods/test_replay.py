@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import Dataset
+from tqdm.auto import tqdm
 
 from benchmarks.arena import Joint
+from sparse_cl.four_domains.training import train
 from sparse_cl.methods import Replay1, Replay5
+from sparse_cl.methods.replay import _trained_order
 
 
 class Numbered(Dataset):
@@ -50,6 +54,43 @@ def test_an_epoch_has_its_share_of_old_examples_evenly_over_domains(sizes, share
         times = Counter(index for other, index in old if other == name)
         assert max(times.values(), default=0) <= -(-counts[name] // size), "none again before all came"
     assert all(item == (number, place) for place, item in enumerate(found) if item[0] == number)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_run_that_ends_early_has_its_share_too(seed):
+    datasets = [Numbered(name, size) for name, size in enumerate((198, 6959, 2982, 4222))]
+    for number in (1, 2, 3):
+        mixed = Replay5().training_data(number, datasets, seed)
+        seen = [mixed[place][0] for place in _trained_order(len(mixed), seed)[:120]]
+        assert 5 <= sum(name != number for name in seen) <= 7
+        counts = [seen.count(name) for name in range(number)]
+        assert max(counts) - min(counts) <= 1
+
+
+def test_the_trainer_s_order_is_what_it_is_taken_for(tiny_llama, tmp_path):
+    class Told(Dataset):
+        asked: list[int] = []
+
+        def __len__(self):
+            return 97
+
+        def __getitem__(self, index):
+            self.asked.append(index)
+            return {"input_ids": [1, 2, 3], "attention_mask": [1, 1, 1], "labels": [1, 2, 3]}
+
+    train(
+        tiny_llama,
+        Told(),
+        lambda items: {key: torch.tensor([item[key] for item in items]) for key in items[0]},
+        lambda model: torch.optim.SGD(model.parameters(), lr=0.0),
+        folder=tmp_path,
+        steps=8,
+        batch_size=4,
+        lr=0.0,
+        seed=3,
+        bar=tqdm(disable=True),
+    )
+    assert Told.asked[:32] == _trained_order(97, 3)[:32]
 
 
 def test_the_first_domain_has_none():
