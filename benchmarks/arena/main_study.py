@@ -28,7 +28,9 @@ TUNING_SEED, SEEDS, OF_CURVES = 100, (0, 1, 2, 3, 4), (0, 1, 2)
 TWICE = (2.0,)
 FACTORS: Mapping[str, tuple[float, ...]] = {
     "elastic": (0.5, 0.25, 0.125),
-    **dict.fromkeys(("ewc", "curvature", "null-strengths", "null-one", "null-moments"), (0.5,)),
+    **dict.fromkeys(("ewc", "curvature", "null-one", "null-moments"), (0.5,)),
+    "null-strengths": (0.5, 0.25),
+    "null-directions": (2.0, 0.5, 0.25),
     **dict.fromkeys(("orthogonal", "sfa", "l2-sp"), (2.0, 0.5)),
 }
 """Of the rate, for curves: `TWICE` but for rows that learn nearly as much as any, or no more at twice the rate."""
@@ -127,11 +129,11 @@ def curves(points: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]
 
 
 def other_strengths(points: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """`OTHER_STRENGTHS` of the points of `chosen`, at the rate and at half of it, by "row@other-factor"."""
+    """`OTHER_STRENGTHS` of the points of `chosen`, at the rate, a half and a quarter of it, by "row@other-factor"."""
     found = {}
     for entry in OTHER_STRENGTHS:
         (options,) = (one["options"] for one in settings_of(entry)[:2] if one["options"] != points[entry]["options"])
-        for factor in (1, 0.5):
+        for factor in (1, 0.5, 0.25):
             lr = points[entry]["lr"] * factor
             found[f"{entry}@other-{factor:g}"] = {**points[entry], "lr": lr, "options": options}
     return found

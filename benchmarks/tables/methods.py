@@ -32,7 +32,7 @@ def main() -> str:
 def main_short() -> str:
     """The rows of it that README shows, by what they end at."""
     rows = []
-    for name, _, _, _, learned, lost, acc, *_ in main_table.rows(results("arena/main")["runs"]):
+    for name, _, _, _, learned, _, lost, acc, *_ in main_table.rows(results("arena/main")["runs"]):
         if name in _SHORT:
             cells = [_SHORT[name], learned, lost and f"{lost} %", acc]
             rows.append(bold(cells) if name == main_table.OURS else cells)
