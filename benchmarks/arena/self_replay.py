@@ -19,8 +19,9 @@ from sparse_cl.models.passes import evaluation
 class SelfReplay(Replay):
     """Replay without old data: before each domain the model writes texts, which it goes on to be trained on.
 
-    They are drawn token by token at temperature 1 from the first token on, so they are of all that it knows: the base's
-    text and the earlier domains. In the first domain too.
+    They are drawn token by token at temperature 1 from the first token on: the base's text and what earlier domains
+    have made of it. Prompts are not trained on, so that a prompt with its response, which LAMOL (Sun et al. 2020) has
+    the model write, is seldom among them. In the first domain too.
 
     Args:
         share: of a domain's examples that are such texts.

@@ -73,12 +73,12 @@ def encode(tokenizer: Any, prompt: str, response: str, max_length: int, separato
     return Example(ids, [IGNORED] * begin + ids[begin:], ((begin, begin + kept),), ends(kept))
 
 
-def encode_text(tokenizer: Any, text: str, max_length: int) -> Example:
+def encode_text(tokenizer: Any, text: str, max_length: int, *, ends_here: bool = True) -> Example:
     """Encode a text of which every token is learned, between what the tokenizer puts before it (BOS) and an
-    end-of-sequence; too long a text loses its end."""
+    end-of-sequence, unless it goes on elsewhere; too long a text loses its end."""
     plain, ends = tokenized(tokenizer, text)
     whole = _with_bos(tokenizer, text)
-    ids = [*whole, *_end(tokenizer)][:max_length]
+    ids = [*whole, *(_end(tokenizer) if ends_here else ())][:max_length]
     start, end = len(whole) - len(plain), min(len(whole), max_length)
     # The first id of all has no prediction: without a BOS it goes unscored, and so do its bytes.
     first = max(start, 1)
@@ -141,7 +141,7 @@ def encode_record(tokenizer: Any, record: Record | dict, max_length: int) -> Exa
     if "messages" in record:
         return encode_messages(tokenizer, record, max_length)
     if "text" in record:
-        return encode_text(tokenizer, record["text"], max_length)
+        return encode_text(tokenizer, record["text"], max_length, ends_here=not record.get("goes_on"))
     return encode(tokenizer, record["prompt"], record["response"], max_length)
 
 

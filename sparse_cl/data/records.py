@@ -6,7 +6,7 @@ A normalised record is a dict with
   `choices`), or `answer` alone; one with `tests` would need its code to be run and is scored by the likelihood of its
   response only;
 * or `messages` (list of {"role", "content"});
-* or `text` (str).
+* or `text` (str), with `goes_on` where its next piece is another record.
 """
 
 from __future__ import annotations

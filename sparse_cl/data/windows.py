@@ -12,8 +12,8 @@ from .records import Record, Records
 def cut_texts(records: Records, tokenizer: Any, max_length: int) -> Records:
     """The records with each `text` that is longer than `max_length` tokens in consecutive pieces; others as they are.
 
-    A piece leaves room for what the tokenizer puts before and after a text. A tokenizer without character offsets
-    cannot say where to cut: its texts lose their end.
+    A piece leaves room for what the tokenizer puts before and after a text; only the last ends in an end-of-sequence. A
+    tokenizer without character offsets cannot say where to cut: its texts lose their end.
     """
     found: list[Record] = []
     for record in records:
@@ -26,7 +26,8 @@ def cut_texts(records: Records, tokenizer: Any, max_length: int) -> Records:
         starts = [offsets[place][0] for place in range(0, len(offsets), room)]
         for begin, end in zip(starts, [*starts[1:], len(text)], strict=True):
             if text[begin:end].strip():
-                found.append(Record.at(record.where, text=text[begin:end]))
+                goes_on = {"goes_on": True} if text[end:].strip() else {}
+                found.append(Record.at(record.where, text=text[begin:end], **goes_on))
     if len(found) == len(records):
         return records
     pieces = f"in {len(found):,} pieces of at most {max_length} tokens"

@@ -39,3 +39,9 @@ def test_what_fits_stays_and_it_is_said_what_was_cut(words):
     cut = cut_texts(texts("one two three " * 50), words, 32)
     assert len(cut) > 4 and cut.describe().endswith(f"in {len(cut)} pieces of at most 32 tokens")
     assert cut.fingerprint != texts("one two three " * 50).fingerprint
+
+
+def test_only_the_last_piece_of_a_text_ends_it(words):
+    cut = cut_texts(texts("one two three " * 50, "four five"), words, 32)
+    ends = [example["input_ids"][-1] == words.eos_token_id for example in EncodedRecords(cut.records, words, 64)]
+    assert ends == [*[False] * (len(cut) - 2), True, True]
