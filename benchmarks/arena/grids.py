@@ -111,7 +111,7 @@ def gemma(models: Path, data: Path, out: Path) -> dict[str, Settings]:
 
     def points(rates: Mapping[str, Sequence[float]]) -> dict[str, dict[str, Any]]:
         return {
-            f"{name}-{lr:g}": {"method": name, "lr": lr, "options": options.get(name, {})}
+            f"{name}-{lr:g}": {"method": name.removesuffix("-pair"), "lr": lr, "options": options.get(name, {})}
             for name, given in rates.items()
             for lr in given
         }
@@ -121,7 +121,7 @@ def gemma(models: Path, data: Path, out: Path) -> dict[str, Settings]:
     first |= points({"self-replay": [5e-5, 8e-6], "l2-sp": [8e-6, 2e-5], "sfa": [2e-5], "lora": [8e-5]})
     first |= points({"replay-5": [8e-6], "ewc": [8e-6, 2e-5], "elastic-lora": [2e-4]})
     # SFA lessens what a step does, so that its best rate is looked for above that of the other baselines.
-    first |= points({"replay-5": [2e-5], "self-replay": [2e-5], "sfa": [5e-5]})
+    first |= points({"replay-5": [2e-5, 5e-5], "self-replay": [2e-5], "sfa": [5e-5], "sfa-pair": [5e-5, 2e-5]})
     every = over(_pretrained(models / "gemma-trimmed", data, out), ORDERS, (0, 1), first)
     wanted: list[tuple[Iterable[str], str, int]] = [(usual, GIVEN, 1), (first, GIVEN, 0)]
     best = [point for point in best_points("gemma").values() if point in first]
