@@ -46,10 +46,13 @@ class Domain:
             `SubspaceProjectedAdamW` takes the memory itself; masks of ours have gradients clipped by their active norm.
         memory: a model folder whose memory is gone on from, or a name on the Hub.
         records: how many training records the method may look at, before and after.
+        resumes: the protection's state, of a checkpoint in the middle of the domain.
+        ahead: the loader is looked at when the domain ends, so what cannot be is refused now.
 
     Raises:
-        ValueError: the method cannot train the model; it needs its own optimizer, or would put another memory in the
-            place of the optimizer's; the folder carries no memory, or is a checkpoint in the middle of a domain.
+        ValueError: data that can be read once only, or hold no `input_ids`; the method cannot train the model; it needs
+            its own optimizer, or would put another memory in the place of the optimizer's; the folder carries no
+            memory, or is a checkpoint in the middle of a domain.
         RuntimeError: the optimizer steps other tensors than the model's.
     """
 
@@ -63,9 +66,12 @@ class Domain:
         memory: str | Path | None = None,
         records: int = 128,
         resumes: Mapping[str, Any] | None = None,
+        ahead: bool = True,
     ) -> None:
         self.method, self.model, self.optimizer = method, plain_model(model), plain_optimizer(optimizer)
         self.batches = Looking(loader, self.model, records)
+        if ahead:
+            self.batches.check()
         self.domains = _LEARNED.get(method, [])
         _check_own(self.model, self.optimizer)
         if isinstance(self.optimizer, MemoryAdamW):
@@ -84,8 +90,8 @@ class Domain:
                     f"memory: {memory} carries none (no sparse_cl/memory.safetensors), so nothing of it would be "
                     "protected; give the folder that a protected training ended in, or, for a first domain, none"
                 )
-            self.domains = carried.domains
             method.remember(self.model, carried.memory)
+            self.domains = _LEARNED[method] = carried.domains
         if method.before_domain(self.model, self.batches) is not self.model:
             raise ValueError(
                 f"method: {method.name} wraps the model, which the optimizer would not follow; take elastic or "
@@ -100,7 +106,11 @@ class Domain:
         else:
             self.protection = method.guard(self.optimizer)
             if self.protection is not None and resumes is not None:
-                self.protection.load_state_dict(resumes)
+                try:
+                    self.protection.load_state_dict(resumes)
+                except ValueError:
+                    self.protection.remove()
+                    raise
             if self.protection is None and resumes and resumes.get("parameters"):
                 raise ValueError(
                     "memory: expected the one that the domain began with, got none: the checkpoint has a protection, "

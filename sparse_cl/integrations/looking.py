@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import SubsetRandomSampler
 
 from sparse_cl.models.passes import IGNORED
 
@@ -30,6 +31,23 @@ class Looking:
             raise ValueError(f"records: expected at least 1, got {records}")
         self.loader, self.model, self.records = loader, model, records
 
+    def check(self) -> None:
+        """Whether the data can be looked at.
+
+        Raises:
+            ValueError: they can be iterated over once only, and training needs that; or they make no batches.
+        """
+        loader: Any = self.loader
+        data = getattr(loader, "dataset", loader)
+        if not _is_indexed(data) and iter(data) is iter(data):
+            raise ValueError(
+                "loader: its data can be iterated over once only, so that what the method looks at would be missing in "
+                "training; give data that begin anew at each iter()"
+            )
+        with untouched_random():
+            for batch in itertools.islice(self._batches(), 1):
+                as_batch(batch)
+
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         device = next(self.model.parameters()).device
         with untouched_random():
@@ -43,26 +61,42 @@ class Looking:
         loader: Any = self.loader
         data, collate = getattr(loader, "dataset", None), getattr(loader, "collate_fn", None)
         if data is None or collate is None:
-            seen = 0
-            for batch in loader:
-                yield batch
-                seen += len(next(iter(batch.values()))) if isinstance(batch, Mapping) else len(batch)
-                if seen >= self.records:
-                    return
+            yield from self._enough(loader)
             return
-        size = getattr(loader, "batch_size", None) or getattr(loader.batch_sampler, "batch_size", None) or 1
-        if isinstance(data, Sized) and hasattr(data, "__getitem__"):
-            count = min(self.records, len(data))
-            items: Iterable[Any] = (data[i * len(data) // count] for i in range(count))
+        batches = getattr(loader, "batch_sampler", None)
+        size = getattr(loader, "batch_size", None) or getattr(batches, "batch_size", None)
+        if size is None and batches is None:
+            # Its items are batches already.
+            ready: Iterable[Any] = (data[key] for key in loader.sampler) if _is_indexed(data) else data
+            yield from self._enough(collate(item) for item in ready)
+            return
+        if _is_indexed(data):
+            sampler = getattr(batches, "sampler", None) or getattr(loader, "sampler", None)
+            # A subset's: what it leaves out is not trained on.
+            chosen = sampler.indices if isinstance(sampler, SubsetRandomSampler) else range(len(data))
+            count = min(self.records, len(chosen))
+            items: Iterator[Any] = (data[chosen[i * len(chosen) // count]] for i in range(count))
         else:
             items = itertools.islice(iter(data), self.records)
-        items = iter(items)
-        while batch := list(itertools.islice(items, size)):
+        while batch := list(itertools.islice(items, size or 1)):
             yield collate(batch)
+
+    def _enough(self, batches: Iterable[Any]) -> Iterator[Any]:
+        seen = 0
+        for batch in batches:
+            yield batch
+            seen += len(next(iter(batch.values()))) if isinstance(batch, Mapping) else len(batch)
+            if seen >= self.records:
+                return
+
+
+def _is_indexed(data: Any) -> bool:
+    return isinstance(data, Sized) and hasattr(data, "__getitem__")
 
 
 def as_batch(batch: Any) -> dict[str, Tensor]:
-    """input_ids, labels and, where there is one, attention_mask, of what trainers' collators make.
+    """input_ids, labels and, where there are any, attention_mask and position_ids (by which packed records are told
+    apart), of what trainers' collators make.
 
     Where there are no labels the completion's tokens are (TRL's `completion_mask`), or else all.
 
@@ -77,8 +111,8 @@ def as_batch(batch: Any) -> dict[str, Tensor]:
     if labels is None:
         counted = batch.get("completion_mask", mask)
         labels = ids if counted is None else ids.masked_fill(counted == 0, IGNORED)
-    found = {"input_ids": ids, "labels": labels}
-    return found if mask is None else {**found, "attention_mask": mask}
+    besides = {name: batch[name] for name in ("attention_mask", "position_ids") if batch.get(name) is not None}
+    return {"input_ids": ids, "labels": labels, **besides}
 
 
 @contextmanager

@@ -82,6 +82,7 @@ class Stream:
         if self.rewind is not None and "rewind" in state:
             self.rewind.load_state_dict(state["rewind"])
 
+    @torch._disable_dynamo  # or what is kept of batches is traced, anew for each
     def _see(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
         # Gradient checkpointing recomputes blocks, not the model, so each batch comes once.
         if not (module.training and torch.is_grad_enabled()):

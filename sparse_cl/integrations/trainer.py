@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -117,10 +118,9 @@ class ContinualCallback(transformers.TrainerCallback):
         folder, memory, resumes, carried = self._folder(args, state), self.memory, None, None
         if folder is not None:
             resumes, carried = _read(folder), load_carried(folder)
-            if self.boundaries is not None and isinstance(self.method, MemoryMethod):
-                # What was found before the checkpoint is in it: `memory` has less, and the method may have more.
-                memory = self.method.memory = None
-            if getattr(self.method, "memory", None) is None and memory is None:
+            if isinstance(self.method, MemoryMethod):
+                # It began with what the checkpoint has: the method may have learned more since, as may `memory`.
+                self.method.memory = None
                 memory = folder if carried is not None and carried.memory is not None else None
         self.domain = Domain(
             self.method,
@@ -130,7 +130,9 @@ class ContinualCallback(transformers.TrainerCallback):
             memory=memory,
             records=self.records,
             resumes=resumes,
+            ahead=self.boundaries is None,
         )
+        self.memory = None  # the method has it now, whatever becomes of this training
         if carried is not None:
             self.domain.domains = carried.domains
         if self.boundaries is not None:
@@ -191,6 +193,14 @@ class ContinualCallback(transformers.TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.domain is None:
+            return
+        if not state.global_step:
+            self.domain.close()
+            self.domain = None
+            warnings.warn(
+                "ContinualCallback: training ended without a step, so nothing was learned, and nothing is remembered",
+                stacklevel=2,
+            )
             return
         folder = args.output_dir if state.is_world_process_zero else None
         if self._stream is None:

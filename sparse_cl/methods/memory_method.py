@@ -243,7 +243,7 @@ class MemoryMethod(Method):
                 # The memory's hooks were there before: of the head they see all inputs.
                 seen = self._known.watch(tokens=answer_tokens(batch, "all"))
                 with torch.no_grad(), seen, logits_only_at(model, None):
-                    model(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"))
+                    model(**{name: part for name, part in batch.items() if name != "labels"})
                 self._known.observe()
 
 

@@ -235,6 +235,16 @@ def refuse_encoders(model: nn.Module, method: str) -> None:
     )
 
 
+def _text_decoder(model: nn.Module) -> str:
+    """What names of the decoder's modules begin with in a model that sees or hears too; "": it is the whole model."""
+    config = getattr(model, "config", None)
+    others = any(getattr(config, f"{kind}_config", None) is not None for kind in ("vision", "audio"))
+    if not others or not hasattr(model, "get_decoder"):
+        return ""
+    decoder = model.get_decoder()  # type: ignore[operator]
+    return next((f"{name}." for name, module in model.named_modules() if module is decoder and name), "")
+
+
 def _find(
     model: nn.Module, kind: str, layouts: tuple[Layout, ...]
 ) -> Iterator[tuple[tuple[str, Layout, dict[str, Linear], Linear, str], dict[str, nn.Module]]]:
@@ -243,8 +253,10 @@ def _find(
         "which the probes do not support: a token passes only some of its neurons. Take a dense model, or give the "
         "modules to watch: modules={name: module}",
     )
-    anything = False
+    anything, text = False, _text_decoder(model)
     for name, module in model.named_modules():
+        if not f"{name}.".startswith(text):
+            continue
         children = dict(module.named_children())
         layout = next((x for x in layouts if all(c in children for c in (*x.into, x.out))), None)
         if layout is None:

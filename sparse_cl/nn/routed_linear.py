@@ -168,6 +168,7 @@ def route(
         if type(layer) is not nn.Linear:
             again = "; call unroute(model) first" if isinstance(layer, RoutedLinear) else ""
             raise TypeError(f"layers: {name!r} is a {type(layer).__name__}, expected an nn.Linear{again}")
+        _refuse_replaced("layers", name, layer)
         width = _sizes(layer, side)[0]
         if not isinstance(k, int) or not 1 <= k <= width:
             raise ValueError(f"k: expected an integer from 1 to {width}, the {side} of {name!r}, got {k}")
@@ -181,6 +182,14 @@ def route(
         layer._begin(k, rank, routing, side, open)
     for name, leader in leaders.items():
         _follow(model, name, leader)
+
+
+def _refuse_replaced(argument: str, name: str, layer: nn.Module) -> None:
+    if "forward" in layer.__dict__:
+        raise TypeError(
+            f"{argument}: {name!r}: the forward of this layer was replaced on the object, as by accelerate's hooks, "
+            "which would bypass the branch; route before hooks are added, or remove them"
+        )
 
 
 def unroute(model: nn.Module) -> None:
@@ -236,6 +245,7 @@ def load_routed(model: nn.Module, path: str | PathLike) -> None:
             raise ValueError(f"{path}: the model has no module {name!r}, which has a routed branch there") from None
         if not isinstance(layer, nn.Linear) or type(layer) not in (nn.Linear, RoutedLinear):
             raise TypeError(f"{path}: {name!r} is a {type(layer).__name__}, expected an nn.Linear, as it was")
+        _refuse_replaced(str(path), name, layer)
         rank, (neurons, others) = fact["rank"], _sizes(layer, fact["side"])
         shapes = {"columns": (neurons, others if rank is None else rank)}
         if rank is not None:

@@ -80,7 +80,7 @@ def read_config(source: str) -> Any:
 
     try:
         return transformers.AutoConfig.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # whatever a configuration's own checks raise
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
             f"--model {source}: no configuration of a transformers model could be read ({reason}). Give a folder with "

@@ -9,6 +9,7 @@ from typing import Any
 from sparse_cl import models
 
 from .activation import ActivationProbe
+from .boundaries import BoundaryDetector
 from .capacity import Capacity, capacity, forecast
 from .connectivity import connectivity
 from .critical_sparsity import critical_sparsity
@@ -23,14 +24,18 @@ from .neurons import agreement, dormant, hubs, weight_hubs
 from .overlap import overlap
 from .plasticity import plasticity, steps_to_fit
 from .rank import effective_rank, stable_rank, update_rank
+from .routing import choices, overlaps
 from .scaling import fit_exponent
 from .scores import ActivationScores
+from .shared_forgetting import shared_forgetting
 from .smearing import smearing
+from .superposition import superposition
 from .waking import waking
 
 __all__ = [
     "ActivationProbe",
     "ActivationScores",
+    "BoundaryDetector",
     "Capacity",
     "CurvatureProbe",
     "FeatureProbe",
@@ -39,6 +44,7 @@ __all__ = [
     "MeanGradient",
     "agreement",
     "capacity",
+    "choices",
     "compare_gradients",
     "connectivity",
     "critical_sparsity",
@@ -51,10 +57,13 @@ __all__ = [
     "hubs",
     "interference",
     "overlap",
+    "overlaps",
     "plasticity",
+    "shared_forgetting",
     "smearing",
     "stable_rank",
     "steps_to_fit",
+    "superposition",
     "update_rank",
     "waking",
     "weight_hubs",

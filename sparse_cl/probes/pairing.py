@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from torch import Tensor, nn
 
 Weights = nn.Module | Mapping[str, Tensor]
-"""A model, or its weights by name."""
+"""A model, or its weights by name, as `state_dict` gives them."""
 
 
 def paired_weights(before: Weights, after: Weights) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -16,7 +16,7 @@ def paired_weights(before: Weights, after: Weights) -> Iterator[tuple[str, Tenso
     Raises:
         ValueError: a name that only one has, or two shapes; the first is named.
     """
-    old, new = _weights(before), _weights(after)
+    old, new = _weights(before, after), _weights(after, before)
     for name in [*old, *new]:
         if name not in old or name not in new:
             holder = "before" if name in old else "after"
@@ -52,6 +52,12 @@ def paired_matrices(
         yield name, *pairs[name]
 
 
-def _weights(source: Weights) -> dict[str, Tensor]:
-    named = source.named_parameters() if isinstance(source, nn.Module) else source.items()
-    return {name: weight.detach() for name, weight in named}
+def _weights(source: Weights, other: Weights) -> dict[str, Tensor]:
+    """The parameters by name; of a mapping without what a model beside it calls a buffer, or by another name too."""
+    if isinstance(source, nn.Module):
+        return {name: weight.detach() for name, weight in source.named_parameters()}
+    besides: set[str] = set()
+    if isinstance(other, nn.Module):
+        every = [*other.named_parameters(remove_duplicate=False), *other.named_buffers()]
+        besides = {name for name, _ in every} - {name for name, _ in other.named_parameters()}
+    return {name: weight.detach() for name, weight in source.items() if name not in besides}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from cases.methods import copy_of, domain, logits, same, weights
 from cases.trainers import records
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler, SubsetRandomSampler
 
 from sparse_cl import (
     ColumnMask,
@@ -180,6 +180,76 @@ def test_records_are_looked_at_without_disturbing_the_loader(tiny_llama, stream)
         expected = range(10) if stream else range(0, 50, 5)
         assert seen == [data[i]["input_ids"] for i in expected]
     assert states[0] == random.getstate() and torch.equal(states[1], torch.get_rng_state())
+
+
+def test_of_a_subset_only_its_records_are_looked_at(tiny_llama):
+    data = records(0, count=50)
+    loader = DataLoader(data, batch_size=4, sampler=SubsetRandomSampler(range(20, 40)), collate_fn=collate)
+    seen = [row.tolist() for batch in Looking(loader, tiny_llama, 10) for row in batch["input_ids"]]
+    assert seen == [data[i]["input_ids"] for i in range(20, 40, 2)]
+
+
+@pytest.mark.parametrize("mapped", [False, True])
+def test_items_that_are_batches_already(tiny_llama, mapped):
+    data = records(0, count=50)
+
+    class Batches(IterableDataset):
+        def __iter__(self):
+            return (collate(data[i : i + 4]) for i in range(0, 48, 4))
+
+    class Indexed:
+        def __len__(self):
+            return len(data)
+
+        def __getitem__(self, places):
+            return collate([data[i] for i in places])
+
+    if mapped:
+        loader = DataLoader(Indexed(), sampler=BatchSampler(SequentialSampler(data), 4, True), batch_size=None)
+    else:
+        loader = DataLoader(Batches(), batch_size=None)
+    seen = [row.tolist() for batch in Looking(loader, tiny_llama, 10) for row in batch["input_ids"]]
+    assert seen == [record["input_ids"] for record in data[:12]]
+
+
+class Once(IterableDataset):
+    def __init__(self):
+        self.rows = iter(records(0, count=50))
+
+    def __iter__(self):
+        return self.rows
+
+
+@pytest.mark.parametrize("make", [lambda: iter(domain(0)), lambda: DataLoader(Once(), 4, collate_fn=collate)])
+def test_data_that_come_once_only_are_refused_and_stay_whole(tiny_llama, make):
+    loader = make()
+    with pytest.raises(ValueError, match="loader: its data can be iterated over once only"):
+        Domain(Elastic(), tiny_llama, loader, adamw(tiny_llama))
+    assert len(list(loader)) == (len(domain(0)) if not isinstance(loader, DataLoader) else 13)
+
+
+def test_what_makes_no_batches_is_refused_before_training(tiny_llama):
+    loader = DataLoader([{"pixel_values": torch.zeros(3)}], 1)
+    with pytest.raises(ValueError, match="loader: expected batches with input_ids"):
+        Domain(Elastic(), tiny_llama, loader, adamw(tiny_llama))
+
+
+def test_packed_records_are_remembered_apart(tiny_llama):
+    """By their positions, as a collator that flattens leaves them."""
+    rows, found = [record["input_ids"] for record in records(0, count=3)], []
+    flat = {"input_ids": torch.tensor([sum(rows, [])]), "position_ids": torch.arange(8).repeat(3)[None]}
+    flat["labels"] = flat["input_ids"]
+    apart = {"input_ids": torch.tensor(rows), "labels": torch.tensor(rows)}
+    for loader in ([flat], [apart]):
+        method, model = Elastic(), copy_of(tiny_llama)
+        model.config.use_cache = False  # as the Trainer sets it; with a cache transformers does not look at positions
+        with continual(method, model, loader, torch.optim.SGD(model.parameters(), lr=0.0)) as learned:
+            learned.optimizer.step()
+        found.append(method.memory)
+    for name in found[0].names:
+        ours, expected = (memory.subspace(name) for memory in found)
+        products = [(x.basis * x.values) @ x.basis.mT for x in (ours, expected)]
+        torch.testing.assert_close(*products, rtol=1e-3, atol=1e-4 * float(products[1].abs().max()))
 
 
 def test_batches_of_trainers():

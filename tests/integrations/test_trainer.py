@@ -9,8 +9,9 @@ import transformers
 from cases.methods import copy_of, domain, logits, same, weights
 from cases.trainers import records, trainer_of
 
-from sparse_cl import ElasticAdamW, RowMask, SparseMaskedAdamW
+from sparse_cl import ElasticAdamW, RowMask, SparseMaskedAdamW, storage
 from sparse_cl.integrations import ActiveClipping, ContinualCallback
+from sparse_cl.integrations.domain import STATE
 from sparse_cl.methods import Curvature, Elastic, ElasticLoRA, Orthogonal, load_carried
 
 
@@ -138,6 +139,55 @@ def test_training_that_was_interrupted_begins_again(tiny_llama, tmp_path):
     trainer.remove_callback(interrupts)
     trainer.train()
     assert method.memory.domains == 2
+
+
+def test_training_that_began_from_a_folder_begins_again(tiny_llama, tmp_path):
+    trainer_of(tiny_llama, records(0), tmp_path / "0", [elastic()]).train()
+    callback = elastic(memory=tmp_path / "0")
+    trainer = trainer_of(tiny_llama, records(1), tmp_path / "1", [callback])
+    trainer.train()
+    trainer.train()
+    assert callback.method.memory.domains == 3
+    assert [entry["name"] for entry in load_carried(tmp_path / "1").domains] == ["0", "1", "1"]
+
+
+def test_a_checkpoint_goes_on_with_its_own_memory(tiny_llama, tmp_path):
+    """Where all ranks are at their cap, W U of other directions has the same shape."""
+    make = lambda: Elastic(energy=1.0, max_rank=4, row_strength=0.0)  # noqa: E731
+    method, start = make(), copy_of(tiny_llama)
+    saving = {"save_strategy": "steps", "save_steps": 3}
+    trainer_of(tiny_llama, records(0), tmp_path / "0", [ContinualCallback(method)]).train()
+    trainer_of(tiny_llama, records(1), tmp_path / "1", [ContinualCallback(method)], **saving).train()
+    expected = weights(tiny_llama)
+    checkpoint = str(tmp_path / "1" / "checkpoint-3")
+    for callback in (ContinualCallback(method), ContinualCallback(make(), memory=tmp_path / "1")):
+        model = copy_of(start)
+        trainer_of(model, records(1), tmp_path / "1", [callback]).train(resume_from_checkpoint=checkpoint)
+        assert same(weights(model), expected)
+        assert callback.method.memory.domains == 2
+
+
+def test_a_protection_that_cannot_go_on_is_taken_away(tiny_llama, tmp_path):
+    method, saving = Elastic(), {"save_strategy": "steps", "save_steps": 3}
+    trainer_of(tiny_llama, records(0), tmp_path / "0", [ContinualCallback(method)]).train()
+    trainer = trainer_of(tiny_llama, records(1), tmp_path / "1", [ContinualCallback(method)], **saving)
+    trainer.train()
+    broken = storage.read(tmp_path / "1" / "checkpoint-3" / STATE, "protection", "it", "steps", "paths")
+    tensors = {name: tensor[..., :1].clone() if tensor.dim() else tensor for name, tensor in broken[0].items()}
+    storage.write(tmp_path / "1" / "checkpoint-3" / STATE, "protection", tensors, steps=3, paths=broken[1]["paths"])
+    with pytest.raises(ValueError, match="expected origin_rows of shape"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "1" / "checkpoint-3"))
+    trainer.train()
+
+
+def test_training_without_a_step_is_not_remembered(tiny_llama, tmp_path):
+    method = Elastic()
+    trainer = trainer_of(
+        tiny_llama, records(0), tmp_path, [ContinualCallback(method)], max_steps=-1, num_train_epochs=0
+    )
+    with pytest.warns(UserWarning, match="training ended without a step"):
+        trainer.train()
+    assert load_carried(tmp_path) is None and not method.memory.domains
 
 
 def test_an_adapter_of_the_users(tiny_llama, tmp_path):

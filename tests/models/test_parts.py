@@ -97,3 +97,15 @@ def test_blocks_are_spread_evenly_from_the_first_to_the_last():
     assert spread(range(5), 1) == [2]
     with pytest.raises(ValueError, match="count: expected at least 1 block, got 0"):
         spread(range(5), 0)
+
+
+def test_a_model_that_sees_has_the_blocks_of_its_text_decoder():
+    text = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8}
+    vision = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config = transformers.Gemma3Config(
+        text_config={**text, "num_key_value_heads": 2, "vocab_size": 64},
+        vision_config={**vision, "image_size": 28, "patch_size": 14},
+        mm_tokens_per_image=1,
+    )
+    blocks = find_blocks(transformers.Gemma3ForConditionalGeneration(config))
+    assert [block.name.split(".")[-3:] for block in blocks] == [["language_model", "layers", n] for n in "01"]

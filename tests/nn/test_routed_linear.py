@@ -257,6 +257,10 @@ def test_bad_input(arguments, error, message):
     with pytest.raises(error, match=message):
         route(model, *arguments)
     assert type(model[0]) is nn.Linear
+    model[0].forward = model[0].forward  # as accelerate's hooks replace it
+    with pytest.raises(TypeError, match="layers: '0': the forward of this layer was replaced on the object"):
+        route(model, {"0": None}, 2)
+    del model[0].forward
     for name, value, words in (("rank", 8, "rank: expected None or 1 to 7"), ("routing", "best", "routing: expected")):
         with pytest.raises(ValueError, match=words):
             route(model, {"0": None}, 2, **{name: value})

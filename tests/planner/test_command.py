@@ -141,6 +141,12 @@ def test_bad_input(folder, arguments, message):
         plan("--model", folder, *arguments)
 
 
+def test_a_configuration_that_refuses_itself_is_named(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": 30, "num_attention_heads": 4}')
+    with pytest.raises(ValueError, match="no configuration of a transformers model could be read"):
+        plan("--model", tmp_path, "--method", "adamw")
+
+
 @pytest.mark.parametrize(("text", "tokens"), [("1.5k", 1500), ("2e6", 2e6), ("3B", 3e9), ("7", 7)])
 def test_numbers_of_tokens(folder, text, tokens):
     plan("--model", folder, "--domains", 1, "--method", "adamw", "--tokens", text, "--json", folder / "plan.json")

@@ -103,6 +103,16 @@ def test_no_update_has_rank_zero_and_a_model_is_compared_by_its_parameters():
     assert (result.weights["1.weight"].effective_rank, result.weights["1.weight"].change) == (0.0, 0.0)
 
 
+def test_a_state_dict_is_compared_with_the_model_that_it_is_of():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.BatchNorm1d(4))
+    model[1].weight = model[0].weight
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with torch.no_grad():
+        model[0].weight.add_(1.0)
+    for pair in ((before, model), (model, before)):
+        assert list(update_rank(*pair).weights) == ["0.weight"]
+
+
 def test_checkpoints_of_different_structure_are_refused_by_name():
     w = torch.ones(2, 2)
     with pytest.raises(ValueError, match=r"b is \(2, 2\) before and \(3, 2\) after"):
