@@ -31,6 +31,7 @@ FACTORS: Mapping[str, tuple[float, ...]] = {
     **dict.fromkeys(("ewc", "curvature", "null-one", "null-moments"), (0.5,)),
     "null-strengths": (0.5, 0.25),
     "null-directions": (2.0, 0.5, 0.25),
+    "self-replay": (2.0, 0.5),
     **dict.fromkeys(("orthogonal", "sfa", "l2-sp"), (2.0, 0.5)),
 }
 """Of the rate, for curves: `TWICE` but for rows that learn nearly as much as any, or no more at twice the rate."""
