@@ -110,7 +110,7 @@ def _table(arguments: argparse.Namespace) -> None:
         size.draw(found, KEPT / "size.png")
         print(size.table(found))
     elif arguments.study == "main":
-        draw_pareto(main_table.pictured(runs), KEPT / "main.png", "gain_lost")
+        draw_pareto(main_table.pictured(runs), KEPT / "main.png", "gain_lost", "the domains after the first")
         print(main_table.table(runs))
     else:
         if arguments.study == "demo":

@@ -132,8 +132,10 @@ def counted_alike(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def pictured(runs: Sequence[Mapping[str, Any]]) -> Comparison:
-    """The rows that are asked for first, by their names here."""
-    points = {entry: own for entry, own in _points(runs).items() if _without_strength(entry) in ASKED_FIRST}
+    """The rows that are asked for first, by their names here; learned is that of the domains after the first."""
+    points = {
+        entry: own for entry, own in _points(_after_the_first(runs)).items() if _without_strength(entry) in ASKED_FIRST
+    }
     order = sorted(points, key=lambda entry: ASKED_FIRST.index(_without_strength(entry)))
     every = gather_runs((run["name"], dict(run)) for own in points.values() for runs in own.values() for run in runs)
     every.rows = [row for entry in order for row in _line(entry, points[entry])]

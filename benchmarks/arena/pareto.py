@@ -41,11 +41,12 @@ FORGOTTEN = {
 }
 
 
-def draw_pareto(compared: Comparison, path: Path, forgotten: str = "forgetting") -> None:
+def draw_pareto(compared: Comparison, path: Path, forgotten: str = "forgetting", of: str = "domains") -> None:
     """A column an order, and one for all together; bars are 95 % intervals over seeds.
 
     Args:
         forgotten: of `FORGOTTEN`, what is drawn upwards.
+        of: what learned is the mean over, in words.
     """
     sections = compared.sections()
     figure, axes = new_figure(1, len(sections), 9.0 if len(sections) == 1 else 5.0, 5.0)
@@ -55,7 +56,7 @@ def draw_pareto(compared: Comparison, path: Path, forgotten: str = "forgetting")
     for axis, section in zip(axes[0], sections, strict=True):
         _draw(axis, compared, section, forgotten)
         axis.set_title(section, fontsize=9)
-        axis.set_xlabel("learned (bits per byte, mean over domains; more is better)", fontsize=9)
+        axis.set_xlabel(f"learned (bits per byte, mean over {of}; more is better)", fontsize=9)
     axes[0][0].set_ylabel(FORGOTTEN[forgotten], fontsize=9)
     handles, labels = axes[0][0].get_legend_handles_labels()
     for axis in axes[0][1:]:
