@@ -7,7 +7,7 @@ does at that rate.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
@@ -73,17 +73,26 @@ def entries(runs: Sequence[Mapping[str, Any]]) -> list[Entry]:
     return sorted(found, key=lambda entry: entry.scores["acc"].mean)
 
 
-def _after_the_first(runs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def _after_the_first(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Runs of whose domains, by metric, only those after the first count as learned."""
+
+    def learned(run: Mapping[str, Any], metric: str) -> dict[str, Any]:
+        base, *after = run["R"][metric]
+        ends = [(base[j], after[j][j]) for j in range(1, len(after)) if None not in (base[j], after[j][j])]
+        gains = [before - now if metric in LOWER_IS_BETTER else now - before for before, now in ends]
+        return {"learned": fmean(gains) if gains else None}
+
+    return _scored_otherwise(runs, learned)
+
+
+def _scored_otherwise(
+    runs: Sequence[Mapping[str, Any]], scores: Callable[[Mapping[str, Any], str], dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Runs that did not fail, with other numbers in their summaries by metric."""
     found = []
     for run in runs:
         if "failed" not in run:
-            metrics = {}
-            for metric, summary in run["summary"]["by_metric"].items():
-                base, *after = run["R"][metric]
-                ends = [(base[j], after[j][j]) for j in range(1, len(after)) if None not in (base[j], after[j][j])]
-                gains = [before - now if metric in LOWER_IS_BETTER else now - before for before, now in ends]
-                metrics[metric] = {**summary, "learned": fmean(gains) if gains else None}
+            metrics = {name: {**old, **scores(run, name)} for name, old in run["summary"]["by_metric"].items()}
             found.append({**run, "summary": {**run["summary"], "by_metric": metrics}})
     return found
 
@@ -120,15 +129,13 @@ def _line(entry: str, own: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Ro
 
 def counted_alike(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Runs whose share lost is the mean of their domains' shares, so that a domain with large gains weighs no more."""
-    found = []
-    for run in runs:
-        if "failed" not in run:
-            metrics = {}
-            for metric, summary in run["summary"]["by_metric"].items():
-                shares = [share for share in summary["gain_lost_by_domain"] if share is not None]
-                metrics[metric] = {**summary, "gain_lost": fmean(shares) if shares else None}
-            found.append({**run, "summary": {**run["summary"], "by_metric": metrics}})
-    return found
+
+    def lost(run: Mapping[str, Any], metric: str) -> dict[str, Any]:
+        by_domain = run["summary"]["by_metric"][metric]["gain_lost_by_domain"]
+        shares = [share for share in by_domain if share is not None]
+        return {"gain_lost": fmean(shares) if shares else None}
+
+    return _scored_otherwise(runs, lost)
 
 
 def pictured(runs: Sequence[Mapping[str, Any]]) -> Comparison:
