@@ -306,6 +306,14 @@ def _size_others() -> str:
     )
 
 
+def _size_real() -> str:
+    (point,) = (point for point in size.of_results() if point.model == "gemma-trimmed")
+    return (
+        f"Gemma, of {number(point.parameters / 1e6, '.0f')} M, loses {number(point.lost, '.0%')} there, of "
+        f"{number(point.learned, '.2f')} learned"
+    )
+
+
 def _step_of_elastic() -> str:
     quartiles = [found["quartiles of the ratio of whole steps"] for found in results("elastic-step").values()]
     each, fourth = (
@@ -336,7 +344,7 @@ SENTENCES: Mapping[str, Sequence[Callable[[], str]]] = {
     "docs/results.md": (
         *(_gemma_best, _gemma_base, _gemma_kept, _gemma_own, _gemma_adapter, _gemma_others),
         *(_main, _main_more, _main_ends, _main_alike, _kfac),
-        *(_strength, _tuned, _tuned_ends, _moments, _sequence, _size, _size_others),
+        *(_strength, _tuned, _tuned_ends, _moments, _sequence, _size, _size_others, _size_real),
     ),
 }
 """Document → its sentences."""
