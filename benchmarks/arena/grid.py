@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import math
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -169,8 +170,10 @@ def _same(recorded: Mapping[str, Any], settings: Settings) -> bool:
     (method,) = settings.methods
     own = {"lr": settings.lr_of(method), "method": settings.make_method(method).settings()}
     now = json.loads(json.dumps({**_named(settings.to_json()), **own}))
-    known = {key: value for key, value in recorded.items() if key != "data"}
-    return all(now.get(key) == value for key, value in {"score": None, **known}.items())
+    known = {key: value for key, value in recorded.items() if key not in ("data", "lr")}
+    # A rate may be written as a product, which ends in other bits.
+    same_lr = math.isclose(recorded["lr"], own["lr"])
+    return same_lr and all(now.get(key) == value for key, value in {"score": None, **known}.items())
 
 
 def _named(settings: Mapping[str, Any]) -> dict[str, Any]:
