@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -30,8 +29,6 @@ ADVICE = (
 
 STATE = f"{FOLDER}/protection.safetensors"
 """What a checkpoint in the middle of a domain holds, and no folder of a finished one."""
-_LEARNED: WeakKeyDictionary[Method, list[dict[str, Any]]] = WeakKeyDictionary()
-"""What each method of this process learned, for the history where it learns the next domain."""
 
 
 class Domain:
@@ -72,7 +69,7 @@ class Domain:
         self.batches = Looking(loader, self.model, records)
         if ahead:
             self.batches.check()
-        self.domains = _LEARNED.get(method, [])
+        self.domains = list(method.history)
         _check_own(self.model, self.optimizer)
         if isinstance(self.optimizer, MemoryAdamW):
             if method.own_optimizer:
@@ -91,7 +88,8 @@ class Domain:
                     "protected; give the folder that a protected training ended in, or, for a first domain, none"
                 )
             method.remember(self.model, carried.memory)
-            self.domains = _LEARNED[method] = carried.domains
+            self.domains = list(carried.domains)
+            method.history = tuple(self.domains)
         if method.before_domain(self.model, self.batches) is not self.model:
             raise ValueError(
                 f"method: {method.name} wraps the model, which the optimizer would not follow; take elastic or "
@@ -196,7 +194,8 @@ class Domain:
         self.close()
         self.method.after_domain(self.model, self.batches)
         entry = {"method": self.method.name, "options": self.method.settings()}
-        self.domains = _LEARNED[self.method] = [*self.domains, {"name": "domain", **entry, **facts}]
+        self.domains = [*self.domains, {"name": "domain", **entry, **facts}]
+        self.method.history = tuple(self.domains)
         if folder is not None:
             save_carried(folder, self.carried())
 

@@ -57,6 +57,7 @@ class Method(ABC):
         protects: whether `protect` does anything.
         trains_adapters: whether it takes a model that PEFT wrapped, and trains the adapter that it has.
         separate: whether each domain ends with a model of its own, so that nothing is forgotten.
+        history: an entry for each domain that it learned in a trainer, as `Carried.domains` has them.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Method(ABC):
     trains_adapters: bool = False
     separate: bool = False
     options: tuple[str, ...] = ()
+    history: tuple[dict[str, Any], ...] = ()
     default_lr: float
 
     def settings(self) -> dict[str, Any]:

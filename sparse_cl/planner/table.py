@@ -82,7 +82,9 @@ def _assumptions(name: str, model: Any, work: Workload, device: Device, costs: M
     parameters = sum(p.numel() for p in model.parameters())
     return "\n".join(
         [
-            f"Model: {name}: {parameters / 1e6:,.2f} M parameters in {len(find_blocks(model))} blocks",
+            f"Model: {name}: {parameters / 1e6:,.2f} M parameters in {len(find_blocks(model))} blocks"
+            + ", planned as float weights, though its configuration says that they are quantized: learn and run refuse "
+            "those" * (getattr(model.config, "quantization_config", None) is not None),
             f"Run: {work.domains} domains of {work.tokens / 1e6:.4g} M tokens each, repetitions counted; steps of "
             f"{work.batch_size} sequences of {work.length} tokens on a device; precision {work.precision}",
             *([f"Settings: {settings}"] if settings else []),

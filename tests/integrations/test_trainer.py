@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import peft
 import pytest
 import torch
@@ -42,10 +44,12 @@ def test_the_second_domain_moves_old_outputs_less_than_without(tiny_llama, tmp_p
     assert carried.domains[1]["steps"] == 12 and carried.domains[1]["method"] == "elastic"
 
 
-def test_a_method_that_is_used_again_keeps_the_history(tiny_llama, tmp_path):
+@pytest.mark.parametrize("between", [lambda method: method, copy.deepcopy], ids=["itself", "a copy"])
+def test_a_method_that_is_used_again_keeps_the_history(tiny_llama, tmp_path, between):
     method = Elastic()
     for number in range(2):
         trainer_of(tiny_llama, records(number), tmp_path / str(number), [ContinualCallback(method)]).train()
+        method = between(method)
     assert [entry["name"] for entry in load_carried(tmp_path / "1").domains] == ["0", "1"]
 
 

@@ -97,6 +97,14 @@ def test_assumptions_come_first_and_name_every_number_that_was_chosen(folder, ca
     assert "Left out:" in assumptions
 
 
+def test_a_configuration_of_quantized_weights_is_said_to_be_one(folder, capsys):
+    config = json.loads((folder / "config.json").read_text())
+    quantized = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": quantized}))
+    plan("--model", folder, "--method", "adamw")
+    assert "learn and run refuse" in capsys.readouterr().out
+
+
 def test_options_reach_only_the_methods_that_take_them(folder):
     chosen = ["--method", "lora,sparse-masked", "--rank", 4, "--fraction", 0.5]
     plan("--model", folder, "--domains", 1, *chosen, "--json", folder / "plan.json")
