@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparse_cl.layout import whole
 from sparse_cl.methods import Carried, Elastic, Method, Orthogonal, load_carried, save_carried
 from sparse_cl.methods.carried import FOLDER
 from sparse_cl.optim import ElasticAdamW
@@ -19,6 +21,8 @@ from sparse_cl.optim.elastic_adamw import rule_of
 from sparse_cl.optim.leaf import whole_of
 from sparse_cl.optim.memory_adamw import MemoryAdamW
 from sparse_cl.optim.names import plain_optimizer
+from sparse_cl.subspace import SubspaceMemory
+from sparse_cl.subspace.layers import plain_name
 
 from .looking import Looking
 
@@ -29,6 +33,8 @@ ADVICE = (
 
 STATE = f"{FOLDER}/protection.safetensors"
 """What a checkpoint in the middle of a domain holds, and no folder of a finished one."""
+_PARTS, _ENTRIES = 4, 8
+"""Of so many weights so many entries tell one state of a model from another."""
 
 
 class Domain:
@@ -88,6 +94,8 @@ class Domain:
                     "protected; give the folder that a protected training ended in, or, for a first domain, none"
                 )
             method.remember(self.model, carried.memory)
+            if resumes is None:
+                _warn_of_other_weights(self.model, carried, memory)
             self.domains = list(carried.domains)
             method.history = tuple(self.domains)
         if method.before_domain(self.model, self.batches) is not self.model:
@@ -194,6 +202,8 @@ class Domain:
         self.close()
         self.method.after_domain(self.model, self.batches)
         entry = {"method": self.method.name, "options": self.method.settings()}
+        if _remembers(self.method):
+            facts["weights"] = _weights_of(self.model, self.method.memory)  # type: ignore[attr-defined]
         self.domains = [*self.domains, {"name": "domain", **entry, **facts}]
         self.method.history = tuple(self.domains)
         if folder is not None:
@@ -251,6 +261,38 @@ def plain_model(model: nn.Module) -> nn.Module:
 def _remembers(method: Method) -> bool:
     memory = getattr(method, "memory", None)
     return memory is not None and bool(memory.domains)
+
+
+def _weights_of(model: nn.Module, memory: SubspaceMemory) -> dict[str, list[float]]:
+    """A few entries of a few weights that the memory tracks, by which a history knows what it was written beside."""
+    parameters = {plain_name(name): param for name, param in model.named_parameters()}
+    names = [name for name in memory.names if name in parameters and not memory.is_embedding(name)]
+    # Not the last, a head that may grow with the vocabulary.
+    chosen = {names[len(names) * part // _PARTS] for part in range(_PARTS)} if names else ()
+    found = {}
+    for name in sorted(chosen):
+        flat = whole(parameters[name].detach()).flatten()
+        found[name] = flat[:: max(1, len(flat) // _ENTRIES)][:_ENTRIES].double().tolist()
+    return found
+
+
+def _warn_of_other_weights(model: nn.Module, carried: Carried, folder: str | Path) -> None:
+    """Says that a memory is of another state of the model: one that was loaded without what was learned, say."""
+    assert carried.memory is not None
+    before, now = (
+        (carried.domains[-1] if carried.domains else {}).get("weights", {}),
+        _weights_of(model, carried.memory),
+    )
+    pairs = [pair for name in before.keys() & now.keys() for pair in zip(before[name], now[name], strict=True)]
+    # It may have been saved in bfloat16, which keeps 8 bits.
+    others = sum(not math.isclose(a, b, rel_tol=2**-8) for a, b in pairs)
+    if others > len(pairs) / 2:
+        warnings.warn(
+            f"memory: {folder} was written beside other weights than the model has now ({others} of {len(pairs)} "
+            "entries that were looked at differ), so what was learned there is not in the model; load the model of "
+            "that folder",
+            stacklevel=4,
+        )
 
 
 def _check_rule(method: Method, optimizer: MemoryAdamW) -> None:

@@ -44,7 +44,8 @@ class Carried:
     Attributes:
         memory: None: no method that keeps one has trained the model.
         domains: one entry for each domain, in order, as JSON holds it: at least "name"; by convention also "method",
-            "options", "lr", "steps", "records" and "data", the fingerprint of the data.
+            "options", "lr", "steps", "records", "data", the fingerprint of the data, and "weights", some entries of
+            some weights as they were then.
     """
 
     memory: SubspaceMemory | None = None

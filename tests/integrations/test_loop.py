@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 
 import accelerate
 import pytest
@@ -22,7 +23,7 @@ from sparse_cl import (
 )
 from sparse_cl.integrations import Domain, continual
 from sparse_cl.integrations.looking import Looking, as_batch
-from sparse_cl.methods import Curvature, Elastic, LoRA, Orthogonal, OrthogonalMasked, SelectiveWrite
+from sparse_cl.methods import Curvature, Elastic, LoRA, Orthogonal, OrthogonalMasked, SelectiveWrite, save_carried
 from sparse_cl.optim.active_gradients import active_gradients
 
 
@@ -50,6 +51,19 @@ def test_the_second_domain_moves_old_outputs_less(tiny_llama, wrap):
         assert len(learned.carried().domains) == learned.carried().memory.domains == 2
         moved.append(float((logits(model, domain(0)) - before).norm()))
     assert moved[0] < 0.7 * moved[1]
+
+
+def test_a_model_without_what_the_memory_was_written_beside_is_named(tiny_llama, tmp_path):
+    """The base model in place of the one that learned; saved in another dtype it is the same one."""
+    learning = copy_of(tiny_llama)
+    save_carried(tmp_path, loop(Elastic(), learning, 0).carried())
+    with pytest.warns(UserWarning, match="was written beside other weights"):
+        loop(Elastic(), tiny_llama, 1, steps=1, memory=tmp_path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*other weights")
+        rounded = copy_of(learning).bfloat16().float()
+        for model in (rounded, learning):
+            loop(Elastic(), model, 1, steps=1, memory=tmp_path)
 
 
 def test_a_loop_of_accelerates_is_protected(tiny_llama):
