@@ -149,7 +149,10 @@ def in_few_bits(kind):
 
 @pytest.mark.parametrize("kind", ["load_in_4bit", "load_in_8bit", "torchao"])
 def test_adapters_on_a_base_in_few_bits(tiny_llama, tmp_path, kind):
-    tiny_llama.save_pretrained(tmp_path)
+    # bitsandbytes takes inputs and outputs in blocks of 64 and 32 on a CPU, in evaluation.
+    widths = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 32}
+    wide = transformers.LlamaConfig(**{**tiny_llama.config.to_dict(), **widths})
+    transformers.LlamaForCausalLM(wide).save_pretrained(tmp_path)
     base = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path, quantization_config=in_few_bits(kind), device_map="cpu"
     )
