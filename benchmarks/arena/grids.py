@@ -80,11 +80,13 @@ def main(models: Path, data: Path, out: Path) -> dict[str, Settings]:
     asked_first = {entry: point for entry, point in points.items() if entry in main_study.ASKED_FIRST}
     found = {}
     for some in (asked_first, points):
-        found |= over(base, (GIVEN,), main_study.OF_CURVES, some | main_study.curves(some))
+        of_curves = over(base, (GIVEN,), main_study.OF_CURVES, some | main_study.curves(some))
+        of_seeds = over(base, (GIVEN,), main_study.SEEDS, some)
         if some is asked_first:
-            found |= over(base, (GIVEN,), main_study.OF_CURVES, main_study.other_strengths(some))
-            found |= over(base, (GIVEN,), main_study.SEEDS, some)
-    return found | over(base, (GIVEN,), main_study.SEEDS, points)
+            found |= of_curves | over(base, (GIVEN,), main_study.OF_CURVES, main_study.other_strengths(some)) | of_seeds
+        else:
+            found |= of_seeds | of_curves
+    return found
 
 
 def long(models: Path, data: Path, out: Path) -> dict[str, Settings]:
