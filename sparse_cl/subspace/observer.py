@@ -87,6 +87,9 @@ class Observer:
         try:
             with _uncompiled():
                 yield
+        except BaseException:
+            self._drop()  # a pass that broke off was noted by the layers that it reached
+            raise
         finally:
             self._noting, self._tokens, self._counted = before
             self._last = None

@@ -90,6 +90,20 @@ def test_a_watch_inside_a_watch_leaves_it_watching():
     torch.testing.assert_close(moments(memory)["0.weight"], seen.mT @ seen)
 
 
+def test_a_pass_that_breaks_off_is_dropped_whole():
+    net = model()
+    memory = SubspaceMemory(net, source="inputs")
+    with pytest.raises(RuntimeError), memory.watch():
+        net[2](net[0](batches()[0]))
+        net(torch.randn(8, 13))
+    with pytest.raises(ValueError, match="no forward pass was noted"):
+        memory.observe()
+    with memory.watch():
+        net(batches()[1])
+    memory.observe()
+    assert torch.allclose(moments(memory)["0.weight"], batches()[1].mT @ batches()[1])
+
+
 def test_layers_that_were_compiled_before_are_noted():
     net, x = model(), batches()[0]
     net[0].compile(backend="eager")
