@@ -113,8 +113,8 @@ class SubspaceMemory:
         """While it lasts, forward passes are noted for the next :meth:`observe` (``source="inputs"``).
 
         Without it those with gradients enabled are, as a training loop has them. From the first use on only passes
-        inside it count, with gradients or without, and what was noted before is dropped. What ends in an error drops all
-        that was not yet observed. Compiled layers run as they are written inside it.
+        inside it count, with gradients or without, and what was noted before is dropped. An error inside it drops all
+        that was not yet observed. Compiled layers run as they are written there.
 
         Args:
             tokens: (batch, length), nonzero where an input counts: the attention mask. Layers whose inputs have other
