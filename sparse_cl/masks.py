@@ -221,6 +221,9 @@ class RowMask(_UnitMask):
         shape: of the parameter, at least 1-D.
         gain: one factor above 0 a row, in the order of ``rows``; scales all that a step adds to the row.
 
+    Raises:
+        IndexError, TypeError, ValueError: a row out of range or twice, no integers, a factor not above 0.
+
     ``|``, ``&`` and ``~`` of row masks are row masks; of two gains ``|`` keeps the larger and ``&`` their product.
     """
 

@@ -13,8 +13,17 @@ from sparse_cl.methods import Method, method_named
 
 def known_options(method: type[Method]) -> str:
     """The options of a method with their defaults, in words."""
-    defaults = inspect.signature(method.__init__).parameters
-    return ", ".join(f"{name}={defaults[name].default}" for name in method.options) or "none"
+    return ", ".join(f"{name}={_default(method, name)[0]}" for name in method.options) or "none"
+
+
+def _default(method: type[Method], option: str) -> tuple[Any, Any]:
+    """An option's default and type, of the constructor that names it: a baseline may hand on what it does not name."""
+    for kind in method.__mro__:
+        init = kind.__dict__.get("__init__")
+        if init is not None and option in (parameters := inspect.signature(init).parameters):
+            default = parameters[option].default
+            return default, typing.get_type_hints(init).get(option, type(default))
+    raise AttributeError(f"{method.__name__}: no constructor names its option {option!r}")
 
 
 def parse_set(entries: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -34,9 +43,7 @@ def parse_set(entries: Sequence[str]) -> dict[str, dict[str, Any]]:
         try:
             method = method_named(name)
             check_option(name, option)
-            default = inspect.signature(method.__init__).parameters[option].default
-            hint = typing.get_type_hints(method.__init__).get(option, type(default))
-            found.setdefault(name, {})[option] = convert(text.strip(), kinds_of(hint))
+            found.setdefault(name, {})[option] = convert(text.strip(), kinds_of(_default(method, option)[1]))
         except ValueError as error:
             raise ValueError(f"--set {entry}: {error}") from error
     return found

@@ -18,8 +18,8 @@ from sparse_cl.models.passes import IGNORED
 class Looking:
     """Batches of at most `records` records, iterated over afresh each time, as methods take them.
 
-    A map-style data set is read at evenly spaced places, of a stream the first records are. The loader itself is not
-    iterated over, where it has a data set: its order and its random numbers are training's.
+    A map-style data set, or a list of batches, is read at evenly spaced places, of a stream the first records are. The
+    loader itself is not iterated over, where it has a data set: its order and its random numbers are training's.
 
     Args:
         loader: a DataLoader, or any iterable of batches that can be iterated over more than once.
@@ -61,7 +61,7 @@ class Looking:
         loader: Any = self.loader
         data, collate = getattr(loader, "dataset", None), getattr(loader, "collate_fn", None)
         if data is None or collate is None:
-            yield from self._enough(loader)
+            yield from self._enough(self._spread(loader) if _is_indexed(loader) else loader)
             return
         batches = getattr(loader, "batch_sampler", None)
         size = getattr(loader, "batch_size", None) or getattr(batches, "batch_size", None)
@@ -81,13 +81,23 @@ class Looking:
         while batch := list(itertools.islice(items, size or 1)):
             yield collate(batch)
 
+    def _spread(self, batches: Any) -> Iterator[Any]:
+        """As many as hold enough records, if all are as large as the first."""
+        count = min(len(batches), -(-self.records // max(1, _size(batches[0])))) if len(batches) else 0
+        return (batches[i * len(batches) // count] for i in range(count))
+
     def _enough(self, batches: Iterable[Any]) -> Iterator[Any]:
         seen = 0
         for batch in batches:
             yield batch
-            seen += len(next(iter(batch.values()))) if isinstance(batch, Mapping) else len(batch)
+            seen += _size(batch)
             if seen >= self.records:
                 return
+
+
+def _size(batch: Any) -> int:
+    """Records of a batch."""
+    return len(next(iter(batch.values()))) if isinstance(batch, Mapping) else len(batch)
 
 
 def _is_indexed(data: Any) -> bool:

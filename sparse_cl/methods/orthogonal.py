@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,12 +48,20 @@ class Orthogonal(MemoryMethod):
         return type(self).make_optimizer is not Orthogonal.make_optimizer
 
     def guard(self, optimizer: torch.optim.Optimizer) -> Protection | None:
-        """As `Method.guard`. Norms and biases are trained, which `make_optimizer` freezes."""
+        """As `Method.guard`. Norms and biases are trained, which `make_optimizer` freezes; a warning says so."""
         if self.own_optimizer:
             return super().guard(optimizer)
         self._check_begun("guard")
         if not self._known.domains:
             return None
+        params = (param for group in optimizer.param_groups for param in group["params"])
+        if free := sum(param.requires_grad and param.dim() < 2 for param in params):
+            warnings.warn(
+                f"{self.name}: behind this {type(optimizer).__name__} {free} norms and biases are trained unprotected, "
+                "which moves old outputs; freeze them (requires_grad_(False)) before the optimizer is made, or take "
+                "SubspaceProjectedAdamW, which freezes them",
+                stacklevel=3,
+            )
         with told_already():
             return protect(optimizer, self._known, budget=0)
 

@@ -116,7 +116,8 @@ class MemoryAdamW(ProjectedAdamW):
     def _plan(self, key: tuple, group: dict[str, Any], grads: list[Tensor | None]) -> GroupPlan:
         if self._projections:
             stepped = [p for p, grad in zip(group["params"], grads, strict=True) if grad is not None]
-            news = news_of((p for p in stepped if self._is_rest(p)), self._memory, self.param_groups)
+            rest = (p for p in stepped if self._is_rest(p))
+            news = news_of(rest, self._memory, self.param_groups, self._rest == "train")
             warn_of_rest(news, self._rest, self._warned)
         return super()._plan(key, group, grads)
 
@@ -170,16 +171,18 @@ def is_exempt(param: Tensor, memory: SubspaceMemory | Bases | None) -> bool:
 
 
 def is_embedding(param: Tensor, memory: SubspaceMemory | Bases | None, groups: Groups, counted: bool = False) -> bool:
-    """Whether a memory knows that ``param`` belongs to an embedding; ``counted``: to one that says what it looks up."""
+    """Whether a memory knows that ``param`` belongs to an embedding; ``counted``: to one whose lookups it knows."""
     if not isinstance(memory, SubspaceMemory):
         return False
     return memory.is_embedding(param if memory.is_bound else _tables(groups, memory).get(param, ""), counted)
 
 
-def news_of(rest: Iterable[Tensor], memory: SubspaceMemory | Bases | None, groups: Groups) -> list[str]:
-    """Names of what is left of the rest but for what the documentation says: embeddings, norms and biases."""
+def news_of(
+    rest: Iterable[Tensor], memory: SubspaceMemory | Bases | None, groups: Groups, trained: bool = True
+) -> list[str]:
+    """Names of what is left of the rest but for norms, biases and embeddings; of these those that train unobserved."""
     matrices = (p for p in rest if whole_of(p).dim() > 1 and not is_exempt(p, memory))
-    return [name_of(groups, p) for p in matrices if not is_embedding(p, memory, groups, counted=True)]
+    return [name_of(groups, p) for p in matrices if not is_embedding(p, memory, groups, counted=trained)]
 
 
 def warn_of_rest(names: Sequence[str], how: str | None, warned: set[str]) -> None:

@@ -244,7 +244,7 @@ def protect(
     After each step of the optimizer, the weights it knows are corrected as :class:`ElasticAdamW` corrects them, by
     P = W U - W₀ U: the same rules, (m, r) numbers kept for a weight (m, n), and two products more per step. Between the
     optimizer's step and the correction the weights are uncorrected. What the memory does not know is trained as ever;
-    the first step names it.
+    the first step names it. Several optimizers of one model want a call each.
 
     Weights in bfloat16 or float16 are corrected in float32 and rounded stochastically, so that small corrections are
     right on average; one step's rounding, about 2⁻⁹ or 2⁻¹² of a weight, stays.
@@ -258,8 +258,9 @@ def protect(
         seed: of the stochastic rounding.
 
     Raises:
-        TypeError, ValueError: as there; an optimizer with masks, of the leaf of an ActiveLinear, that is protected, or
-            that keeps another copy of the weights: masters of ours, or an average (schedule-free).
+        TypeError, ValueError: as there; an optimizer with masks, of the leaf of an ActiveLinear, that is protected,
+            that chooses its own rate (lr None), or that keeps another copy of the weights: masters of ours, or an
+            average (schedule-free).
         RuntimeError: at a step, if a wrapper has put other tensors in the place of the parameters, one that the memory
             knows was added, the model was moved to another device or dtype, or the memory has learned a domain.
     """

@@ -68,7 +68,8 @@ class SparseMaskedAdamW(Optimizer):
     dicts are for ``torch.distributed.checkpoint``. All processes call the same methods, as in torch.
 
     Raises:
-        ValueError: a hyperparameter out of range, a mask that fits no parameter, a parameter given twice.
+        TypeError, ValueError: a hyperparameter out of range, a mask of another kind or that fits no parameter, a
+            parameter given twice or of a dtype that is not stepped.
     """
 
     _step_supports_amp_scaling = True
@@ -160,6 +161,7 @@ class SparseMaskedAdamW(Optimizer):
 
         Raises:
             ValueError: a gradient or a state that does not fit its parameter; nothing is stepped then.
+            RuntimeError: a sparse gradient, or another tensor in the place of a parameter.
         """
         self._accelerator_graph_capture_health_check()
         self._store.refuse_mismatch()
@@ -249,7 +251,8 @@ class SparseMaskedAdamW(Optimizer):
                 rest is dropped. ``"none"``: every parameter whose mask changes starts anew.
 
         Raises:
-            ValueError: as the constructor; the optimizer is as before then.
+            TypeError, ValueError: as the constructor; of a projected optimizer also another column mask, once its
+                weight has moved in the domain. The optimizer is as before then.
         """
         if carry not in ("intersection", "none"):
             raise ValueError(f"carry: expected 'intersection' or 'none', got {carry!r}")

@@ -360,9 +360,9 @@ class SubspaceMemory:
         return self.tracks(param) and self._layer(param).subspace is not None
 
     def is_embedding(self, key: str | Tensor, counted: bool = False) -> bool:
-        """Whether a parameter, or its name, is an embedding's; with ``counted``, of one that says what it looks up."""
+        """Whether a parameter, or its name, is an embedding's; with ``counted``, of one whose lookups it knows."""
         table = self._tables.get(key) if isinstance(key, str) else self._table_of.get(id(key))
-        return table is not None and not (counted and table.opaque and table.shares is None)
+        return table is not None and not (counted and table.shares is None)
 
     def used_rows(self, key: str | Tensor) -> UsedRows | None:
         """The rows of an embedding that earlier domains look up; None while there are none, or it has none."""

@@ -10,7 +10,7 @@ import torch
 from sparse_cl.four_domains import embedded
 from sparse_cl.four_domains.domains import DataError, Domain
 from sparse_cl.four_domains.evaluate import drift_nats
-from sparse_cl.four_domains.method_options import parse_set
+from sparse_cl.four_domains.method_options import known_options, parse_set
 from sparse_cl.four_domains.prepared import Prepared
 from sparse_cl.four_domains.protection import Windows, text_to_protect
 from sparse_cl.four_domains.sequence import score_all
@@ -41,6 +41,12 @@ class Typed(METHODS["adamw"]):
 @pytest.fixture(autouse=True)
 def typed(monkeypatch):
     monkeypatch.setitem(METHODS, "typed", Typed)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_option_of_every_method_has_a_default(name):
+    known = known_options(METHODS[name])
+    assert all(f"{option}=" in known for option in METHODS[name].options)
 
 
 def test_values_have_the_types_of_the_constructor():

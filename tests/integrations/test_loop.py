@@ -134,6 +134,13 @@ def test_a_hard_method_wants_an_optimizer_that_keeps_out(tiny_llama):
         Domain(Orthogonal(), tiny_llama, domain(0), optimizer(tiny_llama.named_parameters())).close()
 
 
+def test_what_a_hard_method_cannot_freeze_behind_an_optimizer_is_named(tiny_llama):
+    method = Orthogonal()
+    loop(method, tiny_llama, 0)
+    with pytest.warns(UserWarning, match="behind this AdamW 5 norms and biases are trained unprotected"):
+        loop(method, tiny_llama, 1, steps=1)
+
+
 @pytest.mark.parametrize("method", [SelectiveWrite, OrthogonalMasked, Curvature])
 def test_a_method_with_an_optimizer_of_its_own_refuses_ours_too(tiny_llama, method):
     for optimizer in (ElasticAdamW, SubspaceProjectedAdamW, torch.optim.AdamW):
@@ -194,6 +201,12 @@ def test_records_are_looked_at_without_disturbing_the_loader(tiny_llama, stream)
         expected = range(10) if stream else range(0, 50, 5)
         assert seen == [data[i]["input_ids"] for i in expected]
     assert states[0] == random.getstate() and torch.equal(states[1], torch.get_rng_state())
+
+
+def test_of_a_list_of_batches_some_are_looked_at_all_along_it(tiny_llama):
+    batches = [collate(records(0, count=80)[i : i + 4]) for i in range(0, 80, 4)]
+    seen = list(Looking(batches, tiny_llama, 10))
+    assert [batch["input_ids"].tolist() for batch in seen] == [batches[i]["input_ids"].tolist() for i in (0, 6, 13)]
 
 
 def test_of_a_subset_only_its_records_are_looked_at(tiny_llama):

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from contextlib import nullcontext
 
 import pytest
 import torch
 from cases.rules import M, N, Oracle, basis, drift, gradient, parameter, random, rms, run, subspace
 
-from sparse_cl import ElasticAdamW, RowMask, SparseMaskedAdamW, Subspace, SubspaceMemory, protect
+from sparse_cl import (
+    ElasticAdamW,
+    RowMask,
+    SparseMaskedAdamW,
+    Subspace,
+    SubspaceMemory,
+    SubspaceProjectedAdamW,
+    protect,
+)
 from sparse_cl.nn import ActiveLinear
 from sparse_cl.optim.protect import _rounded
 
@@ -284,6 +293,27 @@ def test_what_is_added_to_the_optimizer_is_refused_or_named():
     optimizer.add_param_group({"params": list(model[0].parameters())})
     with pytest.raises(RuntimeError, match="parameter number 0 of group 2 was added to the optimizer since"):
         step(model, optimizer)
+
+
+@pytest.mark.parametrize("ours", [False, True])
+def test_an_embedding_whose_lookups_nobody_counted_is_named(ours):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Embedding(30, N), torch.nn.Linear(N, N))
+    memory = SubspaceMemory(model)  # of gradients
+    model(torch.arange(8)).square().mean().backward()
+    memory.observe()
+    memory.consolidate()
+    if ours:
+        optimizer = ElasticAdamW(model.named_parameters(), lr=1e-2, memory=memory)
+    else:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        protect(optimizer, memory)
+    with pytest.warns(UserWarning, match="1 parameters of two or more dimensions are trained unprotected"):
+        optimizer.step()
+    frozen = SubspaceProjectedAdamW(model.named_parameters(), lr=1e-2, memory=memory)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        frozen.step()
 
 
 def test_a_closure_has_the_rest_named_too():
