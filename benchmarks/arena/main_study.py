@@ -76,7 +76,7 @@ ENTRIES: Mapping[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 ASKED_FIRST = (
     *("elastic", *(f"null-{null}" for null in NULLS), "elastic-lora", "curvature", "orthogonal"),
     *("adamw", "lora", "sfa", "l2-sp", "self-replay", "replay-5", "ewc", "kfac-laplace", "kfac-rows", "soap"),
-    *("osft", "lora-mean", "early-stopping"),
+    *("osft", "replay-1", "lora-mean", "early-stopping"),
 )
 """Rows that are run before the others: the pull, its nulls and kin, and what it is measured against."""
 

@@ -19,7 +19,7 @@ from sparse_cl.four_domains.report import text_table
 from .compare import Comparison, Row, gather_runs
 from .curves import Beside, beside
 from .intervals import Interval, interval
-from .main_study import ASKED_FIRST, OTHER, row_and_factor
+from .main_study import OTHER, row_and_factor
 from .pareto import lines_of
 
 OURS = "elastic"
@@ -29,6 +29,11 @@ NULLS = {
     "null-one": "with one strength for all",
     "null-moments": "with a second moment for each entry",
 }
+PICTURED = (
+    *("elastic", "elastic-lora", "curvature", "orthogonal", "null-directions", "null-one"),
+    *("adamw", "lora", "sfa", "replay-5", "ewc", "kfac-laplace", "osft"),
+)
+"""The rows that the picture has: all of them could not be told apart there."""
 HEADER = (
     *("by ACC", "whose", "rate and option", "seeds", "learned", "after the first", "lost", "ACC"),
     *("points lost more", "where both have learned"),
@@ -139,13 +144,11 @@ def counted_alike(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def pictured(runs: Sequence[Mapping[str, Any]]) -> Comparison:
-    """The rows that are asked for first, by their names here; learned is that of the domains after the first."""
-    points = {
-        entry: own for entry, own in _points(_after_the_first(runs)).items() if _without_strength(entry) in ASKED_FIRST
-    }
-    order = sorted(points, key=lambda entry: ASKED_FIRST.index(_without_strength(entry)))
-    every = gather_runs((run["name"], dict(run)) for own in points.values() for runs in own.values() for run in runs)
-    every.rows = [row for entry in order for row in _line(entry, points[entry])]
+    """`PICTURED`, by their names here; learned is that of the domains after the first."""
+    points = _points(_after_the_first(runs))
+    found = {entry: points[entry] for entry in PICTURED if entry in points}
+    every = gather_runs((run["name"], dict(run)) for own in found.values() for runs in own.values() for run in runs)
+    every.rows = [row for entry, own in found.items() for row in _line(entry, own)]
     return every
 
 

@@ -81,7 +81,7 @@ def _gemma_adapter() -> str:
 
 def _gemma_others() -> str:
     """Baselines that have one seed, each at its best rate."""
-    names = {"sfa": "SFA", "self-replay": "self-replay", "replay-5": "replay of 5 %"}
+    names = {"sfa": "SFA", "l2-sp": "L2-SP", "self-replay": "self-replay", "replay-5": "replay of 5 %"}
     said = []
     for method, name in names.items():
         learned, lost = (mean_of("gemma", key, _best(method)) for key in ("learned", "gain_lost"))
