@@ -78,15 +78,14 @@ def main(models: Path, data: Path, out: Path) -> dict[str, Settings]:
     base = _base_5m(models, sources, domains=main_study.TESTING, eval_records=256, score="learned")
     points = main_study.chosen(kept("tuning"))
     asked_first = {entry: point for entry, point in points.items() if entry in main_study.ASKED_FIRST}
-    found = {}
-    for some in (asked_first, points):
-        of_curves = over(base, (GIVEN,), main_study.OF_CURVES, some | main_study.curves(some))
-        of_seeds = over(base, (GIVEN,), main_study.SEEDS, some)
-        if some is asked_first:
-            found |= of_curves | over(base, (GIVEN,), main_study.OF_CURVES, main_study.other_strengths(some)) | of_seeds
-        else:
-            found |= of_seeds | of_curves
-    return found
+    wanted = (
+        (main_study.OF_CURVES, asked_first | main_study.curves(asked_first)),
+        (main_study.OF_CURVES, main_study.other_strengths(asked_first)),
+        (main_study.SEEDS, asked_first),
+        (main_study.SEEDS, points),
+        (main_study.OF_CURVES, main_study.curves(points)),
+    )
+    return {name: run for seeds, some in wanted for name, run in over(base, (GIVEN,), seeds, some).items()}
 
 
 def long(models: Path, data: Path, out: Path) -> dict[str, Settings]:

@@ -13,10 +13,10 @@ from sparse_cl.methods import Method, method_named
 
 def known_options(method: type[Method]) -> str:
     """The options of a method with their defaults, in words."""
-    return ", ".join(f"{name}={_default(method, name)[0]}" for name in method.options) or "none"
+    return ", ".join(f"{name}={_default_and_type(method, name)[0]}" for name in method.options) or "none"
 
 
-def _default(method: type[Method], option: str) -> tuple[Any, Any]:
+def _default_and_type(method: type[Method], option: str) -> tuple[Any, Any]:
     """An option's default and type, of the constructor that names it: a baseline may hand on what it does not name."""
     for kind in method.__mro__:
         init = kind.__dict__.get("__init__")
@@ -43,7 +43,7 @@ def parse_set(entries: Sequence[str]) -> dict[str, dict[str, Any]]:
         try:
             method = method_named(name)
             check_option(name, option)
-            found.setdefault(name, {})[option] = convert(text.strip(), kinds_of(_default(method, option)[1]))
+            found.setdefault(name, {})[option] = convert(text.strip(), kinds_of(_default_and_type(method, option)[1]))
         except ValueError as error:
             raise ValueError(f"--set {entry}: {error}") from error
     return found

@@ -279,10 +279,8 @@ def _weights_of(model: nn.Module, memory: SubspaceMemory) -> dict[str, list[floa
 def _warn_of_other_weights(model: nn.Module, carried: Carried, folder: str | Path) -> None:
     """Says that a memory is of another state of the model: one that was loaded without what was learned, say."""
     assert carried.memory is not None
-    before, now = (
-        (carried.domains[-1] if carried.domains else {}).get("weights", {}),
-        _weights_of(model, carried.memory),
-    )
+    before = carried.domains[-1].get("weights", {}) if carried.domains else {}
+    now = _weights_of(model, carried.memory)
     pairs = [pair for name in before.keys() & now.keys() for pair in zip(before[name], now[name], strict=True)]
     # It may have been saved in bfloat16, which keeps 8 bits.
     others = sum(not math.isclose(a, b, rel_tol=2**-8) for a, b in pairs)
