@@ -18,7 +18,6 @@ from sparse_cl.methods.carried import FOLDER
 from sparse_cl.optim import ElasticAdamW
 from sparse_cl.optim.active_gradients import active_gradients
 from sparse_cl.optim.elastic_adamw import rule_of
-from sparse_cl.optim.leaf import whole_of
 from sparse_cl.optim.memory_adamw import MemoryAdamW
 from sparse_cl.optim.names import plain_optimizer
 from sparse_cl.subspace import SubspaceMemory
@@ -146,27 +145,7 @@ class Domain:
             self._began = self.protection.steps
         if not self._proven:
             _check_own(self.model, self.optimizer)
-            self._warn_of_others()
         self._proven = True
-
-    def _warn_of_others(self) -> None:
-        """Names what the memory knows and another optimizer may be stepping."""
-        if not _remembers(self.method):
-            return
-        memory: Any = self.method.memory  # type: ignore[attr-defined]
-        own = {id(whole_of(p)) for group in self.optimizer.param_groups for p in group["params"]}
-        others = (
-            name
-            for name, param in self.model.named_parameters()
-            if param.grad is not None and id(param) not in own and memory.has_seen(param)
-        )
-        if found := list(others):
-            warnings.warn(
-                f"{self.method.name}: {len(found)} weights that the memory knows have gradients and are not in this "
-                f"optimizer, {found[0]} the first; another optimizer that steps them has to be protected too: "
-                "protect(other, method.memory)",
-                stacklevel=4,
-            )
 
     def look_at(self, batches: Iterable[Any], records: int) -> None:
         """Has the method remember the domain by these batches, in place of those of the loader."""

@@ -6,7 +6,8 @@ import warnings
 from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -51,6 +52,21 @@ class Known:
     rows: UsedRows | None = None
 
 
+class Guard(Protocol):
+    """What protects the parameters of an optimizer."""
+
+    @property
+    def memory(self) -> SubspaceMemory | Bases | None:
+        """The memory in force; None: nothing is protected."""
+
+    def stepped(self) -> set[int]:
+        """The identities of the optimizer's parameters."""
+
+
+guards = WeakSet[Guard]()
+"""All that there are, since several optimizers may train one model."""
+
+
 class MemoryAdamW(ProjectedAdamW):
     """What :class:`SubspaceProjectedAdamW` and :class:`ElasticAdamW` share."""
 
@@ -72,6 +88,7 @@ class MemoryAdamW(ProjectedAdamW):
         super().__init__(params, *arguments, rest=rest, **options)
         if memory is not None:
             self.set_memory(memory)
+        guards.add(self)
 
     @abstractmethod
     def _projection(self, known: Known) -> LowRankProjection:
@@ -119,7 +136,11 @@ class MemoryAdamW(ProjectedAdamW):
             rest = (p for p in stepped if self._is_rest(p))
             news = news_of(rest, self._memory, self.param_groups, self._rest == "train")
             warn_of_rest(news, self._rest, self._warned)
+            warn_of_others(self, self._warned)
         return super()._plan(key, group, grads)
+
+    def stepped(self) -> set[int]:
+        return {id(whole_of(p)) for p in parameters_of(self.param_groups)}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_memory": self._memory, "_argument": self._argument}
@@ -200,6 +221,24 @@ def warn_of_rest(names: Sequence[str], how: str | None, warned: set[str]) -> Non
         warnings.warn(
             f"memory: {len(news)} parameters of two or more dimensions are {done}, as it never saw what goes into "
             f"them: {', '.join(news[:4])}{', …' if len(news) > 4 else ''}{other}",
+            stacklevel=2,
+        )
+
+
+def warn_of_others(guard: Guard, warned: set[str]) -> None:
+    """Says once which parameters the memory knows that have gradients and that no optimizer with its protection has."""
+    memory = guard.memory
+    if not isinstance(memory, SubspaceMemory):
+        return
+    own = set[int]().union(*(other.stepped() for other in (guard, *guards) if other.memory is memory))
+    found = (name for name, param in memory.seen().items() if param.grad is not None and id(param) not in own)
+    news = [name for name in found if name not in warned]
+    warned.update(news)
+    if news:
+        warnings.warn(
+            f"memory: {len(news)} weights that it knows have gradients and are not in this optimizer, {news[0]} the "
+            "first; another optimizer that steps them has to be protected too: protect(other, memory). What nobody "
+            "trains, freeze: requires_grad_(False)",
             stacklevel=2,
         )
 

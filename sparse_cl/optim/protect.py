@@ -16,7 +16,7 @@ from sparse_cl.subspace import SubspaceMemory
 from .elastic_adamw import ROW_STRENGTH, drifts, projection_of, rule_of
 from .leaf import owner_of, weight_of
 from .low_rank import FittedLowRank, LowRankCorrection
-from .memory_adamw import Bases, check_every, known_of, news_of, warn_of_rest
+from .memory_adamw import Bases, check_every, guards, known_of, news_of, warn_of_others, warn_of_rest
 from .names import FSDP2, Groups, name_of, names_of, parameters_of, plain_optimizer, refuse_flattened
 from .plan import scalar_on
 from .projection import Layer
@@ -63,11 +63,21 @@ class Protection:
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
         ]
+        guards.add(self)
 
     @property
     def steps(self) -> int:
         """How many steps of the optimizer it has seen."""
         return self._steps
+
+    @property
+    def memory(self) -> SubspaceMemory | Bases | None:
+        """The memory, while the protection is in force."""
+        return self._memory if self._handles else None
+
+    def stepped(self) -> set[int]:
+        """The identities of the optimizer's parameters."""
+        return self._own
 
     def remove(self) -> None:
         """Takes the protection away; the weights stay as they are."""
@@ -182,6 +192,7 @@ class Protection:
             return
         rest = (p for p in parameters_of(groups) if p.grad is not None and p not in self._fitted)
         warn_of_rest(news_of(rest, self._memory, groups), None, self._told)
+        warn_of_others(self, self._told)
 
     @torch._disable_dynamo
     @torch.no_grad()
@@ -244,7 +255,8 @@ def protect(
     After each step of the optimizer, the weights it knows are corrected as :class:`ElasticAdamW` corrects them, by
     P = W U - W₀ U: the same rules, (m, r) numbers kept for a weight (m, n), and two products more per step. Between the
     optimizer's step and the correction the weights are uncorrected. What the memory does not know is trained as ever;
-    the first step names it. Several optimizers of one model want a call each.
+    the first step names it. Several optimizers of one model want a call each; that step also names what the memory
+    knows, has a gradient and is in none of them.
 
     Weights in bfloat16 or float16 are corrected in float32 and rounded stochastically, so that small corrections are
     right on average; one step's rounding, about 2⁻⁹ or 2⁻¹² of a weight, stays.

@@ -52,6 +52,12 @@ class Layer:
     def rank(self) -> int:
         return 0 if self.subspace is None else self.subspace.rank
 
+    @property
+    def rank_by_use(self) -> int:
+        """Σ u_j / (1 + u_j) over its directions, rounded."""
+        usage = None if self.subspace is None else self.subspace.usage.double()
+        return 0 if usage is None else round(float((usage / (1 + usage)).sum()))
+
     def observed(self) -> Any:
         """The moment of a layer that was observed."""
         assert self.moment is not None, f"{self.name} was not observed"

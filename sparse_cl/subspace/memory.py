@@ -203,10 +203,7 @@ class SubspaceMemory:
         """
         result = {}
         for name, layer in self._layers.items():
-            used = layer.rank
-            if by_use and layer.subspace is not None:
-                usage = layer.subspace.usage.double()
-                used = round(float((usage / (1 + usage)).sum()))
+            used = layer.rank_by_use if by_use else layer.rank
             result[name] = {"width": layer.width, "used": used, "free": layer.width - used}
         return result
 
@@ -252,9 +249,7 @@ class SubspaceMemory:
                 if name not in weights:
                     raise ValueError(f"{given}: has no weight {name!r}, which the memory tracks")
                 if tuple(layer.rows(weights[name]).shape) != layer.shape:
-                    raise ValueError(
-                        f"{given}: {name!r} has shape {tuple(weights[name].shape)}, expected {layer.shape}"
-                    )
+                    raise ValueError(f"{given}: {name!r} is {tuple(weights[name].shape)}, expected {layer.shape}")
             change = whole(after[name].detach()).double() - whole(before[name].detach()).to(after[name].device).double()
             result[name] = layer.share_inside(change)
         return result
@@ -358,6 +353,11 @@ class SubspaceMemory:
     def has_seen(self, param: Tensor) -> bool:
         """Whether anything is known of what goes into ``param``; not so where a model uses it outside its layer."""
         return self.tracks(param) and self._layer(param).subspace is not None
+
+    def seen(self) -> dict[str, Tensor]:
+        """By name the parameters of its model that it knows something of, embeddings among them."""
+        known: tuple[Layer | Table, ...] = (*self._layers.values(), *self._tables.values())
+        return {x.name: x.param for x in known if x.param is not None and x.used() is not None}
 
     def is_embedding(self, key: str | Tensor, counted: bool = False) -> bool:
         """Whether a parameter, or its name, is an embedding's; with ``counted``, of one whose lookups it knows."""

@@ -154,7 +154,7 @@ def test_another_optimizer_beside_or_after_the_protected_one_is_noticed(tiny_lla
     halves = [[p for n, p in tiny_llama.named_parameters() if ("mlp" in n) is mlp] for mlp in (True, False)]
     one, two = (torch.optim.AdamW(half, lr=1e-2) for half in halves)
     with (
-        pytest.warns(UserWarning, match=r"weights that the memory knows have gradients and are not in this optimizer"),
+        pytest.warns(UserWarning, match=r"weights that it knows have gradients and are not in this optimizer"),
         continual(method, tiny_llama, domain(1), one),
     ):
         tiny_llama(**domain(1)[0]).loss.backward()

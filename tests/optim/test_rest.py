@@ -102,6 +102,25 @@ def test_trained_it_is_named_once(net, memory, hook):
     assert told[0].endswith("rest='freeze' leaves them as they are") is not hook  # `protect` has no `rest`
 
 
+@pytest.mark.parametrize("kind", [torch.optim.SGD, ElasticAdamW])
+def test_what_another_optimizer_may_step_is_named_until_that_is_protected_too(net, memory, kind):
+    def of(part):
+        return kind([(name, p) for name, p in net.named_parameters() if name.startswith(part)], lr=1e-2)
+
+    cover = ElasticAdamW.set_memory if kind is ElasticAdamW else protect
+    one, two = of("scaled"), of("head")
+    cover(one, memory)
+    _, told = trained(net, one, steps=2)
+    assert len(told) == 1 and told[0].startswith("memory: 1 weights that it knows have gradients and are not in this")
+    assert "head.weight the first; another optimizer that steps them" in told[0]
+    cover(two, memory)
+    assert not trained(net, two, steps=2)[1]
+    net.head.requires_grad_(False)
+    net.zero_grad()
+    cover(third := of("scaled"), memory)
+    assert not trained(net, third, steps=2)[1]
+
+
 def test_what_runs_for_the_first_time_later_is_named_then(net, memory):
     optimizer = ElasticAdamW(net.named_parameters(), lr=1e-2, memory=memory, budget=0)
     trained(net, optimizer)

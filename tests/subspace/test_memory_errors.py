@@ -126,7 +126,7 @@ def test_leak_of_other_weights():
     memory = SubspaceMemory(model)
     with pytest.raises(ValueError, match="after: has no weight '2.weight', which the memory tracks"):
         memory.leak(model, {"0.weight": model[0].weight})
-    with pytest.raises(ValueError, match=r"before: '0.weight' has shape \(16, 8\), expected \(8, 16\)"):
+    with pytest.raises(ValueError, match=r"before: '0.weight' is \(16, 8\), expected \(8, 16\)"):
         memory.leak({"0.weight": model[0].weight.mT, "2.weight": model[2].weight}, model)
 
 
