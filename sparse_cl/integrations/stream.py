@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import weakref
 from collections import deque
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -43,7 +44,10 @@ class Stream:
         self._start: int | None = None
         self._old = list[dict[str, Tensor]]()
         self._count = 0
-        self._handle = model.register_forward_pre_hook(self._see, with_kwargs=True)
+        # A training that was interrupted leaves its stream, which goes with the callback: the hook must not keep it.
+        own = weakref.proxy(self)
+        self._handle = model.register_forward_pre_hook(lambda *batch: own._see(*batch), with_kwargs=True)
+        weakref.finalize(self, self._handle.remove)
 
     @property
     def at_boundary(self) -> bool:

@@ -111,6 +111,13 @@ def test_training_goes_on_from_a_checkpoint_with_the_same_bits(tiny_llama, tmp_p
             assert torch.equal(first.memory.basis(name), second.memory.basis(name))
 
 
+def test_an_abandoned_stream_watches_no_more(tiny_llama):
+    watched = Stream(tiny_llama, BoundaryDetector(), 32)
+    assert tiny_llama._forward_pre_hooks
+    del watched
+    assert not tiny_llama._forward_pre_hooks
+
+
 def test_a_detector_begins_anew_with_each_training(tiny_llama, tmp_path):
     class Interrupts(transformers.TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
