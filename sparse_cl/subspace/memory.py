@@ -201,11 +201,8 @@ class SubspaceMemory:
         Args:
             by_use: direction j counts by u_j / (1 + u_j), u its :attr:`Subspace.usage`, in place of 1.
         """
-        result = {}
-        for name, layer in self._layers.items():
-            used = layer.rank_by_use if by_use else layer.rank
-            result[name] = {"width": layer.width, "used": used, "free": layer.width - used}
-        return result
+        used = {name: x.rank_by_use if by_use else x.rank for name, x in self._layers.items()}
+        return {n: {"width": x.width, "used": used[n], "free": x.width - used[n]} for n, x in self._layers.items()}
 
     @torch.no_grad()
     def surviving(self) -> dict[str, float]:
@@ -356,8 +353,9 @@ class SubspaceMemory:
 
     def seen(self) -> dict[str, Tensor]:
         """By name the parameters of its model that it knows something of, embeddings among them."""
-        known: tuple[Layer | Table, ...] = (*self._layers.values(), *self._tables.values())
-        return {x.name: x.param for x in known if x.param is not None and x.used() is not None}
+        found = {name: table.param for name, table in self._tables.items() if table.shares is not None}
+        found |= {name: layer.param for name, layer in self._layers.items() if layer.subspace is not None}
+        return {name: param for name, param in found.items() if param is not None}
 
     def is_embedding(self, key: str | Tensor, counted: bool = False) -> bool:
         """Whether a parameter, or its name, is an embedding's; with ``counted``, of one whose lookups it knows."""
