@@ -231,11 +231,12 @@ def _of_rows(gaps: Mapping[str, Beside]) -> str:
         own, (least, _) = gaps[name], gaps[name].learned or (0.0, 0.0)
         points = shown(own.least, ".1f", 100.0).removeprefix("−")
         text += f" Curves cross: where both have learned {least:.2f}, `{name}` loses {points} points less."
-    most = max(_more(gap).count for gap in gaps.values())
-    alike = []
-    for name in (name for name in by_gap if name not in sure):
-        count = _more(gaps[name]).count
-        alike.append(f"`{name}` ({_points_of(gaps[name], '+.1f')}{f', {count} seeds' if count < most else ''})")
+    most = max((_more(gap).count for gap in gaps.values()), default=0)
+    counts = {name: _more(gaps[name]).count for name in by_gap if name not in sure}
+    alike = [
+        f"`{name}` ({_points_of(gaps[name], '+.1f')}{f', {count} seeds' if count < most else ''})"
+        for name, count in counts.items()
+    ]
     return f"{text} Not told apart from it: {', '.join(alike)}." if alike else text
 
 

@@ -140,6 +140,7 @@ class MemoryAdamW(ProjectedAdamW):
         return super()._plan(key, group, grads)
 
     def stepped(self) -> set[int]:
+        """The identities of the weights that it steps; of a leaf, its layer's weight."""
         return {id(whole_of(p)) for p in parameters_of(self.param_groups)}
 
     def __getstate__(self) -> dict[str, Any]:
