@@ -72,6 +72,13 @@ def tuning(models: Path, data: Path, out: Path) -> dict[str, Settings]:
     return over(base, (GIVEN,), (main_study.TUNING_SEED,), main_study.tuning_points())
 
 
+def further(models: Path, data: Path, out: Path) -> dict[str, Settings]:
+    """Baselines and nulls at settings that `tuning` had no room for; after it."""
+    base = next(iter(tuning(models, data, out).values()))
+    points = main_study.further(main_study.chosen(kept("tuning")))
+    return over(base, (GIVEN,), (main_study.TUNING_SEED,), points)
+
+
 def main(models: Path, data: Path, out: Path) -> dict[str, Settings]:
     """What tuning chose, on domains that nobody tuned on, and at other rates; after `tuning`."""
     sources = _sources(data, out, *main_study.DATA)
@@ -175,7 +182,7 @@ def waking(models: Path, data: Path, out: Path) -> dict[str, Settings]:
 
 STUDIES: Mapping[str, Callable[[Path, Path, Path], dict[str, Settings]]] = {
     study.__name__.replace("_", "-"): study
-    for study in (demo, routed, ceiling, tracks, waking_choice, waking, tuning, main, long, gemma, qwen, size)
+    for study in (demo, routed, ceiling, tracks, waking_choice, waking, tuning, further, main, long, gemma, qwen, size)
 }
 
 

@@ -80,6 +80,18 @@ ASKED_FIRST = (
 )
 """Rows that are run before the others: the pull, its nulls and kin, and what it is measured against."""
 
+BEYOND: Mapping[str, dict[str, float]] = {
+    "ewc": {"ewc_lambda": 1e4},
+    "l2-sp": {"alpha": 10.0},
+    "o-lora": {"lambda_1": 50.0},
+    **dict.fromkeys(("kfac-laplace", "kfac-rows"), {"ewc_lambda": 10.0}),
+    "null-one": {"strength": 1.25},
+    "null-strengths": {"strength": 80.0},
+}
+"""The value of a row's option that follows the one of its two that tuning chose."""
+NEXT_RATE = {RATES[0]: 1e-4, RATES[-1]: 1e-2}
+"""The one that follows an end of `RATES`."""
+
 OTHER_STRENGTHS = ("elastic", "null-one", "null-strengths")
 """Rows that are run at the strength that tuning did not choose, too: the pull, and the nulls that come near it."""
 OTHER = ", other strength"
@@ -118,6 +130,20 @@ def best(runs: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
 def chosen(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """The settings of `best`."""
     return {entry: settings_of(entry)[int(run["name"].rpartition(".")[2])] for entry, run in best(runs).items()}
+
+
+def further(points: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Beyond what tuning chose from: the next rate where it chose the last one, and `BEYOND`; by "row.rate" and
+    "row.option". Of baselines and nulls alone, so that they are tried at more settings than ours."""
+    found = {}
+    for entry, point in points.items():
+        if METHODS[point["method"]].kind != "baseline" and not entry.startswith("null-"):
+            continue
+        if point["lr"] in NEXT_RATE:
+            found[f"{entry}.rate"] = {**point, "lr": NEXT_RATE[point["lr"]]}
+        if entry in BEYOND:
+            found[f"{entry}.option"] = {**point, "options": {**point["options"], **BEYOND[entry]}}
+    return found
 
 
 def curves(points: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
