@@ -22,9 +22,16 @@ def _best(method: str) -> str:
 
 
 def _of_gemma(*points: str) -> tuple[list[float], list[float]]:
-    """What points learned, and the shares that they lost."""
-    learned, lost = ([mean_of("gemma", key, point) for point in points] for key in ("learned", "gain_lost"))
+    """What points learned, and the shares that they lost, over the seeds that all of them have."""
+    runs = _shared(*points)
+    learned, lost = ([fmean(run["summary"][key] for run in own) for own in runs] for key in ("learned", "gain_lost"))
     return learned, lost
+
+
+def _shared(*points: str) -> list[list[Any]]:
+    """The runs of each point on Gemma with the seeds that all of them have."""
+    runs = [{run["seed"]: run for run in results("arena/gemma")["runs"] if _named(run, point)} for point in points]
+    return [[own[seed] for seed in own if all(seed in other for other in runs)] for own in runs]
 
 
 def _gemma() -> str:
@@ -86,14 +93,16 @@ def _gemma_adapter() -> str:
 
 
 def _gemma_others() -> str:
-    """Baselines that have one seed, each at its best rate."""
+    """Baselines, each at its best rate, over the seeds that all of them have."""
     names = {"sfa": "SFA", "l2-sp": "L2-SP", "self-replay": "self-replay", "replay-5": "replay of 5 %"}
+    points = [_best(method) for method in names]
+    assert points[0].startswith("sfa-pair"), "the next sentence says so"
     said = []
-    for method, name in names.items():
-        learned, lost = (mean_of("gemma", key, _best(method)) for key in ("learned", "gain_lost"))
+    for name, learned, lost in zip(names.values(), *_of_gemma(*points), strict=True):
         learns, loses = ("", "") if said else ("learns ", "loses ")
         said.append(f"{name} {learns}{learned:.2f} and {loses}{number(lost, '.0%')}")
-    return f"{', '.join(said)} (one seed each)."
+    seeds = len(_shared(*points)[0])
+    return f"{', '.join(said)} ({'one seed' if seeds == 1 else f'{seeds} seeds'} each)."
 
 
 def _gemma_running() -> str:
