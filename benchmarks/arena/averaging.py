@@ -34,9 +34,6 @@ class SFA(AdamW):
         self._before: dict[str, Tensor] = {}
         self._finished = 0
 
-    def settings(self) -> dict[str, Any]:
-        return {"mean": self.mean}
-
     def before_domain(self, model: nn.Module, batches: Iterable[Batch]) -> nn.Module:
         self._before = _copy(model)
         return super().before_domain(model, batches)

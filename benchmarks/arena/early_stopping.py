@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from sparse_cl.methods.adamw import AdamW
 from sparse_cl.methods.options import check_share
@@ -24,9 +23,6 @@ class EarlyStopping(AdamW):
 
     def __init__(self, share: float = 0.5) -> None:
         self.share = check_share("share", share)
-
-    def settings(self) -> dict[str, Any]:
-        return {"share": self.share}
 
     def steps(self, steps: int, number: int, domains: int, protected: bool = False) -> int:
         return math.ceil(self.share * steps)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,9 +41,6 @@ class EWC(AdamW):
         self.gamma = gamma
         self.fisher: dict[str, Tensor] = {}
         self._springs: list[tuple[nn.Parameter, Tensor, Tensor]] = []
-
-    def settings(self) -> dict[str, Any]:
-        return {"ewc_lambda": self.ewc_lambda, "gamma": self.gamma}
 
     def protect(self, model: nn.Module, batches: Iterable[Batch]) -> None:
         check_first(self.name, not self._springs)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 from torch import nn
 
@@ -28,9 +27,6 @@ class FreezeLower(AdamW):
 
     def __init__(self, frozen_share: float = 0.5) -> None:
         self.frozen_share = check_share("frozen_share", frozen_share, one=False)
-
-    def settings(self) -> dict[str, Any]:
-        return {"frozen_share": self.frozen_share}
 
     def check(self, model: nn.Module) -> None:
         super().check(model)

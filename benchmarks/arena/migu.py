@@ -113,9 +113,6 @@ class MIGU(AdamW):
         self.domains = 0
         self._magnitudes: OutputMagnitudes | None = None
 
-    def settings(self) -> dict[str, Any]:
-        return {"quantile": self.quantile}
-
     def check(self, model: nn.Module) -> None:
         super().check(model)
         linear_layers(model)

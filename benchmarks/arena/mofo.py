@@ -99,8 +99,5 @@ class MoFO(Method):
         self.fraction = check_share("fraction", fraction)
         self.weight_decay = check_at_least("weight_decay", weight_decay, 0)
 
-    def settings(self) -> dict[str, Any]:
-        return {"fraction": self.fraction, "weight_decay": self.weight_decay}
-
     def make_optimizer(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
         return MoFOAdamW(model.parameters(), lr=lr, weight_decay=self.weight_decay, fraction=self.fraction)

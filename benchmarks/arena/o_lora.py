@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,9 +40,6 @@ class OLoRA(Method):
         self._old: dict[str, Tensor] = {}
         self._overlapping: list[tuple[Tensor, nn.Parameter]] = []
         self._trained: list[nn.Parameter] = []
-
-    def settings(self) -> dict[str, Any]:
-        return {"rank": self.rank, "alpha": self.alpha, "lambda_1": self.lambda_1, "lambda_2": self.lambda_2}
 
     def before_domain(self, model: nn.Module, batches: Iterable[Batch]) -> nn.Module:
         adapted = add_adapter(merged(model), self.rank, self.alpha)

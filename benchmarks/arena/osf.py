@@ -35,9 +35,6 @@ class OSF(Method):
         self.effective_rank = float(check_share("effective_rank", effective_rank, one=False))
         self._wrapper: Any = None
 
-    def settings(self) -> dict[str, Any]:
-        return {"effective_rank": self.effective_rank}
-
     def check(self, model: nn.Module) -> None:
         super().check(model)
         for name, module in model.named_modules():

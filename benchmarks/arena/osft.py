@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,9 +32,6 @@ class OSFT(Method):
     def __init__(self, effective_rank: float = 0.5) -> None:
         self.effective_rank = float(check_share("effective_rank", effective_rank, one=False))
         self._kept: list[tuple[nn.Parameter, Tensor, Tensor, Tensor]] = []
-
-    def settings(self) -> dict[str, Any]:
-        return {"effective_rank": self.effective_rank}
 
     def before_domain(self, model: nn.Module, batches: Iterable[Batch]) -> nn.Module:
         super().before_domain(model, batches)

@@ -36,9 +36,6 @@ class SelfReplay(Replay):
         self.texts, self.length = check_at_least("texts", texts, 1), check_at_least("length", length, 2)
         self._own: Any = []  # a list is a dataset
 
-    def settings(self) -> dict[str, Any]:
-        return {"share": self.share, "texts": self.texts, "length": self.length}
-
     def before_domain(self, model: nn.Module, batches: Iterable[Batch]) -> nn.Module:
         super().before_domain(model, batches)
         written = _written(model, self.texts, self.length)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,9 +34,6 @@ class L2SP(AdamW):
     def __init__(self, alpha: float = 0.1) -> None:
         self.alpha = check_at_least("alpha", alpha, 0)
         self._start: list[tuple[nn.Parameter, Tensor]] = []
-
-    def settings(self) -> dict[str, Any]:
-        return {"alpha": self.alpha}
 
     def before_domain(self, model: nn.Module, batches: Iterable[Batch]) -> nn.Module:
         self._start = [(p, p.detach().clone()) for p in model.parameters()]

@@ -70,8 +70,8 @@ class Method(ABC):
     default_lr: float
 
     def settings(self) -> dict[str, Any]:
-        """The method's own settings, for the record of the run."""
-        return {}
+        """Its options with their values, for the record of the run."""
+        return {option: getattr(self, option) for option in self.options}
 
     def check(self, model: nn.Module) -> None:
         """Called with the base model before anything is run or written, and by each `before_domain`.

@@ -81,9 +81,6 @@ class Curvature(Method):
         self._before: dict[str, Tensor] = {}
         self._layers: dict[str, dict[str, Any]] = {}
 
-    def settings(self) -> dict[str, Any]:
-        return {option: getattr(self, option) for option in self.options}
-
     def check(self, model: nn.Module) -> None:
         super().check(model)
         refuse_shared(model)

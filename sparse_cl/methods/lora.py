@@ -122,9 +122,6 @@ class LoRA(Method):
         self.alpha = check_at_least("alpha", alpha, 1)
         self.weight_decay = check_at_least("weight_decay", weight_decay, 0)
 
-    def settings(self) -> dict[str, Any]:
-        return {"rank": self.rank, "alpha": self.alpha, "weight_decay": self.weight_decay}
-
     def check(self, model: nn.Module) -> None:
         """Any: the base may be quantized."""
 

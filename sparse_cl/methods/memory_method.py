@@ -87,9 +87,6 @@ class MemoryMethod(Method):
             raise RuntimeError(f"{self.name}: before_domain, protect or restore comes first")
         return self.memory
 
-    def settings(self) -> dict[str, Any]:
-        return {option: getattr(self, option) for option in self.options}
-
     def check(self, model: nn.Module) -> None:
         super().check(model)
         refuse_mixtures(model, f"whose experts {self.name} would train unprotected; take a dense model")

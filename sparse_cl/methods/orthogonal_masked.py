@@ -48,9 +48,6 @@ class OrthogonalMasked(Orthogonal):
         self.masks: dict[str, RowMask | ColumnMask] = {}
         self.account = NeuronAccount()
 
-    def settings(self) -> dict[str, Any]:
-        return {"fraction": self.fraction, **super().settings()}
-
     def check(self, model: nn.Module) -> None:
         self.account.check(model, self.name)
         super().check(model)

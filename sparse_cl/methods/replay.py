@@ -29,9 +29,6 @@ class Replay(AdamW):
     def __init__(self, share: float) -> None:
         self.share = check_share("share", share, one=False)
 
-    def settings(self) -> dict[str, Any]:
-        return {"share": self.share}
-
     def training_data(self, number: int, datasets: Sequence[Dataset], seed: int) -> Dataset:
         if number == 0:
             return datasets[0]

@@ -69,9 +69,6 @@ class Routed(Method):
         self._record: dict[str, Any] = {}
         self._frozen = Frozen()
 
-    def settings(self) -> dict[str, Any]:
-        return {option: getattr(self, option) for option in self.options}
-
     def check(self, model: nn.Module) -> None:
         super().check(model)
         if has_adapters(model):

@@ -103,9 +103,6 @@ class SelectiveWrite(Method):
         self._texts = 0
         self._frozen = Frozen()
 
-    def settings(self) -> dict[str, Any]:
-        return {option: getattr(self, option) for option in self.options}
-
     def check(self, model: nn.Module) -> None:
         self.account.check(model, self.name)
         for mlp in find_mlps(model):

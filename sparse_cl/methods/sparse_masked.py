@@ -39,9 +39,6 @@ class SparseMasked(Method):
         self.masks: dict[str, RowMask | ColumnMask] = {}
         self.account = NeuronAccount()
 
-    def settings(self) -> dict[str, Any]:
-        return {"fraction": self.fraction}
-
     def check(self, model: nn.Module) -> None:
         self.account.check(model, self.name)
 

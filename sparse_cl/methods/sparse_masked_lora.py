@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,9 +42,6 @@ class SparseMaskedLoRA(SparseMasked):
         self.rank = check_at_least("rank", rank, 1)
         self.alpha = check_at_least("alpha", alpha, 1)
         self._adapters = MergedAdapters(self.name)
-
-    def settings(self) -> dict[str, Any]:
-        return {**super().settings(), "rank": self.rank, "alpha": self.alpha}
 
     def before_domain(self, model: nn.Module, batches: Iterable[Batch]) -> nn.Module:
         base = self._adapters.merge(model)

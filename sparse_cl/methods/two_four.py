@@ -79,9 +79,6 @@ class TwoFour(Method):
             else {}
         )
 
-    def settings(self) -> dict[str, Any]:
-        return {"score": self.score}
-
     def check(self, model: nn.Module) -> None:
         super().check(model)
         refuse_shared(model)
