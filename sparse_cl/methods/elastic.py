@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +10,6 @@ from torch import nn
 from sparse_cl.optim import ElasticAdamW, LowRankPull, ProjectedAdamW, Protection, protect
 from sparse_cl.optim.elastic_adamw import ROW_STRENGTH, STRENGTH
 
-from .base import Batch
 from .lora import ALPHA, RANK
 from .memory_method import FreshAdapters, MemoryMethod, trained_by_name
 from .options import check_at_least
@@ -63,10 +60,6 @@ class Elastic(MemoryMethod):
         self.row_strength = check_at_least("row_strength", row_strength, 0)
         self.every = check_at_least("every", every, 1)
 
-    def before_domain(self, model: nn.Module, batches: Iterable[Batch]) -> nn.Module:
-        self._begin(model, batches)
-        return model
-
     def make_optimizer(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
         self._check_begun("make_optimizer")
         memory = self.memory if self._known.domains else None
@@ -89,14 +82,6 @@ class Elastic(MemoryMethod):
         if not self._known.domains:
             return None
         return protect(optimizer, self._known, strength=self.strength, row_strength=self.row_strength, every=self.every)
-
-    def after_domain(self, model: nn.Module, batches: Iterable[Batch]) -> None:
-        self._end(model, self._weights, batches)
-
-    def restore(self, base: nn.Module, folders: Sequence[Path]) -> nn.Module:
-        model = super().restore(base, folders)
-        self._load(model, folders[-1])
-        return model
 
 
 class ElasticLoRA(FreshAdapters):

@@ -128,11 +128,23 @@ class MemoryMethod(Method):
             theirs = ", ".join(f"{name}={getattr(memory.settings, name)!r}" for name in others)
             warnings.warn(f"{self.name}: the memory goes on with its own {theirs}", stacklevel=2)
 
+    def before_domain(self, model: nn.Module, batches: Iterable[Batch]) -> nn.Module:
+        self._begin(model, batches)
+        return model
+
+    def after_domain(self, model: nn.Module, batches: Iterable[Batch]) -> None:
+        self._end(model, self._weights, batches)
+
     def record(self) -> dict[str, Any]:
         return {"layers": self._layers}
 
     def save(self, folder: Path) -> None:
         save_memory(folder, self._known)
+
+    def restore(self, base: nn.Module, folders: Sequence[Path]) -> nn.Module:
+        model = super().restore(base, folders)
+        self._load(model, folders[-1])
+        return model
 
     def _new_memory(self, base: nn.Module) -> SubspaceMemory:
         return SubspaceMemory(base, max_rank=self.max_rank, energy=self.energy, source=self.source)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +13,6 @@ from sparse_cl.optim import Protection, SubspaceProjectedAdamW, protect
 from sparse_cl.optim.memory_adamw import AdapterBases
 from sparse_cl.subspace import Subspace
 
-from .base import Batch
 from .lora import ALPHA, RANK
 from .memory_method import FreshAdapters, MemoryMethod, told_already, trained_by_name
 
@@ -34,23 +31,13 @@ class Orthogonal(MemoryMethod):
     def __init__(self, energy: float = 0.95, source: str = "inputs", max_rank: int | None = None) -> None:
         super().__init__(energy, source, max_rank)
 
-    def before_domain(self, model: nn.Module, batches: Iterable[Batch]) -> nn.Module:
-        self._begin(model, batches)
-        return model
-
     def make_optimizer(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
         self._check_begun("make_optimizer")
         with told_already():
             return SubspaceProjectedAdamW(trained_by_name(model), lr=lr, memory=self.memory)
 
-    @property
-    def own_optimizer(self) -> bool:
-        return type(self).make_optimizer is not Orthogonal.make_optimizer
-
     def guard(self, optimizer: torch.optim.Optimizer) -> Protection | None:
         """As `Method.guard`. Norms and biases are trained, which `make_optimizer` freezes; a warning says so."""
-        if self.own_optimizer:
-            return super().guard(optimizer)
         self._check_begun("guard")
         if not self._known.domains:
             return None
@@ -64,14 +51,6 @@ class Orthogonal(MemoryMethod):
             )
         with told_already():
             return protect(optimizer, self._known, budget=0)
-
-    def after_domain(self, model: nn.Module, batches: Iterable[Batch]) -> None:
-        self._end(model, self._weights, batches)
-
-    def restore(self, base: nn.Module, folders: Sequence[Path]) -> nn.Module:
-        model = super().restore(base, folders)
-        self._load(model, folders[-1])
-        return model
 
 
 class OrthogonalLoRA(FreshAdapters):
