@@ -56,7 +56,8 @@ def add_options(parser: argparse.ArgumentParser, settings: type) -> None:
 def chosen(settings: type, arguments: argparse.Namespace, **others: Any) -> Any:
     """An instance of the dataclass, from what was parsed of its options and from `others`."""
     parsed = {f.name: getattr(arguments, f.name) for f in dataclasses.fields(settings) if f.name in arguments}
-    return settings(**{**parsed, **others})
+    several = {name: tuple(value) for name, value in parsed.items() if isinstance(value, list)}
+    return settings(**{**parsed, **several, **others})
 
 
 def check_options(settings: Any) -> None:

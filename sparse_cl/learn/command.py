@@ -24,12 +24,8 @@ def add_parser(commands: Any) -> None:
 
 
 def _learn(arguments: argparse.Namespace) -> None:
-    settings = chosen(LearnSettings, arguments, data=tuple(arguments.data), **_tuples(arguments))
+    settings = chosen(LearnSettings, arguments)
     # transformers and its kin take seconds to import: not for --help or a mistyped option.
     from .domain import learn
 
     learn(settings)
-
-
-def _tuples(arguments: argparse.Namespace) -> dict[str, tuple[str, ...]]:
-    return {name: tuple(getattr(arguments, name)) for name in ("set", "trainer")}

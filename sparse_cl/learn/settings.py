@@ -8,7 +8,7 @@ from dataclasses import MISSING, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from sparse_cl.arguments import check_options, option
+from sparse_cl.arguments import check_options, convert, option
 from sparse_cl.data import parse_columns
 from sparse_cl.four_domains.method_options import parse_set
 from sparse_cl.methods import METHODS, Method, method_named
@@ -16,6 +16,7 @@ from sparse_cl.methods.adamw import AdamW
 from sparse_cl.methods.elastic import Elastic, ElasticLoRA
 from sparse_cl.methods.lora import LoRA
 from sparse_cl.methods.memory_method import MemoryMethod
+from sparse_cl.methods.options import check_above_zero
 from sparse_cl.methods.orthogonal import Orthogonal, OrthogonalLoRA
 
 FULL_LR, ADAPTER_LR = 2e-5, 2e-4
@@ -87,8 +88,7 @@ class LearnSettings:
 
     def __post_init__(self) -> None:
         check_options(self)
-        if not 0 < self.epochs < float("inf"):
-            raise ValueError(f"epochs: expected a number above 0, got {self.epochs}")
+        check_above_zero("epochs", self.epochs)
         if self.lr is not None and not 0 < self.lr < float("inf"):
             raise ValueError(f"lr: expected a rate above 0, got {self.lr}")
         parse_columns(self.columns)
@@ -161,7 +161,7 @@ class LearnSettings:
                 raise ValueError(f"trainer: TrainingArguments has no {name!r}")
             if name in _OURS:
                 raise ValueError(f"trainer: {name} is {_OURS[name]} here")
-            found[name] = _typed(text)
+            found[name] = convert(text, (type(None), bool, int, float, str))
         try:
             if found:  # before hours of other work
                 transformers.TrainingArguments(output_dir="none", **found)
@@ -223,15 +223,3 @@ def _pairs(entries: Sequence[str], name: str) -> dict[str, str]:
             raise ValueError(f"{name}: {left} is given twice")
         found[left] = right
     return found
-
-
-def _typed(text: str) -> Any:
-    words = {"true": True, "false": False, "none": None}
-    if text.lower() in words:
-        return words[text.lower()]
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text

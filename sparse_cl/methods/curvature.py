@@ -21,7 +21,7 @@ from sparse_cl.probes.sampled_gradients import sampled_gradients
 from sparse_cl.subspace.kronecker import Kronecker, threshold_of
 
 from .base import Batch, Method, check_first, refuse_resized
-from .options import check_share
+from .options import check_at_least, check_share
 from .surviving import surviving_shares
 
 _FILE = "curvature.safetensors"
@@ -73,9 +73,8 @@ class Curvature(Method):
             if value not in allowed:
                 raise ValueError(f"{option}: expected {' or '.join(map(repr, allowed))}, got {value!r}")
         check_share("energy", energy)
-        if samples < 1:
-            raise ValueError(f"samples: expected at least 1 label a token, got {samples}")
-        self.mode, self.energy, self.scope, self.rest, self.samples = mode, energy, scope, rest, samples
+        self.mode, self.energy, self.scope, self.rest = mode, energy, scope, rest
+        self.samples = check_at_least("samples", samples, 1)
         self.factors: dict[str, Factors] = {}
         self.projections: dict[str, CurvatureProjection] = {}
         self._before: dict[str, Tensor] = {}

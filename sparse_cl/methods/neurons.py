@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_cl.masks import ColumnMask, RowMask
-from sparse_cl.models.neuron_masks import neuron_count, neuron_masks, places, top_neurons
+from sparse_cl.masks import ColumnMask, Mask, RowMask
+from sparse_cl.models.neuron_masks import neuron_masks, places, top_neurons
 from sparse_cl.models.parts import find_mlps
 from sparse_cl.nn import activate
 from sparse_cl.nn.activation import remember_frozen
@@ -19,16 +19,11 @@ from .base import Batch
 from .neuron_account import NeuronAccount
 
 
-def check_fraction(fraction: float) -> None:
-    """Checks a fraction; raises the errors of `neuron_count`."""
-    neuron_count(fraction, 1)
-
-
 def most_active(model: nn.Module, batches: Iterable[Batch], fraction: float) -> dict[str, Tensor]:
     """MLP → its most active neurons (k,) int64, ascending, by mean |activation| over all tokens that are attended to.
 
     Raises:
-        ValueError: as `ActivationProbe`, `stream` and `neuron_count`.
+        ValueError: as `ActivationProbe`, `stream` and `top_neurons`.
     """
     means = ActivationProbe(model, tokens="all").run(batches).mean()
     return {layer: top_neurons(mean, fraction) for layer, mean in means.items()}
@@ -87,7 +82,7 @@ def train_most_active(
     return masks
 
 
-def trained(model: nn.Module, masks: Mapping[str, RowMask | ColumnMask]) -> dict[str, Any]:
+def trained(model: nn.Module, masks: Mapping[str, Mask]) -> dict[str, Any]:
     """Arguments `params` and `masks` of an optimizer, after `train_only`."""
     params = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     return {"params": params, "masks": {name: masks[name] for name, _ in params if name in masks}}

@@ -16,7 +16,8 @@ from sparse_cl.optim import SubspaceProjectedAdamW
 from .base import Batch, Method
 from .memory_method import told_already
 from .neuron_account import NeuronAccount
-from .neurons import check_fraction, train_most_active, trained
+from .neurons import train_most_active, trained
+from .options import check_share
 from .orthogonal import Orthogonal
 
 
@@ -42,9 +43,8 @@ class OrthogonalMasked(Orthogonal):
     def __init__(
         self, fraction: float = 0.25, energy: float = 0.95, source: str = "inputs", max_rank: int | None = None
     ) -> None:
-        check_fraction(fraction)
         super().__init__(energy, source, max_rank)
-        self.fraction = fraction
+        self.fraction = check_share("fraction", fraction)
         self.masks: dict[str, RowMask | ColumnMask] = {}
         self.account = NeuronAccount()
 

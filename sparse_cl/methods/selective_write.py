@@ -20,7 +20,7 @@ from .base import Batch, Method, check_first
 from .frozen import Frozen
 from .neuron_account import NeuronAccount
 from .neurons import masks_of
-from .options import check_above_zero
+from .options import check_above_zero, check_at_least
 from .waking import Waking
 
 _FILE = "usage.safetensors"
@@ -88,13 +88,11 @@ class SelectiveWrite(Method):
                 f"closed: expected a share of the neurons in [0, 1), got {closed}"
                 + (", which leaves none to train" if closed >= 1 else "")
             )
-        if not 0 <= sharpness < float("inf"):
-            raise ValueError(f"sharpness: expected a number of at least 0, got {sharpness}")
         if not 0 <= rest <= 1:
             raise ValueError(f"rest: expected a gain in [0, 1], got {rest}")
         if wake + closed > 1:
             raise ValueError(f"wake: {wake} of the neurons and closed {closed} are more than all; give smaller shares")
-        self.closed, self.sharpness, self.rest = closed, sharpness, rest
+        self.closed, self.sharpness, self.rest = closed, check_at_least("sharpness", sharpness, 0), rest
         self.wake, self.tau, self.boost, self.renew = wake, tau, check_above_zero("boost", boost), renew
         self._waking = Waking(wake, tau)
         self.masks: dict[str, RowMask | ColumnMask] = {}

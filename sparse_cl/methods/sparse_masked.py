@@ -15,7 +15,8 @@ from sparse_cl.optim import SparseMaskedAdamW
 
 from .base import Batch, Method
 from .neuron_account import NeuronAccount
-from .neurons import check_fraction, train_most_active, trained
+from .neurons import train_most_active, trained
+from .options import check_share
 
 
 class SparseMasked(Method):
@@ -34,8 +35,7 @@ class SparseMasked(Method):
     options: tuple[str, ...] = ("fraction",)
 
     def __init__(self, fraction: float = 0.1) -> None:
-        check_fraction(fraction)
-        self.fraction = fraction
+        self.fraction = check_share("fraction", fraction)
         self.masks: dict[str, RowMask | ColumnMask] = {}
         self.account = NeuronAccount()
 

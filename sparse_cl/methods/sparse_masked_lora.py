@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from sparse_cl.masks import ColumnMask, RowMask
 from sparse_cl.models.parts import MLP, find_mlps
-from sparse_cl.optim import SparseMaskedAdamW
 
 from .base import Batch
 from .lora import ALPHA, RANK, MergedWeights, add_adapter
@@ -56,10 +55,6 @@ class SparseMaskedLoRA(SparseMasked):
         for mlp in mlps:
             self.masks |= _confine(mlp, adapted.get_submodule("base_model.model"), opened[mlp.name], names)
         return adapted
-
-    def make_optimizer(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
-        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        return SparseMaskedAdamW(trained, lr=lr, masks=self.masks)
 
     def after_domain(self, model: nn.Module, batches: Iterable[Batch]) -> None:
         self.account.end(self.account.opened, MergedWeights(model, self.account.weights))

@@ -21,6 +21,7 @@ from sparse_cl.probes.two_four import SCORES, one_of_four_masks, only_two_four, 
 
 from .base import Batch, Method, check_first
 from .frozen import Frozen
+from .neurons import trained
 from .surviving import surviving_shares
 
 TRACKS = 3
@@ -120,9 +121,7 @@ class TwoFour(Method):
         return model
 
     def make_optimizer(self, model: nn.Module, lr: float) -> torch.optim.Optimizer:
-        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        masks = {name: self._own[name] for name, _ in trained if name in self._own}
-        return SparseMaskedAdamW(trained, lr=lr, masks=masks)
+        return SparseMaskedAdamW(**trained(model, self._own), lr=lr)
 
     def after_domain(self, model: nn.Module, batches: Iterable[Batch]) -> None:
         self._frozen.thaw()

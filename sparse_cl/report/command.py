@@ -33,7 +33,7 @@ def add_parsers(commands: Any) -> None:
 
 
 def _probe(arguments: argparse.Namespace) -> None:
-    settings = chosen(ProbeSettings, arguments, models=tuple(arguments.models))
+    settings = chosen(ProbeSettings, arguments)
     if (domains := _domains(settings, arguments, settings.models[0] if settings.models else None)) is None:
         return
     # transformers and its kin take seconds to import: not for --help, a mistyped option, or data that cannot be used.

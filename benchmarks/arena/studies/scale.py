@@ -23,7 +23,7 @@ from .summary import summary
 
 def scale(arguments: argparse.Namespace) -> None:
     """The command."""
-    print(*scale_study(chosen(ProbeSettings, arguments, models=tuple(arguments.models)), arguments.out), sep="\n")
+    print(*scale_study(chosen(ProbeSettings, arguments), arguments.out), sep="\n")
 
 
 def scale_study(settings: ProbeSettings, out: Path) -> list[str]:
