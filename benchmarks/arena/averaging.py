@@ -31,11 +31,11 @@ class SFA(AdamW):
         if mean not in (PAIR, RUNNING):
             raise ValueError(f"mean: expected {PAIR!r} or {RUNNING!r}, got {mean!r}")
         self.mean = mean
-        self._before: dict[str, Tensor] = {}
+        self._began: dict[str, Tensor] = {}
         self._finished = 0
 
     def before_domain(self, model: nn.Module, batches: Iterable[Batch]) -> nn.Module:
-        self._before = _copy(model)
+        self._began = _copy(model)
         return super().before_domain(model, batches)
 
     @torch.no_grad()
@@ -43,8 +43,8 @@ class SFA(AdamW):
         self._finished += 1
         share = 0.5 if self.mean == PAIR else self._finished / (self._finished + 1)
         for name, parameter in model.named_parameters():
-            parameter.lerp_(self._before[name].to(parameter.device), share)
-        self._before = {}
+            parameter.lerp_(self._began[name].to(parameter.device), share)
+        self._began = {}
 
     def restore(self, base: nn.Module, folders: Sequence[Path]) -> nn.Module:
         self._finished = len(folders)

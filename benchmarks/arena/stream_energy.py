@@ -22,7 +22,7 @@ import transformers
 from torch import nn
 
 from sparse_cl.four_domains.domains import DEFAULT_DOMAINS, load_domains
-from sparse_cl.four_domains.protection import Windows
+from sparse_cl.four_domains.protection import in_windows
 from sparse_cl.four_domains.sequence import DomainBatches
 from sparse_cl.methods import Elastic
 from sparse_cl.models.loading import load_model
@@ -94,7 +94,7 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     model, tokenizer = load_model(given.model)
     method = Elastic()
-    text = Windows(tokenizer, (Path(given.data) / "base.txt").read_text()[:400_000], LENGTH)
+    text = in_windows(tokenizer, (Path(given.data) / "base.txt").read_text()[:400_000], LENGTH)
     method.protect(model, DomainBatches(text, 8, torch.device("cpu"), WINDOWS))
     memory = method.memory
     assert memory is not None

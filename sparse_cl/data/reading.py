@@ -133,7 +133,6 @@ def _records(
     return form.name, [form.record(row, where, for_eval=for_eval) for where, row in rows]
 
 
-def _named(files: Sequence[Path] | None) -> str:
+def _named(files: Sequence[Path]) -> str:
     """Files in words; many are counted."""
-    files = files or []
     return ", ".join(map(str, files)) if len(files) < 4 else f"{files[0]} and {len(files) - 1} files like it"

@@ -205,21 +205,19 @@ class Format:
             "which: --columns prompt=COLUMN,response=COLUMN (in Python: columns={'prompt': ..., 'response': ...})"
         )
 
-    def record(self, row: object, where: str, *, for_eval: bool = False) -> Record:
+    def record(self, row: Mapping[str, Any], where: str, *, for_eval: bool = False) -> Record:
         """A row as a normalised record.
 
         Raises:
             DataError: it is none; `where` and the field are named.
         """
-        if not isinstance(row, dict):
-            raise DataError(f"{where}: expected an object with `{self.names['prompt']}` …, got {type(row).__name__}")
         if self.name == "messages":
             return Record.at(where, messages=self._messages(row, where))
         if self.name == "text":
             return Record.at(where, text=self._taught(row, "text", where))
         first, second = FORMATS[self.name]
         prompt, response = self._string(row, first, where), self._taught(row, second, where)
-        if self.name.startswith("instruction") and row.get(self.names["input"]):
+        if self.name.startswith("instruction") and row.get(self.names.get("input", "")):
             prompt += "\n\n" + self._string(row, "input", where)
         extras = {field: self._parsed(row, field) for field in EXTRAS}
         record = Record.at(where, prompt=prompt, response=response)

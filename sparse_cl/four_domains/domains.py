@@ -59,7 +59,7 @@ def default_domains(data: str | None) -> tuple[str, ...]:
         return DEFAULT_DOMAINS
     if data.startswith((".", "/", "~")):
         files_of(data)
-    named = _named_in(Path(data))
+    named = _named_in(Path(data).expanduser())
     if len(named) < 2 or set(DEFAULT_DOMAINS) <= set(named):
         return DEFAULT_DOMAINS if len(named) > 1 else tuple(named or [name_of(data)])
     raise DataError(
@@ -94,7 +94,7 @@ def load_domains(names: Sequence[str], data: str | None, seed: int, columns: Seq
     """
     if not names:
         raise DataError("no domain given")
-    renamed = parse_columns(columns)
+    renamed, folder = parse_columns(columns), Path(data or "").expanduser()
     domains: list[Domain] = []
     generated: dict[str, Any] = {}
     for entry in names:
@@ -113,8 +113,8 @@ def load_domains(names: Sequence[str], data: str | None, seed: int, columns: Seq
                 )
             generated = generated or embedded.generate(seed)
             domains.append(Domain(name=name, **generated[name]))
-        elif Path(data).is_dir() and (len(names) > 1 or _named_in(Path(data))):
-            domains.append(read_folder(Path(data), name, renamed))
+        elif folder.is_dir() and (len(names) > 1 or _named_in(folder)):
+            domains.append(read_folder(folder, name, renamed))
         elif len(names) > 1 and files_of(data):
             raise DataError(
                 f"--data {data} is one domain, and {len(names)} are named; give a folder, or NAME=FILE each"

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import Dataset
-
 from sparse_cl.data.encoding import text_windows
 from sparse_cl.data.files import read_text
 from sparse_cl.data.records import DataError
@@ -21,30 +19,22 @@ _BYTES_A_TOKEN = 16
 """More than a token of text has, so that reading this many is enough and a long file is not read whole."""
 
 
-class Windows(Dataset):
-    """A text in windows (`text_windows`); items as those of `EncodedRecords`, every token a label.
+def in_windows(tokenizer: Any, text: str, max_length: int, most: int = WINDOWS) -> list[dict[str, list[int]]]:
+    """A text in windows (`text_windows`): items as those of `EncodedRecords`, every token a label.
 
     Args:
         tokenizer: of `transformers`.
         max_length: tokens a window; what is left at the end is dropped, unless it is all there is.
-        windows: the most there are, from the beginning.
+        most: windows there are, from the beginning.
 
     Raises:
         ValueError: fewer than two tokens.
     """
-
-    def __init__(self, tokenizer: Any, text: str, max_length: int, windows: int = WINDOWS) -> None:
-        found = [window.input_ids for window in text_windows(tokenizer, text, max_length)]
-        if not found or len(found[0]) < 2:
-            raise ValueError(f"the text is too short: {sum(map(len, found))} tokens, need at least 2")
-        self.windows = ([ids for ids in found if len(ids) == max_length] or found)[:windows]
-
-    def __len__(self) -> int:
-        return len(self.windows)
-
-    def __getitem__(self, index: int) -> dict[str, list[int]]:
-        ids = self.windows[index]
-        return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": ids}
+    found = [window.input_ids for window in text_windows(tokenizer, text, max_length)]
+    if not found or len(found[0]) < 2:
+        raise ValueError(f"the text is too short: {sum(map(len, found))} tokens, need at least 2")
+    whole = [ids for ids in found if len(ids) == max_length] or found
+    return [{"input_ids": ids, "attention_mask": [1] * len(ids), "labels": ids} for ids in whole[:most]]
 
 
 def text_to_protect(path: str | None, reference: str | None, scored: str | None, max_length: int) -> str | None:

@@ -19,12 +19,13 @@ from sparse_cl.data.encoding import EncodedRecords, pad
 from sparse_cl.methods import Method
 from sparse_cl.models.passes import evaluation
 from sparse_cl.models.processes import processes
+from sparse_cl.optim.names import plain_optimizer
 
 from .evaluate import METRICS, drift_nats, evaluate_domain, text_bits_per_byte
 from .files import check_complete, complete
 from .memory import peak_memory_bytes, reset_peak_memory
 from .prepared import Prepared
-from .protection import Windows
+from .protection import in_windows
 from .state import state_bytes
 from .training import train
 
@@ -38,7 +39,11 @@ class DomainBatches:
     """Records from the whole of a domain, evenly spaced, as batches on a device; iterated over afresh each time."""
 
     def __init__(
-        self, encoded: EncodedRecords | Windows, batch_size: int, device: torch.device, records: int = PROBE_RECORDS
+        self,
+        encoded: EncodedRecords | Sequence[Any],
+        batch_size: int,
+        device: torch.device,
+        records: int = PROBE_RECORDS,
     ) -> None:
         self.encoded, self.batch_size, self.device = encoded, batch_size, device
         self.records = min(records, len(encoded))
@@ -99,8 +104,8 @@ def score_all(model: nn.Module, prepared: Prepared, learned: int, tick: Callable
         text, nats = text_bits_per_byte(model, tokenizer, reference, settings.max_length), None
         tick()
         if learned:
-            windows = Windows(tokenizer, reference, settings.max_length, DRIFT_WINDOWS)
-            nats = drift_nats(prepared.load_base().eval(), model, windows.windows)
+            windows = in_windows(tokenizer, reference, settings.max_length, DRIFT_WINDOWS)
+            nats = drift_nats(prepared.load_base().eval(), model, [window["input_ids"] for window in windows])
         tick()
     return Scores(domains, text, nats)
 
@@ -214,8 +219,7 @@ class _Learner:
             bar=bar,
             autocast=settings.autocast,
         )
-        optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
-        progress.state_bytes = max(progress.state_bytes, state_bytes(method, optimizer))
+        progress.state_bytes = max(progress.state_bytes, state_bytes(method, plain_optimizer(trainer.optimizer)))
         method.after_domain(model, batches)
         trainer.save_model()
         # The Trainer pickles its arguments beside the weights; nothing here reads them, and pickles are unsafe.
@@ -267,7 +271,7 @@ def run_sequence(
         if protects:
             assert prepared.protected is not None
             transformers.set_seed(settings.seed)
-            windows = Windows(prepared.tokenizer, prepared.protected, settings.max_length)
+            windows = in_windows(prepared.tokenizer, prepared.protected, settings.max_length)
             method.protect(model, DomainBatches(windows, settings.batch_size, next(model.parameters()).device))
     # A domain of no steps counts as learned with the one before it.
     learned = [next((i for i in range(n + 1, len(steps)) if steps[i]), len(steps)) for n in range(len(steps))]

@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 
 from sparse_cl.layout import is_sharded, whole
 from sparse_cl.models.head import logits_at_labels
+from sparse_cl.optim.names import plain_optimizer
 
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 Penalty = Callable[[nn.Module], torch.Tensor | None]
@@ -78,7 +79,7 @@ class OwnOptimizerTrainer(transformers.Trainer):
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         # The gradient of a masked parameter is dense: its frozen entries must not shrink the active ones' step.
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        optimizer: Any = plain_optimizer(self.optimizer)
         if hasattr(optimizer, "clip_grad_norm_"):
             return optimizer.clip_grad_norm_(self.args.max_grad_norm)
         return super()._clip_grad_norm(model)
@@ -128,17 +129,14 @@ class SplitTrainer(OwnOptimizerTrainer):
         dcp.load(state, checkpoint_id=self._parts(checkpoint))
         # Parameters that the optimizer freezes have no state.
         some = StateDictOptions(strict=False)
-        set_optimizer_state_dict(self.model, self._plain_optimizer(), state["optimizer"], options=some)
+        set_optimizer_state_dict(self.model, plain_optimizer(self.optimizer), state["optimizer"], options=some)
         self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True))
 
     def _parts(self, checkpoint: str) -> Path:
         return Path(checkpoint) / self._STATE
 
-    def _plain_optimizer(self) -> torch.optim.Optimizer:
-        return getattr(self.optimizer, "optimizer", self.optimizer)
-
     def _optimizer_state(self) -> dict[str, Any]:
-        return {"optimizer": get_optimizer_state_dict(self.model, self._plain_optimizer())}
+        return {"optimizer": get_optimizer_state_dict(self.model, plain_optimizer(self.optimizer))}
 
 
 def warmup_of(steps: int) -> int:

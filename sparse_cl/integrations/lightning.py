@@ -9,7 +9,7 @@ from typing import Any
 import lightning
 from torch import nn
 
-from sparse_cl.methods import Method, save_carried
+from sparse_cl.methods import Method
 from sparse_cl.optim.names import plain_optimizer
 
 from .domain import Domain
@@ -65,6 +65,7 @@ class ContinualLightning(lightning.Callback):
             records=self.records,
             resumes=self._resumes,
         )
+        self.memory = None  # the method has it now, whatever becomes of this training
         self._resumes, self._began = None, trainer.global_step
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
@@ -79,10 +80,8 @@ class ContinualLightning(lightning.Callback):
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         if self.domain is None:
             return
-        self.domain.end(name=self.name, steps=trainer.global_step)
+        self.domain.end(self.folder, name=self.name, steps=trainer.global_step)
         self.carried = self.domain.carried()
-        if self.folder is not None:
-            save_carried(self.folder, self.carried)
         self.domain = None
 
     def state_dict(self) -> dict[str, Any]:

@@ -26,9 +26,10 @@ from sparse_cl.data import (
     read_records,
     show,
 )
-from sparse_cl.four_domains.protection import Windows, text_to_protect
+from sparse_cl.four_domains.protection import in_windows, text_to_protect
 from sparse_cl.four_domains.sequence import DomainBatches
 from sparse_cl.four_domains.training import train
+from sparse_cl.integrations import ContinualCallback
 from sparse_cl.layout import is_sharded
 from sparse_cl.methods.carried import Carried, fingerprint, save_carried
 from sparse_cl.methods.lora import merged
@@ -42,7 +43,7 @@ from .own_texts import write_texts
 from .said import say_moved, say_protected
 from .settings import NONE, SELF, LearnSettings
 from .source import Source
-from .stream import ARGUMENTS, callback_of, check_stream, domains_in, optimizer_of
+from .stream import ARGUMENTS, check_stream, domains_in, optimizer_of
 from .work import Work
 
 _CHECKPOINTS = 10
@@ -162,6 +163,7 @@ class _Domain:
             model = split_over_all(model, _device(model))
         lr = settings.rate(adapters=has_adapters(model))
         self.work.begin()
+        finding = [ContinualCallback(method, boundaries="auto", name=settings.out.name)] if stream else []
         hidden = not processes().is_main_process
         with tqdm(total=steps, desc=f"{method.name}: learning", mininterval=0.5, disable=hidden) as bar:
             train(
@@ -179,7 +181,7 @@ class _Domain:
                 autocast=settings.autocast,
                 resume=self.work.last_checkpoint(),
                 # A checkpoint is whole when what is protected is in it, too.
-                callbacks=[callback_of(settings, method)] * stream + [self.work.marker()],
+                callbacks=[*finding, self.work.marker()],
                 **self._arguments(steps),
             )
         after = mean_loss(model, scored)
@@ -200,7 +202,7 @@ class _Domain:
         scored_on = "that were held out" if settings.eval is None else "of --eval"
         self.say(f"Learned: {before:.3f} → {after:.3f} nats a token on {len(self.held)} records {scored_on}")
         if not stream:  # there it is known of the last domain alone
-            say_moved(method, carried, self.say)
+            say_moved(method, self.say)
         self.say(f"Written to {settings.out}: a model, and what the next call must not forget")
 
     def _begin(self) -> tuple[nn.Module, Carried]:
@@ -240,7 +242,7 @@ class _Domain:
                 seed=settings.seed,
             )
         else:
-            texts = Windows(self.tokenizer, self.text, settings.max_length)
+            texts = in_windows(self.tokenizer, self.text, settings.max_length)
         transformers.set_seed(settings.seed)
         self.method.protect(model, DomainBatches(texts, settings.batch_size, _device(model), len(texts)))
 

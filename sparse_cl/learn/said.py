@@ -41,7 +41,7 @@ def _remembers(entry: dict[str, Any]) -> bool:
     return method is None or issubclass(method, MemoryMethod)
 
 
-def say_moved(method: Method, carried: Carried, say: Callable[[str], object]) -> None:
+def say_moved(method: Method, say: Callable[[str], object]) -> None:
     """How far what layers compute for earlier domains moved."""
     moved = getattr(method, "moved", {})
     if not moved:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparse_cl.integrations import ContinualCallback
 from sparse_cl.methods import Method
 from sparse_cl.methods.carried import load_carried
 from sparse_cl.optim.memory_adamw import MemoryAdamW
@@ -41,11 +40,6 @@ def check_stream(settings: LearnSettings, records: int, steps: int) -> None:
             f"steps: expected at most the {a_pass} of one pass over a stream, got {steps}; a second one would count as "
             "further domains"
         )
-
-
-def callback_of(settings: LearnSettings, method: Method) -> ContinualCallback:
-    """What finds the boundaries, and has the method remember each domain that ended."""
-    return ContinualCallback(method, boundaries="auto", name=settings.out.name)
 
 
 def optimizer_of(method: Method, model: nn.Module, lr: float) -> torch.optim.Optimizer:

@@ -51,7 +51,7 @@ class MergedAdapters:
 
     def __init__(self, method: str) -> None:
         self._method = method
-        self._before: list[Adapter] = []
+        self._earlier: list[Adapter] = []
         self._current: nn.Module | None = None
 
     @property
@@ -73,7 +73,7 @@ class MergedAdapters:
                     f"own adapters; got another {type(model).__name__}. Merge its adapter (merge_and_unload), or train "
                     "it by elastic"
                 )
-            self._before.append(adapter_of(model))
+            self._earlier.append(adapter_of(model))
             self._current = None
         return merged(model)
 
@@ -83,8 +83,8 @@ class MergedAdapters:
         Raises:
             ValueError: an earlier one has other layers, or another form than B A, so that they do not stack.
         """
-        names = set(adapter_of(adapted).tensors) if self._before else set()
-        for earlier in self._before:
+        names = set(adapter_of(adapted).tensors) if self._earlier else set()
+        for earlier in self._earlier:
             if names != set(earlier.tensors):
                 other = min(names ^ set(earlier.tensors))
                 raise ValueError(
@@ -96,7 +96,7 @@ class MergedAdapters:
 
     def save(self, folder: Path) -> None:
         """As `stack`, of all domains before."""
-        stack(folder, self._before)
+        stack(folder, self._earlier)
 
     def restore(self, base: nn.Module, folders: Sequence[Path], see: Callable[[nn.Module], object]) -> nn.Module:
         """The base with all adapters but the last merged, one by one as training did, and the last on top.
@@ -107,7 +107,7 @@ class MergedAdapters:
         import peft
 
         model, adapters = base, unstack(folders)
-        self._before = adapters[:-1]
+        self._earlier = adapters[:-1]
         for number, adapter in enumerate(adapters, 1):
             config = peft.LoraConfig.from_pretrained(folders[-1])
             config.r, config.lora_alpha, config.inference_mode = adapter.rank, adapter.alpha, False

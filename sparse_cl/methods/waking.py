@@ -77,11 +77,6 @@ class Waking:
         self._texts += 1
         return sizes
 
-    @property
-    def scores(self) -> dict[str, Tensor]:
-        """MLP → (neurons,) float64, on the CPU: the highest score of each neuron."""
-        return {name.removesuffix("|peak"): x for name, x in self._known.items() if name.endswith("|peak")}
-
     def choose(self, model: nn.Module, closed: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The neurons to wake: MLP → (n,) int64, ascending; none before a text was observed.
 

@@ -77,6 +77,12 @@ def test_columns_are_renamed(tmp_path, kind):
     assert record == {"text": "q"}
 
 
+def test_the_column_of_an_alpaca_input_can_be_the_instruction(tmp_path):
+    path = write(tmp_path / "a.jsonl", [{"input": "2 + 2?", "output": "4"}])
+    (record,) = read_records([path], {"instruction": "input"})
+    assert record == {"prompt": "2 + 2?", "response": "4"}
+
+
 def test_an_alpaca_record_without_an_input(tmp_path):
     rows = [{"instruction": "Sing.", "output": "la", "input": ""}, {"instruction": "Sing.", "output": "la"}]
     first, second = read_records([write(tmp_path / "a.jsonl", rows)])

@@ -41,6 +41,11 @@ def test_what_fits_stays_and_it_is_said_what_was_cut(words):
     assert cut.fingerprint != texts("one two three " * 50).fingerprint
 
 
+def test_what_was_cut_stays_cut_where_one_piece_has_words(words):
+    (left,) = cut_texts(texts("\n" * 1000 + "one two"), words, 32)
+    assert left["text"].strip() == "one two" and len(left["text"]) < 100
+
+
 def test_only_the_last_piece_of_a_text_ends_it(words):
     cut = cut_texts(texts("one two three " * 50, "four five"), words, 32)
     ends = [example["input_ids"][-1] == words.eos_token_id for example in EncodedRecords(cut.records, words, 64)]

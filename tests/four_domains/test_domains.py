@@ -197,6 +197,15 @@ def test_several_domains_of_a_folder_must_be_put_in_order(folder):
     assert default_domains(str(folder)) == default_domains(None) == DEFAULT_DOMAINS
 
 
+def test_a_folder_in_the_home_is_the_same_folder(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder.parent))
+    write(folder / "law.train.jsonl", [LINE] * 2)
+    home = f"~/{folder.name}"
+    with pytest.raises(DataError, match="has several domains"):
+        default_domains(home)
+    assert load_domains(["code"], home, 0) == load_domains(["code"], str(folder), 0)
+
+
 def test_two_files_of_one_split_are_refused(folder):
     (folder / "code.train.csv").write_text("prompt,response\np,r\n")
     with pytest.raises(DataError, match=r"code\.train\.jsonl and code\.train\.csv are the same split"):

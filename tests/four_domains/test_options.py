@@ -12,7 +12,7 @@ from sparse_cl.four_domains.domains import DataError, Domain
 from sparse_cl.four_domains.evaluate import drift_nats
 from sparse_cl.four_domains.method_options import known_options, parse_set
 from sparse_cl.four_domains.prepared import Prepared
-from sparse_cl.four_domains.protection import Windows, text_to_protect
+from sparse_cl.four_domains.protection import in_windows, text_to_protect
 from sparse_cl.four_domains.sequence import score_all
 from sparse_cl.four_domains.settings import Settings, methods_named
 from sparse_cl.four_domains.training import train
@@ -160,13 +160,13 @@ def test_the_text_to_protect_is_another_than_the_scored_one(tmp_path):
 def test_windows_do_not_overlap_and_are_whole(tokenizer):
     text = "What is one plus two? " * 20
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    windows = Windows(tokenizer, text, 16, windows=3)
+    windows = in_windows(tokenizer, text, 16, most=3)
     assert [window for item in windows for window in item["input_ids"]] == ids[:48]
     assert windows[1]["labels"] == windows[1]["input_ids"] == ids[16:32]
-    assert len(Windows(tokenizer, text, len(ids) + 1)) == 1, "a text shorter than a window is one"
-    assert len(Windows(tokenizer, text, 16)) == len(ids) // 16
+    assert len(in_windows(tokenizer, text, len(ids) + 1)) == 1, "a text shorter than a window is one"
+    assert len(in_windows(tokenizer, text, 16)) == len(ids) // 16
     with pytest.raises(ValueError, match="too short: 0 tokens"):
-        Windows(tokenizer, "", 16)
+        in_windows(tokenizer, "", 16)
 
 
 def test_drift_is_the_kl_divergence_from_the_base(tiny_llama):

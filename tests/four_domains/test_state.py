@@ -8,7 +8,7 @@ from cases.methods import domain, learn
 
 from benchmarks.arena import EWC, Single
 from sparse_cl.four_domains.state import state_bytes
-from sparse_cl.methods import METHODS, AdamW, Elastic, Orthogonal
+from sparse_cl.methods import METHODS, AdamW, Elastic, ElasticLoRA, Orthogonal
 
 
 def begun(method, model):
@@ -63,6 +63,16 @@ def test_bases_count_and_copies_for_the_leak_do_not(tiny_llama):
     kept = method.memory.nbytes()
     assert kept > 0
     assert state_bytes(method, optimizer) == optimizer.state_bytes() + kept
+
+
+def test_earlier_adapters_count(tiny_llama):
+    method, sizes, model = ElasticLoRA(), [], tiny_llama
+    for number in range(3):
+        model = method.before_domain(model, domain(number))
+        sizes.append(state_bytes(method, torch.optim.SGD(model.parameters())))
+        method.after_domain(model, domain(number))
+    adapter = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert sizes[2] - sizes[1] >= adapter
 
 
 @pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.kind == "ours"])

@@ -71,6 +71,8 @@ def test_a_second_domain_is_protected_and_goes_on_from_a_checkpoint(tiny_llama, 
     assert same(ends[0], ends[1])
     assert moved[0] < 0.8 * moved[2]
     assert load_carried(tmp_path / "1").memory.domains == 2
+    fit(Module(model), 0, tmp_path / "2", callback)  # which has its memory by now
+    assert callback.carried.memory.domains == 3
 
 
 def test_a_domain_that_accumulates_gradients_goes_on(tiny_llama, tmp_path):

@@ -69,7 +69,7 @@ def test_least_used_of_all_texts_are_woken_and_nothing_else_changes_by_a_bit(mod
     for mlp in find_mlps(model):
         peak = torch.stack([scores[n][mlp.name] for n in scores]).amax(0)
         torch.testing.assert_close(chosen[mlp.name], peak.topk(6, largest=False).indices.sort().values)
-        assert bool((waking.scores[mlp.name][chosen[mlp.name]] == 0).all()), "what was woken is new"
+        assert bool((waking._known[f"{mlp.name}|peak"][chosen[mlp.name]] == 0).all()), "what was woken is new"
         *into, out = places(mlp)
         for place in (*into, out):
             inside.add(place.parameter)
@@ -209,7 +209,7 @@ def test_a_woken_neuron_learns_and_is_not_woken_again_once_it_is_used(tiny_llama
         mlp = next(mlp for mlp in find_mlps(model) if mlp.name == layer)
         assert bool((mlp.out.weight[:, chosen].norm(dim=0) > 0).all())
         usage = ActivationProbe(model, tokens="all").run(domain(1)).mean()[layer]
-        torch.testing.assert_close(method._waking.scores[layer][chosen], (usage / usage.mean())[chosen])
+        torch.testing.assert_close(method._waking._known[f"{layer}|peak"][chosen], (usage / usage.mean())[chosen])
         torch.testing.assert_close(method.usage[layer][chosen], (usage / usage.mean())[chosen] / 2)
 
 
