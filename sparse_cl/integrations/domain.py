@@ -169,7 +169,7 @@ class Domain:
         """Takes protection and clipping away."""
         if self.protection is not None:
             self.protection.remove()
-        self._clipping.remove()
+        self._clipping.close()
 
     def end(self, folder: str | Path | None = None, **facts: Any) -> None:
         """The domain is learned: the method remembers it.

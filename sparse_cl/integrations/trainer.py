@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from sparse_cl import storage
 from sparse_cl.methods import Method, load_carried, save_carried
 from sparse_cl.methods.carried import FOLDER
 from sparse_cl.methods.memory_method import MemoryMethod
-from sparse_cl.optim.active_gradients import ActiveGradients, active_gradients
+from sparse_cl.optim.active_gradients import active_gradients
 from sparse_cl.optim.names import plain_optimizer
 from sparse_cl.probes.boundaries import BoundaryDetector
 
@@ -31,14 +32,13 @@ class ActiveClipping(transformers.TrainerCallback):
     `ContinualCallback` does so by itself.
     """
 
-    _handle: ActiveGradients | None = None
+    _clipping = ExitStack()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._handle = active_gradients(plain_optimizer(kwargs["optimizer"]))
+        self._clipping = active_gradients(plain_optimizer(kwargs["optimizer"]))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self._handle is not None:
-            self._handle.remove()
+        self._clipping.close()
 
 
 class ContinualCallback(transformers.TrainerCallback):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from sparse_cl import storage
+from sparse_cl.layout import state_dtype
 
 ROUTINGS = ("top", "random", "none")
 SIDES = ("inputs", "outputs")
@@ -111,8 +112,7 @@ class RoutedLinear(nn.Linear):
     # A linear layer becomes one of these, and back, in place, so references to the module stay valid.
 
     def _begin(self, k: int, rank: int | None, routing: str, side: str, open: Tensor | None) -> None:
-        device, dtype = self.weight.device, self.weight.dtype
-        dtype = dtype if dtype == torch.float64 else torch.float32
+        device, dtype = self.weight.device, state_dtype(self.weight.dtype)
         self.k, self.routing, self.side, self._leader = k, routing, side, ()
         neurons, others = _sizes(self, side)
         kept = torch.arange(neurons) if open is None else open

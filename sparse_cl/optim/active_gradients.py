@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor
@@ -14,20 +14,8 @@ from .names import parameters_of
 from .sparse_masked_adamw import SparseMaskedAdamW
 
 
-class ActiveGradients:
-    """What :func:`active_gradients` returns: in force until :meth:`remove`."""
-
-    def __init__(self, handles: list[Any]) -> None:
-        self._handles = handles
-
-    def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-
-
-def active_gradients(optimizer: torch.optim.Optimizer) -> ActiveGradients:
-    """Has gradients of masked parameters be zero outside their masks, from the next backward pass on.
+def active_gradients(optimizer: torch.optim.Optimizer) -> ExitStack:
+    """Has gradients of masked parameters be zero outside their masks, from the next backward pass until it is closed.
 
     Trainers clip by the norm of all gradients (``torch.nn.utils.clip_grad_norm_``). Frozen entries would count there,
     though nobody steps them, and shrink the step of the active ones. A loop of your own calls
@@ -41,7 +29,7 @@ def active_gradients(optimizer: torch.optim.Optimizer) -> ActiveGradients:
         ValueError: a masked parameter is split over processes, whose gradients call no hooks.
     """
     if not isinstance(optimizer, SparseMaskedAdamW):
-        return ActiveGradients([])
+        return ExitStack()
     if any(is_sharded(param) for param in optimizer._store.masks):
         raise ValueError("masks: of parameters that fully_shard has split; clip by optimizer.clip_grad_norm_")
 
@@ -61,5 +49,8 @@ def active_gradients(optimizer: torch.optim.Optimizer) -> ActiveGradients:
         else:
             param.grad.masked_fill_(rest.to_dense(), 0)
 
-    leaves = [p for p in parameters_of(optimizer.param_groups) if p.requires_grad and p.is_leaf]
-    return ActiveGradients([p.register_post_accumulate_grad_hook(cut) for p in leaves])
+    handles = ExitStack()
+    for param in parameters_of(optimizer.param_groups):
+        if param.requires_grad and param.is_leaf:
+            handles.callback(param.register_post_accumulate_grad_hook(cut).remove)
+    return handles

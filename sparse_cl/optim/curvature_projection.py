@@ -13,7 +13,7 @@ from sparse_cl.reference.precision import full_precision
 from sparse_cl.subspace.kronecker import Kronecker
 
 from .leaf import owner_of
-from .projection import Fitted, Memoryless, Projection
+from .projection import Correction, Fitted, Projection
 
 MODES = ("hard", "soft")
 
@@ -21,7 +21,7 @@ MODES = ("hard", "soft")
 _HUGE = 1e18
 
 
-class CurvatureProjection(Projection, Memoryless):
+class CurvatureProjection(Projection, Fitted):
     """Removes or damps the coordinates C = Q_Sᵀ ΔW Q_A of an update (m, n) for which λ_S λ_A is large.
 
     "hard": those above τ are removed, so that what is left obeys tr(S ΔW A ΔWᵀ) = Σ λ_S λ_A C² <= τ ‖ΔW‖²_F.
@@ -38,6 +38,8 @@ class CurvatureProjection(Projection, Memoryless):
     Raises:
         ValueError: a threshold below 0, or another mode.
     """
+
+    correction = Correction
 
     def __init__(self, curvature: Kronecker, threshold: float, mode: str = "hard") -> None:
         if mode not in MODES:

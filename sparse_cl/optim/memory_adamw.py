@@ -13,11 +13,22 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from sparse_cl.layout import state_dtype
 from sparse_cl.subspace import Subspace, SubspaceMemory, UsedRows
 
 from .leaf import whole_of
 from .low_rank import LowRankProjection
-from .names import ByParameter, Groups, by_name, by_param, name_of, named, parameters_of, refuse_flattened
+from .names import (
+    ByParameter,
+    Groups,
+    by_name,
+    by_param,
+    name_of,
+    named,
+    parameters_of,
+    refuse_flattened,
+    unquoted_name_of,
+)
 from .plan import GroupPlan
 from .projected_adamw import Given, ProjectedAdamW
 from .projection import Projection
@@ -128,7 +139,7 @@ class MemoryAdamW(ProjectedAdamW):
     @property
     def rest(self) -> list[str]:
         """The parameters that the memory does not protect, by name or place."""
-        return [self._store.name(p).strip("'") for p in parameters_of(self.param_groups) if self._is_rest(p)]
+        return [unquoted_name_of(self.param_groups, p) for p in parameters_of(self.param_groups) if self._is_rest(p)]
 
     def _plan(self, key: tuple, group: dict[str, Any], grads: list[Tensor | None]) -> GroupPlan:
         if self._projections:
@@ -288,8 +299,7 @@ def known_of(groups: Groups, memory: SubspaceMemory | Bases | None, with_rows: b
 
 def _nothing_of(param: Tensor) -> Subspace:
     """The subspace of an embedding that is no layer's weight too."""
-    wide = torch.float64 if param.dtype == torch.float64 else torch.float32
-    return Subspace(torch.zeros(param.shape[1], 0, dtype=wide, device=param.device))
+    return Subspace(torch.zeros(param.shape[1], 0, dtype=state_dtype(param.dtype), device=param.device))
 
 
 def _tables(groups: Groups, memory: SubspaceMemory) -> dict[Tensor, str]:

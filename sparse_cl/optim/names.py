@@ -60,6 +60,11 @@ def name_of(groups: Groups, param: Tensor) -> str:
     return next((f"number {i} of group {number}" for i, number in places), "of another optimizer")
 
 
+def unquoted_name_of(groups: Groups, param: Tensor) -> str:
+    """Its name, or else its place."""
+    return names_of(groups).get(param) or name_of(groups, param)
+
+
 def by_name(groups: Groups) -> dict[str, Tensor]:
     """Parameters by name; the weight of a leaf also goes by its own name."""
     names = {name: param for param, name in names_of(groups).items()}

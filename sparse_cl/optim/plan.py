@@ -182,9 +182,6 @@ def refuse_sparse(groups: Groups) -> None:
 
 def scalar_on(value: Tensor | None, device: torch.device) -> Tensor | None:
     """``value`` in float32 where a parameter is; on the CPU it has arrived when this returns."""
-    return None if value is None else float_on(value, device)
-
-
-def float_on(value: Tensor, device: torch.device) -> Tensor:
-    """As :func:`scalar_on`, of a tensor."""
+    if value is None:
+        return None
     return value.to(device=device, dtype=torch.float32, non_blocking=device.type != "cpu")

@@ -18,7 +18,7 @@ from sparse_cl.masks import Mask
 
 from .leaf import weight_of
 from .names import ByParameter, by_param, names_of
-from .plan import Call, Plan, float_on, scalar_on
+from .plan import Call, Plan, scalar_on
 from .projected_step import ProjectedCall, Scratch, products, split, starts_of
 from .projection import Fitted, Projection
 from .sparse_masked_adamw import SparseMaskedAdamW
@@ -336,7 +336,7 @@ class ProjectedAdamW(SparseMaskedAdamW):
         """The calls of one group on one device."""
         first, later = calls[0].plan.params[0], self._projections[calls[0].plan.own[0]].later
         if isinstance(lr, Tensor):
-            lr = float(lr) if lr.device.type == "cpu" else float_on(lr, first.device).reshape(())
+            lr = float(lr) if lr.device.type == "cpu" else lr.to(first.device, torch.float32).reshape(())
         ready = [self._projected(call.plan) for call in calls]
         if is_capturing(first):
             # Replays read the scratch and what corrections hold, whatever takes their place later.
@@ -346,9 +346,11 @@ class ProjectedAdamW(SparseMaskedAdamW):
                 plan = call.plan
                 if not later:
                     self._apply(call, grad_scale, found_inf, projected.updates)
-                projected.correct_(lr, found_inf)
+                for correction in projected.corrections:
+                    correction.correct_(lr, found_inf)
                 ops.apply_updates_(plan.params, plan.buffers, projected.updates, plan.layout, found_inf)
-                projected.settle_()
+                for correction in projected.corrections:
+                    correction.settle_()
         finally:
             increment_version(chain.from_iterable(call.plan.written() for call in calls))
 

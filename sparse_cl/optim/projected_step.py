@@ -61,14 +61,6 @@ class ProjectedCall:
             by_kind.setdefault((layer.projection.correction, layer.projection.alike), []).append(layer)
         self.corrections = [kind(layers) for (kind, _), layers in by_kind.items()]
 
-    def correct_(self, lr: float | Tensor, skipped: Tensor | None) -> None:
-        for correction in self.corrections:
-            correction.correct_(lr, skipped)
-
-    def settle_(self) -> None:
-        for correction in self.corrections:
-            correction.settle_()
-
 
 def starts_of(sizes: Sequence[int]) -> tuple[list[int], int]:
     """Where updates of these sizes begin in a scratch, and how many entries that takes."""

@@ -92,7 +92,7 @@ class Layer:
 
 
 class Correction:
-    """Corrects the updates of layers, step after step; here each by its own :class:`Memoryless` projection."""
+    """Corrects the updates of layers, step after step; here each by `apply_(update)` of its own projection."""
 
     def __init__(self, layers: Sequence[Layer]) -> None:
         self.layers = layers
@@ -112,13 +112,3 @@ class Correction:
 
         Python can be interrupted between the two. What is kept then lacks that one step.
         """
-
-
-class Memoryless(ABC, Fitted):
-    """A projection that corrects each update by itself."""
-
-    correction = Correction
-
-    @abstractmethod
-    def apply_(self, update: Tensor) -> None:
-        """Replaces an update, in the mask's compact shape, by what is left of it."""

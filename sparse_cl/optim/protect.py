@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_cl.layout import whole
+from sparse_cl.layout import state_dtype, whole
 from sparse_cl.reference.precision import full_precision
 from sparse_cl.subspace import SubspaceMemory
 
@@ -17,7 +17,7 @@ from .elastic_adamw import ROW_STRENGTH, drifts, projection_of, rule_of
 from .leaf import owner_of, weight_of
 from .low_rank import FittedLowRank, LowRankCorrection
 from .memory_adamw import Bases, check_every, guards, known_of, news_of, warn_of_others, warn_of_rest
-from .names import FSDP2, Groups, name_of, names_of, parameters_of, plain_optimizer, refuse_flattened
+from .names import FSDP2, Groups, parameters_of, plain_optimizer, refuse_flattened, unquoted_name_of
 from .plan import scalar_on
 from .projection import Layer
 from .sparse_masked_adamw import SparseMaskedAdamW
@@ -44,7 +44,7 @@ class Protection:
         with_rows: bool,
     ) -> None:
         self.every, self._steps = every, 0
-        self._memory, self._with_rows, self._version = memory, with_rows, _version(memory)
+        self._memory, self._with_rows, self._version = memory, with_rows, getattr(memory, "version", None)
         self._own = set(map(id, parameters_of(optimizer.param_groups)))
         #: Whether a step has begun that is not counted yet; whether what is unprotected is still to be said.
         self._begun, self._news = False, True
@@ -54,11 +54,11 @@ class Protection:
         self._fitted = dict(fitted)
         #: Σ of the learning rate since the last correction.
         self._rates: dict[Tensor, float | Tensor] = dict.fromkeys(fitted, 0.0)
-        self._names = {p: _name(optimizer, p) for p in fitted}
+        self._names = {p: unquoted_name_of(optimizer.param_groups, p) for p in fitted}
         self._generators: dict[torch.device, torch.Generator] = {}
         self._seed = seed
         #: By parameter W₀ U and, of an embedding, its used rows at the start; and the energies of old outputs.
-        self._kept = {p: fit.begin(weight_of(p), _wide(p)) for p, fit in fitted.items()}
+        self._kept = {p: fit.begin(weight_of(p), state_dtype(p.dtype)) for p, fit in fitted.items()}
         self._handles = [
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
@@ -164,7 +164,7 @@ class Protection:
                 f"protect: {self._names[moved[0]]} was moved to another device or dtype since; call .remove() of this "
                 "protection, and protect(optimizer, memory) once the model is where it is trained"
             )
-        if _version(self._memory) != self._version:
+        if getattr(self._memory, "version", None) != self._version:
             raise RuntimeError(
                 "protect: the memory has learned a domain since, or was bound to another model, and this protection "
                 "does not follow it; call .remove() of it, and protect(optimizer, memory) again"
@@ -173,8 +173,8 @@ class Protection:
             known = known_of(groups, self._memory, self._with_rows)
             if added := [param for param in known if param not in self._fitted]:
                 raise RuntimeError(
-                    f"protect: parameter {_name(optimizer, added[0])} was added to the optimizer since, and would not "
-                    "be protected, though the memory knows it; call .remove() of this protection, and "
+                    f"protect: parameter {unquoted_name_of(groups, added[0])} was added to the optimizer since, and would "
+                    "not be protected, though the memory knows it; call .remove() of this protection, and "
                     "protect(optimizer, memory) again"
                 )
             self._own, self._news = own, True
@@ -184,7 +184,7 @@ class Protection:
     def _fits(self, param: Tensor) -> bool:
         """Whether what is kept of it lies where it does, in its dtype."""
         kept = (tensor for tensor in self._kept[param].values() if tensor.dim())
-        return all((t.device, t.dtype) == (param.device, _wide(param)) for t in kept)
+        return all((t.device, t.dtype) == (param.device, state_dtype(param.dtype)) for t in kept)
 
     def _tell(self, groups: Groups) -> None:
         """Names once what is trained unprotected. A closure makes the gradients after `_before`."""
@@ -233,7 +233,7 @@ class Protection:
 
     def _correction(self, param: Tensor, fit: FittedLowRank, skipped: Tensor | None) -> Tensor:
         """-C Uᵀ; of one layer at a time, so that what is held besides is one layer's."""
-        wide = weight_of(param).detach().to(_wide(param))
+        wide = weight_of(param).detach().to(state_dtype(param.dtype))
         layer = Layer(fit, torch.empty_like(wide), self._kept[param], lambda: (wide, wide))
         with full_precision(param.device):
             LowRankCorrection([layer]).correct_(self._rates[param], skipped)
@@ -289,15 +289,15 @@ def protect(
     for param, known in known_of(optimizer.param_groups, memory, row_strength > 0).items():
         if owner_of(param) is not None:
             raise ValueError(
-                f"optimizer: parameter {_name(optimizer, param)} is the leaf of an ActiveLinear, which is written into "
-                "the weight after the step, over any correction from outside; give ElasticAdamW the memory"
+                f"optimizer: parameter {unquoted_name_of(optimizer.param_groups, param)} is the leaf of an "
+                "ActiveLinear, which is written into the weight after the step, over any correction from outside; give ElasticAdamW the memory"
             )
         try:
             given = projection_of(rule, known)
             given.later = True
             found = given.fitted(param, None)
         except (TypeError, ValueError) as error:
-            raise type(error)(f"memory: parameter {_name(optimizer, param)} {error}") from None
+            raise type(error)(f"memory: parameter {unquoted_name_of(optimizer.param_groups, param)} {error}") from None
         assert isinstance(found, FittedLowRank)
         fitted[param] = found
     return Protection(optimizer, memory, fitted, every, seed, row_strength > 0)
@@ -329,26 +329,14 @@ def _refuse_uncorrectable(optimizer: torch.optim.Optimizer) -> None:
             )
 
 
-def _version(memory: SubspaceMemory | Bases) -> int | None:
-    return memory.version if isinstance(memory, SubspaceMemory) else None
-
-
 def _is_still(param: Tensor) -> bool:
     """No optimizer moves it."""
     return not param.requires_grad and param.grad is None
 
 
-def _name(optimizer: torch.optim.Optimizer, param: Tensor) -> str:
-    return names_of(optimizer.param_groups).get(param) or name_of(optimizer.param_groups, param)
-
-
 def _pieces(weight: Tensor) -> Sequence[Tensor]:
     """Its rows, some at a time: rounding takes some ten times what it rounds."""
     return weight.split(max(1, _ROUNDED // max(1, weight.shape[1])))
-
-
-def _wide(param: Tensor) -> torch.dtype:
-    return torch.promote_types(param.dtype, torch.float32)
 
 
 def _rounded(values: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:

@@ -129,7 +129,8 @@ def whole_entries(state: ParameterState, shown: Mapping[str, Tensor], piece: Pie
             entries[name] = like(entries[name], param, shape)
         else:
             blocks = blocks_of(state.whole, piece, shape != layout.compact_shape)
-            entries[name] = SplitArray(shape, dict(_cut(entries[name], blocks)))
+            views = entries[name].split([size[0] for _, size in blocks])
+            entries[name] = SplitArray(shape, dict(zip((offset for offset, _ in blocks), views, strict=True)))
     if state.mixed:
         entries.update(_all_counts(state, piece, layout))
     kept = {name: value for name, value in entries.items() if name.startswith(PROJECTION) and value.dim()}
@@ -289,14 +290,6 @@ def _runs(dense: Tensor, piece: Piece) -> list[Block]:
     starts = before + held.cumsum(0) - held + rows[:, :left].sum(1)
     runs = torch.stack([starts, rows[:, left:right].sum(1)], 1).tolist()
     return [((start,), (count,)) for start, count in runs if count] or [((0,), (0,))]
-
-
-def _cut(part: Tensor, blocks: list[Block]) -> list[tuple[tuple[int, ...], Tensor]]:
-    """The blocks of what this process holds, as views, by their offsets in the whole array."""
-    if len(blocks) == 1:
-        return [(blocks[0][0], part)]
-    views = part.split([size[0] for _, size in blocks])
-    return [(offset, view) for (offset, _), view in zip(blocks, views, strict=True)]
 
 
 def _held(name: str, whole: Any, blocks: list[Block], piece: Piece, param: Any) -> Tensor:

@@ -68,12 +68,6 @@ class Kronecker:
         """Σ λ_S λ_A = tr S · tr A."""
         return float(self.row_values.sum() * self.column_values.sum())
 
-    def coordinates(self, update: Tensor) -> Tensor:
-        """C = Q_Sᵀ ΔW Q_A, (m, n), of an update (m, n), in its dtype."""
-        if self.row_basis is not None:
-            update = self.row_basis.mT.to(update.dtype) @ update
-        return update if self.column_basis is None else update @ self.column_basis.to(update.dtype)
-
     def above(self, threshold: float) -> tuple[float, int]:
         """Σ of the products λ_S λ_A above a threshold, and how many they are, without making the m × n products."""
         columns = self.column_values.sort(descending=True).values

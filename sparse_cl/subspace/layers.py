@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_cl.layout import is_split, whole
+from sparse_cl.layout import is_split, state_dtype, whole
 
 from .moments import Moment, row_blocks
 from .subspace import Subspace, energy_of, trusted
@@ -89,8 +89,8 @@ class Layer:
         subspace = self.used()
         if subspace is None or subspace.rank == 0:
             return 0.0
-        rows = self.rows(whole(matrix))
-        wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
+        rows = self.rows(whole(matrix)).reshape(-1, self.width)
+        wide = state_dtype(rows.dtype)
         subspace = subspace.to(rows.device, wide)
         total = inside = 0.0
         usage = subspace.usage.double()
@@ -104,8 +104,7 @@ class Layer:
         """Where and in what its subspace and moment are kept: float64 for float64 weights, else float32."""
         if self.param is None:
             return torch.device("cpu"), torch.float32
-        wide = self.param.dtype == torch.float64
-        return self.param.device, torch.float64 if wide else torch.float32
+        return self.param.device, state_dtype(self.param.dtype)
 
 
 def find_layers(

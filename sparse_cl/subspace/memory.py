@@ -122,10 +122,6 @@ class SubspaceMemory:
         """
         return self._observer.watch(tokens)
 
-    def note(self, name: str, inputs: Tensor) -> None:
-        """Notes the inputs (..., n) of a layer, as its hook does, if passes count now."""
-        self._observer.note(name, inputs)
-
     @torch.no_grad()
     def consolidate(self, weight: float = 1.0, fade: float = 1.0) -> dict[str, int]:
         """Ends a domain: what it used is remembered, and observing starts anew.

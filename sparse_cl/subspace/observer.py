@@ -61,16 +61,13 @@ class Observer:
         self._drop()
         #: Which forward passes are noted: those in "training" (gradients enabled), "all", or "nothing".
         self._noting, self._tokens = "training", None
-        named = [(name, module) for name, layer in self.layers.items() for module in layer.modules]
-        self._handles = [
-            module.register_forward_pre_hook(_InputHook(self, name), with_kwargs=True)
-            for name, module in (named if self.settings.source == "inputs" else ())
-        ]
-        self._handles += [
-            module.register_forward_hook(_LookupHook(self, name), with_kwargs=True)
-            for name, table in (self.tables.items() if self.settings.source == "inputs" else ())
-            for module in table.modules
-        ]
+        self._handles = []
+        if self.settings.source != "inputs":
+            return
+        for name, layer in self.layers.items():
+            self._handles += [m.register_forward_pre_hook(_Hook(self, name), with_kwargs=True) for m in layer.modules]
+        for name, table in self.tables.items():
+            self._handles += [m.register_forward_hook(_Hook(self, name), with_kwargs=True) for m in table.modules]
 
     @contextmanager
     def watch(self, tokens: Tensor | None) -> Iterator[None]:
@@ -284,8 +281,8 @@ def _still(inputs: Tensor, held: int | Tensor) -> bool:
     return torch.equal(inputs, held) if isinstance(held, Tensor) else inputs._version == held
 
 
-class _InputHook:
-    """Tells an observer of each input of a layer.
+class _Hook:
+    """Tells an observer of each input of a layer, or of the ids that a table is given, beside what it returns.
 
     It does not keep the observer alive, and a copy or a pickle of it tells nobody: a copied model is another model.
     """
@@ -294,22 +291,16 @@ class _InputHook:
         self._observer: weakref.ref[Observer] | None = weakref.ref(observer)
         self._name = name
 
-    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Tensor]) -> None:
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], *rows: Any) -> None:
         observer = None if self._observer is None else self._observer()
         given = inputs or tuple(named.values())
-        if observer is not None and given:
+        if observer is None or not given:
+            return
+        if rows:
+            weight: Any = module.weight
+            observer.note_lookup(self._name, given[0], rows[0], weight)
+        else:
             observer.note(self._name, given[0])
 
     def __getstate__(self) -> dict[str, Any]:
         return {"_observer": None, "_name": self._name}
-
-
-class _LookupHook(_InputHook):
-    """The same for the ids that a table is given, beside what it returns."""
-
-    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], rows: Any = None) -> None:
-        observer = None if self._observer is None else self._observer()
-        given = inputs or tuple(named.values())
-        if observer is not None and given:
-            weight: Any = module.weight
-            observer.note_lookup(self._name, given[0], rows, weight)

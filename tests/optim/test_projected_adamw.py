@@ -105,7 +105,7 @@ def test_energy_1_leaves_what_has_no_curvature(mode):
     curvature.row_values[3:], curvature.column_values[2:] = 0, 0
     assert threshold_of([curvature], 1) == 0
     projection, update = CurvatureProjection(curvature, 0.0, mode), random(6, 5)
-    coordinates = curvature.coordinates(update)
+    coordinates = curvature.row_basis.mT @ update @ curvature.column_basis
     coordinates[:3, :2] = 0
     expected = curvature.row_basis @ coordinates @ curvature.column_basis.mT
     projection.apply_(update)
