@@ -137,7 +137,7 @@ def further(points: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]
     "row.option". Of baselines and nulls alone, so that they are tried at more settings than ours."""
     found = {}
     for entry, point in points.items():
-        if METHODS[point["method"]].kind != "baseline" and not entry.startswith("null-"):
+        if METHODS[point["method"]].kind != "baseline":
             continue
         if point["lr"] in NEXT_RATE:
             found[f"{entry}.rate"] = {**point, "lr": NEXT_RATE[point["lr"]]}

@@ -15,7 +15,7 @@ from sparse_cl.subspace import Subspace, SubspaceMemory
 from .leaf import weight_of
 from .low_rank import DriftBudget, FittedLowRank, LowRankProjection, LowRankPull, SubspaceProjection
 from .memory_adamw import Bases, Known, MemoryAdamW
-from .names import unquoted_name_of
+from .names import label_of
 
 STRENGTH = 20.0
 """Of the pull: a weight goes about a twentieth of its size along a direction of mean use."""
@@ -85,7 +85,7 @@ class ElasticAdamW(MemoryAdamW):
             if isinstance(fit, FittedLowRank) and param in self.state:
                 kept, weight = self._kept(param), weight_of(param)
                 whole = self._store.ready(param).wide(weight)[1] if fit.later else weight
-                found |= drifts(unquoted_name_of(self.param_groups, param), fit, whole, kept)
+                found |= drifts(label_of(self.param_groups, param), fit, whole, kept)
         return found
 
     @property

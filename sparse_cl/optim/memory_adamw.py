@@ -23,11 +23,11 @@ from .names import (
     Groups,
     by_name,
     by_param,
+    label_of,
     name_of,
     named,
     parameters_of,
     refuse_flattened,
-    unquoted_name_of,
 )
 from .plan import GroupPlan
 from .projected_adamw import Given, ProjectedAdamW
@@ -139,7 +139,7 @@ class MemoryAdamW(ProjectedAdamW):
     @property
     def rest(self) -> list[str]:
         """The parameters that the memory does not protect, by name or place."""
-        return [unquoted_name_of(self.param_groups, p) for p in parameters_of(self.param_groups) if self._is_rest(p)]
+        return [label_of(self.param_groups, p) for p in parameters_of(self.param_groups) if self._is_rest(p)]
 
     def _plan(self, key: tuple, group: dict[str, Any], grads: list[Tensor | None]) -> GroupPlan:
         if self._projections:

@@ -60,8 +60,8 @@ def name_of(groups: Groups, param: Tensor) -> str:
     return next((f"number {i} of group {number}" for i, number in places), "of another optimizer")
 
 
-def unquoted_name_of(groups: Groups, param: Tensor) -> str:
-    """Its name, or else its place."""
+def label_of(groups: Groups, param: Tensor) -> str:
+    """A parameter's name without quotes, or else its place."""
     return names_of(groups).get(param) or name_of(groups, param)
 
 

@@ -17,7 +17,7 @@ from .elastic_adamw import ROW_STRENGTH, drifts, projection_of, rule_of
 from .leaf import owner_of, weight_of
 from .low_rank import FittedLowRank, LowRankCorrection
 from .memory_adamw import Bases, check_every, guards, known_of, news_of, warn_of_others, warn_of_rest
-from .names import FSDP2, Groups, parameters_of, plain_optimizer, refuse_flattened, unquoted_name_of
+from .names import FSDP2, Groups, label_of, parameters_of, plain_optimizer, refuse_flattened
 from .plan import scalar_on
 from .projection import Layer
 from .sparse_masked_adamw import SparseMaskedAdamW
@@ -54,7 +54,7 @@ class Protection:
         self._fitted = dict(fitted)
         #: Σ of the learning rate since the last correction.
         self._rates: dict[Tensor, float | Tensor] = dict.fromkeys(fitted, 0.0)
-        self._names = {p: unquoted_name_of(optimizer.param_groups, p) for p in fitted}
+        self._names = {p: label_of(optimizer.param_groups, p) for p in fitted}
         self._generators: dict[torch.device, torch.Generator] = {}
         self._seed = seed
         #: By parameter W₀ U and, of an embedding, its used rows at the start; and the energies of old outputs.
@@ -173,7 +173,7 @@ class Protection:
             known = known_of(groups, self._memory, self._with_rows)
             if added := [param for param in known if param not in self._fitted]:
                 raise RuntimeError(
-                    f"protect: parameter {unquoted_name_of(groups, added[0])} was added to the optimizer since, and would "
+                    f"protect: parameter {label_of(groups, added[0])} was added to the optimizer since, and would "
                     "not be protected, though the memory knows it; call .remove() of this protection, and "
                     "protect(optimizer, memory) again"
                 )
@@ -289,15 +289,16 @@ def protect(
     for param, known in known_of(optimizer.param_groups, memory, row_strength > 0).items():
         if owner_of(param) is not None:
             raise ValueError(
-                f"optimizer: parameter {unquoted_name_of(optimizer.param_groups, param)} is the leaf of an "
-                "ActiveLinear, which is written into the weight after the step, over any correction from outside; give ElasticAdamW the memory"
+                f"optimizer: parameter {label_of(optimizer.param_groups, param)} is the leaf of an ActiveLinear, which "
+                "is written into the weight after the step, over any correction from outside; give ElasticAdamW the "
+                "memory"
             )
         try:
             given = projection_of(rule, known)
             given.later = True
             found = given.fitted(param, None)
         except (TypeError, ValueError) as error:
-            raise type(error)(f"memory: parameter {unquoted_name_of(optimizer.param_groups, param)} {error}") from None
+            raise type(error)(f"memory: parameter {label_of(optimizer.param_groups, param)} {error}") from None
         assert isinstance(found, FittedLowRank)
         fitted[param] = found
     return Protection(optimizer, memory, fitted, every, seed, row_strength > 0)
