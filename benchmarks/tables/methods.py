@@ -74,6 +74,19 @@ def tuned() -> str:
     return table(("by ACC", "rate and option", "learned", "lost", "ACC"), sorted(rows, key=lambda row: row[-1]))
 
 
+def further() -> str:
+    """What rows end at beyond the end of what tuning chose from, beside what it chose."""
+    chosen, rows = main_study.best(results("arena/tuning")["runs"]), []
+    for run in results("arena/further")["runs"]:
+        entry = run["name"].rpartition(".")[0]
+        scores = (chosen[entry]["summary"], run["summary"])
+        cells = [number(own[key], form) for own in scores for key, form in (("gain_lost", ".0%"), ("acc", ".3f"))]
+        cells = [f"`{main_table.chosen_of(chosen[entry])}`", *cells[:2], f"`{main_table.chosen_of(run)}`", *cells[2:]]
+        rows.append([f"`{entry}`", *cells])
+    header = ("", "tuning chose", "lost", "ACC", "beyond it", "lost", "ACC")
+    return table(header, sorted(rows, key=lambda row: row[-1]))
+
+
 def sizes() -> str:
     """What AdamW forgets of models of several sizes, where they have learned alike."""
     return table(size.HEADER, size.rows(size.of_results()))

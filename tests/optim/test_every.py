@@ -226,6 +226,7 @@ def test_a_checkpoint_between_two_corrections_goes_on_with_the_same_bits(dtype, 
     resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     copied = copy.deepcopy(resumed)
     (third,) = copied.param_groups[0]["params"]
+    assert copied.old_output_drift() == resumed.old_output_drift()
     for each, weight in ((optimizer, first), (resumed, second), (copied, third)):
         assert each.state[weight][ORIGIN].dtype == torch.float32
         run(each, weight, 3, first=6)

@@ -182,3 +182,4 @@ def test_capacity_by_use_counts_a_direction_by_how_much_it_is_used():
         expected = float((matrix @ part).mul(matrix).sum() / matrix.square().sum())
         assert memory.share_inside("w", matrix, by_use=True) == pytest.approx(expected, rel=1e-5)
         assert memory.share_inside("w", matrix) == pytest.approx(1.0)
+        assert memory.share_inside("w", torch.stack([matrix, matrix])) == pytest.approx(1.0)
