@@ -181,7 +181,8 @@ def unstack(folders: Sequence[Path]) -> list[Adapter]:
             adapters[-1].tensors[name] = tensor
             continue
         for adapter, part in zip(adapters, tensor.split(ranks, axis), strict=True):
-            adapter.tensors[name] = part.contiguous()
+            # Its own memory: a view would hold that of all of them.
+            adapter.tensors[name] = part.clone(memory_format=torch.contiguous_format)
     for adapter in adapters[:-1]:
         adapter.tensors = {name: _scaled(name, adapter, adapters[-1], back=True) for name in adapter.tensors}
     return adapters

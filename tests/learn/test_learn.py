@@ -236,8 +236,8 @@ def test_an_option_that_is_given_twice_adds_to_the_first(tmp_path):
     add_options(parser, LearnSettings)
     given = "--model m --out o --data a b --data c --set strength=3 --set every=4 --trainer save_steps=5"
     found = chosen(LearnSettings, parser.parse_args(given.split()))
-    assert (found.data, found.set, found.trainer) == (["a", "b", "c"], ["strength=3", "every=4"], ["save_steps=5"])
-    assert chosen(LearnSettings, parser.parse_args(["--model", "m", "--out", "o", "--data", "a"])).set == []
+    assert (found.data, found.set, found.trainer) == (("a", "b", "c"), ("strength=3", "every=4"), ("save_steps=5",))
+    assert chosen(LearnSettings, parser.parse_args(["--model", "m", "--out", "o", "--data", "a"])).set == ()
 
 
 def test_rates_and_steps_by_default(world):

@@ -240,7 +240,7 @@ def test_little_that_survives_is_told(tiny_llama):
         ({"scope": "row"}, "scope: expected 'layer' or 'model', got 'row'"),
         ({"rest": "train"}, "rest: expected 'freeze' or 'damp', got 'train'"),
         ({"energy": 0.0}, r"energy: expected a share in \(0, 1\], got 0.0"),
-        ({"samples": 0}, "samples: expected at least 1 label a token, got 0"),
+        ({"samples": 0}, "samples: expected a number of at least 1, got 0"),
     ],
 )
 def test_settings_out_of_range(arguments, message):
