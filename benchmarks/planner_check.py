@@ -1,14 +1,12 @@
 """The cost planner against measured steps on this machine's CPU.
 
-    OMP_NUM_THREADS=1 python benchmarks/planner_check.py --model base-5m [--before FILE.json [--recorded]]
-        [--out FILE.json]
+    OMP_NUM_THREADS=1 python benchmarks/planner_check.py --model base-5m [--recorded FILE.json] [--out FILE.json]
 
 The device is this machine: its rate of float32 products and of copies is measured. The one number that is assumed, the
 share of that rate that products reach, is fitted on AdamW at the model's own width; everything else is predicted: other
 methods, and random models of other widths, lengths and batches. Time is the processor's, so that what else the machine
 does counts little; each case runs in processes of its own, so that its peak memory is its own. With
---before the predictions of an earlier check stand beside the new ones; with --recorded its measurements are taken, too,
-and nothing is measured.
+--recorded nothing is measured: what an earlier check of the same cases measured is predicted anew.
 """
 
 from __future__ import annotations
@@ -146,16 +144,13 @@ def cases_of(base: Any) -> list[tuple[str, tuple[int, int, int, int]]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder of a Llama, or its config.json")
-    parser.add_argument("--before", type=Path, metavar="FILE.json", help="of an earlier check of the same cases")
-    parser.add_argument("--recorded", action="store_true", help="measure nothing: take what --before measured")
+    parser.add_argument("--recorded", type=Path, metavar="FILE.json", help="measure nothing: take what this measured")
     parser.add_argument("--out", type=Path, metavar="FILE.json")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     base = read_config(arguments.model)
-    old = json.loads(arguments.before.read_text()) if arguments.before else None
-    if arguments.recorded and old is None:
-        raise ValueError("--recorded: needs --before, for what was measured")
-    device = machine_of(old) if arguments.recorded else this_machine()
+    old = json.loads(arguments.recorded.read_text()) if arguments.recorded else None
+    device = machine_of(old) if old else this_machine()
     share, rows = None, []
     for number, (method, (width, neurons, batch_size, length)) in enumerate(cases_of(base)):
         config = transformers.LlamaConfig(
@@ -163,8 +158,8 @@ def main() -> None:
         )
         before = old["cases"][number] if old else None
         if before and (before["method"], before["width"], before["batch"]) != (method, width, [batch_size, length]):
-            raise ValueError(f"--before: case {number} is not {method} at width {width}; it is of another model")
-        if arguments.recorded:
+            raise ValueError(f"--recorded: case {number} is not {method} at width {width}; it is of another model")
+        if before:
             measured = {"seconds": before["measured_seconds"], "peak_mb": before["measured_peak_mb"]}
             used = before["used"]
         else:
@@ -189,15 +184,6 @@ def main() -> None:
             "predicted_peak_mb": peak,
             "peak_error": peak / measured["peak_mb"] - 1,
         }
-        if before:
-            seconds, peak = before["predicted_seconds"], before["predicted_peak_mb"]
-            row["before"] = {
-                "predicted_seconds": seconds,
-                "seconds_error": seconds / measured["seconds"] - 1,
-                "measured_peak_mb": before["measured_peak_mb"],
-                "predicted_peak_mb": peak,
-                "peak_error": peak / measured["peak_mb"] - 1,
-            }
         rows.append(row)
         now, peak = 1e3 * row["predicted_seconds"], row["predicted_peak_mb"]
         print(
@@ -208,13 +194,9 @@ def main() -> None:
         )
         if arguments.out:
             arguments.out.write_text(json.dumps({**facts(device, share), "cases": rows}, indent=1) + "\n")
-    for name, part in {"before": [row.get("before") for row in rows], "now": rows}.items():
-        if part[0]:
-            errors = {
-                key: statistics.median(abs(row[key]) for row in part[1:]) for key in ("seconds_error", "peak_error")
-            }
-            said = ", ".join(f"{key} {value:.1%}" for key, value in errors.items())
-            print(f"\nmedian error of what was not fitted, {name}: {said}")
+    errors = {key: statistics.median(abs(row[key]) for row in rows[1:]) for key in ("seconds_error", "peak_error")}
+    said = ", ".join(f"{key} {value:.1%}" for key, value in errors.items())
+    print(f"\nmedian error of what was not fitted: {said}")
 
 
 def machine_of(old: dict[str, Any]) -> Device:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, interpolate
 
 from sparse_cl import SubspaceMemory, SubspaceProjectedAdamW
-from sparse_cl.four_domains.metrics import FORMULAS, summarize
+from sparse_cl.four_domains.metrics import summarize
 
 TASKS, EPOCHS, BATCH = 10, 8, 32
 SEEDS, TUNING_SEEDS = (0, 1, 2), (100, 101)
@@ -254,21 +254,6 @@ def _line(row: dict[str, Any]) -> str:
     return f"{row['method']:20s} {values}   " + ", ".join(f"{k} {v:g}" for k, v in row["settings"].items())
 
 
-def report(runs: list[dict[str, Any]]) -> None:
-    """Prints each method's means and seeds, and the leaks."""
-    print(f"ACC = {FORMULAS['acc']}; BWT = {FORMULAS['bwt']}; learning accuracy = {FORMULAS['learning_accuracy']}")
-    by_method = {method: [r for r in runs if r["method"] == method] for method in METHODS}
-    for method, own in by_method.items():
-        print(_line({"method": method, "settings": own[0]["settings"]} | {m: mean(own, m) for m in MEASURES}))
-        for r in own:
-            print(_line({**r, "method": f"    seed {r['seed']}", "settings": {}}))
-    print("leak |dW U|^2 / |dW|^2 of the last task, worst seed")
-    for method, own in by_method.items():
-        if own[0]["leak"]:
-            worst = {name: max(r["leak"][name] for r in own) for name in own[0]["leak"]}
-            print(f"{method:20s} " + "   ".join(f"{name} {value:.1e}" for name, value in worst.items()))
-
-
 def draw(runs: list[dict[str, Any]], path: Path) -> None:
     """A panel a method: each task's accuracy through the sequence, from its own training on, mean of the seeds."""
     from matplotlib import colormaps
@@ -309,7 +294,6 @@ def main() -> None:
         (arguments.out / "permuted-digits-tuning.json").write_text(_json(rows))
         return
     runs = run_all([(method, seed, CHOSEN[method]) for method in METHODS for seed in SEEDS], "test")
-    report(runs)
     (arguments.out / "permuted-digits.json").write_text(_json(runs))
     draw(runs, arguments.out / "permuted-digits.png")
 

@@ -1,28 +1,16 @@
-"""The claim of benchmarks/permuted_digits.py, on three tasks and one seed."""
-
-import importlib.util
-import sys
-from pathlib import Path
+"""The claim of benchmarks/arena/permuted_digits.py, on three tasks and one seed."""
 
 import pytest
 
 pytest.importorskip("sklearn", reason="scikit-learn is not installed")
 
-PATH = Path(__file__).parents[2] / "benchmarks" / "arena" / "permuted_digits.py"
-
 
 @pytest.fixture(scope="module")
 def results():
-    spec = importlib.util.spec_from_file_location("permuted_digits", PATH)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    tasks = module.make_tasks(seed=0, count=3, epochs=4)
-    found = {
-        method: module.run(method, tasks, 0, module.CHOSEN[method])
-        for method in ("adamw", "projected-gradient", "gpm", "orthogonal")
-    }
-    del sys.modules[spec.name]
-    return found
+    from benchmarks.arena import permuted_digits as digits
+
+    tasks, methods = digits.make_tasks(seed=0, count=3, epochs=4), ("adamw", "projected-gradient", "gpm", "orthogonal")
+    return {method: digits.run(method, tasks, 0, digits.CHOSEN[method]) for method in methods}
 
 
 def test_it_forgets_less_than_a_tenth_of_what_adamw_forgets(results):
