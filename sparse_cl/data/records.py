@@ -217,7 +217,7 @@ class Format:
             return Record.at(where, text=self._taught(row, "text", where))
         first, second = FORMATS[self.name]
         prompt, response = self._string(row, first, where), self._taught(row, second, where)
-        if self.name.startswith("instruction") and row.get(self.names.get("input", "")):
+        if self.name.startswith("instruction") and "input" in self.names and row.get(self.names["input"]):
             prompt += "\n\n" + self._string(row, "input", where)
         extras = {field: self._parsed(row, field) for field in EXTRAS}
         record = Record.at(where, prompt=prompt, response=response)

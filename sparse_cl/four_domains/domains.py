@@ -69,7 +69,7 @@ def default_domains(data: str | None) -> tuple[str, ...]:
 
 def name_of(source: str) -> str:
     """What the domain in a file, a folder, a glob or a data set is called: `support` for `data/support.train.jsonl`."""
-    path = Path(re.split(r"[*?[]", source)[0])
+    path = Path(re.split(r"[*?[]", source)[0]).expanduser()
     if not path.exists():  # a configuration of a data set
         path = Path(str(path).partition(":")[0])
     name = path.name.partition(".")[0] if not path.is_dir() else path.resolve().name

@@ -9,8 +9,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from sparse_cl.methods.carried import move_in
-
 RESULTS = "results.json"
 """Of a run that reached its end."""
 BASE = "base.json"
@@ -25,8 +23,13 @@ class CheckpointError(ValueError):
 
 def write_json(path: Path, data: Any) -> None:
     """Write whole or not at all."""
-    text = json.dumps(data, indent=1, allow_nan=False) + "\n"
-    move_in(path, lambda part: part.write_text(text, encoding="utf-8"))
+    part = path.with_name(path.name + ".part")
+    try:
+        part.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def read_json(path: Path) -> Any:

@@ -49,7 +49,7 @@ class Method(ABC):
 
     Attributes:
         name: as given to `--method`.
-        options: keyword arguments of the constructor that a user may give.
+        options: keyword arguments of the constructor that a user may give, each an attribute of its name.
         default_lr: used where the user gives none; chosen on the embedded model and the validation part of the embedded
             domains. Large models want smaller ones.
         kind: "ours", "baseline" (another's continual-learning method) or "bound" (no continual learner: it shows what

@@ -13,6 +13,7 @@ from sparse_cl.models.neuron_masks import neuron_masks, places, top_neurons
 from sparse_cl.models.parts import find_mlps
 from sparse_cl.nn import activate
 from sparse_cl.nn.activation import remember_frozen
+from sparse_cl.optim.names import named
 from sparse_cl.probes.activation import ActivationProbe
 
 from .base import Batch
@@ -83,9 +84,10 @@ def train_most_active(
 
 
 def trained(model: nn.Module, masks: Mapping[str, Mask]) -> dict[str, Any]:
-    """Arguments `params` and `masks` of an optimizer, after `train_only`."""
-    params = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    return {"params": params, "masks": {name: masks[name] for name, _ in params if name in masks}}
+    """Arguments `params` and `masks` of an optimizer, after `train_only`; the model may be wrapped since."""
+    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    own = {name: mask for name, mask in masks.items() if named(params, name) is not None}
+    return {"params": [*params.items()], "masks": own}
 
 
 def can_be_active(model: nn.Module, name: str, masks: Mapping[str, Any]) -> bool:

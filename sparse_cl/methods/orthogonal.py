@@ -36,8 +36,14 @@ class Orthogonal(MemoryMethod):
         with told_already():
             return SubspaceProjectedAdamW(trained_by_name(model), lr=lr, memory=self.memory)
 
+    @property
+    def own_optimizer(self) -> bool:
+        return type(self).make_optimizer is not Orthogonal.make_optimizer
+
     def guard(self, optimizer: torch.optim.Optimizer) -> Protection | None:
         """As `Method.guard`. Norms and biases are trained, which `make_optimizer` freezes; a warning says so."""
+        if self.own_optimizer:
+            return super().guard(optimizer)
         self._check_begun("guard")
         if not self._known.domains:
             return None

@@ -13,7 +13,7 @@ from sparse_cl.masks import ColumnMask, RowMask
 from sparse_cl.nn import restore
 from sparse_cl.optim import SubspaceProjectedAdamW
 
-from .base import Batch, Method
+from .base import Batch
 from .memory_method import told_already
 from .neuron_account import NeuronAccount
 from .neurons import train_most_active, trained
@@ -68,8 +68,6 @@ class OrthogonalMasked(Orthogonal):
         self._check_begun("make_optimizer")
         with told_already():
             return SubspaceProjectedAdamW(**trained(model, self.masks), lr=lr, memory=self.memory)
-
-    guard = Method.guard
 
     def after_domain(self, model: nn.Module, batches: Iterable[Batch]) -> None:
         self._check_begun("after_domain")

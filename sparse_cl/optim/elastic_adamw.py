@@ -82,7 +82,7 @@ class ElasticAdamW(MemoryAdamW):
         """
         found: dict[str, float] = {}
         for param, fit in self._projections.items():
-            if isinstance(fit, FittedLowRank) and param in self.state:
+            if isinstance(fit, FittedLowRank) and self.state.get(param):
                 kept, weight = self._kept(param), weight_of(param)
                 whole = self._store.ready(param).wide(weight)[1] if fit.later else weight
                 found |= drifts(label_of(self.param_groups, param), fit, whole, kept)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_cl.layout import state_dtype, whole
+from sparse_cl.layout import whole
 from sparse_cl.reference.precision import full_precision
 from sparse_cl.subspace import SubspaceMemory
 
@@ -58,7 +58,7 @@ class Protection:
         self._generators: dict[torch.device, torch.Generator] = {}
         self._seed = seed
         #: By parameter W₀ U and, of an embedding, its used rows at the start; and the energies of old outputs.
-        self._kept = {p: fit.begin(weight_of(p), state_dtype(p.dtype)) for p, fit in fitted.items()}
+        self._kept = {p: fit.begin(weight_of(p), _wide(p)) for p, fit in fitted.items()}
         self._handles = [
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
@@ -184,7 +184,7 @@ class Protection:
     def _fits(self, param: Tensor) -> bool:
         """Whether what is kept of it lies where it does, in its dtype."""
         kept = (tensor for tensor in self._kept[param].values() if tensor.dim())
-        return all((t.device, t.dtype) == (param.device, state_dtype(param.dtype)) for t in kept)
+        return all((t.device, t.dtype) == (param.device, _wide(param)) for t in kept)
 
     def _tell(self, groups: Groups) -> None:
         """Names once what is trained unprotected. A closure makes the gradients after `_before`."""
@@ -233,7 +233,7 @@ class Protection:
 
     def _correction(self, param: Tensor, fit: FittedLowRank, skipped: Tensor | None) -> Tensor:
         """-C Uᵀ; of one layer at a time, so that what is held besides is one layer's."""
-        wide = weight_of(param).detach().to(state_dtype(param.dtype))
+        wide = weight_of(param).detach().to(_wide(param))
         layer = Layer(fit, torch.empty_like(wide), self._kept[param], lambda: (wide, wide))
         with full_precision(param.device):
             LowRankCorrection([layer]).correct_(self._rates[param], skipped)
@@ -338,6 +338,10 @@ def _is_still(param: Tensor) -> bool:
 def _pieces(weight: Tensor) -> Sequence[Tensor]:
     """Its rows, some at a time: rounding takes some ten times what it rounds."""
     return weight.split(max(1, _ROUNDED // max(1, weight.shape[1])))
+
+
+def _wide(param: Tensor) -> torch.dtype:
+    return torch.promote_types(param.dtype, torch.float32)
 
 
 def _rounded(values: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:

@@ -81,6 +81,8 @@ def test_the_column_of_an_alpaca_input_can_be_the_instruction(tmp_path):
     path = write(tmp_path / "a.jsonl", [{"input": "2 + 2?", "output": "4"}])
     (record,) = read_records([path], {"instruction": "input"})
     assert record == {"prompt": "2 + 2?", "response": "4"}
+    (tmp_path / "index.csv").write_text(",input,output\n7,2 + 2?,4\n")  # as pandas writes it
+    assert read_records([str(tmp_path / "index.csv")], {"instruction": "input"}).records == [record]
 
 
 def test_an_alpaca_record_without_an_input(tmp_path):

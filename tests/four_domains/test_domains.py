@@ -9,7 +9,7 @@ import pytest
 
 from sparse_cl.data import DataError
 from sparse_cl.data.reading import read_files
-from sparse_cl.four_domains.domains import DEFAULT_DOMAINS, default_domains, load_domains, read_folder
+from sparse_cl.four_domains.domains import DEFAULT_DOMAINS, default_domains, load_domains, name_of, read_folder
 
 LINE = {"prompt": "p", "response": "r"}
 
@@ -204,6 +204,7 @@ def test_a_folder_in_the_home_is_the_same_folder(folder, monkeypatch):
     with pytest.raises(DataError, match="has several domains"):
         default_domains(home)
     assert load_domains(["code"], home, 0) == load_domains(["code"], str(folder), 0)
+    assert name_of(home) == name_of(str(folder))
 
 
 def test_two_files_of_one_split_are_refused(folder):

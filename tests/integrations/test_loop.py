@@ -148,6 +148,15 @@ def test_a_method_with_an_optimizer_of_its_own_refuses_ours_too(tiny_llama, meth
             Domain(method(), tiny_llama, domain(0), optimizer(tiny_llama.named_parameters()))
 
 
+def test_a_subclass_with_an_optimizer_of_its_own_refuses_others(tiny_llama):
+    class Own(Orthogonal):
+        def make_optimizer(self, model, lr):
+            return SubspaceProjectedAdamW(model.named_parameters(), lr=lr, memory=self.memory)
+
+    with pytest.raises(ValueError, match="needs an optimizer of its own"):
+        Domain(Own(), tiny_llama, domain(0), torch.optim.AdamW(tiny_llama.parameters()))
+
+
 def test_another_optimizer_beside_or_after_the_protected_one_is_noticed(tiny_llama):
     method = Elastic()
     loop(method, tiny_llama, 0)

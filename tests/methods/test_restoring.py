@@ -49,6 +49,14 @@ def test_a_domain_that_was_not_begun_is_not_trained_unprotected(tiny_llama, name
             late()
 
 
+@pytest.mark.parametrize("name", ["sparse-masked-lora", "two-four"])
+def test_masks_are_those_of_a_wrapped_model_too(tiny_llama, name):
+    method = METHODS[name]()
+    model = method.before_domain(learn(method, tiny_llama, domain(0)), domain(1))
+    plain, wrapped = (method.make_optimizer(each, lr=1e-3) for each in (model, torch.compile(model)))
+    assert len(plain.masks) > 0 and plain.masks == wrapped.masks
+
+
 @pytest.mark.parametrize("name", SHIPPED)
 def test_batches_need_no_mask_where_nothing_is_padded(tiny_llama, name):
     def unpadded(seed, masked):
