@@ -54,7 +54,7 @@ def test_masks_are_those_of_a_wrapped_model_too(tiny_llama, name):
     method = METHODS[name]()
     model = method.before_domain(learn(method, tiny_llama, domain(0)), domain(1))
     plain, wrapped = (method.make_optimizer(each, lr=1e-3) for each in (model, torch.compile(model)))
-    assert len(plain.masks) > 0 and plain.masks == wrapped.masks
+    assert len(plain.masks) > 0 and [*plain.masks.values()] == [*wrapped.masks.values()]
 
 
 @pytest.mark.parametrize("name", SHIPPED)
