@@ -80,15 +80,15 @@ ASKED_FIRST = (
 )
 """Rows that are run before the others: the pull, its nulls and kin, and what it is measured against."""
 
-BEYOND: Mapping[str, dict[str, float]] = {
-    "ewc": {"ewc_lambda": 1e4},
-    "l2-sp": {"alpha": 10.0},
-    "o-lora": {"lambda_1": 50.0},
-    **dict.fromkeys(("kfac-laplace", "kfac-rows"), {"ewc_lambda": 10.0}),
-    "null-one": {"strength": 1.25},
-    "null-strengths": {"strength": 80.0},
+BEYOND: Mapping[str, tuple[str, tuple[float, ...]]] = {
+    "ewc": ("ewc_lambda", (1e4, 3e3)),
+    "l2-sp": ("alpha", (10.0,)),
+    "o-lora": ("lambda_1", (50.0,)),
+    **dict.fromkeys(("kfac-laplace", "kfac-rows"), ("ewc_lambda", (10.0,))),
+    "null-one": ("strength", (1.25,)),
+    "null-strengths": ("strength", (80.0,)),
 }
-"""The value of a row's option that follows the one of its two that tuning chose."""
+"""A row's option, and values beyond the one of its two that tuning chose."""
 NEXT_RATE = {RATES[0]: 1e-4, RATES[-1]: 1e-2}
 """The one that follows an end of `RATES`."""
 
@@ -134,15 +134,16 @@ def chosen(runs: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
 
 def further(points: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Beyond what tuning chose from: the next rate where it chose the last one, and `BEYOND`; by "row.rate" and
-    "row.option". Of baselines and nulls alone, so that they are tried at more settings than ours."""
+    "row.option-value". Of baselines and nulls alone, so that they are tried at more settings than ours."""
     found = {}
     for entry, point in points.items():
         if METHODS[point["method"]].kind != "baseline":
             continue
         if point["lr"] in NEXT_RATE:
             found[f"{entry}.rate"] = {**point, "lr": NEXT_RATE[point["lr"]]}
-        if entry in BEYOND:
-            found[f"{entry}.option"] = {**point, "options": {**point["options"], **BEYOND[entry]}}
+        option, values = BEYOND.get(entry, ("", ()))
+        for value in values:
+            found[f"{entry}.{option}-{value:g}"] = {**point, "options": {**point["options"], option: value}}
     return found
 
 

@@ -25,6 +25,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "drift-short": models.drift_short,
     "elastic-step": costs.elastic_step,
     "exponents": models.exponents,
+    "further": methods.further,
     "gemma": lambda: methods.study("gemma", ".3f"),
     "landed": methods.landed,
     "learn-first": methods.learn_first,

@@ -78,7 +78,7 @@ def further() -> str:
     """What rows end at beyond the end of what tuning chose from, beside what it chose."""
     chosen, rows = main_study.best(results("arena/tuning")["runs"]), []
     for run in results("arena/further")["runs"]:
-        entry = run["name"].rpartition(".")[0]
+        entry = run["name"].partition(".")[0]
         scores = (chosen[entry]["summary"], run["summary"])
         cells = [number(own[key], form) for own in scores for key, form in (("gain_lost", ".0%"), ("acc", ".3f"))]
         cells = [f"`{main_table.chosen_of(chosen[entry])}`", *cells[:2], f"`{main_table.chosen_of(run)}`", *cells[2:]]
