@@ -340,7 +340,7 @@ def _further() -> str:
     """Whether what tuning chose from was too narrow for baselines and nulls."""
     chosen, runs = main_study.best(results("arena/tuning")["runs"]), results("arena/further")["runs"]
     lower = {
-        run["name"].partition(".")[0]: chosen[run["name"].rpartition(".")[0]]["summary"]["acc"] - run["summary"]["acc"]
+        run["name"].partition(".")[0]: chosen[run["name"].partition(".")[0]]["summary"]["acc"] - run["summary"]["acc"]
         for run in runs
     }
     lower = {entry: by for entry, by in lower.items() if by > 0}
