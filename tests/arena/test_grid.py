@@ -198,6 +198,14 @@ def test_every_method_has_six_settings_to_be_tuned_by_and_the_best_is_tested():
     rates = {k: point["lr"] for k, point in main_study.curves({**chosen, "joint": joint, "adamw": adamw}).items()}
     of_elastic = {"elastic@0.5": 1.5e-3, "elastic@0.25": 7.5e-4, "elastic@0.125": 3.75e-4}
     assert rates == {**of_elastic, "null-one@0.5": 1.5e-3, "adamw@2": 2e-3}
+    ewc = {"method": "ewc", "lr": 3e-4, "options": {"ewc_lambda": 1000.0}}
+    beyond = main_study.further({**chosen, "ewc": ewc, "joint": joint})
+    assert {(name, point["lr"], *point["options"].values()) for name, point in beyond.items() if "ewc" in name} == {
+        ("ewc.rate", 1e-4, 1000.0),
+        ("ewc.ewc_lambda-10000", 3e-4, 1e4),
+        ("ewc.ewc_lambda-3000", 3e-4, 3e3),
+    }
+    assert {name.partition(".")[0] for name in beyond} == {"ewc", "null-one"}, "ours and bounds are not tried further"
     runs[4] = {"name": "elastic.4", "failed": "it did"}
     assert main_study.chosen(runs)["elastic"] == {"method": "elastic", "lr": 1e-3, "options": {"strength": 5.0}}
 
