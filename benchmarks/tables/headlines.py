@@ -38,11 +38,15 @@ def _shared(*points: str) -> list[list[Any]]:
 
 
 def _gemma() -> str:
-    scores = _of_gemma(*(_best(method) for method in ("adamw", "elastic", "lora", "elastic-lora")))
+    methods = ("adamw", "elastic", "lora", "elastic-lora")
+    scores = _of_gemma(*map(_best, methods))
+    _, reverse = _of_gemma(*(f"{best_points('gemma')[method]}-{REVERSE}" for method in methods))
+    *first, last = (number(share, ".0%") for share in reverse)
     learned, lost = ([number(value, form) for value in own] for own, form in zip(scores, (".3f", ".0%"), strict=True))
     return (
         f"AdamW learned {learned[0]} bits per byte and lost {lost[0]} of it, `elastic` {learned[1]} and {lost[1]}; "
-        f"LoRA {learned[2]} and {lost[2]}, `elastic-lora` {learned[3]} and {lost[3]}."
+        f"LoRA {learned[2]} and {lost[2]}, `elastic-lora` {learned[3]} and {lost[3]}. In the reverse order they lost "
+        f"{', '.join(first)} and {last}."
     )
 
 
