@@ -56,6 +56,11 @@ def mean_of(study: str, key: str, *points: str) -> float:
     return fmean(run["summary"][key] for run in runs)
 
 
+def named(run: Mapping[str, Any], point: str) -> bool:
+    """Whether a run is of a point, with its order."""
+    return run["name"].startswith(f"{point}-seed")
+
+
 def between(values: Iterable[float], form: str) -> str:
     """The least and the most; a percent sign stands once."""
     ends = sorted(values)
