@@ -216,7 +216,8 @@ def _further() -> str:
     less, more = (number(share, ".0%") for share in losses)
     return (
         f"Baselines and nulls have been tried beyond these ends, on the tuning domains: {len(lower)} of {len(runs)} "
-        f"such settings {end} lower, by at most {most} bits per byte. EWC at three times its λ ends as high, having learned less, and loses {less} in place of {more}"
+        f"such settings {end} lower, by at most {most} bits per byte. EWC at three times its λ ends as high, "
+        f"having learned less, and loses {less} in place of {more}"
     )
 
 
