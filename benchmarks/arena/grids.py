@@ -129,9 +129,10 @@ def gemma(models: Path, data: Path, out: Path) -> dict[str, Settings]:
     later = points(
         {"elastic-lora": [2e-4], "replay-5": [2e-5], "self-replay": [2e-5], "sfa": [5e-5], "ewc": [8e-6, 2e-5]}
     )
-    every = over(_pretrained(models / "gemma-trimmed", data, out), ORDERS, (0, 1), first | later)
+    known = first | later
+    every = over(_pretrained(models / "gemma-trimmed", data, out), ORDERS, (0, 1), known)
     wanted: list[tuple[Iterable[str], str, int]] = [(usual, GIVEN, 1), (first, GIVEN, 0)]
-    best = [point for point in best_points("gemma").values() if point in first | later]
+    best = [point for point in best_points("gemma").values() if point in known]
     wanted += [(best, REVERSE, 0), (best, GIVEN, 1), (later, GIVEN, 0)]
     names = [f"{point}-{order}-seed{seed}" for some, order, seed in wanted for point in some]
     return {name: every[name] for name in names}

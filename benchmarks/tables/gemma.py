@@ -19,7 +19,7 @@ def _best(method: str) -> str:
     return f"{best_points('gemma')[method]}-{GIVEN}"
 
 
-def _of_gemma(*points: str) -> tuple[list[float], list[float]]:
+def _scores(*points: str) -> tuple[list[float], list[float]]:
     """What points learned, and the shares that they lost, over the seeds that all of them have."""
     runs = _shared(*points)
     learned, lost = ([fmean(run["summary"][key] for run in own) for own in runs] for key in ("learned", "gain_lost"))
@@ -33,9 +33,10 @@ def _shared(*points: str) -> list[list[Any]]:
 
 
 def short() -> str:
+    """README's: what four methods learned and lost, and what they lost in the reverse order."""
     methods = ("adamw", "elastic", "lora", "elastic-lora")
-    scores = _of_gemma(*map(_best, methods))
-    _, reverse = _of_gemma(*(f"{best_points('gemma')[method]}-{REVERSE}" for method in methods))
+    scores = _scores(*map(_best, methods))
+    _, reverse = _scores(*(f"{best_points('gemma')[method]}-{REVERSE}" for method in methods))
     *first, last = (number(share, ".0%") for share in reverse)
     learned, lost = ([number(value, form) for value in own] for own, form in zip(scores, (".3f", ".0%"), strict=True))
     return (
@@ -47,7 +48,7 @@ def short() -> str:
 
 def at_best() -> str:
     """AdamW at its best rate, and what share of its learning others reach at theirs."""
-    learned, lost = _of_gemma(*(_best(method) for method in ("adamw", "elastic", "elastic-lora", "lora")))
+    learned, lost = _scores(*(_best(method) for method in ("adamw", "elastic", "elastic-lora", "lora")))
     most, shares = learned[0], [number(own / learned[0], ".0%") for own in learned[1:]]
     gone = [number(share, ".0%") for share in lost]
     return (
@@ -80,7 +81,7 @@ def base() -> str:
 
 
 def kept() -> str:
-    learned, lost = _of_gemma("adamw-5e-05-given", "elastic-5e-05-given")
+    learned, lost = _scores("adamw-5e-05-given", "elastic-5e-05-given")
     more, kept = number(learned[1] / learned[0] - 1, ".0%"), number(1 - lost[1], ".0%")
     return (
         f"At the same rate, 5e-5, `elastic` learns {more} more than AdamW and keeps {kept} of it, where AdamW keeps "
@@ -89,7 +90,7 @@ def kept() -> str:
 
 
 def adapter() -> str:
-    learned, lost = _of_gemma("lora-0.0005-given", "elastic-lora-0.0005-given")
+    learned, lost = _scores("lora-0.0005-given", "elastic-lora-0.0005-given")
     assert abs(learned[0] - learned[1]) < 2e-3 and lost[0] > 0.5, "the sentence says so"
     kept = number(1 - lost[1], ".0%")
     return f"At 5e-4 `elastic-lora` learns what LoRA does and keeps {kept} of it, where LoRA keeps less than half"
@@ -100,7 +101,7 @@ def others() -> str:
     points = [_best(method) for method in _OTHERS]
     assert points[0].startswith("sfa-pair"), "the next sentence says so"
     said = []
-    for name, learned, lost in zip(_OTHERS.values(), *_of_gemma(*points), strict=True):
+    for name, learned, lost in zip(_OTHERS.values(), *_scores(*points), strict=True):
         learns, loses = ("", "") if said else ("learns ", "loses ")
         said.append(f"{name} {learns}{learned:.2f} and {loses}{number(lost, '.0%')}")
     seeds = len(_shared(*points)[0])
@@ -109,7 +110,7 @@ def others() -> str:
 
 def running() -> str:
     """SFA as tuning chose it, which keeps base text as elastic does."""
-    (learned,), (lost,) = _of_gemma(f"sfa-2e-05-{GIVEN}")
+    (learned,), (lost,) = _scores(f"sfa-2e-05-{GIVEN}")
     harder, ours = (_harder(f"{method}-2e-05-{GIVEN}") for method in ("sfa", "elastic"))
     assert abs(harder - ours) < 1e-3, "the sentence says that they are alike"
     return (
@@ -141,7 +142,7 @@ def reverse() -> str:
     points = {name: point for name, point in points.items() if point in made}
     assert len(_shared(*points.values())[0]) == 1, "the sentence says how many seeds there are"
     said = []
-    for (name, point), learned, lost in zip(points.items(), *_of_gemma(*points.values()), strict=True):
+    for (name, point), learned, lost in zip(points.items(), *_scores(*points.values()), strict=True):
         learns, loses, by = ("", "", "") if said else ("learns ", "loses ", "base text ")
         harder = number(_harder(point), "+.3f")
         said.append(f"{name} {learns}{learned:.3f} and {loses}{number(lost, '.0%')} ({by}{harder})")
@@ -151,11 +152,9 @@ def reverse() -> str:
 def own() -> str:
     """What domains gain from where they begin, not from the base model."""
     gains = []
-    for method in ("adamw", "elastic"):
-        own = [
-            run["R"]["bits_per_byte"] for run in results("arena/gemma")["runs"] if named(run, f"{method}-5e-05-given")
-        ]
-        gains.append(fmean(fmean(R[j][j] - R[j + 1][j] for j in range(len(R) - 1)) for R in own))
+    for (runs,) in map(_shared, ("adamw-5e-05-given", "elastic-5e-05-given")):
+        scores = [run["R"]["bits_per_byte"] for run in runs]
+        gains.append(fmean(fmean(R[j][j] - R[j + 1][j] for j in range(len(R) - 1)) for R in scores))
     adamw, elastic = (number(gain, ".2f") for gain in gains)
     return f"From where each domain begins AdamW gains {adamw} bits per byte and `elastic` {elastic}"
 
