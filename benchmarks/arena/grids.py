@@ -96,15 +96,17 @@ def main(models: Path, data: Path, out: Path) -> dict[str, Settings]:
 
 
 def long(models: Path, data: Path, out: Path) -> dict[str, Settings]:
-    """What tuning chose, frozen, over more steps and over more domains; after `tuning`."""
+    """What tuning chose, frozen: `main`'s domains with more steps, and sixteen domains; after `tuning`."""
     chosen = main_study.chosen(kept("tuning"))
-    points = {name: chosen[name] for name in ("adamw", "elastic", "sfa", "l2-sp", "lora", "replay-5") if name in chosen}
+    points = {name: chosen[name] for name in main_study.LONG if name in chosen}
+    four = {"domains": main_study.TESTING, "eval_records": 256}
+    sixteen = {"domains": SOURCES, "eval_records": 64}
     found = {}
-    four, sixteen = (_sources(data, out, *main_study.DATA), main_study.TESTING), (_sources(data, out), SOURCES)
-    for steps, (folder, domains) in ((30, four), (100, four), (300, four), (30, sixteen), (100, sixteen)):
-        settings = {"domains": domains, "steps": steps, "eval_records": 64, "score": "learned"}
-        runs = over(_base_5m(models, folder, **settings), (GIVEN,), (0,), points)
-        found |= {f"{len(domains)}x{steps}-{name}": run for name, run in runs.items()}
+    for settings, steps in ((sixteen, 30), (four, 100), (four, 300), (sixteen, 100)):
+        sources = _sources(data, out, *(main_study.DATA if settings is four else ()))
+        base = _base_5m(models, sources, steps=steps, score="learned", **settings)
+        runs = over(base, (GIVEN,), (0,), points)
+        found |= {f"{len(settings['domains'])}x{steps}-{name}": run for name, run in runs.items()}
     return found
 
 

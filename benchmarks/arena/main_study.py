@@ -4,7 +4,7 @@ Tuning: six settings each, three rates by two values of the method's main option
 seed, validation records of `TUNING` domains, chosen by the lowest mean bits per byte after the last domain. Testing:
 what was chosen, on the test records of `TESTING` domains, on which no row was tuned, five seeds; and three seeds at
 other rates (`FACTORS`), for curves of what is lost at equal learning. The pull and the nulls that come near it have
-curves at their other strength too, since strength buys keeping with learning as a rate does.
+curves at their other strength too, and EWC at thrice its own, since strength buys keeping with learning as a rate does.
 """
 
 from __future__ import annotations
@@ -92,8 +92,17 @@ BEYOND: Mapping[str, tuple[str, tuple[float, ...]]] = {
 NEXT_RATE = {RATES[0]: 1e-4, RATES[-1]: 1e-2}
 """The one that follows an end of `RATES`."""
 
-OTHER_STRENGTHS = ("elastic", "null-one", "null-strengths")
-"""Rows that are run at the strength that tuning did not choose, too: the pull, and the nulls that come near it."""
+LONG = ("elastic", "adamw", "ewc", "kfac-laplace", "replay-5", "sfa")
+"""Rows that run for longer, too: the pull, no protection, and the baselines that end lowest."""
+
+OTHER_STRENGTHS: Mapping[str, tuple[dict[str, Any], tuple[float, ...]]] = {
+    "elastic": ({}, (1, 0.5, 0.25)),
+    "null-one": ({"null": "one"}, (1, 0.5, 0.25)),
+    "null-strengths": ({"null": "strengths", "strength": 5.0}, (1, 0.5, 0.25)),
+    "ewc": ({"ewc_lambda": 3000.0}, (1, 2, 0.5)),
+}
+"""Rows that are run at a strength that tuning did not choose, too, and the factors of the rate: the pull, the nulls
+that come near it, and EWC at the strength of `BEYOND` that ends as high and loses less."""
 OTHER = ", other strength"
 """Of the names of their rows."""
 
@@ -158,14 +167,12 @@ def curves(points: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]
 
 
 def other_strengths(points: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """`OTHER_STRENGTHS` of the points of `chosen`, at the rate, a half and a quarter of it, by "row@other-factor"."""
-    found = {}
-    for entry in OTHER_STRENGTHS:
-        (options,) = (one["options"] for one in settings_of(entry)[:2] if one["options"] != points[entry]["options"])
-        for factor in (1, 0.5, 0.25):
-            lr = points[entry]["lr"] * factor
-            found[f"{entry}@other-{factor:g}"] = {**points[entry], "lr": lr, "options": options}
-    return found
+    """`OTHER_STRENGTHS` of the points of `chosen`, by "row@other-factor"."""
+    return {
+        f"{entry}@other-{factor:g}": {**points[entry], "lr": points[entry]["lr"] * factor, "options": options}
+        for entry, (options, factors) in OTHER_STRENGTHS.items()
+        for factor in factors
+    }
 
 
 def row_and_factor(name: str) -> tuple[str, str]:
