@@ -4,7 +4,8 @@ Tuning: six settings each, three rates by two values of the method's main option
 seed, validation records of `TUNING` domains, chosen by the lowest mean bits per byte after the last domain. Testing:
 what was chosen, on the test records of `TESTING` domains, on which no row was tuned, five seeds; and three seeds at
 other rates (`FACTORS`), for curves of what is lost at equal learning. The pull and the nulls that come near it have
-curves at their other strength too, and EWC at thrice its own, since strength buys keeping with learning as a rate does.
+curves at their other strength too, EWC and K-FAC Laplace at thrice their own, since strength buys keeping with learning
+as a rate does.
 """
 
 from __future__ import annotations
@@ -100,9 +101,10 @@ OTHER_STRENGTHS: Mapping[str, tuple[dict[str, Any], tuple[float, ...]]] = {
     "null-one": ({"null": "one"}, (1, 0.5, 0.25)),
     "null-strengths": ({"null": "strengths", "strength": 5.0}, (1, 0.5, 0.25)),
     "ewc": ({"ewc_lambda": 3000.0}, (1, 2, 0.5)),
+    "kfac-laplace": ({"ewc_lambda": 300.0}, (1, 2)),
 }
 """Rows that are run at a strength that tuning did not choose, too, and the factors of the rate: the pull, the nulls
-that come near it, and EWC at the strength of `BEYOND` that ends as high and loses less."""
+that come near it, and the baselines that do, at thrice their strength."""
 OTHER = ", other strength"
 """Of the names of their rows."""
 

@@ -73,8 +73,19 @@ def sixteen() -> dict[tuple[str, str], Mapping[str, Any]]:
     return {(run["settings"]["model"], run["method"]): run for run in results("arena/ceiling")["runs"]}
 
 
+def answers(run: Mapping[str, Any], metric: str, domains: int) -> tuple[float, float, float]:
+    """Mean share of right answers of the first domains: by the base model, when each had been learned, and at the end.
+
+    Args:
+        metric: "accuracy" or "exact_match".
+        domains: how many; those without such records are left out.
+    """
+    scores = run["R"][metric]
+    asked = [j for j in range(domains) if scores[j + 1][j] is not None]
+    base, learned, end = zip(*((scores[0][j], scores[j + 1][j], scores[-1][j]) for j in asked), strict=True)
+    return fmean(base), fmean(learned), fmean(end)
+
+
 def exact_answers(run: Mapping[str, Any]) -> tuple[float, float]:
     """Mean share of exact answers of the domains but the last, when each had just been learned and at the end."""
-    scores, last = run["R"]["exact_match"], len(run["domains"]) - 1
-    scored = [j for j in range(last) if scores[j + 1][j] is not None]
-    return fmean(scores[j + 1][j] for j in scored), fmean(scores[-1][j] for j in scored)
+    return answers(run, "exact_match", len(run["domains"]) - 1)[1:]

@@ -32,6 +32,12 @@ def _shared(*points: str) -> list[list[Any]]:
     return [[own[seed] for seed in own if all(seed in other for other in runs)] for own in runs]
 
 
+def _seeds(*points: str) -> str:
+    """How many seeds points share, in words."""
+    count = len(_shared(*points)[0])
+    return "one seed" if count == 1 else f"means of {('two', 'three')[count - 2]} seeds"
+
+
 def short() -> str:
     """README's: what four methods learned and lost, and what they lost in the reverse order."""
     methods = ("adamw", "elastic", "lora", "elastic-lora")
@@ -48,11 +54,12 @@ def short() -> str:
 
 def at_best() -> str:
     """AdamW at its best rate, and what share of its learning others reach at theirs."""
-    learned, lost = _scores(*(_best(method) for method in ("adamw", "elastic", "elastic-lora", "lora")))
+    points = [_best(method) for method in ("adamw", "elastic", "elastic-lora", "lora")]
+    learned, lost = _scores(*points)
     most, shares = learned[0], [number(own / learned[0], ".0%") for own in learned[1:]]
     gone = [number(share, ".0%") for share in lost]
     return (
-        f"At its best rate, with the first seed, AdamW learns {most:.3f} and loses {gone[0]}; `elastic` at its own "
+        f"At its best rate, {_seeds(*points)}, AdamW learns {most:.3f} and loses {gone[0]}; `elastic` at its own "
         f"learns {shares[0]} of that and loses {gone[1]}, `elastic-lora` {shares[1]} and {gone[2]}, LoRA {shares[2]} "
         f"and {gone[3]}."
     )
@@ -74,9 +81,10 @@ def base() -> str:
     others = {run["name"].rpartition("-seed")[0] for run in runs if run["method"] in ("l2-sp", "lora", "self-replay")}
     least = min(_harder(point) for point in others if point.endswith(GIVEN))
     return (
-        f"By the KL divergence of base text the models end {pull:.2f} (`elastic`) and {adapter:.2f} nats a token "
-        f"(`elastic-lora`) from the base model, AdamW {adamw:.2f}. Base text becomes harder by {max(changes[:2]):.3f} "
-        f"at most there, with AdamW by {changes[2]:.3f}, with L2-SP, LoRA and self-replay by {least:.3f} or more"
+        f"By the KL divergence of base text, first seed, the models end {pull:.2f} (`elastic`) and {adapter:.2f} nats "
+        f"a token (`elastic-lora`) from the base model, AdamW {adamw:.2f}. Base text becomes harder by "
+        f"{max(changes[:2]):.3f} at most there, with AdamW by {changes[2]:.3f}, with L2-SP, LoRA and self-replay by "
+        f"{least:.3f} or more"
     )
 
 
@@ -104,8 +112,7 @@ def others() -> str:
     for name, learned, lost in zip(_OTHERS.values(), *_scores(*points), strict=True):
         learns, loses = ("", "") if said else ("learns ", "loses ")
         said.append(f"{name} {learns}{learned:.2f} and {loses}{number(lost, '.0%')}")
-    seeds = len(_shared(*points)[0])
-    return f"{', '.join(said)} ({'one seed' if seeds == 1 else f'{seeds} seeds'} each)."
+    return f"{', '.join(said)} ({_seeds(*points)})."
 
 
 def running() -> str:
@@ -121,16 +128,12 @@ def running() -> str:
 
 
 def second() -> str:
-    """AdamW and elastic at their best rates, with the second seed."""
-    points = (_best("adamw"), _best("elastic"))
-    runs = [next(run["summary"] for run in own if run["seed"] == 1) for own in _shared(*points)]
-    learned, lost = (
-        [number(run[key], form) for run in runs] for key, form in (("learned", ".3f"), ("gain_lost", ".0%"))
-    )
-    harder = [number(_harder(point, 1), "+.3f") for point in points]
+    """Base text with the second seed, each method at its best rate."""
+    elastic, adamw, lora = (_harder(_best(method), 1) for method in ("elastic", "adamw", "lora"))
+    assert elastic < adamw < lora, "the order is that of the sentence"
     return (
-        f"With a second seed AdamW learns {learned[0]} and loses {lost[0]} (base text {harder[0]}), `elastic` "
-        f"{learned[1]} and {lost[1]} ({harder[1]})."
+        f"With the second seed `elastic` makes base text harder by {elastic:.3f}, AdamW by {adamw:.3f}, LoRA by "
+        f"{lora:.3f}."
     )
 
 

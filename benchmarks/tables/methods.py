@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import compress
 from statistics import fmean
 from typing import Any
 
 from benchmarks.arena import ceiling, main_study, main_table, size
 
-from .cells import bare, bold, exact_answers, number, results, several, table
+from .cells import answers, bare, bold, exact_answers, number, results, several, table
 
 _SHORT = {
     "adamw": "sequential AdamW",
@@ -45,7 +46,8 @@ def study(name: str, form: str = ".2f") -> str:
     points: dict[tuple[str, str, float], list[Mapping[str, Any]]] = {}
     for run in results(f"arena/{name}")["runs"]:
         if "failed" not in run:
-            lr, point = run["settings"]["lr"], run["name"].rsplit("-seed", 1)[0].removesuffix("-given")
+            # Rounded: a rate that was computed may be off by a bit.
+            lr, point = float(f"{run['settings']['lr']:g}"), run["name"].rsplit("-seed", 1)[0].removesuffix("-given")
             label = point.removesuffix("-reverse").removesuffix(f"-{lr:g}")
             points.setdefault((label, run["domains"][0], lr), []).append(run)
     found = list(dict.fromkeys(label for label, *_ in points))
@@ -57,11 +59,28 @@ def study(name: str, form: str = ".2f") -> str:
         read = [run for run in runs if run["R_reference"][0] is not None]
         base = several([run["R_reference"][-1] - run["R_reference"][0] for run in read], "+" + form) if read else ""
         drift = several([run["drift"][-1] for run in read], form) if read else ""
-        rows.append([f"`{label}`", f"{lr:g}", f"{first} first", str(len(runs)), *cells, base, drift])
+        asked = [answers(run, "accuracy", len(run["domains"])) for run in runs if "accuracy" in run["R"]]
+        right = [several(shares, ".0%") for shares in zip(*asked, strict=True)] if asked else [""] * 3
+        rows.append([f"`{label}`", f"{lr:g}", f"{first} first", str(len(runs)), *cells, base, drift, *right])
     header = ["", "rate", "order", "seeds", "learned", "lost", "ACC", "change of base text", "KL there"]
-    if not any(row[-1] for row in rows):
-        header, rows = header[:-2], [row[:-2] for row in rows]
-    return table(header, rows)
+    header += ["right answers, base model", "when learned", "at the end"]
+    used = [any(column) for column in zip(*rows, strict=True)]
+    return table(list(compress(header, used)), [list(compress(row, used)) for row in rows])
+
+
+def long() -> str:
+    """What tuning chose over more domains and more steps, one seed, by what it ends at."""
+    rows: dict[str, list[tuple[float, list[str]]]] = {}
+    for run in results("arena/long")["runs"]:
+        shape, _, entry = run["name"].partition("-")
+        R, summary, domains = run["R"]["bits_per_byte"], run["summary"], len(run["domains"])
+        late = fmean(R[0][j] - R[j + 1][j] for j in range(3 * domains // 4, domains))
+        learned = [number(value, ".2f") for value in (summary["learned"], late)]
+        ended = [number(summary["gain_lost"], ".0%"), number(summary["acc"], ".2f")]
+        setting = [shape.replace("x", " domains, ") + " steps each", f"`{entry}`", f"`{main_table.chosen_of(run)}`"]
+        rows.setdefault(shape, []).append((summary["acc"], [*setting, *learned, *ended]))
+    header = ("by ACC", "", "rate and option", "learned", "of the last quarter", "lost", "ACC")
+    return table(header, [cells for own in rows.values() for _, cells in sorted(own)])
 
 
 def tuned() -> str:
