@@ -41,14 +41,16 @@ def _seeds(*points: str) -> str:
 def short() -> str:
     """README's: what four methods learned and lost, and what they lost in the reverse order."""
     methods = ("adamw", "elastic", "lora", "elastic-lora")
-    scores = _scores(*map(_best, methods))
+    points = [_best(method) for method in methods]
+    assert len(_shared(*points)[0]) == 2, "README says how many seeds there are"
+    scores = _scores(*points)
     _, reverse = _scores(*(f"{best_points('gemma')[method]}-{REVERSE}" for method in methods))
     *first, last = (number(share, ".0%") for share in reverse)
     learned, lost = ([number(value, form) for value in own] for own, form in zip(scores, (".3f", ".0%"), strict=True))
     return (
         f"AdamW learned {learned[0]} bits per byte and lost {lost[0]} of it, `elastic` {learned[1]} and {lost[1]}; "
-        f"LoRA {learned[2]} and {lost[2]}, `elastic-lora` {learned[3]} and {lost[3]}. In the reverse order they lost "
-        f"{', '.join(first)} and {last}."
+        f"LoRA {learned[2]} and {lost[2]}, `elastic-lora` {learned[3]} and {lost[3]}. In the reverse order, one seed, "
+        f"they lost {', '.join(first)} and {last}."
     )
 
 

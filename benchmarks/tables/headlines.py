@@ -38,7 +38,7 @@ def _main_short() -> str:
     random, one = (main_table.shown(nulls[null], ".1f", 100.0) for null in ("null-directions", "null-one"))
     return (
         f"At equal learning K-FAC Laplace loses {kfac} points of the gain more than `elastic` ({stronger} at thrice "
-        f"its strength), AdamW {adamw}; at its default strength, `elastic` with random directions {random}, with one "
+        f"its strength), AdamW {adamw}; at default strength, `elastic` with random directions {random}, with one "
         f"strength for all {one}."
     )
 
@@ -144,7 +144,7 @@ def _sixteen_short() -> str:
         for key, form in (("learned", ".2f"), ("gain_lost", ".0%"))
     )
     return (
-        f"Over sixteen domains, one seed, as tuned on others, AdamW learned {learned[0]} and lost {lost[0]}, K-FAC "
+        f"Over sixteen domains, one seed, tuned on others, AdamW learned {learned[0]} and lost {lost[0]}, K-FAC "
         f"Laplace {learned[1]} and {lost[1]}, `elastic` {learned[2]} and {lost[2]}."
     )
 
@@ -172,10 +172,14 @@ def _longer() -> str:
     short = {run["name"]: run["summary"] for run in results("arena/main")["runs"]}
     said = []
     for entry, name in names.items():
-        runs = (short[f"{entry}-given-seed0"], *(_long(4, steps)[entry] for steps in (100, 300)))
-        shares = [f"{100 * run['gain_lost']:.0f}" for run in runs]
-        said.append(f"{name} loses {', '.join(shares[:2])} and {shares[2]} %")
-    return f"Of four domains, at 30, 100 and 300 steps each, one seed, {'; '.join(said)}."
+        runs = (short[f"{entry}-given-seed0"], _long(4, 100)[entry])
+        before, after = (number(run["gain_lost"], ".0%") for run in runs)
+        said.append(f"{name} {before} and {after}")
+    adamw, own = (number(_long(4, 300)[entry]["gain_lost"], ".0%") for entry in ("adamw", "elastic"))
+    return (
+        f"Of four domains, at 30 and at 100 steps each, they lose, with one seed: {', '.join(said)}; at 300 AdamW "
+        f"loses {adamw}, `elastic` {own}."
+    )
 
 
 def _demo() -> str:
@@ -287,9 +291,14 @@ def _qwen() -> str:
 
 
 def _qwen_short() -> str:
+    """README's, after a sentence that names the four methods."""
     runs = {run["method"]: run for run in results("arena/qwen")["runs"]}
-    *first, last = (number(runs[method]["summary"]["gain_lost"], ".0%") for method in _OF_QWEN)
-    return f"On Qwen2.5-Coder 0.5B, 15 steps, one rate each, {', '.join(first)} and {last}."
+    *first, last = (f"{runs[method]['summary']['acc']:.3f}" for method in _OF_QWEN)
+    base = fmean(runs["adamw"]["R"]["bits_per_byte"][0])
+    return (
+        f"On Qwen2.5-Coder 0.5B, 15 steps, one rate each, they ended at {', '.join(first)} and {last} bits per byte "
+        f"({base:.3f} before)."
+    )
 
 
 def _size() -> str:

@@ -13,7 +13,6 @@ from .cells import answers, bare, bold, exact_answers, number, results, several,
 
 _SHORT = {
     "adamw": "sequential AdamW",
-    "lora": "LoRA",
     "replay-5": "replay, 5 % of the records old",
     "ewc": "online EWC",
     "kfac-laplace": "K-FAC Laplace",
