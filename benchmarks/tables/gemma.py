@@ -49,7 +49,7 @@ def short() -> str:
     learned, lost = ([number(value, form) for value in own] for own, form in zip(scores, (".3f", ".0%"), strict=True))
     return (
         f"AdamW learned {learned[0]} bits per byte and lost {lost[0]} of it, `elastic` {learned[1]} and {lost[1]}; "
-        f"LoRA {learned[2]} and {lost[2]}, `elastic-lora` {learned[3]} and {lost[3]}. In the reverse order, one seed, "
+        f"LoRA {learned[2]} and {lost[2]}, `elastic-lora` {learned[3]} and {lost[3]}. In reverse order, one seed, "
         f"they lost {', '.join(first)} and {last}."
     )
 

@@ -269,7 +269,7 @@ def _further() -> str:
     )
 
 
-_OF_QWEN = {"adamw": "AdamW", "elastic": "`elastic`", "lora": "LoRA", "elastic-lora": "`elastic-lora`"}
+_OF_QWEN = {"adamw": "AdamW", "elastic": "`elastic`", "lora": "LoRA"}
 
 
 def _qwen() -> str:
@@ -286,7 +286,7 @@ def _qwen() -> str:
     assert min(right) > base, "the sentence says that all gain"
     return (
         f"{'; '.join(said)}. Of the answers by likelihood the base model has {number(base, '.0%')} right, each of the "
-        f"four methods {between(right, '.0%')} at the end"
+        f"{len(_OF_QWEN)} methods {between(right, '.0%')} at the end"
     )
 
 
