@@ -10,6 +10,15 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+CALLED = {
+    "adamw": "AdamW",
+    "elastic": "`elastic`",
+    "elastic-lora": "`elastic-lora`",
+    "lora": "LoRA",
+    "ewc": "EWC",
+    "kfac-laplace": "K-FAC Laplace",
+}
+"""Method → its name in sentences."""
 RESULTS = Path(__file__).parents[1] / "results"
 
 
@@ -59,6 +68,11 @@ def mean_of(study: str, key: str, *points: str) -> float:
 def named(run: Mapping[str, Any], point: str) -> bool:
     """Whether a run is of a point, with its order."""
     return run["name"].startswith(f"{point}-seed")
+
+
+def harder(run: Mapping[str, Any]) -> float:
+    """By how much base text became harder in a run, bits per byte."""
+    return run["R_reference"][-1] - run["R_reference"][0]
 
 
 def between(values: Iterable[float], form: str) -> str:

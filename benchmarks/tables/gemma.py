@@ -8,7 +8,7 @@ from typing import Any
 from benchmarks.arena.grid import best_points
 from sparse_cl.four_domains.settings import GIVEN, REVERSE
 
-from .cells import named, number, results
+from .cells import CALLED, harder, named, number, results
 
 _OTHERS = {"sfa": "SFA", "l2-sp": "L2-SP", "self-replay": "self-replay", "replay-5": "replay of 5 %"}
 """Baselines on Gemma, beside those that the first sentence has → what the docs call them."""
@@ -70,7 +70,7 @@ def at_best() -> str:
 def _harder(point: str, seed: int = 0) -> float:
     """By how much base text became harder, bits per byte, in a point's run with this seed."""
     (run,) = (run for run in results("arena/gemma")["runs"] if run["name"] == f"{point}-seed{seed}")
-    return run["R_reference"][-1] - run["R_reference"][0]
+    return harder(run)
 
 
 def base() -> str:
@@ -120,11 +120,11 @@ def others() -> str:
 def running() -> str:
     """SFA as tuning chose it, which keeps base text as elastic does."""
     (learned,), (lost,) = _scores(f"sfa-2e-05-{GIVEN}")
-    harder, ours = (_harder(f"{method}-2e-05-{GIVEN}") for method in ("sfa", "elastic"))
-    assert abs(harder - ours) < 1e-3, "the sentence says that they are alike"
+    change, ours = (_harder(f"{method}-2e-05-{GIVEN}") for method in ("sfa", "elastic"))
+    assert abs(change - ours) < 1e-3, "the sentence says that they are alike"
     return (
         f"This SFA averages before and after, as in its paper. By the running mean, which tuning chose, it learns "
-        f"{learned:.2f} and loses {number(lost, '.0%')} at 2e-5, and base text becomes harder by {harder:.3f}, as it "
+        f"{learned:.2f} and loses {number(lost, '.0%')} at 2e-5, and base text becomes harder by {change:.3f}, as it "
         f"does for `elastic` there."
     )
 
@@ -141,7 +141,7 @@ def second() -> str:
 
 def reverse() -> str:
     """The reverse order, each method at its best rate of the first one."""
-    names = {"adamw": "AdamW", "elastic": "`elastic`", "elastic-lora": "`elastic-lora`", "lora": "LoRA", **_OTHERS}
+    names = {method: CALLED[method] for method in ("adamw", "elastic", "elastic-lora", "lora")} | _OTHERS
     points = {name: f"{best_points('gemma')[method]}-{REVERSE}" for method, name in names.items()}
     made = {run["name"].rpartition("-seed")[0] for run in results("arena/gemma")["runs"] if "failed" not in run}
     points = {name: point for name, point in points.items() if point in made}
@@ -149,8 +149,8 @@ def reverse() -> str:
     said = []
     for (name, point), learned, lost in zip(points.items(), *_scores(*points.values()), strict=True):
         learns, loses, by = ("", "", "") if said else ("learns ", "loses ", "base text ")
-        harder = number(_harder(point), "+.3f")
-        said.append(f"{name} {learns}{learned:.3f} and {loses}{number(lost, '.0%')} ({by}{harder})")
+        change = number(_harder(point), "+.3f")
+        said.append(f"{name} {learns}{learned:.3f} and {loses}{number(lost, '.0%')} ({by}{change})")
     return f"In the reverse order, one seed, at the same rates {'; '.join(said)}."
 
 

@@ -11,7 +11,7 @@ from statistics import fmean
 from benchmarks.arena import main_study, main_table, size
 
 from . import gemma
-from .cells import answers, between, exact_answers, mean_of, named, number, results
+from .cells import CALLED, answers, between, exact_answers, harder, mean_of, named, number, results
 
 
 def _main() -> str:
@@ -54,14 +54,13 @@ def _main_more() -> str:
 def _thrice() -> str:
     """The two baselines that come nearest, where they hold back more than tuning chose."""
     kfac, ewc = _more(*(f"{entry}{main_study.OTHER}" for entry in ("kfac-laplace", "ewc")))
-    acc = [
-        [mean_of("main", "acc", f"{entry}{at}-given") for at in ("", "@other-1")] for entry in ("kfac-laplace", "ewc")
-    ]
-    assert all(chosen < thrice for chosen, thrice in acc), "the sentence says that they end higher"
-    (kfac_end, ewc_end) = (f"{thrice:.2f}" for _, thrice in acc)
+    chosen, thrice = (
+        [mean_of("main", "acc", f"{entry}{at}-given") for entry in ("kfac-laplace", "ewc")] for at in ("", "@other-1")
+    )
+    assert all(map(float.__lt__, chosen, thrice)), "the sentence says that they end higher"
     return (
         f"At three times the strength that tuning chose, K-FAC Laplace loses {kfac} more there, EWC {ewc}; they learn "
-        f"less and end higher, at {kfac_end} and {ewc_end}."
+        f"less and end higher, at {thrice[0]:.2f} and {thrice[1]:.2f}."
     )
 
 
@@ -168,17 +167,17 @@ def _sixteen() -> str:
 
 def _longer() -> str:
     """What more steps make of the share that is lost, with the first seed."""
-    names = {"adamw": "AdamW", "ewc": "EWC", "kfac-laplace": "K-FAC Laplace", "elastic": "`elastic`"}
     short = {run["name"]: run["summary"] for run in results("arena/main")["runs"]}
     said = []
-    for entry, name in names.items():
+    for entry in ("adamw", "ewc", "kfac-laplace", "elastic"):
         runs = (short[f"{entry}-given-seed0"], _long(4, 100)[entry])
         before, after = (number(run["gain_lost"], ".0%") for run in runs)
-        said.append(f"{name} {before} and {after}")
-    adamw, own = (number(_long(4, 300)[entry]["gain_lost"], ".0%") for entry in ("adamw", "elastic"))
+        said.append(f"{CALLED[entry]} {before} and {after}")
+    longest = [_long(4, 300)[entry] for entry in ("adamw", "ewc", "elastic")]
+    adamw, ewc, own = (f"{number(run['gain_lost'], '.0%')} of {run['learned']:.2f}" for run in longest)
     return (
         f"Of four domains, at 30 and at 100 steps each, they lose, with one seed: {', '.join(said)}; at 300 AdamW "
-        f"loses {adamw}, `elastic` {own}."
+        f"loses {adamw} learned, EWC {ewc}, `elastic` {own}."
     )
 
 
@@ -269,18 +268,18 @@ def _further() -> str:
     )
 
 
-_OF_QWEN = {"adamw": "AdamW", "elastic": "`elastic`", "lora": "LoRA", "elastic-lora": "`elastic-lora`"}
+_OF_QWEN = ("adamw", "elastic", "lora", "elastic-lora")
 
 
 def _qwen() -> str:
     runs = {run["method"]: run for run in results("arena/qwen")["runs"]}
     said, right = [], []
-    for method, name in _OF_QWEN.items():
+    for method in _OF_QWEN:
         run = runs[method]
         learned, lost = number(run["summary"]["learned"], ".3f"), number(run["summary"]["gain_lost"], ".0%")
-        harder = number(run["R_reference"][-1] - run["R_reference"][0], "+.3f")
+        change = number(harder(run), "+.3f")
         learns, loses, by = ("", "", "") if said else ("learns ", "loses ", "base text ")
-        said.append(f"{name} {learns}{learned} and {loses}{lost} ({by}{harder})")
+        said.append(f"{CALLED[method]} {learns}{learned} and {loses}{lost} ({by}{change})")
         base, _, end = answers(run, "accuracy", len(run["domains"]))
         right.append(end)
     return (

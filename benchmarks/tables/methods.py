@@ -9,7 +9,7 @@ from typing import Any
 
 from benchmarks.arena import ceiling, main_study, main_table, size
 
-from .cells import answers, bare, bold, exact_answers, number, results, several, table
+from .cells import answers, bare, bold, exact_answers, harder, number, results, several, table
 
 _SHORT = {
     "adamw": "sequential AdamW",
@@ -56,7 +56,7 @@ def study(name: str, form: str = ".2f") -> str:
         columns = ((key, ".0%" if key == "gain_lost" else form) for key in ("learned", "gain_lost", "acc"))
         cells = [several([summary[key] for summary in summaries], shown) for key, shown in columns]
         read = [run for run in runs if run["R_reference"][0] is not None]
-        base = several([run["R_reference"][-1] - run["R_reference"][0] for run in read], "+" + form) if read else ""
+        base = several(list(map(harder, read)), "+" + form) if read else ""
         drift = several([run["drift"][-1] for run in read], form) if read else ""
         asked = [answers(run, "accuracy", len(run["domains"])) for run in runs if "accuracy" in run["R"]]
         right = [several(shares, ".0%") for shares in zip(*asked, strict=True)] if asked else [""] * 3
